@@ -1,0 +1,40 @@
+"""foveate: adaptive precision for PyTorch.
+
+A weight is stored once as bit planes, most significant first; its precision is how many planes are read.
+
+    profile = fv.quantize(model, batches)
+    plan = fv.allocate(profile, fv.Budget(bits=4.25))
+    fv.apply(model, plan)
+"""
+
+from foveate.allocate import allocate as allocate
+from foveate.allocate import frontier as frontier
+from foveate.collect.objectives import Embedding as Embedding
+from foveate.collect.objectives import Logits as Logits
+from foveate.collect.objectives import Objective as Objective
+from foveate.errors import BudgetError as BudgetError
+from foveate.errors import CheckpointError as CheckpointError
+from foveate.errors import DataError as DataError
+from foveate.errors import FoveateError as FoveateError
+from foveate.errors import LevelError as LevelError
+from foveate.errors import MissingExtraError as MissingExtraError
+from foveate.errors import PlaneNotResidentError as PlaneNotResidentError
+from foveate.errors import SiteError as SiteError
+from foveate.errors import WeightError as WeightError
+from foveate.kernels.dispatch import backends as backends
+from foveate.maps import Budget as Budget
+from foveate.maps import Frontier as Frontier
+from foveate.maps import PrecisionMap as PrecisionMap
+from foveate.maps import Profile as Profile
+from foveate.maps import Site as Site
+from foveate.maps import uniform_of_bytes as uniform_of_bytes
+from foveate.nn.quantize import quantize as quantize
+from foveate.nn.registry import apply as apply
+from foveate.nn.registry import current_map as current_map
+from foveate.nn.registry import profile_of as profile_of
+from foveate.verify import Outcome as Outcome
+from foveate.verify import Verification as Verification
+from foveate.verify import measure as measure
+from foveate.verify import verify as verify
+
+__version__ = "0.1.0"

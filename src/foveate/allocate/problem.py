@@ -1,0 +1,94 @@
+"""The allocation problem as frozen numbers: units to choose for, what each choice costs and loses.
+
+A unit is what gets one level: a tile, a whole weight, or several weights that are tied (q, k and v, say). Its cost is bytes of planes and scales; the bytes that no choice changes are `fixed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.errors import BudgetError, SiteError
+from foveate.formats.levels import WEIGHT_LEVELS, check_weight_level
+from foveate.maps import PrecisionMap, Profile, find_sites, input_level_for
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Choose one of L levels for each of U units.
+
+    Attributes:
+        levels: the levels allowed, ascending.
+        loss_UL, cost_UL: float64; cost in bytes, ascending along L.
+        unit_of: for each weight site, int64 [tiles]: the unit of each tile.
+        profile: where the numbers come from.
+        input_level: the level every input gets; None: each what `input_level_for` says of its weight.
+    """
+
+    levels: tuple[int, ...]
+    loss_UL: Tensor
+    cost_UL: Tensor
+    unit_of: dict[str, Tensor]
+    profile: Profile
+    input_level: int | None
+
+    def to_map(self, choice_U: Tensor) -> PrecisionMap:
+        """The map of a choice: an index into `levels` for each unit."""
+        level_U = torch.tensor(self.levels, dtype=torch.uint8)[choice_U]
+        levels: dict[str, int | bytes] = {}
+        mean: dict[str, float] = {}
+        for site in self.profile.weight_sites():
+            tiles = level_U[self.unit_of[site.name]]
+            levels[site.name] = bytes(tiles.tolist())
+            mean.update(dict.fromkeys((site.name, *site.aliases), float(tiles.double().mean())))
+        for site in self.profile.sites:
+            if site.kind == "input":
+                weight = f"{site.name.removesuffix(':input')}:weight"
+                levels[site.name] = input_level_for(mean[weight]) if self.input_level is None else self.input_level
+        loss = float(self.loss_UL.gather(1, choice_U[:, None]).sum())
+        return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss)
+
+
+def build(profile: Profile, levels: Sequence[int], per_tile: bool, tie: Sequence[Sequence[str]], input_level: int | None) -> Problem:
+    """Lay out the problem; see `foveate.allocate` for the arguments."""
+    levels = tuple(sorted({check_weight_level(level) for level in levels}))
+    if not levels:
+        raise BudgetError("levels is empty: give at least one of 0, 2, 3, 4, 6, 8")
+    columns = torch.tensor([WEIGHT_LEVELS.index(level) for level in levels])
+    owner: dict[str, str] = {}
+    for number, patterns in enumerate(tie):
+        for site in (s for pattern in patterns for s in find_sites(profile.weight_sites(), pattern)):
+            if owner.setdefault(site.name, f"tie {number}") != f"tie {number}":
+                raise SiteError(f"{site.name} is in two tied groups")
+    keys: dict[str, int] = {}
+    unit_of: dict[str, Tensor] = {}
+    losses, costs = [], []
+    count = 0
+    for site in profile.weight_sites():
+        table = profile.losses[site.name].double()[:, columns]
+        # a level may not look worse than a lower one: more planes can always be left unread
+        losses.append(table.cummin(1).values)
+        costs.append(torch.tensor(site.tile_costs(), dtype=torch.float64)[columns].expand(site.tiles, -1))
+        if per_tile and site.name not in owner:
+            unit_of[site.name] = torch.arange(count, count + site.tiles)
+            count += site.tiles
+        else:
+            key = owner.get(site.name, site.name)
+            if key not in keys:
+                keys[key] = count
+                count += 1
+            unit_of[site.name] = torch.full((site.tiles,), keys[key])
+    if not count:
+        raise BudgetError("the profile has no weights to choose levels for")
+    units = torch.cat([unit_of[s.name] for s in profile.weight_sites()])
+
+    def summed(parts: list[Tensor]) -> Tensor:
+        return torch.zeros(count, len(levels), dtype=torch.float64).index_add_(0, units, torch.cat(parts))
+
+    loss_UL = summed(losses)
+    if not bool(torch.isfinite(loss_UL).all()):
+        raise BudgetError("the profile holds losses that are not finite")
+    return Problem(levels, loss_UL, summed(costs), unit_of, profile, input_level)

@@ -1,0 +1,170 @@
+"""The solver: a Lagrangian over convex hulls, then the rest of the budget spent greedily.
+
+Every unit's levels are first reduced to the lower convex hull of (bytes, loss): its steps then have falling gain per byte, so taking all units' steps in order of gain per byte gives the optimum of every budget
+that the sorted order hits exactly (Everett 1963; Shoham and Gersho 1988 for bit allocation). What is left below the budget is spent on the best steps that still fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.allocate.problem import Problem, build
+from foveate.errors import BudgetError
+from foveate.formats.levels import NESTED_LEVELS
+from foveate.maps import Budget, PrecisionMap, Profile, format_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Upgrades in the order in which they are worth taking, the best gain per byte first.
+
+    Attributes:
+        unit, level: int64 [S], which unit moves to which index of `Problem.levels`.
+        cost, gain: float64 [S], bytes added and loss taken away.
+    """
+
+    unit: Tensor
+    level: Tensor
+    cost: Tensor
+    gain: Tensor
+
+
+def ordered_steps(problem: Problem) -> Steps:
+    """All units' hull steps from their cheapest level up, sorted by gain per byte."""
+    loss, cost = problem.loss_UL, problem.cost_UL
+    units, count = loss.shape
+    at = torch.zeros(units, dtype=torch.long)
+    everyone = torch.arange(units)
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for _ in range(count - 1):
+        # the next hull vertex is the level with the best gain per byte from here; of equals the farthest
+        gain = loss[everyone, at][:, None] - loss
+        added = cost - cost[everyone, at][:, None]
+        ahead = torch.arange(count) > at[:, None]
+        rate = torch.where(ahead & (gain > 0), gain / added.clamp_min(1e-9), -1.0)
+        best, _ = rate.max(1)
+        level = count - 1 - (rate.flip(1) == best[:, None]).long().argmax(1)
+        moving = best > 0
+        if not bool(moving.any()):
+            break
+        who = everyone[moving]
+        parts.append((who, level[moving], added[who, level[moving]], gain[who, level[moving]]))
+        at = torch.where(moving, level, at)
+    if not parts:
+        empty = torch.empty(0, dtype=torch.long)
+        return Steps(empty, empty, empty.double(), empty.double())
+    unit, level, added, gain = (torch.cat(column) for column in zip(*parts, strict=True))
+    # along a unit's hull the rate falls, so a stable sort keeps its steps in order
+    order = torch.sort(gain / added, descending=True, stable=True).indices
+    return Steps(unit[order], level[order], added[order], gain[order])
+
+
+def take(problem: Problem, steps: Steps, count: int) -> Tensor:
+    """The choice after the first `count` steps: int64 [U]."""
+    choice = torch.zeros(len(problem.loss_UL), dtype=torch.long)
+    return choice.scatter_reduce(0, steps.unit[:count], steps.level[:count], "amax")
+
+
+def _spend(problem: Problem, choice: Tensor, room: float) -> Tensor:
+    """Use what is left of a byte budget: single upgrades that fit, the best gain per byte first."""
+    loss, cost = problem.loss_UL, problem.cost_UL
+    everyone = torch.arange(len(loss))
+    while True:
+        gain = loss[everyone, choice][:, None] - loss
+        added = cost - cost[everyone, choice][:, None]
+        fits = (added > 0) & (added <= room) & (gain > 0)
+        if not bool(fits.any()):
+            return choice
+        rate = torch.where(fits, gain / added.clamp_min(1e-9), -1.0)
+        best, level = rate.max(1)
+        order = torch.sort(best, descending=True, stable=True).indices[:1024]
+        choice = choice.clone()
+        for unit in order.tolist():
+            step = int(level[unit])
+            if best[unit] > 0 and float(added[unit, step]) <= room:
+                choice[unit] = step
+                room -= float(added[unit, step])
+
+
+def solve_bytes(problem: Problem, room: float, least_note: str) -> Tensor:
+    """The least loss within `room` bytes of planes and scales."""
+    base = float(problem.cost_UL[:, 0].sum())
+    if base > room:
+        raise BudgetError(least_note)
+    steps = ordered_steps(problem)
+    count = int((steps.cost.cumsum(0) <= room - base).sum())
+    choice = take(problem, steps, count)
+    return _spend(problem, choice, room - base - float(steps.cost[:count].sum()))
+
+
+def solve_loss(problem: Problem, limit: float) -> Tensor:
+    """The fewest bytes whose loss is at most `limit`."""
+    steps = ordered_steps(problem)
+    start = float(problem.loss_UL[:, 0].sum())
+    left = start - steps.gain.cumsum(0)
+    least = float(left[-1]) if len(left) else start
+    if least > limit:
+        raise BudgetError(f"no map loses as little as {limit:g}: the least predicted loss is {least:g}")
+    if start <= limit:
+        return take(problem, steps, 0)
+    count = int((left > limit).sum()) + 1
+    choice = take(problem, steps, count)
+    # the last step may have overshot: give back what is not needed, the most bytes first
+    slack = limit - float(left[count - 1])
+    loss, cost = problem.loss_UL, problem.cost_UL
+    everyone = torch.arange(len(loss))
+    below = (choice - 1).clamp_min(0)
+    rise = loss[everyone, below] - loss[everyone, choice]
+    saved = cost[everyone, choice] - cost[everyone, below]
+    for unit in torch.sort(saved / rise.clamp_min(1e-30), descending=True, stable=True).indices[:4096].tolist():
+        if saved[unit] > 0 and float(rise[unit]) <= slack:
+            choice[unit] = below[unit]
+            slack -= float(rise[unit])
+    return choice
+
+
+def allocate(
+    profile: Profile,
+    budget: Budget,
+    *,
+    levels: Sequence[int] = NESTED_LEVELS,
+    per_tile: bool = True,
+    tie: Sequence[Sequence[str]] = (),
+    input_level: int | None = None,
+) -> PrecisionMap:
+    """Choose the level of every weight, or of every tile of it, under a budget.
+
+    Args:
+        profile: what `foveate.quantize` measured.
+        budget: bytes, bits or loss.
+        levels: the levels to choose among; add 0 to let tiles be dropped.
+        per_tile: whether tiles may differ within a weight.
+        tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight", "*.k_proj:weight")]`.
+        input_level: the level of every input, 4, 8, 16 or 32; chosen by its weight's level if not given.
+
+    Returns:
+        A map within the budget: everything is counted, scales, embeddings, index and what is not quantized.
+
+    Raises:
+        BudgetError: no map meets the budget; the message says the least possible.
+        SiteError: a pattern in `tie` names no weight.
+    """
+    problem = build(profile, levels, per_tile, tie, input_level)
+    lowest = problem.to_map(torch.zeros(len(problem.loss_UL), dtype=torch.long))
+    tiles_at_least = float(problem.cost_UL[:, 0].sum())
+    if budget.loss is not None:
+        return problem.to_map(solve_loss(problem, budget.loss))
+    if budget.bytes is not None:
+        assert isinstance(budget.bytes, int)
+        room = budget.bytes - (lowest.bytes_resident - tiles_at_least)
+        note = f"no map fits in {format_bytes(budget.bytes)}: the least possible is {format_bytes(lowest.bytes_resident)} ({lowest.bytes_resident} bytes)"
+    else:
+        assert budget.bits is not None
+        weights = sum(s.weights for s in profile.weight_sites())
+        room = budget.bits * weights / 8 - (lowest.bytes_stored - lowest.other_bytes - tiles_at_least)
+        note = f"no map averages {budget.bits:g} bits a weight: the least possible is {lowest.bits:.4f} (scales and padding count)"
+    return problem.to_map(solve_bytes(problem, room, note))

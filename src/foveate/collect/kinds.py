@@ -1,0 +1,101 @@
+"""Which modules hold a weight that planes can hold, and how each is seen as a matrix [N rows, K inputs].
+
+A linear map, transformers' Conv1D, an embedding and a convolution are one thing here: rows of outputs by columns of inputs, where a convolution's inputs are the K = in/groups x kernel values of a patch
+and an embedding's rows are its entries. Depthwise filters are [channels, kernel].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+
+class Kind(Enum):
+    """How a module uses its weight."""
+
+    LINEAR = "linear"
+    LINEAR_TRANSPOSED = "linear_transposed"  # transformers' Conv1D keeps [K, N]
+    EMBEDDING = "embedding"
+    CONV = "conv"
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The kind of a module that can be quantized, or None. Subclasses that change `forward` are left alone."""
+    if is_parametrized(module):
+        return None
+    forward = type(module).forward
+    if forward is nn.Linear.forward:
+        # attention reads this one's weight behind its back
+        return None if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else Kind.LINEAR
+    if forward is nn.Embedding.forward:
+        return Kind.EMBEDDING if cast(nn.Embedding, module).max_norm is None else None
+    if forward in (nn.Conv2d.forward, nn.Conv1d.forward):
+        return Kind.CONV
+    if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
+        return Kind.LINEAR_TRANSPOSED
+    return None
+
+
+def weight_matrix(module: nn.Module) -> Tensor:
+    """The weight as float32 [N, K], detached."""
+    weight = cast(Tensor, module.weight).detach()
+    kind = kind_of(module)
+    if kind is Kind.LINEAR_TRANSPOSED:
+        weight = weight.t()
+    elif kind is Kind.CONV:
+        weight = weight.flatten(1)
+    return weight.float()
+
+
+def patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """The inputs of each output of a convolution: [B, groups, K, P], P output positions."""
+    if x.dim() == 1 + len(conv.kernel_size):
+        x = x[None]
+    padding = conv._reversed_padding_repeated_twice
+    x = F.pad(x, padding, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    if len(kernel) == 1:
+        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+    columns = F.unfold(x, cast(Any, kernel), cast(Any, dilation), 0, cast(Any, stride))
+    return columns.view(len(x), conv.groups, -1, columns.shape[-1])
+
+
+@dataclass(frozen=True)
+class Found:
+    """A weight of a model: the modules that share it, first the one whose name the site takes."""
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def is_embedding_only(self) -> bool:
+        """Whether only single rows are ever read."""
+        return all(kind_of(m) is Kind.EMBEDDING for m in self.modules)
+
+
+def find_weights(model: nn.Module) -> list[Found]:
+    """Every weight that can be quantized, in the model's order; modules that share a parameter are one entry."""
+    by_parameter: dict[int, list[tuple[str, nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if kind_of(module) is not None and cast(Tensor, module.weight).is_floating_point():
+            by_parameter.setdefault(id(module.weight), []).append((name, module))
+    found = []
+    for entries in by_parameter.values():
+        shapes = {weight_matrix_shape(m) for _, m in entries}
+        if len(shapes) == 1:
+            found.append(Found(tuple(n for n, _ in entries), tuple(m for _, m in entries)))
+    return found
+
+
+def weight_matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(N, K) of `weight_matrix`, without making it."""
+    shape = torch.Size(cast(Tensor, module.weight).shape)
+    if kind_of(module) is Kind.LINEAR_TRANSPOSED:
+        return shape[1], shape[0]
+    return shape[0], shape[1:].numel()

@@ -1,0 +1,162 @@
+"""What a model's output is for: the loss whose increase is predicted, and the divergence that is measured.
+
+Two outputs cover most models. Logits are a distribution: the loss is the negative log-likelihood of labels sampled from the model itself (so that its squared gradient is the true Fisher information, Kunstner et al.,
+arXiv:1905.12558, and no labels are needed), the divergence is KL to the reference. Anything else is an embedding: the loss is its inner product with a random direction, whose squared gradient estimates
+the squared change of the unit embedding, and half of that is the divergence, 1 - cosine.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from foveate.errors import DataError
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: a mapping as keywords, a tuple or list as positions, anything else as the one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def _field(output: Any, *names: str) -> Tensor:
+    """The tensor in a model's output: the first named attribute it has, else itself, else its first element."""
+    if isinstance(output, Tensor):
+        return output
+    for name in names:
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
+    if isinstance(first, Tensor):
+        return first
+    raise DataError(f"the model's output is a {type(output).__name__} without a tensor to measure")
+
+
+def _real(batch: Any, rows: Tensor) -> Tensor:
+    """`rows` [B, S, D] flattened to [n, D] without padding, as the batch's attention mask has it."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and rows.dim() == 3 and mask.shape == rows.shape[:2]:
+        return rows[mask.bool()]
+    return rows.reshape(-1, rows.shape[-1])
+
+
+class Objective(ABC):
+    """What is kept when precision falls."""
+
+    name: str
+    #: Whether the rows of one sample (the tokens of a text) have independent labels, so that their gradients are uncorrelated.
+    independent_rows: bool
+
+    @abstractmethod
+    def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+        """(sum over samples of a loss whose squared gradient measures sensitivity, number of samples)."""
+
+    @abstractmethod
+    def outcome(self, output: Any, batch: Any) -> Tensor:
+        """What must be kept: [n, D], one row a sample, float32."""
+
+    @abstractmethod
+    def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """How far each sample's outcome is from the reference's: [n], 0 at best."""
+
+    @abstractmethod
+    def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """Whether each sample's decision is the reference's: bool [n]."""
+
+
+@final
+class Logits(Objective):
+    """Outputs are logits over classes or tokens, the last dimension; divergence in nats."""
+
+    name = "logits"
+    independent_rows = True
+
+    def outcome(self, output: Any, batch: Any) -> Tensor:
+        """Logits [n, classes], padding left out."""
+        return _real(batch, _field(output, "logits")).float()
+
+    def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Negative log-likelihood of labels drawn from the model."""
+        logits_nC = self.outcome(output, batch)
+        labels = torch.multinomial(logits_nC.detach().softmax(-1), 1, generator=generator)[:, 0]
+        return F.cross_entropy(logits_nC, labels, reduction="sum"), len(logits_nC)
+
+    def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """KL(reference || outcome) in nats."""
+        reference = reference_nD.log_softmax(-1)
+        return (reference.exp() * (reference - outcome_nD.log_softmax(-1))).sum(-1)
+
+    def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """Same most likely class."""
+        return reference_nD.argmax(-1) == outcome_nD.argmax(-1)
+
+
+@final
+class Embedding(Objective):
+    """Outputs are vectors compared by their angle; divergence is 1 - cosine."""
+
+    name = "embedding"
+    independent_rows = False
+
+    def outcome(self, output: Any, batch: Any) -> Tensor:
+        """Vectors [n, D], padding left out."""
+        return _real(batch, _field(output, "embeddings", "pooler_output", "last_hidden_state")).float()
+
+    def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+        """Inner product of the unit vector with a random normal direction: its squared gradient is, on average, the squared change of the unit vector."""
+        unit = F.normalize(self.outcome(output, batch), dim=-1)
+        return (unit * torch.randn(unit.shape, generator=generator)).sum(), len(unit)
+
+    def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """1 - cosine."""
+        return 1 - F.cosine_similarity(reference_nD, outcome_nD, dim=-1)
+
+    def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """Same nearest neighbour among the samples of the batch."""
+        if len(reference_nD) < 2:
+            return torch.ones(len(reference_nD), dtype=torch.bool)
+
+        def neighbour(v_nD: Tensor) -> Tensor:
+            unit = F.normalize(v_nD, dim=-1)
+            return (unit @ unit.t()).fill_diagonal_(-2).argmax(1)
+
+        return neighbour(reference_nD) == neighbour(outcome_nD)
+
+
+@final
+class Custom(Objective):
+    """A loss of the user's, `loss(output, batch) -> scalar sum`; what is measured is the outcome of `of`."""
+
+    def __init__(self, loss: Callable[[Any, Any], Tensor], of: Objective) -> None:
+        self._loss, self._of = loss, of
+        self.name, self.independent_rows = f"custom over {of.name}", False
+
+    def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
+        """The user's loss."""
+        return self._loss(output, batch), len(self.outcome(output, batch))
+
+    def outcome(self, output: Any, batch: Any) -> Tensor:
+        """As `of` has it."""
+        return self._of.outcome(output, batch)
+
+    def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """As `of` has it."""
+        return self._of.divergence(reference_nD, outcome_nD)
+
+    def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
+        """As `of` has it."""
+        return self._of.agreement(reference_nD, outcome_nD)
+
+
+def infer(output: Any) -> Objective:
+    """`Logits` if the output has logits, else `Embedding`."""
+    return Logits() if isinstance(getattr(output, "logits", None), Tensor) else Embedding()

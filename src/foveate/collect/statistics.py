@@ -1,0 +1,195 @@
+"""One pass over a small data set: input energies, output gradients and output ranges of every weight.
+
+For a weight with input rows x_t and output gradients g_t (of the loss of one sample) the increase of the loss caused by a change dW is, to second order and with the Fisher information for the Hessian,
+
+    1/2 E[(sum_t g_t . dW x_t)^2]  ~  1/2 sum_ij F_ij dW_ij^2
+
+Where a sample's rows have independent labels (the tokens of a language model), F factors: F_ij = G_i A_j with G = E[g^2] over outputs and A = E[x^2] over inputs (notes on K-FAC's diagonal; score B of the design). Where
+all rows of a sample share one loss (the patches of an image, the tokens of an embedded sentence) their gradients are correlated, so F is accumulated as the squared gradient of each sample. An embedding's F is
+its rows' frequency times the gradient's energy in each column.
+
+Memory: the factored statistics take N + K numbers a weight, the others N x K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate.collect.kinds import Found, Kind, kind_of, patches, weight_matrix_shape
+from foveate.collect.objectives import Objective, run
+from foveate.errors import DataError
+
+#: Per-sample gradients are made this many numbers at a time.
+_CHUNK = 1 << 24
+
+
+class WeightStatistics:
+    """Running sums of one module's use of its weight.
+
+    Attributes:
+        energy_K: sum over rows of x^2, float64.
+        gradient_N: sum over rows of g^2, float64 (factored).
+        fisher_NK: sum over samples of the squared gradient, float32 (not factored).
+        frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
+        rows: rows of x seen.
+        output_range: least and greatest output.
+    """
+
+    def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool) -> None:
+        rows, columns = shape
+        self.kind, self.factored = kind, factored
+        self.tensors: dict[str, Tensor] = {
+            "rows": torch.zeros((), dtype=torch.float64),
+            "output_range": torch.tensor([float("inf"), float("-inf")]),
+        }
+        if kind is Kind.EMBEDDING:
+            self.tensors["frequency_N"] = torch.zeros(rows, dtype=torch.float64)
+            self.tensors["gradient_K"] = torch.zeros(columns, dtype=torch.float64)
+        else:
+            self.tensors["energy_K"] = torch.zeros(columns, dtype=torch.float64)
+            if factored:
+                self.tensors["gradient_N"] = torch.zeros(rows, dtype=torch.float64)
+            else:
+                self.tensors["fisher_NK"] = torch.zeros(rows, columns)
+
+    def see(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
+        """Take the inputs and outputs of one call; returns what takes the output's gradient."""
+        low, high = y.detach().aminmax()
+        limits = self.tensors["output_range"]
+        self.tensors["output_range"] = torch.stack([torch.minimum(limits[0], low.float()), torch.maximum(limits[1], high.float())])
+        if self.kind is Kind.EMBEDDING:
+            self.tensors["frequency_N"] += torch.bincount(x.reshape(-1), minlength=len(self.tensors["frequency_N"]))
+            self.tensors["rows"] += x.numel()
+            return self._see_embedding_gradient
+        if self.kind is Kind.CONV:
+            columns = patches(cast(nn.Conv2d, module), x.detach().float())
+            self.tensors["energy_K"] += columns.square().sum((0, 1, 3))
+            self.tensors["rows"] += columns.shape[0] * columns.shape[1] * columns.shape[3]
+            return lambda g: self._see_conv_gradient(columns, g)
+        x_BTK = x.detach().float().reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
+        self.tensors["energy_K"] += x_BTK.square().sum((0, 1))
+        self.tensors["rows"] += x_BTK.shape[0] * x_BTK.shape[1]
+        if self.factored:
+            return self._see_gradient
+        return lambda g: self._see_sample_gradients(x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2))
+
+    def _see_gradient(self, g: Tensor) -> None:
+        self.tensors["gradient_N"] += g.float().reshape(-1, g.shape[-1]).square().sum(0)
+
+    def _see_embedding_gradient(self, g: Tensor) -> None:
+        self.tensors["gradient_K"] += g.float().reshape(-1, g.shape[-1]).square().sum(0)
+
+    def _see_conv_gradient(self, columns_BgKP: Tensor, g: Tensor) -> None:
+        batch, groups, _, positions = columns_BgKP.shape
+        g_BgNP = g.float().reshape(batch, groups, -1, positions)
+        rows = g_BgNP.shape[2]
+        for i in range(groups):
+            self._see_sample_gradients(columns_BgKP[:, i], g_BgNP[:, i], slice(i * rows, (i + 1) * rows))
+
+    def _see_sample_gradients(self, x_BKT: Tensor, g_BNT: Tensor, rows: slice = slice(None)) -> None:
+        fisher = self.tensors["fisher_NK"][rows]
+        step = max(1, _CHUNK // fisher.numel())
+        for at in range(0, len(x_BKT), step):
+            gradients = torch.bmm(g_BNT[at : at + step], x_BKT[at : at + step].transpose(1, 2))
+            fisher += gradients.square_().sum(0)
+
+    def input_energy(self) -> Tensor | None:
+        """A: the mean of x^2 for each input, float32 [K]; None for an embedding."""
+        if self.kind is Kind.EMBEDDING:
+            return None
+        return (self.tensors["energy_K"] / self.tensors["rows"].clamp_min(1)).float()
+
+    def fisher(self, samples: int) -> Tensor | tuple[Tensor, Tensor]:
+        """F for one sample: [N, K], or its factors ([N], [K])."""
+        t = self.tensors
+        if self.kind is Kind.EMBEDDING:
+            # half a count more for each row, so that a token that calibration never met is not worth nothing
+            frequency = (t["frequency_N"] + 0.5) * t["rows"] / (t["rows"] + 0.5 * len(t["frequency_N"]))
+            return (frequency / samples).float(), (t["gradient_K"] / t["rows"].clamp_min(1)).float()
+        if self.factored:
+            return (t["gradient_N"] / samples).float(), (t["energy_K"] / t["rows"].clamp_min(1)).float()
+        return t["fisher_NK"] / samples
+
+
+class Collector:
+    """Statistics of every weight of a model, batch by batch; its state can be saved and continued.
+
+    Attributes:
+        by_module: statistics for each module's name.
+        samples, batches: how much was seen.
+    """
+
+    def __init__(self, found: Iterable[Found], objective: Objective, seed: int = 0) -> None:
+        self.objective = objective
+        self.samples = 0
+        self.batches = 0
+        self.loss_sum = 0.0
+        self._seed = seed
+        self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
+        self.by_module: dict[str, WeightStatistics] = {}
+        for name, module in self._modules.items():
+            kind = kind_of(module)
+            assert kind is not None, name
+            factored = kind is Kind.EMBEDDING or (objective.independent_rows and kind is not Kind.CONV)
+            self.by_module[name] = WeightStatistics(weight_matrix_shape(module), kind, factored)
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """One forward and one backward pass. Raises `DataError` if the loss is not finite."""
+        generator = torch.Generator().manual_seed(self._seed + self.batches)
+        with torch.enable_grad(), self._hooks():
+            loss, samples = self.objective.loss(run(model, batch), batch, generator)
+            if samples == 0:
+                raise DataError(f"batch {self.batches} holds no samples")
+            if not bool(torch.isfinite(loss)):
+                raise DataError(f"batch {self.batches} gives a loss that is not finite ({float(loss)}): NaN or Inf in the data, or in the model")
+            if not loss.requires_grad:
+                raise DataError("the model's output does not depend on any weight that can be quantized")
+            loss.backward()
+        self.samples += samples
+        self.batches += 1
+        self.loss_sum += float(loss.detach())
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        spark = torch.zeros((), requires_grad=True)
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+            def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                # parameters are frozen meanwhile, so the first outputs must be given a gradient
+                if not output.requires_grad:
+                    output = output + spark
+                output.register_hook(self.by_module[name].see(module, args[0], output))
+                return output
+
+            return after
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def unseen(self) -> list[str]:
+        """Modules that no batch ever reached."""
+        return [name for name, s in self.by_module.items() if float(s.tensors["rows"]) == 0]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on later."""
+        counts = {"samples": self.samples, "batches": self.batches, "loss_sum": self.loss_sum}
+        flat = {f"{name}|{key}": t for name, s in self.by_module.items() for key, t in s.tensors.items()}
+        return {**{k: torch.tensor(v, dtype=torch.float64) for k, v in counts.items()}, **flat}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`; raises `DataError` if it is of another model or objective."""
+        expected = {k: t.shape for k, t in self.state().items()}
+        if {k: t.shape for k, t in state.items()} != expected:
+            raise DataError("the resume file was made for another model or objective: delete it to start afresh")
+        self.samples, self.batches, self.loss_sum = int(state["samples"]), int(state["batches"]), float(state["loss_sum"])
+        for name, s in self.by_module.items():
+            s.tensors = {key: state[f"{name}|{key}"].clone() for key in s.tensors}

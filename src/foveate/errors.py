@@ -1,0 +1,46 @@
+"""The one exception tree.
+
+Everything foveate refuses derives from `FoveateError` and from the built-in that a user of Python would expect, and says the value and the rule:
+"level (=5) is not one of 0, 2, 3, 4, 6, 8". The command line turns any of them into one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+
+class FoveateError(Exception):
+    """The root of everything foveate raises on purpose."""
+
+
+class LevelError(FoveateError, ValueError):
+    """A level that does not exist, or that this site does not have."""
+
+
+class PlaneNotResidentError(LevelError):
+    """A level whose planes were not loaded, or not kept."""
+
+
+class SiteError(FoveateError, KeyError):
+    """A site, or a pattern of sites, that the model does not have."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if self.args else ""
+
+
+class BudgetError(FoveateError, ValueError):
+    """A budget that is malformed, or that no map can meet; the message says the least possible."""
+
+
+class WeightError(FoveateError, ValueError):
+    """Weights that cannot be quantized: NaN, Inf, or out of the range of the stored scales."""
+
+
+class DataError(FoveateError, ValueError):
+    """Calibration or evaluation data that are empty, malformed, or give a loss that is not finite."""
+
+
+class CheckpointError(FoveateError, OSError):
+    """A folder that is missing, truncated, altered, of a newer version, or cannot be written."""
+
+
+class MissingExtraError(FoveateError, ImportError):
+    """A feature that needs an optional dependency; the message says what to install."""

@@ -1,0 +1,1 @@
+"""Levels, packing: values and pure functions. See `docs/format.md`."""

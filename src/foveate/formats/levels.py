@@ -1,0 +1,60 @@
+"""Levels: how many bits a weight or an input is read at, and which planes that takes.
+
+A weight's planes hold 2, 1, 1, 2 and 2 bits, most significant first, so its nested levels are 2, 3, 4, 6 and 8 (and 0: nothing is read, the weight is
+zero). Levels 16 and 32 are exact: no plane gives them, they are reserved for tiles stored as floating point. `docs/format.md` has the whole form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from foveate.errors import LevelError
+
+PLANE_BITS: tuple[int, ...] = (2, 1, 1, 2, 2)
+PLANES = len(PLANE_BITS)
+NESTED_LEVELS: tuple[int, ...] = (2, 3, 4, 6, 8)
+WEIGHT_LEVELS: tuple[int, ...] = (0, *NESTED_LEVELS)
+EXACT_LEVELS: tuple[int, ...] = (16, 32)
+INPUT_LEVELS: tuple[int, ...] = (4, 8, 16, 32)
+TOP_LEVEL = NESTED_LEVELS[-1]
+REACHES: tuple[int, ...] = (0, 1, 2)
+
+_PLANES_OF = {0: 0, **{level: i + 1 for i, level in enumerate(NESTED_LEVELS)}}
+
+
+def _listing(levels: Iterable[int]) -> str:
+    return ", ".join(map(str, levels))
+
+
+def check_weight_level(level: int) -> int:
+    """Return `level` if weights can be stored at it, else raise `LevelError`."""
+    if level in _PLANES_OF:
+        return level
+    if level in EXACT_LEVELS:
+        raise LevelError(f"level (={level}) is exact, and format version 1 stores no exact tiles: choose one of {_listing(WEIGHT_LEVELS)}")
+    raise LevelError(f"level (={level}) is not one of {_listing(WEIGHT_LEVELS)}")
+
+
+def check_input_level(level: int) -> int:
+    """Return `level` if inputs can be quantized to it, else raise `LevelError`."""
+    if level in INPUT_LEVELS:
+        return level
+    raise LevelError(f"input level (={level}) is not one of {_listing(INPUT_LEVELS)}")
+
+
+def planes_of(level: int) -> int:
+    """How many planes a weight level reads: 0, 1, 2, 3, 4, 5 for levels 0, 2, 3, 4, 6, 8."""
+    return _PLANES_OF[check_weight_level(level)]
+
+
+def code_range(level: int, reach: int) -> int:
+    """The greatest code `C` of a nested level: codes are 0..C, centred at C/2 (docs/format.md, "Values")."""
+    if level <= 4:
+        return (1 << level) - 1
+    low = level - 4
+    return (15 << (low - reach)) + (1 << low) - 1
+
+
+def code_step(level: int, reach: int) -> float:
+    """The size of one code step at a nested level, in units of the 4-bit scale `s`."""
+    return float(2.0 ** (4 - level)) if level <= 4 else float(2.0 ** (reach - (level - 4)))

@@ -1,0 +1,27 @@
+// The kernels of one instruction set, from its vector primitives `V`. Included last, after `V`.
+//
+// `V` gives: kRows (rows of a tile in a vector), kLanes (lanes of x that a pass over a strip takes), kByteCodes
+// (products take codes up to 255), the types Words, Ints, Floats and Sums, and the functions used in tile.h, strip.h,
+// panel.h and rows.h. All instruction sets give the same bits.
+
+#include "tile.h"
+#include "rows.h"
+#include "strip.h"
+#include "panel.h"
+
+template <class V>
+Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
+  if constexpr (V::kByteCodes) {
+    if ((row_end - row) * (x.wide ? 2 : 1) > V::kLanes) return panel_strips<V>(w, x, y, strip, strip_end, row, row_end);
+  }
+  for (; strip < strip_end; ++strip) {
+    const Fault fault = x.wide ? strip_rows<V, true>(w, x, y, strip, row, row_end) : strip_rows<V, false>(w, x, y, strip, row, row_end);
+    if (fault != Fault::kNone) return fault;
+  }
+  return Fault::kNone;
+}
+
+template <class V>
+constexpr Kernels kernels_of(const char* name) {
+  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>};
+}

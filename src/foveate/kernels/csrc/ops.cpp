@@ -1,0 +1,361 @@
+// The torch side of the CPU kernels: checks, memory, threads. Schemas and meaning are in Python (kernels/ops/planes.py,
+// kernels/reference.py); this file only registers for the CPU.
+//
+// Shapes are checked here. What the tile index says (starts, resident, tags) is checked by the kernels as they read it.
+//
+// Work is (weight, strip) pairs of all weights of the list, times chunks of rows where strips are few. Threads take runs
+// of them from one counter, long runs first: streams stay long, and a thread that the machine holds up holds up nobody.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "planes.h"
+
+namespace foveate {
+namespace {
+
+using at::Tensor;
+using at::TensorList;
+
+constexpr int64_t kRowChunk = 256;
+constexpr int64_t kParallelFrom = 1 << 17;  // products of a weight and an input below which one thread is faster
+
+const Kernels* find_kernels(const std::string& name) {
+  const Kernels* const all[] = {avx512_kernels(), avx2_kernels(), portable_kernels()};
+  for (const Kernels* kernels : all)
+    if (kernels && (name.empty() || name == kernels->name)) return kernels;
+  TORCH_CHECK(false, "instruction set (=", name, ") is not one of avx512_vnni, avx2, portable, or this machine does not have it");
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+const Kernels& kernels() {
+  const Kernels* now = active.load(std::memory_order_relaxed);
+  if (!now) {
+    const char* forced = std::getenv("FOVEATE_CPU");
+    now = find_kernels(forced ? forced : "");
+    active.store(now);
+  }
+  return *now;
+}
+
+std::string cpu_isa(std::string force) {
+  if (!force.empty()) active.store(find_kernels(force));
+  return kernels().name;
+}
+
+void check_vector(const Tensor& t, at::ScalarType type, const char* name) {
+  TORCH_CHECK(t.scalar_type() == type, name, " has dtype (=", t.scalar_type(), "), not ", type);
+  TORCH_CHECK(t.is_contiguous(), name, " is not contiguous");
+  TORCH_CHECK(t.device().is_cpu(), name, " is on device (=", t.device(), "), not the CPU");
+}
+
+// A weight of the stored form, checked; its tags are those of `map`.
+Weight weight_of(TensorList planes, const Tensor& scales, const Tensor& units, const Tensor& starts, const Tensor& resident,
+                 const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach, int64_t map) {
+  TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
+  TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
+  TORCH_CHECK(map == 0 || map == 1, "map (=", map, ") is not 0 or 1");
+  TORCH_CHECK(rows >= 0 && columns >= 0, "rows (=", rows, ") and columns (=", columns, ") must not be negative");
+  TORCH_CHECK(planes.size() == kPlanes, "a weight has 5 planes, not ", planes.size());
+  Weight w{};
+  w.rows = rows;
+  w.columns = columns;
+  w.strips = (rows + kTileRows - 1) / kTileRows;
+  w.groups = (columns + group - 1) / group;
+  w.group = static_cast<int>(group);
+  w.reach = static_cast<int>(reach);
+  for (int p = 0; p < kPlanes; ++p) {
+    check_vector(planes[p], at::kByte, "a plane");
+    const int64_t bytes = tile_bytes(p, w.group);
+    TORCH_CHECK(planes[p].numel() % bytes == 0, "plane ", p, " has ", planes[p].numel(), " bytes, not a multiple of ", bytes);
+    w.planes[p] = planes[p].const_data_ptr<uint8_t>();
+    w.tiles[p + 1] = static_cast<uint64_t>(planes[p].numel() / bytes);
+  }
+  check_vector(scales, at::kHalf, "scales");
+  TORCH_CHECK(scales.numel() % (2 * kTileRows) == 0, "scales have ", scales.numel(), " values, not a multiple of 32");
+  w.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
+  w.tiles[0] = static_cast<uint64_t>(scales.numel() / (2 * kTileRows));
+  check_vector(units, at::kFloat, "units");
+  TORCH_CHECK(units.dim() == 2 && units.size(0) == kPlanes && (units.size(1) == 1 || units.size(1) == w.strips * kTileRows),
+              "units have shape (=", units.sizes(), "), not [5, 1] or [5, ", w.strips * kTileRows, "]");
+  w.units = units.const_data_ptr<float>();
+  w.unit_rows = units.size(1);
+  check_vector(starts, at::kLong, "starts");
+  TORCH_CHECK(starts.dim() == 2 && starts.size(0) == w.strips && starts.size(1) == 6,
+              "starts have shape (=", starts.sizes(), "), not [", w.strips, ", 6]");
+  w.starts = starts.const_data_ptr<int64_t>();
+  check_vector(resident, at::kByte, "resident");
+  TORCH_CHECK(resident.dim() == 2 && resident.size(0) == w.strips && resident.size(1) == w.groups,
+              "resident has shape (=", resident.sizes(), "), not [", w.strips, ", ", w.groups, "]");
+  w.resident = resident.const_data_ptr<uint8_t>();
+  check_vector(tags, at::kByte, "tags");
+  TORCH_CHECK(tags.dim() == 3 && tags.size(0) == 2 && tags.size(1) == w.strips && tags.size(2) == w.groups,
+              "tags have shape (=", tags.sizes(), "), not [2, ", w.strips, ", ", w.groups, "]");
+  w.tags = tags.const_data_ptr<uint8_t>() + map * w.strips * w.groups;
+  return w;
+}
+
+// What the threads of one call found wrong.
+struct Faults {
+  std::atomic<uint8_t> first{0};
+  void note(Fault fault) {
+    if (fault != Fault::kNone) first.store(static_cast<uint8_t>(fault), std::memory_order_relaxed);
+  }
+  bool any() const { return first.load(std::memory_order_relaxed) != 0; }
+  void raise() const {
+    const Fault fault = static_cast<Fault>(first.load());
+    TORCH_CHECK(fault != Fault::kOutside, "starts and resident say that a tile is stored where its plane or scales have none");
+    TORCH_CHECK(fault != Fault::kLevel, "a tile's level (the lesser of tag and resident) is not one of 0, 2, 3, 4, 6, 8");
+    TORCH_CHECK_INDEX(fault != Fault::kOrder, "order has an index outside the columns of x");
+  }
+};
+
+// Calls run(begin, end) for runs of [0, count), whose ends are multiples of `least`, until all are taken.
+template <class Run>
+void share(int64_t count, int64_t least, bool parallel, const Run& run) {
+  if (!parallel) {
+    run(0, count);
+    return;
+  }
+  const int64_t threads = at::get_num_threads();
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    int64_t begin = next.load(std::memory_order_relaxed);
+    while (begin < count) {
+      const int64_t fair = (count - begin) / (2 * threads) / least * least;
+      const int64_t end = std::min(count, begin + std::max(least, fair));
+      if (!next.compare_exchange_weak(begin, end)) continue;
+      run(begin, end);
+      begin = next.load(std::memory_order_relaxed);
+    }
+  });
+}
+
+bool worth_threads(int64_t work) { return work >= kParallelFrom && at::get_num_threads() > 1 && !at::in_parallel_region(); }
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Type::kFloat32;
+    case at::kBFloat16: return Type::kBFloat16;
+    case at::kHalf: return Type::kFloat16;
+    default: TORCH_CHECK(false, "x has dtype (=", x.scalar_type(), "), not float32, bfloat16 or float16");
+  }
+}
+
+// The rows of x that one map serves.
+struct Pass {
+  int64_t rows;
+  const int64_t* row_of;  // null: all of them
+  int level;
+};
+
+void integer_pass(const Pass& pass, const Tensor& x, const int64_t* order, const std::vector<Weight>& weights,
+                  const std::vector<Tensor>& outputs) {
+  const Kernels& isa = kernels();
+  const int group = weights[0].group;
+  const Source source{x.const_data_ptr(), x.stride(0), x.size(1), pass.row_of, order, type_of(x)};
+  Inputs q{};
+  q.rows = pass.rows;
+  q.wide = pass.level == 16;
+  q.lanes = q.wide ? 2 * q.rows : q.rows;
+  q.groups = weights[0].groups;
+  q.group = group;
+  q.q_max = pass.level == 4 ? 7.0f : pass.level == 8 ? 127.0f : 32512.0f;
+  const int64_t code_bytes = (q.groups * q.lanes * group + 63) / 64 * 64;
+  const int64_t sum_bytes = (q.groups * q.rows * 4 + 63) / 64 * 64;
+  const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(code_bytes + sum_bytes + q.rows * 4 + 64)]);
+  char* const aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
+  q.codes = reinterpret_cast<int8_t*>(aligned);
+  q.sums = reinterpret_cast<int32_t*>(aligned + code_bytes);
+  q.scales = reinterpret_cast<float*>(aligned + code_bytes + sum_bytes);
+
+  Faults faults;
+  const bool many_values = q.rows > 1 && worth_threads(q.rows * q.groups * group);
+  share(q.rows, 1, many_values, [&](int64_t row, int64_t row_end) { faults.note(isa.quantize(source, q, row, row_end)); });
+  faults.raise();
+
+  int64_t strips = 0;
+  for (const Weight& w : weights) strips += w.strips;
+  if (strips == 0) return;
+  const bool parallel = worth_threads(strips * kTileRows * q.groups * group * q.lanes);
+  int64_t chunk = std::min(kRowChunk, q.rows);
+  while (parallel && chunk > 32 && (q.rows + chunk - 1) / chunk * strips < 4 * at::get_num_threads()) chunk = (chunk + 1) / 2;
+  const int64_t chunks = (q.rows + chunk - 1) / chunk;
+  share(strips * chunks, q.lanes > isa.lean_lanes ? 2 : 1, parallel, [&](int64_t begin, int64_t end) {
+    while (begin < end && !faults.any()) {
+      const int64_t c = begin / strips;
+      int64_t strip = begin % strips, w = 0;
+      while (strip >= weights[w].strips) strip -= weights[w++].strips;
+      const int64_t strip_end = std::min(weights[w].strips, strip + end - begin);
+      const Output y{outputs[w].data_ptr(), weights[w].rows, pass.row_of, type_of(x)};
+      faults.note(isa.product(weights[w], q, y, strip, strip_end, q.rows * c / chunks, q.rows * (c + 1) / chunks));
+      begin += strip_end - strip;
+    }
+  });
+  faults.raise();
+}
+
+void unpack_rows(const Weight& w, float* out, int64_t strip, int64_t strip_end) {
+  Faults faults;
+  share(strip_end - strip, 1, worth_threads((strip_end - strip) * kTileRows * w.columns), [&](int64_t begin, int64_t end) {
+    faults.note(kernels().unpack(w, out + begin * kTileRows * w.columns, strip + begin, strip + end));
+  });
+  faults.raise();
+}
+
+// Inputs at 32 bits: the float32 product with the unpacked weight, a slab of rows at a time.
+void float_pass(const Pass& pass, const Tensor& x, const Tensor* order, const std::vector<Weight>& weights,
+                const std::vector<Tensor>& outputs) {
+  Tensor index;
+  if (pass.row_of) {
+    index = at::empty({pass.rows}, at::kLong);
+    std::copy_n(pass.row_of, pass.rows, index.data_ptr<int64_t>());
+  }
+  Tensor x_MK = (pass.row_of ? x.index_select(0, index) : x).to(at::kFloat);
+  if (order) x_MK = x_MK.index_select(1, *order);
+  constexpr int64_t kSlab = 64;  // strips
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Weight& w = weights[i];
+    for (int64_t strip = 0; strip < w.strips; strip += kSlab) {
+      const int64_t strip_end = std::min(w.strips, strip + kSlab);
+      const int64_t first = strip * kTileRows, count = std::min(w.rows, strip_end * kTileRows) - first;
+      const Tensor slab = at::empty({count, w.columns}, x_MK.options());
+      unpack_rows(w, slab.data_ptr<float>(), strip, strip_end);
+      Tensor y = at::linear(x_MK, slab);
+      if (w.bias) y += at::from_blob(const_cast<float*>(w.bias) + first, {count}, at::kFloat);
+      Tensor target = outputs[i].narrow(1, first, count);
+      if (pass.row_of) target.index_copy_(0, index, y.to(target.scalar_type()));
+      else target.copy_(y);
+    }
+  }
+}
+
+int input_level_of(const Tensor& input_level, int map) {
+  const int level = input_level.const_data_ptr<uint8_t>()[map];
+  TORCH_CHECK(level == 4 || level == 8 || level == 16 || level == 32, "input level (=", level, ") is not one of 4, 8, 16, 32");
+  return level;
+}
+
+std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList scales, TensorList units, TensorList starts,
+                                 TensorList resident, TensorList tags, TensorList biases, at::IntArrayRef rows, int64_t group,
+                                 at::IntArrayRef reach, const Tensor& input_level, const std::optional<Tensor>& choice,
+                                 const std::optional<Tensor>& order) {
+  const size_t count = rows.size();
+  TORCH_CHECK(planes.size() == kPlanes * count && scales.size() == count && units.size() == count && starts.size() == count &&
+                  resident.size() == count && tags.size() == count && biases.size() == count && reach.size() == count,
+              "every list must have one entry a weight, and planes five: rows has ", count);
+  TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
+  type_of(x);
+  const int64_t columns = x.size(-1);
+  const int64_t m = columns ? x.numel() / columns : c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  Tensor x_MK = x.dim() == 2 ? x : x.reshape({m, columns});
+  if (x_MK.stride(1) != 1) x_MK = x_MK.contiguous();
+  check_vector(input_level, at::kByte, "input_level");
+  TORCH_CHECK(input_level.numel() == 2, "input_level has ", input_level.numel(), " values, not 2");
+
+  std::vector<Weight> weights;
+  std::vector<Tensor> outputs;
+  weights.reserve(count);
+  outputs.reserve(count);
+  auto shape = x.sizes().vec();
+  for (size_t i = 0; i < count; ++i) {
+    weights.push_back(weight_of(planes.slice(kPlanes * i, kPlanes), scales[i], units[i], starts[i], resident[i], tags[i],
+                                   rows[i], columns, group, reach[i], 0));
+    if (biases[i].numel()) {
+      check_vector(biases[i], at::kFloat, "a bias");
+      TORCH_CHECK(biases[i].numel() == rows[i], "a bias has ", biases[i].numel(), " values, not ", rows[i]);
+      weights[i].bias = biases[i].const_data_ptr<float>();
+    }
+    shape.back() = rows[i];
+    outputs.push_back(at::empty(shape, x.options()));
+  }
+  const int64_t* order_data = nullptr;
+  if (order) {
+    check_vector(*order, at::kLong, "order");
+    TORCH_CHECK(order->numel() == columns, "order has ", order->numel(), " values, not ", columns);
+    order_data = order->const_data_ptr<int64_t>();
+  }
+  if (m == 0 || count == 0) return outputs;
+
+  std::vector<int64_t> row_of;
+  int64_t split = m;  // rows of map 0, then those of map 1
+  if (choice) {
+    TORCH_CHECK(choice->scalar_type() == at::kByte || choice->scalar_type() == at::kBool, "choice has dtype (=",
+                choice->scalar_type(), "), not bool or uint8");
+    TORCH_CHECK(choice->numel() == m, "choice has ", choice->numel(), " values, not one for each of ", m, " rows");
+    const Tensor chosen = choice->contiguous();
+    const uint8_t* which = static_cast<const uint8_t*>(chosen.const_data_ptr());
+    split = std::count(which, which + m, uint8_t{0});
+    if (split != 0 && split != m) {
+      row_of.resize(m);
+      for (int64_t r = 0, at[2] = {0, split}; r < m; ++r) row_of[at[which[r] != 0]++] = r;
+    }
+  }
+  std::vector<Tensor> flat;
+  for (size_t i = 0; i < count; ++i) flat.push_back(outputs[i].dim() == 2 ? outputs[i] : outputs[i].view({m, rows[i]}));
+  for (int map = 0; map < 2; ++map) {
+    Pass pass{map ? m - split : split, nullptr, input_level_of(input_level, map)};
+    if (pass.rows == 0) continue;
+    if (!row_of.empty()) pass.row_of = row_of.data() + (map ? split : 0);
+    if (map)
+      for (Weight& w : weights) w.tags += w.strips * w.groups;
+    if (pass.level == 32) float_pass(pass, x_MK, order ? &*order : nullptr, weights, flat);
+    else integer_pass(pass, x_MK, order_data, weights, flat);
+  }
+  return outputs;
+}
+
+Tensor plane_unpack(TensorList planes, const Tensor& scales, const Tensor& units, const Tensor& starts, const Tensor& resident,
+                    const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach, int64_t map) {
+  const Weight w = weight_of(planes, scales, units, starts, resident, tags, rows, columns, group, reach, map);
+  Tensor out = at::empty({rows, columns}, units.options());
+  if (out.numel()) unpack_rows(w, out.data_ptr<float>(), 0, w.strips);
+  return out;
+}
+
+Tensor plane_embedding(const Tensor& indices, TensorList planes, const Tensor& scales, const Tensor& units, const Tensor& starts,
+                       const Tensor& resident, const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach,
+                       int64_t map) {
+  const Weight w = weight_of(planes, scales, units, starts, resident, tags, rows, columns, group, reach, map);
+  TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, "indices have dtype (=",
+              indices.scalar_type(), "), not int64 or int32");
+  const Tensor index = indices.to(at::kLong).contiguous();
+  const int64_t* at = index.const_data_ptr<int64_t>();
+  const int64_t count = index.numel();
+  for (int64_t i = 0; i < count; ++i)
+    TORCH_CHECK_INDEX(at[i] >= 0 && at[i] < rows, "index (=", at[i], ") is not a row of the embedding, 0..", rows - 1);
+  auto shape = indices.sizes().vec();
+  shape.push_back(columns);
+  Tensor out = at::empty(shape, units.options());
+  if (out.numel() == 0) return out;
+  float* to = out.data_ptr<float>();
+  Faults faults;
+  share(count, 1, worth_threads(count * columns * 4), [&](int64_t begin, int64_t end) {
+    faults.note(kernels().embed(w, at, to, begin, end));
+  });
+  faults.raise();
+  return out;
+}
+
+}  // namespace
+}  // namespace foveate
+
+TORCH_LIBRARY_IMPL(foveate, CPU, m) {
+  m.impl("plane_linear", foveate::plane_linear);
+  m.impl("plane_unpack", foveate::plane_unpack);
+  m.impl("plane_embedding", foveate::plane_embedding);
+}
+
+TORCH_LIBRARY_IMPL(foveate, CompositeExplicitAutograd, m) { m.impl("_cpu_isa", foveate::cpu_isa); }

@@ -1,0 +1,90 @@
+// What the kernels and the torch ops (ops.cpp) say to each other: plain structs, no torch.
+//
+// A weight is stored as five bit planes of tiles, 16 rows by one group of inputs each (docs/format.md). Everything the
+// kernels take was checked for shape by ops.cpp; what they read from memory (starts, resident, tags) they check
+// themselves, tile by tile, and report as a Fault.
+//
+// Legend: M rows of x, N rows and K inputs of a weight, g inputs a group, G groups, NT strips of 16 rows. A *lane* is
+// one int8 row of inputs: an 8-bit row of x is one lane, a 16-bit row two (high byte, then low byte).
+#pragma once
+
+#include <cstdint>
+
+namespace foveate {
+
+constexpr int kPlanes = 5;
+constexpr int kTileRows = 16;
+constexpr int kMaxGroup = 128;
+
+// Tiles of a plane are runs of 64-byte chunks: 16 columns a chunk at 2 bits, 32 at 1 bit.
+constexpr int kPlaneBits[kPlanes] = {2, 1, 1, 2, 2};
+
+constexpr int64_t tile_bytes(int plane, int group) { return int64_t{kTileRows} * group * kPlaneBits[plane] / 8; }
+
+// One weight, read by one map.
+struct Weight {
+  const uint8_t* planes[kPlanes];
+  const uint16_t* scales;   // float16: 16 scales, then 16 offsets, a stored tile
+  uint64_t tiles[6];        // how many tiles are stored: of scales, then of each plane
+  const float* units;       // [5, unit_rows]
+  int64_t unit_rows;        // 1, or NT * 16
+  const int64_t* starts;    // [NT, 6], columns as in `tiles`
+  const uint8_t* resident;  // [NT, G]
+  const uint8_t* tags;      // [NT, G] of the map
+  const float* bias;        // [N], or null
+  int64_t rows, columns;    // N, K
+  int64_t strips, groups;   // NT, G
+  int group, reach;
+};
+
+enum class Type : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+// Rows of x as they arrive; row r of the kernels' numbering is row_of[r] here (null: r).
+struct Source {
+  const void* data;
+  int64_t row_stride;    // in elements
+  int64_t columns;       // K
+  const int64_t* row_of;
+  const int64_t* order;  // column k of the weight is column order[k] here (null: k)
+  Type type;
+};
+
+// Quantized rows, group by group: what a tile needs of many rows is one run of memory.
+struct Inputs {
+  int8_t* codes;   // [G, lanes, g]
+  int32_t* sums;   // [G, rows], sums of a group's codes
+  float* scales;   // [rows]
+  int64_t rows, lanes, groups;
+  int group;
+  float q_max;     // 7, 127 or 32512
+  bool wide;       // two lanes a row
+};
+
+struct Output {
+  void* data;
+  int64_t row_stride;  // in elements
+  const int64_t* row_of;
+  Type type;
+};
+
+enum class Fault : uint8_t { kNone, kOutside, kLevel, kOrder };
+
+// One instruction set's kernels. Ranges are half open; ranges of one call may run on different threads.
+struct Kernels {
+  const char* name;
+  // Lanes above which strips are worth taking two at a time.
+  int64_t lean_lanes;
+  Fault (*quantize)(const Source&, const Inputs&, int64_t row, int64_t row_end);
+  Fault (*product)(const Weight&, const Inputs&, const Output&, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end);
+  // The dense weight, float32 [rows of the strips, K].
+  Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
+  // Rows indices[i] of the dense weight, float32 [.., K].
+  Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
+};
+
+// Null where the machine or the compiler does not have the instructions.
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+}  // namespace foveate

@@ -1,0 +1,197 @@
+// From planes to codes, in registers: the part every kernel shares.
+//
+// A chunk of 64 bytes is 16 rows x 4 bytes, and a vector of any instruction set is some of those rows: `V::kRows` words
+// of 32 bits. In a 2-bit chunk, bits 2j and 2j+1 of byte i of a row are column 4j + i ("field j"). So a field masked out
+// of a chunk lies as the products want it, four columns of a row in a word, rows in lanes. Planes are merged before
+// fields are taken apart, which halves the work at each step:
+//
+//     two 1-bit chunks (32 columns)          -> two chunks of 2-bit fields      (one shift, one select each)
+//     2-bit chunks `high`, `low`             -> nibbles: fields 0|2 and 1|3     (one shift, one select each)
+//     nibbles A (planes 0-2) and B (3-4)     -> bytes, one field each           (one shift, one select each)
+//
+// At level 3 the nibbles are 2c, at level 6 the bytes are 4c: the plane that is not read is zero. The sums are put right
+// once a tile, by a shift.
+//
+// Included by each instruction set's file, after its `V`, inside its own anonymous namespace: nothing here may be shared
+// between files that are compiled for different machines.
+
+// How many planes a level reads; 0xFF for what is no level.
+constexpr uint8_t kPlanesOf[9] = {0, 0xFF, 1, 2, 3, 0xFF, 4, 0xFF, 5};
+constexpr uint8_t kFloors[6] = {1, 2, 3, 4, 6, 8};  // the least resident level that stores scales, plane 0, plane 1...
+constexpr int64_t kAhead = 2048;                    // bytes that a stream is prefetched ahead
+
+inline void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(p) + ahead, 0, 3); }
+
+// The greatest code of a level that reads `planes` planes.
+inline int32_t code_range(int planes, int reach) {
+  switch (planes) {
+    case 1: return 3;
+    case 2: return 7;
+    case 3: return 15;
+    case 4: return (15 << (2 - reach)) + 3;
+    default: return (15 << (4 - reach)) + 15;
+  }
+}
+
+struct Tile {
+  const uint8_t* planes[kPlanes];
+  const uint16_t* scales;
+  int kind;  // planes to read; 0: skip the tile
+};
+
+// Goes along a strip. Positions advance by one for each tile that stores the plane, read or not.
+struct Walk {
+  const Weight& w;
+  const uint8_t* resident;
+  const uint8_t* tags;
+  uint64_t at[6];
+
+  Walk(const Weight& weight, int64_t strip)
+      : w(weight), resident(weight.resident + strip * weight.groups), tags(weight.tags + strip * weight.groups) {
+    for (int i = 0; i < 6; ++i) at[i] = static_cast<uint64_t>(weight.starts[strip * 6 + i]);
+  }
+
+  inline __attribute__((always_inline)) Fault next(int64_t group, Tile& tile) {
+    const uint8_t stored = resident[group];
+    const uint8_t level = stored < tags[group] ? stored : tags[group];
+    tile.kind = level < 9 ? kPlanesOf[level] : 0xFF;
+    if (tile.kind == 0xFF) return Fault::kLevel;
+    if (tile.kind > 0) {
+      bool outside = at[0] >= w.tiles[0];
+      for (int p = 0; p < tile.kind; ++p) outside |= at[p + 1] >= w.tiles[p + 1];
+      if (outside) return Fault::kOutside;
+      tile.scales = w.scales + at[0] * 2 * kTileRows;
+      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1] * tile_bytes(p, w.group);
+    }
+    for (int i = 0; i < 6; ++i) at[i] += stored >= kFloors[i];
+    return Fault::kNone;
+  }
+};
+
+template <class V>
+struct Nibbles {
+  typename V::Words even, odd;  // low nibbles: fields 0 and 1; high nibbles: fields 2 and 3
+};
+
+template <class V>
+inline Nibbles<V> merge(typename V::Words high, typename V::Words low) {
+  return {V::select(0xCCCCCCCCu, high << 2, low), V::select(0xCCCCCCCCu, high, low >> 2)};
+}
+
+// What one step of 16 columns needs of a tile, for `V::kRows` of its rows.
+template <class V, int KIND>
+struct Reader {
+  using Words = typename V::Words;
+  const uint8_t* p[kPlanes];
+  Words one, two;  // the chunks of 1-bit planes, 32 columns
+
+  inline __attribute__((always_inline)) Reader(const Tile& tile, int byte) {
+    for (int i = 0; i < KIND; ++i) p[i] = tile.planes[i] + byte;
+  }
+
+  // Before the two steps of a pair of chunks.
+  inline __attribute__((always_inline)) void begin_pair(int pair) {
+    if constexpr (KIND >= 2) one = load(1, pair);
+    if constexpr (KIND >= 3) two = load(2, pair);
+  }
+
+  // Fields of the 4-bit code (planes 0-2), or of what is read of it.
+  template <int ODD>
+  inline __attribute__((always_inline)) Nibbles<V> anchor(int pair) {
+    const Words high = load(0, 2 * pair + ODD);
+    if constexpr (KIND == 1) return {high & 0x33333333u, (high >> 2) & 0x33333333u};
+    Words low;
+    if constexpr (KIND == 2) low = (ODD ? one : one << 1) & 0xAAAAAAAAu;
+    if constexpr (KIND >= 3) low = ODD ? V::select(0xAAAAAAAAu, one, two >> 1) : V::select(0xAAAAAAAAu, one << 1, two);
+    return merge<V>(high, low);
+  }
+
+  // Fields of the residual code (planes 3-4).
+  template <int ODD>
+  inline __attribute__((always_inline)) Nibbles<V> residual(int pair) {
+    const Words high = load(3, 2 * pair + ODD);
+    if constexpr (KIND == 4) return {(high << 2) & 0xCCCCCCCCu, high & 0xCCCCCCCCu};
+    else return merge<V>(high, load(4, 2 * pair + ODD));
+  }
+
+ private:
+  inline __attribute__((always_inline)) Words load(int plane, int chunk) {
+    const uint8_t* at = p[plane] + 64 * chunk;
+    prefetch(at, kAhead);
+    return V::load(at);
+  }
+};
+
+// Fields 0-3 of a nibble code, one a byte.
+template <class V>
+inline void nibble_fields(const Nibbles<V>& a, typename V::Words (&field)[4]) {
+  field[0] = a.even & 0x0F0F0F0Fu;
+  field[1] = a.odd & 0x0F0F0F0Fu;
+  field[2] = (a.even >> 4) & 0x0F0F0F0Fu;
+  field[3] = (a.odd >> 4) & 0x0F0F0F0Fu;
+}
+
+// Fields 0-3 of (A << (4 - reach)) + B, one a byte. Without reach the two do not overlap.
+template <class V, bool REACHED>
+inline void byte_fields(const Nibbles<V>& a, const Nibbles<V>& b, int reach, typename V::Words (&field)[4]) {
+  if constexpr (REACHED) {
+    typename V::Words low[4];
+    nibble_fields<V>(a, field);
+    nibble_fields<V>(b, low);
+    for (int j = 0; j < 4; ++j) field[j] = (field[j] << (4 - reach)) + low[j];
+  } else {
+    field[0] = V::select(0xF0F0F0F0u, a.even << 4, b.even);
+    field[1] = V::select(0xF0F0F0F0u, a.odd << 4, b.odd);
+    field[2] = V::select(0xF0F0F0F0u, a.even, b.even >> 4);
+    field[3] = V::select(0xF0F0F0F0u, a.odd, b.odd >> 4);
+  }
+}
+
+// The codes c themselves, one a byte: [g / 4 quads of columns, 16 rows, 4].
+template <class V, int KIND, bool REACHED>
+void unpack_kind(const Tile& tile, int group, int reach, uint8_t* codes) {
+  for (int part = 0; part < 64; part += 4 * V::kRows) {
+    Reader<V, KIND> reader(tile, part);
+    auto step = [&](auto odd, int pair) __attribute__((always_inline)) {
+      typename V::Words field[4];
+      const Nibbles<V> a = reader.template anchor<decltype(odd)::value>(pair);
+      if constexpr (KIND <= 3) nibble_fields<V>(a, field);
+      else byte_fields<V, REACHED>(a, reader.template residual<decltype(odd)::value>(pair), reach, field);
+      for (int j = 0; j < 4; ++j) {
+        if constexpr (KIND == 2) field[j] = field[j] >> 1;
+        if constexpr (KIND == 4) field[j] = field[j] >> 2;
+        V::store(codes + 64 * (8 * pair + 4 * decltype(odd)::value + j) + part, field[j]);
+      }
+    };
+    for (int pair = 0; pair < group / 32; ++pair) {
+      reader.begin_pair(pair);
+      step(std::integral_constant<int, 0>{}, pair);
+      step(std::integral_constant<int, 1>{}, pair);
+    }
+  }
+}
+
+template <class V>
+void unpack_tile(const Tile& tile, int group, int reach, uint8_t* codes) {
+  switch (tile.kind) {
+    case 1: return unpack_kind<V, 1, false>(tile, group, reach, codes);
+    case 2: return unpack_kind<V, 2, false>(tile, group, reach, codes);
+    case 3: return unpack_kind<V, 3, false>(tile, group, reach, codes);
+    case 4: return reach ? unpack_kind<V, 4, true>(tile, group, reach, codes) : unpack_kind<V, 4, false>(tile, group, reach, codes);
+    default: return reach ? unpack_kind<V, 5, true>(tile, group, reach, codes) : unpack_kind<V, 5, false>(tile, group, reach, codes);
+  }
+}
+
+// The scales of a tile at its level, for rows from `row` on: s * unit (rounded) and m.
+template <class V>
+struct TileScales {
+  typename V::Floats step, offset;
+
+  TileScales() = default;
+  inline __attribute__((always_inline)) TileScales(const Weight& w, const Tile& tile, int64_t strip, int row) {
+    const float* unit = w.units + (tile.kind - 1) * w.unit_rows;
+    const typename V::Floats s = V::halves(tile.scales + row);
+    step = w.unit_rows == 1 ? s * *unit : s * V::floats(unit + strip * kTileRows + row);
+    offset = V::halves(tile.scales + kTileRows + row);
+  }
+};

@@ -1,0 +1,1 @@
+"""Every op's schema, fake and dispatch, one file a family."""

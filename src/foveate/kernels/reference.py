@@ -1,0 +1,181 @@
+"""The meaning of every op, in plain torch.
+
+Written to be read beside docs/format.md, not to be fast. The integer sums of a group are exact (float64 holds them), and groups are added in ascending order
+with one rounding each, as the compiled kernels do it with a fused multiply-add. It also runs where no compiler is found.
+
+Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strips of 16 rows, G groups, T = NT * G tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.formats.levels import NESTED_LEVELS, PLANES, check_input_level, code_range
+from foveate.formats.packing import SCALE_VALUES, TILE_ROWS, tile_bytes, tiles_to_matrix, unpack_plane
+
+INPUT_RANGE = {4: 7.0, 8: 127.0, 16: 32512.0}
+
+
+def _spread(stored: Tensor, has_it: Tensor) -> Tensor:
+    """Put stored tiles [S, B] at their places among all tiles [T, B], zeros elsewhere."""
+    full = stored.new_zeros(has_it.numel(), stored.shape[1])
+    full[has_it.view(-1)] = stored
+    return full
+
+
+def _centred_codes(planes: Sequence[Tensor], resident: Tensor, level_tiles: Tensor, group: int, reach: int) -> Tensor:
+    """2c - C of every tile at its level, int64 [NT, G, 16, g]; 0 where the level is 0."""
+    strips, groups = resident.shape
+    q = []
+    for plane, packed in enumerate(planes):
+        has_it = resident >= NESTED_LEVELS[plane]
+        stored = packed.view(-1, tile_bytes(plane, group))
+        q.append(unpack_plane(_spread(stored, has_it), plane, group).view(strips, groups, TILE_ROWS, group).long())
+    anchor = q[0] << 2 | q[1] << 1 | q[2]
+    residual = q[3] << 2 | q[4]
+    code_at = {2: q[0], 3: anchor >> 1, 4: anchor, 6: (anchor << (2 - reach)) + q[3], 8: (anchor << (4 - reach)) + residual}
+    out = torch.zeros_like(anchor)
+    for level, code in code_at.items():
+        out = torch.where(level_tiles[..., None, None] == level, 2 * code - code_range(level, reach), out)
+    return out
+
+
+def _scales(scales: Tensor, units: Tensor, resident: Tensor, level_tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale x unit, offset) of every tile's rows at its level, float32 [NT, G, 16] each; 0 where the level is 0."""
+    strips, groups = resident.shape
+    full = _spread(scales.view(-1, SCALE_VALUES), resident > 0).float().view(strips, groups, 2, TILE_ROWS)
+    units_by_strip = units.expand(len(NESTED_LEVELS), strips * TILE_ROWS).view(len(NESTED_LEVELS), strips, 1, TILE_ROWS)
+    scaled = torch.zeros_like(full[:, :, 0])
+    for i, level in enumerate(NESTED_LEVELS):
+        scaled = torch.where(level_tiles[..., None] == level, full[:, :, 0] * units_by_strip[i], scaled)
+    return scaled, torch.where(level_tiles[..., None] > 0, full[:, :, 1], 0.0)
+
+
+def _levels_read(tags: Tensor, resident: Tensor, which: int) -> Tensor:
+    return torch.minimum(tags[which], resident)
+
+
+def plane_unpack(
+    planes: Sequence[Tensor],
+    scales: Tensor,
+    units: Tensor,
+    starts: Tensor,
+    resident: Tensor,
+    tags: Tensor,
+    rows: int,
+    columns: int,
+    group: int,
+    reach: int,
+    which: int = 0,
+) -> Tensor:
+    """The dense weight, float32 [rows, columns], at the levels of map `which`."""
+    del starts  # an index for kernels that do not scan
+    level_tiles = _levels_read(tags, resident, which)
+    centred = _centred_codes(planes, resident, level_tiles, group, reach)
+    scaled, offset = _scales(scales, units, resident, level_tiles)
+    # one rounding, as a fused multiply-add has
+    w_tiles = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
+    return tiles_to_matrix(w_tiles, rows, columns).contiguous()
+
+
+def plane_embedding(
+    indices: Tensor,
+    planes: Sequence[Tensor],
+    scales: Tensor,
+    units: Tensor,
+    starts: Tensor,
+    resident: Tensor,
+    tags: Tensor,
+    rows: int,
+    columns: int,
+    group: int,
+    reach: int,
+    which: int = 0,
+) -> Tensor:
+    """Rows of the dense weight, float32 [*indices.shape, columns]."""
+    return F.embedding(indices, plane_unpack(planes, scales, units, starts, resident, tags, rows, columns, group, reach, which))
+
+
+def quantize_input(x_MK: Tensor, level: int) -> tuple[Tensor, Tensor]:
+    """Symmetric codes of each row.
+
+    Args:
+        x_MK: float32 [M, K].
+        level: 4, 8 or 16 bits.
+
+    Returns:
+        Codes float64 [M, K] (integers), and the scale of each row float32 [M, 1]: NaN where the row has a value that is not finite, 0 where it is all zeros.
+    """
+    q_max = INPUT_RANGE[level]
+    largest = x_MK.abs().amax(1, keepdim=True) if x_MK.shape[1] else x_MK.new_zeros(len(x_MK), 1)
+    inverse = torch.tensor(q_max) / largest  # a number divided by a tensor would round twice
+    usable = torch.isfinite(inverse) & torch.isfinite(largest)
+    codes = torch.where(usable, torch.round(x_MK * inverse), 0.0).double()
+    scale = torch.where(usable, largest / q_max, 0.0)
+    return codes, torch.where(torch.isfinite(largest), scale, torch.nan)
+
+
+def _product(x_MK: Tensor, centred: Tensor, scaled: Tensor, offset: Tensor, level: int) -> Tensor:
+    """[M, NT * 16] outputs of quantized inputs, by exact group sums added in order."""
+    strips, groups, _, group = centred.shape
+    codes, x_scale = quantize_input(x_MK, level)
+    x_GMg = F.pad(codes, (0, groups * group - codes.shape[1])).view(-1, groups, group).transpose(0, 1)
+    w_GgN = centred.permute(1, 3, 0, 2).reshape(groups, group, strips * TILE_ROWS).double()
+    acc = torch.zeros(len(x_MK), strips * TILE_ROWS)
+    for gi in range(groups):
+        dots = (x_GMg[gi] @ w_GgN[gi]).float()
+        sums = x_GMg[gi].sum(1, keepdim=True).float()
+        acc = (dots.double() * scaled[:, gi].reshape(-1) + acc).float()
+        acc = (sums.double() * offset[:, gi].reshape(-1) + acc).float()
+    return acc * x_scale
+
+
+def plane_linear(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    units: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    resident: Sequence[Tensor],
+    tags: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Sequence[int],
+    group: int,
+    reach: Sequence[int],
+    input_level: Tensor,
+    choice: Tensor | None = None,
+    order: Tensor | None = None,
+) -> list[Tensor]:
+    """x [..., K] times each weight of a list that shares it: one [..., rows[w]] a weight, in the dtype of x."""
+    del starts
+    x_MK = x.reshape(-1, x.shape[-1]).float()
+    if order is not None:
+        x_MK = x_MK[:, order]
+    chosen = torch.zeros(len(x_MK), dtype=torch.long) if choice is None else choice.reshape(-1).long()
+    outputs = []
+    for w in range(len(rows)):
+        y_MN = x_MK.new_empty(len(x_MK), resident[w].shape[0] * TILE_ROWS)
+        for which in (0, 1):
+            mine = chosen == which
+            if which == 1 and not bool(mine.any()):
+                continue
+            level = check_input_level(int(input_level[which]))
+            levels = _levels_read(tags[w], resident[w], which)
+            centred = _centred_codes(planes[w * PLANES : (w + 1) * PLANES], resident[w], levels, group, reach[w])
+            scaled, offset = _scales(scales[w], units[w], resident[w], levels)
+            if level == 32:
+                w_tiles = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
+                strips, groups = resident[w].shape
+                dense = tiles_to_matrix(w_tiles, strips * TILE_ROWS, x_MK.shape[1])
+                y_MN[mine] = F.linear(x_MK[mine], dense)
+            else:
+                y_MN[mine] = _product(x_MK[mine], centred, scaled, offset, level)
+        y_MN = y_MN[:, : rows[w]]
+        if biases[w].numel():
+            y_MN = y_MN + biases[w]
+        outputs.append(y_MN.to(x.dtype).reshape(*x.shape[:-1], rows[w]))
+    return outputs

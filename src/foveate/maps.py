@@ -1,0 +1,358 @@
+"""Site, PrecisionMap, Budget, Profile, Frontier: the frozen values that the stages hand to each other.
+
+    measure -> Profile -> allocate -> PrecisionMap -> apply
+
+A site is a named place whose precision can be chosen. A map gives each site a level, per tile where it has tiles, and says exactly the bytes that takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import BudgetError, LevelError, SiteError
+from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
+from foveate.formats.packing import TILE_ROWS, tile_grid
+from foveate.planes import resident_bytes
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of `1234`, `"800MiB"`, `"6GB"` or `"6G"` (binary); raises `BudgetError` for anything else."""
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", size)
+    if not match or match[2].upper() not in _UNITS:
+        raise BudgetError(f"size (={size!r}) is not a number of bytes like 800MiB, 6GB or 123456")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_bytes(count: float) -> str:
+    """`1234567` -> `1.18 MiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named place whose precision can be chosen.
+
+    Attributes:
+        name: dotted module path and what it is, as in `model.layers.3.mlp.up_proj:weight`.
+        kind: `weight` or `input`.
+        rows, columns, group: the weight's shape and the inputs a group; an input has 0 rows and its width.
+        row_gains: whether gains are kept for each row.
+        rows_read: rows of the weight that one token (or image, or sentence position) reads: 1 for an embedding.
+        aliases: other names of the same weight (tied weights are one site).
+    """
+
+    name: str
+    kind: str
+    rows: int
+    columns: int
+    group: int = 128
+    row_gains: bool = False
+    rows_read: int = 0
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(NT, G): strips of 16 rows, groups of inputs."""
+        return tile_grid(self.rows, self.columns, self.group)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of the weight; 0 for an input."""
+        strips, groups = self.grid
+        return strips * groups if self.kind == "weight" else 0
+
+    @property
+    def weights(self) -> int:
+        """Numbers of the weight, padding not counted; 0 for an input."""
+        return self.rows * self.columns if self.kind == "weight" else 0
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a shell pattern names this site or one of its aliases."""
+        return any(fnmatchcase(name, pattern) for name in (self.name, *self.aliases))
+
+    def tile_costs(self) -> list[int]:
+        """Bytes of planes and scales that one tile takes at each of WEIGHT_LEVELS."""
+        return [resident_bytes(level, 1, self.group) for level in WEIGHT_LEVELS]
+
+    def stored_overhead(self) -> int:
+        """Bytes in the file besides planes and scales: gains and the level each tile is stored for."""
+        return self.tiles + 2 * len(NESTED_LEVELS) * (self.rows if self.row_gains else 1)
+
+    def resident_overhead(self) -> int:
+        """Bytes in memory besides planes and scales: gains, units, the tile index and both maps."""
+        strips = self.grid[0]
+        unit_rows = strips * TILE_ROWS if self.row_gains else 1
+        return self.stored_overhead() + 4 * len(NESTED_LEVELS) * unit_rows + 2 * self.tiles + 48 * strips
+
+
+Levels = int | bytes
+
+
+def _level_counts(site: Site, levels: Levels) -> list[int]:
+    """How many tiles stand at each of WEIGHT_LEVELS."""
+    if isinstance(levels, int):
+        return [site.tiles if level == levels else 0 for level in WEIGHT_LEVELS]
+    return [levels.count(level) for level in WEIGHT_LEVELS]
+
+
+@dataclass(frozen=True)
+class PrecisionMap:
+    """Site -> level. Frozen; `with_level` gives a changed copy.
+
+    Attributes:
+        sites: every site of the model.
+        levels: for each site's name one level, or for a weight one byte a tile.
+        other_bytes: bytes of everything that is not a site (norms, biases, buffers); the same in every map.
+        predicted_loss: what the profile says the map costs, in the objective's unit (nats a token for language models); NaN if unknown.
+    """
+
+    sites: tuple[Site, ...]
+    levels: Mapping[str, Levels]
+    other_bytes: int = 0
+    predicted_loss: float = float("nan")
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Levels] = {}
+        for site in self.sites:
+            if site.name not in self.levels:
+                raise SiteError(f"the map has no level for site {site.name!r}")
+            checked[site.name] = _checked_levels(site, self.levels[site.name])
+        unknown = set(self.levels) - set(checked)
+        if unknown:
+            raise SiteError(f"the map names sites that are not listed: {', '.join(sorted(unknown)[:5])}")
+        object.__setattr__(self, "levels", MappingProxyType(checked))
+
+    def __reduce__(self) -> Any:
+        return PrecisionMap, (self.sites, dict(self.levels), self.other_bytes, self.predicted_loss)
+
+    def weight_sites(self) -> Iterator[Site]:
+        """The sites that hold weights."""
+        return (s for s in self.sites if s.kind == "weight")
+
+    def counts(self, site: Site) -> dict[int, int]:
+        """Tiles of a weight at each level."""
+        return dict(zip(WEIGHT_LEVELS, _level_counts(site, self.levels[site.name]), strict=True))
+
+    def mean_level(self, site: Site) -> float:
+        """The mean level of a weight's tiles, or the level of an input."""
+        levels = self.levels[site.name]
+        return float(levels) if isinstance(levels, int) else sum(levels) / max(len(levels), 1)
+
+    def tile_bytes(self, site: Site) -> int:
+        """Bytes of a weight's planes and scales."""
+        costs = site.tile_costs()
+        return sum(n * cost for n, cost in zip(_level_counts(site, self.levels[site.name]), costs, strict=True))
+
+    @property
+    def bytes_stored(self) -> int:
+        """Bytes of the tensors in the files, when only this map's planes are kept."""
+        return self.other_bytes + sum(self.tile_bytes(s) + s.stored_overhead() for s in self.weight_sites())
+
+    @property
+    def bytes_resident(self) -> int:
+        """Bytes in memory, when only this map's planes are loaded."""
+        return self.other_bytes + sum(self.tile_bytes(s) + s.resident_overhead() for s in self.weight_sites())
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of planes and scales that one token reads (an embedding: one row's share), and everything that is no site."""
+        return self.other_bytes + round(sum(self.tile_bytes(s) * s.rows_read / max(s.rows, 1) for s in self.weight_sites()))
+
+    @property
+    def bits(self) -> float:
+        """Average bits a weight as stored: planes, scales, gains and tile levels of all sites, embeddings included, over their weights."""
+        weights = sum(s.weights for s in self.weight_sites())
+        return 8.0 * (self.bytes_stored - self.other_bytes) / max(weights, 1)
+
+    def with_level(self, pattern: str, level: int) -> PrecisionMap:
+        """A copy in which every site that the shell pattern names has `level`; the predicted loss is then unknown."""
+        hits = find_sites(self.sites, pattern)
+        return replace(self, levels={**self.levels, **{s.name: level for s in hits}}, predicted_loss=float("nan"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Levels as a number, or as zones: runs [[level, tiles], ...]."""
+        return {
+            "levels": {n: v if isinstance(v, int) else [[level, len(list(run))] for level, run in groupby(v)] for n, v in self.levels.items()},
+            "predicted_loss": None if self.predicted_loss != self.predicted_loss else self.predicted_loss,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], sites: Sequence[Site], other_bytes: int) -> PrecisionMap:
+        """The inverse of `to_json`; raises `LevelError` or `SiteError` if the data do not fit the sites."""
+        try:
+            levels: dict[str, Levels] = {
+                name: v if isinstance(v, int) else b"".join(bytes([level]) * count for level, count in v) for name, v in data["levels"].items()
+            }
+            loss = data.get("predicted_loss")
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise LevelError(f"malformed precision map: {error!r}") from error
+        return cls(tuple(sites), levels, other_bytes, float("nan") if loss is None else float(loss))
+
+
+def _examples(sites: Sequence[Site]) -> str:
+    return ", ".join(s.name for s in sites[:3]) + (", ..." if len(sites) > 3 else "")
+
+
+def _checked_levels(site: Site, levels: Levels) -> Levels:
+    if site.kind == "input":
+        if not isinstance(levels, int):
+            raise LevelError(f"{site.name}: an input has one level, not one a tile")
+        return check_input_level(levels)
+    if isinstance(levels, int):
+        return check_weight_level(levels)
+    if len(levels) != site.tiles:
+        raise LevelError(f"{site.name}: {len(levels)} tile levels for {site.tiles} tiles")
+    if sum(levels.count(level) for level in WEIGHT_LEVELS) != len(levels):
+        check_weight_level(next(level for level in levels if level not in WEIGHT_LEVELS))
+    first = levels[0] if levels else 0
+    return first if levels.count(first) == len(levels) else bytes(levels)
+
+
+def input_level_for(weight_level: float) -> int:
+    """The level of an input whose weight is read at `weight_level` bits on average: 8, but 16 for weights above 6 bits.
+
+    An 8-bit input row loses several times what 8-bit weights lose (docs/decisions.md), and up to 6 bits much less than the weights do.
+    """
+    return 16 if weight_level > 6 else 8
+
+
+def uniform(sites: Sequence[Site], level: int, other_bytes: int = 0, input_level: int | None = None) -> PrecisionMap:
+    """The map with every weight at one level and every input at another, `input_level_for(level)` if not given."""
+    if input_level is None:
+        input_level = input_level_for(level)
+    return PrecisionMap(tuple(sites), {s.name: level if s.kind == "weight" else input_level for s in sites}, other_bytes)
+
+
+def uniform_of_bytes(plan: PrecisionMap) -> PrecisionMap:
+    """Uniform precision at another map's bytes: the highest level that fits everywhere, and what is left spent on every n-th tile, evenly, one level up.
+
+    It is what one does without measuring anything, and so what a map must beat. Inputs keep the levels they have in `plan`.
+    """
+    target = sum(plan.tile_bytes(s) for s in plan.weight_sites())
+    sites = list(plan.weight_sites())
+    totals = [sum(s.tiles * s.tile_costs()[i] for s in sites) for i in range(len(WEIGHT_LEVELS))]
+    base = max((i for i, total in enumerate(totals) if total <= target), default=0)
+    levels: dict[str, Levels] = dict(plan.levels)
+    above = min(base + 1, len(WEIGHT_LEVELS) - 1)
+    share = (target - totals[base]) / (totals[above] - totals[base]) if above > base and totals[above] > totals[base] else 0.0
+    due = 0.0
+    for site in sites:
+        cells = bytearray()
+        for _ in range(site.tiles):
+            due += share
+            cells.append(WEIGHT_LEVELS[above if due >= 1 - 1e-9 else base])
+            due -= due >= 1 - 1e-9
+        levels[site.name] = bytes(cells)
+    return replace(plan, levels=levels, predicted_loss=float("nan"))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a map may cost. Give exactly one.
+
+    Attributes:
+        bytes: bytes in memory (`PrecisionMap.bytes_resident`), a number or `"800MiB"`.
+        bits: average bits a weight, scales counted (`PrecisionMap.bits`).
+        loss: the most loss the profile may predict, in the objective's unit.
+    """
+
+    bytes: int | str | None = None
+    bits: float | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bytes", "bits", "loss") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise BudgetError(f"a budget is exactly one of bytes, bits, loss; given: {', '.join(given) or 'none'}")
+        if self.bytes is not None:
+            object.__setattr__(self, "bytes", parse_bytes(self.bytes))
+        value = getattr(self, given[0])
+        if not value > 0 or value == float("inf"):
+            raise BudgetError(f"budget {given[0]} (={value}) must be a positive finite number")
+
+
+@dataclass(frozen=True, eq=False)
+class Profile:
+    """What was measured.
+
+    Attributes:
+        sites: every site of the model.
+        losses: for each weight, float32 [T, 6]: the loss each tile costs at each of WEIGHT_LEVELS, in the objective's unit.
+        other_bytes: bytes of everything that is no site.
+        samples: tokens, images or sentences that the loss is a mean over.
+        objective: which loss: see `foveate.objectives`.
+        statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group), `output_range` float32 [2].
+        notes: things the user should know, a sentence each.
+    """
+
+    sites: tuple[Site, ...]
+    losses: Mapping[str, Tensor]
+    other_bytes: int
+    samples: int
+    objective: str
+    statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def predict(self, plan: PrecisionMap) -> float:
+        """The loss that the profile expects of a map: the sum over tiles. Nested levels only interact through it, so it is a few per cent low."""
+        total = 0.0
+        for site in self.weight_sites():
+            levels, table = plan.levels[site.name], self.losses[site.name]
+            if isinstance(levels, int):
+                total += float(table[:, WEIGHT_LEVELS.index(levels)].double().sum())
+            else:
+                column = torch.tensor([WEIGHT_LEVELS.index(level) if level in WEIGHT_LEVELS else 0 for level in range(max(WEIGHT_LEVELS) + 1)])
+                index = column[torch.frombuffer(bytearray(levels), dtype=torch.uint8).long()]
+                total += float(table.gather(1, index[:, None]).double().sum())
+        return total
+
+    def weight_sites(self) -> list[Site]:
+        """The sites that hold weights."""
+        return [s for s in self.sites if s.kind == "weight"]
+
+    def uniform(self, level: int, input_level: int | None = None) -> PrecisionMap:
+        """The map with every weight at one level."""
+        plan = uniform(self.sites, level, self.other_bytes, input_level)
+        return replace(plan, predicted_loss=self.predict(plan))
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A chain of maps, each one step cheaper than the last; index 0 is the best."""
+
+    maps: tuple[PrecisionMap, ...]
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def __getitem__(self, index: int) -> PrecisionMap:
+        return self.maps[index]
+
+    def __iter__(self) -> Iterator[PrecisionMap]:
+        return iter(self.maps)
+
+
+def find_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
+    """The sites that a shell pattern names; raises `SiteError` if there are none."""
+    listed = tuple(sites)
+    hits = [s for s in listed if s.matches(pattern)]
+    if not hits:
+        raise SiteError(f"pattern {pattern!r} matches none of {len(listed)} sites, which are like {_examples(listed)}")
+    return hits

@@ -1,0 +1,1 @@
+"""Modules on planes; quantize and apply."""

@@ -1,0 +1,163 @@
+"""Modules whose weight is bit planes: PlaneLinear, PlaneEmbedding, PlaneConv.
+
+Each keeps the interface of the module it replaces. The weight itself is a `PlaneWeight`, a module of its own, so that tied weights are one object and every tensor is a buffer. Precision is changed by `foveate.apply` and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate.collect.kinds import Kind, kind_of, patches
+from foveate.errors import FoveateError
+from foveate.planes import PlaneTensor, linear
+
+_TENSORS = ("scales", "gain", "units", "resident", "starts", "tags")
+_NO_BIAS = torch.empty(0)
+
+
+class PlaneWeight(nn.Module):
+    """A `PlaneTensor` whose tensors are buffers. `shape`, `dtype` and `device` read like a parameter's."""
+
+    def __init__(self, planes: PlaneTensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        #: The dtype of the weight that was quantized: what embeddings and unpacked convolutions compute in.
+        self.dtype = dtype
+        self.set(planes)
+
+    def set(self, planes: PlaneTensor) -> None:
+        """Take other planes of the same weight (after they moved, or were dropped)."""
+        self.value = planes
+        for i, plane in enumerate(planes.planes):
+            self.register_buffer(f"plane{i}", plane)
+        for name in _TENSORS:
+            self.register_buffer(name, getattr(planes, name))
+
+    @property
+    def shape(self) -> torch.Size:
+        """[rows, columns]."""
+        return self.value.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the planes are."""
+        return self.value.scales.device
+
+    def dequantize(self) -> Tensor:
+        """The dense weight at its present levels, float32 [rows, columns]."""
+        return self.value.dequantize()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneWeight:
+        # a cast to another dtype must not touch the stored form, and there are no planes elsewhere than on the CPU yet
+        moved = fn(torch.empty(0, dtype=torch.uint8))
+        if moved.device != self.device:
+            raise FoveateError(f"planes cannot move to {moved.device}: this version of foveate computes on the CPU")
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape, group and the range of levels."""
+        levels = self.value.tags[0]
+        low, high = (int(levels.min()), int(levels.max())) if levels.numel() else (0, 0)
+        return f"{self.value.rows}, {self.value.columns}, group={self.value.group}, levels={low}..{high}"
+
+
+class PlaneModule(nn.Module):
+    """What the modules below share: a weight of planes, and the level of its input."""
+
+    weight: PlaneWeight
+    input_level: Tensor
+
+    def __init__(self, weight: PlaneWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)
+        self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8))
+
+    def _product(self, x: Tensor) -> Tensor:
+        bias = _NO_BIAS if self.bias is None else self.bias.float()
+        return linear(x, [self.weight.value], [bias], self.input_level)[0]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
+        level = self.input_level
+        super()._apply(fn, recurse)
+        self.input_level = level  # a view that `foveate.apply` writes through
+        return self
+
+
+class PlaneLinear(PlaneModule):
+    """`nn.Linear`, or transformers' Conv1D, on planes."""
+
+    def __init__(self, weight: PlaneWeight, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N], in the dtype of x."""
+        return self._product(x)
+
+
+class PlaneEmbedding(PlaneModule):
+    """`nn.Embedding` on planes: only the rows asked for are unpacked."""
+
+    def __init__(self, weight: PlaneWeight, padding_idx: int | None = None) -> None:
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = padding_idx
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """indices [...] -> [..., K], in the dtype of the weight that was quantized."""
+        rows: Tensor = torch.ops.foveate.plane_embedding(indices, *self.weight.value.op_args())
+        return rows.to(self.weight.dtype)
+
+
+class PlaneConv(PlaneModule):
+    """`nn.Conv1d` and `nn.Conv2d` on planes.
+
+    A dense convolution multiplies the patches of its input, each quantized by itself, with the planes. A grouped or depthwise one is unpacked and multiplied in the dtype of its input.
+    """
+
+    def __init__(self, weight: PlaneWeight, conv: nn.Conv1d | nn.Conv2d) -> None:
+        super().__init__(weight, conv.bias)
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
+            setattr(self, name, getattr(conv, name))
+        self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
+        self._dense_forward = type(conv)._conv_forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C, ...] or [C, ...] -> [B, N, ...] or [N, ...]."""
+        like_conv = cast(nn.Conv2d, self)
+        if self.groups != 1:
+            dense = self.weight.dequantize().view(self.out_channels, -1, *like_conv.kernel_size).to(x.dtype)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return self._dense_forward(like_conv, x, dense, bias)
+        columns = patches(like_conv, x)[:, 0]  # [B, K, P]
+        y = self._product(columns.transpose(1, 2)).transpose(1, 2)
+        spatial = _output_sizes(like_conv, x.shape[-len(like_conv.kernel_size) :])
+        return y.reshape(*x.shape[: x.dim() - 1 - len(spatial)], self.out_channels, *spatial)
+
+
+def _output_sizes(conv: nn.Conv2d, sizes: torch.Size) -> list[int]:
+    pad = conv._reversed_padding_repeated_twice[::-1]  # (before, after) of each dimension, the first dimension first
+    return [
+        (size + pad[2 * i] + pad[2 * i + 1] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
+        for i, size in enumerate(sizes)
+    ]
+
+
+def on_planes(module: nn.Module, weight: PlaneWeight) -> PlaneModule:
+    """The module that does on planes what `module` does on its parameter."""
+    kind = kind_of(module)
+    bias = cast("Tensor | None", getattr(module, "bias", None))
+    if kind in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED):
+        made: PlaneModule = PlaneLinear(weight, bias)
+    elif kind is Kind.EMBEDDING:
+        made = PlaneEmbedding(weight, cast(nn.Embedding, module).padding_idx)
+    elif kind is Kind.CONV:
+        made = PlaneConv(weight, cast(nn.Conv2d, module))
+    else:
+        raise FoveateError(f"{type(module).__name__} holds no weight that planes can hold")
+    return made.train(module.training)

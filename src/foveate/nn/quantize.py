@@ -1,0 +1,263 @@
+"""quantize: put a model on planes, in place, and measure what every plane is worth.
+
+    find weights -> one pass over the data (statistics) -> for each weight: round, pack, score -> exchange the modules -> Profile
+
+The pass over the data is the long part, and can be resumed. After it one weight at a time is float and planes at once, so the peak is the model, its planes, and the largest weight.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foveate.collect.kinds import Found, Kind, find_weights, kind_of, weight_matrix
+from foveate.collect.objectives import Custom, Objective, infer, run
+from foveate.collect.statistics import Collector, WeightStatistics
+from foveate.errors import DataError, SiteError, WeightError
+from foveate.formats.levels import TOP_LEVEL
+from foveate.formats.packing import check_group
+from foveate.kernels.dispatch import ensure_loaded
+from foveate.maps import Profile, Site
+from foveate.nn.modules import PlaneModule, PlaneWeight, on_planes
+from foveate.nn.registry import Registry, attach
+from foveate.planes import PlaneTensor, from_codes
+from foveate.progress import track
+from foveate.rounding import round_weight
+from foveate.sensitivity import tile_losses
+
+_SAVE_EVERY = 16  # batches between two writes of the resume file
+
+
+def group_for(columns: int) -> int:
+    """Inputs a group: 128, and 32 where the weight is narrower than 512 (docs/decisions.md)."""
+    return 128 if columns >= 512 else 32
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    objective: Objective | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    group: int | None = None,
+    skip: Sequence[str] = (),
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
+
+    Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts; tied weights stay one weight. Afterwards every weight is read at 8 bits.
+
+    Args:
+        model: any module, in memory, on the CPU.
+        batches: a small data set: mappings are passed to the model as keywords, tuples as positions, anything else as the one argument.
+        objective: what the output is for, `foveate.Logits()` or `foveate.Embedding()`; found out from the first output if not given (one with a `logits` attribute is `Logits`).
+        loss: `loss(output, batch)`, a sum over the samples of the batch whose increase is to be kept small, instead of the objective's own.
+        group: inputs a group, 32, 64 or 128, for every weight; chosen by width if not given.
+        skip: shell patterns of module names to leave as they are.
+        resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is deleted at the end.
+        progress: whether to show how far it is.
+
+    Returns:
+        The profile: sites, and the loss of every tile at every level.
+
+    Raises:
+        DataError: no batches, or a loss that is not finite.
+        WeightError: a weight holds NaN or Inf, or no weight can be quantized. The model is then unchanged.
+        SiteError: a pattern in `skip` matches nothing.
+    """
+    ensure_loaded()
+    found, notes = _chosen(model, skip)
+    for entry in found:
+        if not bool(torch.isfinite(cast(Tensor, entry.modules[0].weight)).all()):
+            raise WeightError(f"{entry.names[0]}.weight holds NaN or Inf")
+    collector = _collect(model, batches, found, objective, loss, Path(resume) if resume else None, progress)
+    unseen = collector.unseen()
+    if unseen:
+        notes.append(f"calibration never reached {', '.join(unseen[:5])}{' and others' if len(unseen) > 5 else ''}: their bits are chosen blindly")
+
+    sites: list[Site] = []
+    losses: dict[str, Tensor] = {}
+    statistics: dict[str, dict[str, Tensor]] = {}
+    weights: dict[str, PlaneWeight] = {}
+    for entry in track(found, "rounding", show=progress):
+        seen = [collector.by_module[name] for name in entry.names]
+        w_NK = weight_matrix(entry.modules[0])
+        planes = _on_planes(entry, w_NK, seen, group)
+        site = site_of(entry, planes)
+        sites.append(site)
+        losses[site.name] = _losses(w_NK, planes, [s.fisher(collector.samples) for s in seen])
+        statistics[site.name] = _kept_statistics(seen[0], planes)
+        weights[site.name] = PlaneWeight(planes, cast(Tensor, entry.modules[0].weight).dtype)
+    registry = install(model, found, sites, weights)
+    if resume:
+        Path(resume).unlink(missing_ok=True)
+    profile = Profile(registry.sites, losses, registry.other_bytes, collector.samples, collector.objective.name, statistics, tuple(notes))
+    registry.profile = profile
+    top = profile.uniform(TOP_LEVEL)
+    registry.apply(top, top)
+    return profile
+
+
+def _chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+    found = find_weights(model)
+    if not found:
+        raise WeightError(f"{type(model).__name__} has no weight that can be quantized (Linear, Conv1D, Embedding, Conv1d, Conv2d)")
+    names = [name for f in found for name in f.names]
+    if "" in names:
+        raise WeightError("the model is itself a single layer: put it into a module, such as nn.Sequential")
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SiteError(f"pattern {pattern!r} in skip matches none of {len(names)} modules, which are like {', '.join(names[:3])}")
+    kept = [f for f in found if not any(fnmatchcase(name, pattern) for name in f.names for pattern in skip)]
+    if not kept:
+        raise WeightError("skip leaves no weight to quantize")
+    return kept, [f"{f.names[0]} was left as it is" for f in found if f not in kept]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients, put back afterwards."""
+    modes = {m: m.training for m in model.modules()}
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+def _collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    found: list[Found],
+    objective: Objective | None,
+    loss: Callable[[Any, Any], Tensor] | None,
+    resume: Path | None,
+    progress: bool,
+) -> Collector:
+    collector: Collector | None = None
+    done = 0
+    with _frozen(model):
+        for index, batch in enumerate(track(batches, "calibrating", show=progress)):
+            if collector is None:
+                if objective is None:
+                    with torch.no_grad():
+                        objective = infer(run(model, batch))
+                if loss is not None:
+                    objective = Custom(loss, objective)
+                collector = Collector(found, objective)
+                if resume is not None and resume.exists():
+                    collector.restore(_read_resume(resume))
+                    done = collector.batches
+            if index < done:
+                continue
+            collector.add(model, batch)
+            if resume is not None and collector.batches % _SAVE_EVERY == 0:
+                _write_resume(resume, collector)
+    if collector is None:
+        raise DataError("there are no batches to calibrate on")
+    return collector
+
+
+def _read_resume(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"the resume file {path} cannot be read ({error}): delete it to start afresh") from error
+
+
+def _write_resume(path: Path, collector: Collector) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: t.contiguous() for k, t in collector.state().items()}, temporary)
+    os.replace(temporary, path)
+
+
+def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], group: int | None) -> PlaneTensor:
+    """Round and pack one weight."""
+    size = check_group(group) if group is not None else group_for(w_NK.shape[1])
+    energies = [e for e in (s.input_energy() for s in seen if float(s.tensors["rows"])) if e is not None]
+    if energies:
+        energy: Tensor | None = torch.stack(energies).sum(0)
+    else:
+        columns = seen[0].tensors.get("gradient_K")
+        energy = columns.float() if columns is not None and bool(columns.any()) else None
+    try:
+        rounded = round_weight(w_NK, group=size, input_energy_K=energy)
+    except WeightError as error:
+        raise WeightError(f"{entry.names[0]}: {error}") from error
+    return from_codes(rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach)
+
+
+def _losses(w_NK: Tensor, planes: PlaneTensor, fishers: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
+    def at_level(level: int) -> Tensor:
+        planes.tags.fill_(level)
+        return planes.dequantize()
+
+    table = tile_losses(w_NK, at_level, fishers, planes.group)
+    planes.tags.fill_(TOP_LEVEL)
+    return table
+
+
+def _kept_statistics(seen: WeightStatistics, planes: PlaneTensor) -> dict[str, Tensor]:
+    kept = {"output_range": seen.tensors["output_range"].float()}
+    energy = seen.input_energy()
+    if energy is not None:
+        padded = torch.nn.functional.pad(energy, (0, -planes.columns % planes.group))
+        kept["input_energy"] = padded.view(-1, planes.group).mean(1)
+    return kept
+
+
+def site_of(entry: Found, planes: PlaneTensor) -> Site:
+    """The site of a weight."""
+    return Site(
+        name=f"{entry.names[0]}:weight",
+        kind="weight",
+        rows=planes.rows,
+        columns=planes.columns,
+        group=planes.group,
+        row_gains=planes.gain.shape[1] > 1,
+        rows_read=1 if entry.is_embedding_only else planes.rows,
+        aliases=tuple(f"{name}:weight" for name in entry.names[1:]),
+    )
+
+
+def install(model: nn.Module, found: Sequence[Found], sites: Sequence[Site], weights: dict[str, PlaneWeight]) -> Registry:
+    """Exchange the modules of `found` for ones on planes and attach the registry."""
+    inputs: dict[str, PlaneModule] = {}
+    all_sites = list(sites)
+    for entry, site in zip(found, sites, strict=True):
+        for name, module in zip(entry.names, entry.modules, strict=True):
+            new = on_planes(module, weights[site.name])
+            _exchange(model, name, new)
+            if kind_of(module) is not Kind.EMBEDDING:
+                inputs[f"{name}:input"] = new
+                all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
+    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights))
+    attach(model, registry)
+    return registry
+
+
+def _exchange(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _other_bytes(model: nn.Module, weights: dict[str, PlaneWeight]) -> int:
+    """Bytes of every parameter and buffer that is no part of a site."""
+    ours = {id(t) for w in weights.values() for t in w.buffers()}
+    other = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours}
+    return sum(t.numel() * t.element_size() for t in other.values())

@@ -1,0 +1,149 @@
+"""Which sites a model has, and the one place where their levels change.
+
+A quantized model carries a `Registry`. All tile levels of the model lie side by side in one block, all input levels in another, so applying a map is a check and two copies, however many layers there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
+from foveate.maps import PrecisionMap, Profile, Site
+from foveate.nn.modules import PlaneModule, PlaneWeight
+from foveate.planes import gathered
+
+_ATTRIBUTE = "_foveate"
+
+
+class Registry:
+    """The sites of one model, in order, and the blocks their levels live in.
+
+    Attributes:
+        sites: weights and inputs.
+        weights: the planes of each weight site.
+        inputs: for each input site the module whose `input_level` it is.
+        other_bytes: bytes of everything that is no site.
+        profile: what was measured of this model, if it is known.
+        applied: the maps in force: rows of x read the first, or where a choice is given the second.
+    """
+
+    def __init__(self, sites: Iterable[Site], weights: Mapping[str, PlaneWeight], inputs: Mapping[str, PlaneModule], other_bytes: int) -> None:
+        self.sites = tuple(sites)
+        self.weights = dict(weights)
+        self.inputs = dict(inputs)
+        self.other_bytes = other_bytes
+        self.profile: Profile | None = None
+        self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
+        self._known_sites = self.sites
+        self.gather()
+
+    def gather(self) -> None:
+        """Move every weight's tensors into shared blocks, and its levels into the one that `apply` writes."""
+        values = gathered([w.value for w in self.weights.values()])
+        for weight, value in zip(self.weights.values(), values, strict=True):
+            weight.set(value)
+        self._tags = _block([v.tags for v in values])
+        self._resident = torch.cat([v.resident.expand(2, -1, -1).reshape(-1) for v in values]) if values else self._tags
+        levels = torch.cat([m.input_level for m in self.inputs.values()]) if self.inputs else torch.empty(0, dtype=torch.uint8)
+        self._input_levels = levels
+        for module, level in zip(self.inputs.values(), levels.split(2), strict=True):
+            module.input_level = level
+
+    def apply(self, plan: PrecisionMap, second: PrecisionMap) -> None:
+        """Write the levels of two maps; nothing else moves."""
+        tags = bytearray()
+        input_levels = bytearray()
+        for one in {id(m): m for m in (plan, second)}.values():
+            if one.sites is not self._known_sites:
+                self._check_sites(one)
+        for name, weight in self.weights.items():
+            for one in (plan, second):
+                levels = one.levels[name]
+                tags += bytes((levels,)) * weight.value.resident.numel() if isinstance(levels, int) else levels
+        for name in self.inputs:
+            input_levels += bytes((cast(int, plan.levels[name]), cast(int, second.levels[name])))
+        if tags:
+            new = torch.frombuffer(tags, dtype=torch.uint8)
+            if bool((new > self._resident).any()):
+                self._explain(plan if self._first_missing(plan) else second)
+            self._tags.copy_(new)
+        if input_levels:
+            self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
+        self.applied = (plan, second)
+
+    def _check_sites(self, plan: PrecisionMap) -> None:
+        if plan.sites != self.sites:
+            odd = {s.name for s in plan.sites} ^ {s.name for s in self.sites}
+            what = f"they differ in {', '.join(sorted(odd)[:3])}" if odd else "shapes or groups differ"
+            raise SiteError(f"the map is of another model: {what}")
+        self._known_sites = plan.sites
+
+    def _first_missing(self, plan: PrecisionMap) -> str | None:
+        for name, weight in self.weights.items():
+            levels = plan.levels[name]
+            wanted = torch.tensor(levels if isinstance(levels, int) else list(levels), dtype=torch.uint8)
+            resident = weight.value.resident.view(-1)
+            if bool((wanted > resident).any()):
+                short = resident[wanted > resident].min() if wanted.dim() else resident.min()
+                return f"{name} at level {int(wanted.max())}: some of its tiles are loaded up to {int(short)} bits only"
+        return None
+
+    def _explain(self, plan: PrecisionMap) -> None:
+        raise PlaneNotResidentError(f"{self._first_missing(plan)}; load the model with the planes of this map (`foveate.load(..., keep=map)`)")
+
+
+def _block(parts: list[Tensor]) -> Tensor:
+    """The block that consecutive views were cut from, as one view."""
+    if not parts:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.as_strided(parts[0], (sum(p.numel() for p in parts),), (1,), parts[0].storage_offset())
+
+
+def attach(model: nn.Module, registry: Registry) -> None:
+    """Make `model` a quantized model."""
+    model.__dict__[_ATTRIBUTE] = registry
+
+
+def registry_of(model: nn.Module) -> Registry:
+    """The registry of a quantized model, or of the one inside a wrapper; raises `FoveateError` if there is none."""
+    found = model.__dict__.get(_ATTRIBUTE)
+    if found is None:
+        inner = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
+        if len(inner) != 1:
+            raise FoveateError("the model is not quantized: call foveate.quantize or foveate.load first" if not inner else "several quantized models inside one")
+        found = inner[0]
+    return cast(Registry, found)
+
+
+def apply(model: nn.Module, plan: PrecisionMap, second: PrecisionMap | None = None) -> None:
+    """Read the model at the levels of a map from the next call on. Takes microseconds; moves and repacks nothing.
+
+    Args:
+        model: a quantized model.
+        plan: the map.
+        second: the map for rows of inputs that choose it; the same one if not given.
+
+    Raises:
+        SiteError: the map is of another model.
+        PlaneNotResidentError: a level whose planes were not loaded or not kept; nothing was changed.
+    """
+    registry_of(model).apply(plan, plan if second is None else second)
+
+
+def profile_of(model: nn.Module) -> Profile:
+    """What was measured of a quantized model; raises `FoveateError` if it was loaded without its profile."""
+    profile = registry_of(model).profile
+    if profile is None:
+        raise FoveateError("the model was loaded without its profile")
+    return profile
+
+
+def current_map(model: nn.Module) -> PrecisionMap:
+    """The map in force."""
+    applied = registry_of(model).applied
+    assert applied is not None
+    return applied[0]

@@ -1,0 +1,219 @@
+"""PlaneTensor: one weight as bit planes, with its tile index. A k-bit view is a prefix of its planes.
+
+The value is frozen: rounding makes it, `kept` drops planes from it, `moved` puts it elsewhere. The only bytes that ever change in place are those of `tags`, the level each tile is read at, and only
+`foveate.apply` writes them. docs/format.md has the layout.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.formats.levels import NESTED_LEVELS, PLANES, TOP_LEVEL, code_step, planes_of
+from foveate.formats.packing import (
+    SCALE_VALUES,
+    TILE_ROWS,
+    check_group,
+    pack_plane,
+    pack_scales,
+    split_planes,
+    tile_bytes,
+    tile_grid,
+    tile_starts,
+)
+
+HUGE_PAGE = 2 << 20
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class PlaneTensor:
+    """A weight [rows, columns] as bit planes.
+
+    Attributes:
+        planes: five uint8 1-D tensors, the stored tiles of each plane in tile order; empty where no tile has the plane.
+        scales: float16 1-D, 16 scales and 16 offsets for each stored tile.
+        gain: float16 [5, 1] or [5, rows], near 1, one row for each of the levels 2, 3, 4, 6, 8.
+        units: float32 [5, 1] or [5, NT * 16]: gain times half the code step, what the kernels multiply scales with.
+        resident: uint8 [NT, G], the highest level each tile is stored for.
+        starts: int64 [NT, 6], see `formats.packing.tile_starts`.
+        tags: uint8 [2, NT, G], the level each tile is read at, for each of two maps.
+        rows, columns, group, reach: the shape, the inputs a group, and the reach of the residual planes (0, 1, 2).
+    """
+
+    planes: tuple[Tensor, ...]
+    scales: Tensor
+    gain: Tensor
+    units: Tensor
+    resident: Tensor
+    starts: Tensor
+    tags: Tensor
+    rows: int
+    columns: int
+    group: int
+    reach: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """[rows, columns]."""
+        return torch.Size((self.rows, self.columns))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(NT, G), strips and groups of tiles."""
+        return tile_grid(self.rows, self.columns, self.group)
+
+    def nbytes(self) -> int:
+        """Bytes in memory: planes, scales, gains and units, and the tile index with its two maps."""
+        tensors = (*self.planes, self.scales, self.gain, self.units, self.resident, self.starts, self.tags)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def op_args(self, which: int = 0) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, int, int]:
+        """The arguments that `plane_unpack` and `plane_embedding` take, in order."""
+        return (
+            list(self.planes), self.scales, self.units, self.starts, self.resident, self.tags,
+            self.rows, self.columns, self.group, self.reach, which,
+        )  # fmt: skip
+
+    def dequantize(self, which: int = 0) -> Tensor:
+        """The dense weight at its present levels, float32 [rows, columns]."""
+        dense: Tensor = torch.ops.foveate.plane_unpack(*self.op_args(which))
+        return dense
+
+    def kept(self, level_tiles: Tensor) -> PlaneTensor:
+        """A copy that stores each tile only up to `level_tiles` (uint8 [NT, G]), and reads it there at most."""
+        if bool((level_tiles > self.resident).any()):
+            raise FoveateError("a tile cannot be kept at a level above the one it is stored for")
+        old, new = self.resident.view(-1), level_tiles.reshape(-1)
+
+        def gather(stored: Tensor, floor: int, width: int) -> Tensor:
+            return stored.view(-1, width)[(new >= floor)[old >= floor]].view(-1)
+
+        planes = tuple(gather(p, NESTED_LEVELS[i], tile_bytes(i, self.group)) for i, p in enumerate(self.planes))
+        resident = level_tiles.clone()
+        return replace(
+            self,
+            planes=planes,
+            scales=gather(self.scales, 1, SCALE_VALUES),
+            resident=resident,
+            starts=tile_starts(resident),
+            tags=torch.minimum(self.tags, resident),
+        )
+
+
+def units_of(gain: Tensor, reach: int, rows: int) -> Tensor:
+    """`PlaneTensor.units` of a gain: float32 [5, 1], or [5, NT * 16] padded with zeros."""
+    half_steps = torch.tensor([[0.5 * code_step(level, reach)] for level in NESTED_LEVELS])
+    units = gain.float() * half_steps
+    if units.shape[1] > 1:
+        units = torch.nn.functional.pad(units, (0, -rows % TILE_ROWS))
+    return units.contiguous()
+
+
+def from_codes(
+    anchor_NK: Tensor, residual_NK: Tensor, scale_NG: Tensor, offset_NG: Tensor, gain: Tensor, *, group: int, reach: int
+) -> PlaneTensor:
+    """Pack rounded codes into planes, every plane stored and read.
+
+    Args:
+        anchor_NK: uint8 [N, K], the 4-bit codes.
+        residual_NK: uint8 [N, K], the 4-bit codes of what the anchor leaves.
+        scale_NG, offset_NG: float16 [N, G].
+        gain: float16 [5, 1] or [5, N].
+        group: inputs a group.
+        reach: widening of the residual planes.
+    """
+    check_group(group)
+    rows, columns = anchor_NK.shape
+    resident = torch.full(tile_grid(rows, columns, group), TOP_LEVEL, dtype=torch.uint8)
+    return PlaneTensor(
+        planes=tuple(pack_plane(q, i, group).flatten() for i, q in enumerate(split_planes(anchor_NK, residual_NK))),
+        scales=pack_scales(scale_NG, offset_NG).flatten(),
+        gain=gain,
+        units=units_of(gain, reach, rows),
+        resident=resident,
+        starts=tile_starts(resident),
+        tags=resident.expand(2, -1, -1).clone(),
+        rows=rows,
+        columns=columns,
+        group=group,
+        reach=reach,
+    )
+
+
+def linear(
+    x: Tensor,
+    weights: Sequence[PlaneTensor],
+    biases: Sequence[Tensor],
+    input_level: Tensor,
+    choice: Tensor | None = None,
+    order: Tensor | None = None,
+) -> list[Tensor]:
+    """x [..., K] times each of the weights that share it; see the op `plane_linear`."""
+    outputs: list[Tensor] = torch.ops.foveate.plane_linear(
+        x,
+        [plane for w in weights for plane in w.planes],
+        [w.scales for w in weights],
+        [w.units for w in weights],
+        [w.starts for w in weights],
+        [w.resident for w in weights],
+        [w.tags for w in weights],
+        biases,
+        [w.rows for w in weights],
+        weights[0].group,
+        [w.reach for w in weights],
+        input_level,
+        choice,
+        order,
+    )
+    return outputs
+
+
+def arena(sizes: Sequence[int]) -> list[Tensor]:
+    """One block of memory on huge pages, cut into uint8 tensors of the given sizes, each on a cache line.
+
+    Reading weights from 4 KiB pages costs a third of the bandwidth (docs/decisions.md), so planes live in blocks like this one. Untouched memory is not resident.
+    """
+    offsets = [0]
+    for size in sizes:
+        offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
+    total = offsets[-1]
+    if total >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        block = mmap.mmap(-1, total + HUGE_PAGE)
+        block.madvise(mmap.MADV_HUGEPAGE)
+        whole = torch.frombuffer(block, dtype=torch.uint8)
+        whole = whole[-whole.data_ptr() % HUGE_PAGE :][:total]
+    else:
+        whole = torch.empty(total, dtype=torch.uint8)
+    return [whole[start : start + size] for start, size in zip(offsets, sizes, strict=False)]
+
+
+def gathered(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
+    """The same weights with each plane, the scales, and the tags of all of them side by side in one block.
+
+    One block a plane: a plane can be given back whole; one block of tags: a switch is one copy.
+    """
+    kinds: list[Callable[[PlaneTensor], Tensor]] = [*(lambda w, p=p: w.planes[p] for p in range(PLANES)), lambda w: w.scales]
+    moved: list[list[Tensor]] = []
+    for pick in kinds:
+        old = [pick(w) for w in tensors]
+        new = arena([t.numel() * t.element_size() for t in old])
+        for source, target in zip(old, new, strict=True):
+            target.copy_(source.view(torch.uint8))
+        moved.append([t.view(o.dtype) for t, o in zip(new, old, strict=True)])
+    tags = torch.cat([w.tags.reshape(-1) for w in tensors]).split([w.tags.numel() for w in tensors]) if tensors else ()
+    return [
+        replace(w, planes=tuple(m[i] for m in moved[:PLANES]), scales=moved[PLANES][i], tags=tags[i].view_as(w.tags))
+        for i, w in enumerate(tensors)
+    ]
+
+
+def resident_bytes(level: int, tiles: int, group: int) -> int:
+    """Bytes of planes and scales that `tiles` tiles take at a level."""
+    per_tile = sum(tile_bytes(p, group) for p in range(planes_of(level))) + (2 * SCALE_VALUES if level else 0)
+    return tiles * per_tile

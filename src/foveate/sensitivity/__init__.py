@@ -1,0 +1,3 @@
+"""Loss per tile and level, from statistics and planes."""
+
+from foveate.sensitivity.fisher import tile_losses as tile_losses

@@ -1,0 +1,180 @@
+"""verify: what a map truly costs, on data it was not chosen on, beside what was predicted and beside uniform precision at the same bytes.
+
+A profile adds up per-tile losses; only running the whole map tells. Maps are compared batch by batch against the same reference outputs, so memory stays that of one batch and the differences between maps are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.collect.objectives import Objective, infer, run
+from foveate.errors import DataError
+from foveate.maps import PrecisionMap, uniform, uniform_of_bytes
+from foveate.nn.registry import apply, registry_of
+from foveate.progress import track
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one map does to a data set.
+
+    Attributes:
+        divergence: mean KL in nats (or 1 - cosine) from the reference.
+        standard_error: of that mean, taking samples as independent.
+        agreement: share of samples whose decision is the reference's.
+        metric: the mean of the caller's metric, if one was given.
+        samples: how many.
+    """
+
+    divergence: float
+    standard_error: float
+    agreement: float
+    metric: float | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. `holds` says whether the map was no worse than uniform precision at its bytes."""
+
+    plan: PrecisionMap
+    uniform_plan: PrecisionMap
+    measured: Outcome
+    uniform: Outcome
+    reference: str
+
+    @property
+    def predicted(self) -> float:
+        """What the profile predicted of the map."""
+        return self.plan.predicted_loss
+
+    @property
+    def holds(self) -> bool:
+        """Whether the map diverges no more than uniform precision at the same bytes."""
+        return self.measured.divergence <= self.uniform.divergence
+
+    @property
+    def best(self) -> PrecisionMap:
+        """The better of the two maps."""
+        return self.plan if self.holds else self.uniform_plan
+
+    def __str__(self) -> str:
+        return (
+            f"divergence {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} (predicted {self.predicted:.5f}), "
+            f"uniform at equal bytes {self.uniform.divergence:.5f}; agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
+            f"{self.measured.samples} samples, reference: {self.reference}"
+        )
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.divergence = self.squares = self.agreed = self.metric = 0.0
+        self.samples = 0
+        self.metric_samples = 0
+
+    def add(self, divergence: Tensor, agreed: Tensor, metric: Tensor | None) -> None:
+        self.divergence += float(divergence.double().sum())
+        self.squares += float(divergence.double().square().sum())
+        self.agreed += float(agreed.sum())
+        self.samples += len(divergence)
+        if metric is not None:
+            self.metric += float(metric.double().sum())
+            self.metric_samples += metric.numel()
+
+    def outcome(self) -> Outcome:
+        n = max(self.samples, 1)
+        mean = self.divergence / n
+        variance = max(self.squares / n - mean * mean, 0.0)
+        metric = self.metric / self.metric_samples if self.metric_samples else None
+        return Outcome(mean, (variance / n) ** 0.5, self.agreed / n, metric, self.samples)
+
+
+def measure(
+    model: nn.Module,
+    plans: Sequence[PrecisionMap],
+    batches: Iterable[Any],
+    *,
+    reference: nn.Module | None = None,
+    objective: Objective | None = None,
+    metric: Callable[[Any, Any], Tensor] | None = None,
+    progress: bool = True,
+) -> list[Outcome]:
+    """Run several maps over the same data. The map in force is put back at the end.
+
+    Args:
+        model: a quantized model.
+        plans: the maps.
+        batches: held-out data, as for `foveate.quantize`.
+        reference: the original model; if not given, the model itself with every plane it has.
+        objective: as for `foveate.quantize`.
+        metric: `metric(output, batch)`, one number a sample, averaged over all.
+        progress: whether to show how far it is.
+
+    Returns:
+        One outcome a map, and last that of the reference itself.
+
+    Raises:
+        DataError: no batches, or outputs of the reference that are not finite.
+    """
+    registry = registry_of(model)
+    before = registry.applied
+    highest = _highest(model)
+    sums = [_Sums() for _ in range(len(plans) + 1)]
+    reference_model = model if reference is None else reference
+    modes = {m: m.training for root in {model, reference_model} for m in root.modules()}
+    try:
+        model.eval()
+        reference_model.eval()
+        with torch.no_grad():
+            for index, batch in enumerate(track(batches, "measuring", show=progress)):
+                if reference is None:
+                    apply(model, highest)
+                output = run(reference_model, batch)
+                if objective is None:
+                    objective = infer(output)
+                wanted = objective.outcome(output, batch)
+                if not bool(torch.isfinite(wanted).all()):
+                    raise DataError(f"batch {index}: the reference's output is not finite: NaN or Inf in the data, or in the model")
+                sums[-1].add(torch.zeros(len(wanted)), torch.ones(len(wanted)), None if metric is None else metric(output, batch))
+                for plan, tally in zip(plans, sums, strict=False):
+                    apply(model, plan)
+                    output = run(model, batch)
+                    got = objective.outcome(output, batch)
+                    tally.add(objective.divergence(wanted, got), objective.agreement(wanted, got), None if metric is None else metric(output, batch))
+    finally:
+        if before is not None:
+            apply(model, *before)
+        for module, mode in modes.items():
+            module.training = mode
+    if not sums[-1].samples:
+        raise DataError("there are no batches to measure on")
+    return [tally.outcome() for tally in sums]
+
+
+def verify(
+    model: nn.Module,
+    plan: PrecisionMap,
+    held_out: Iterable[Any],
+    *,
+    reference: nn.Module | None = None,
+    objective: Objective | None = None,
+    progress: bool = True,
+) -> Verification:
+    """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`."""
+    even = uniform_of_bytes(plan)
+    measured, uniform_measured, _ = measure(model, [plan, even], held_out, reference=reference, objective=objective, progress=progress)
+    name = "the original model" if reference is not None else "this model with every plane it has"
+    return Verification(plan, even, measured, uniform_measured, name)
+
+
+def _highest(model: nn.Module) -> PrecisionMap:
+    """Every tile at the level it is loaded for."""
+    registry = registry_of(model)
+    plan = uniform(registry.sites, 0, registry.other_bytes)
+    levels = {name: bytes(w.value.resident.flatten().tolist()) for name, w in registry.weights.items()}
+    return PrecisionMap(plan.sites, {**plan.levels, **levels}, plan.other_bytes)
