@@ -9,6 +9,10 @@ A weight is stored once as bit planes, most significant first; its precision is 
 
 from foveate.allocate import allocate as allocate
 from foveate.allocate import frontier as frontier
+from foveate.checkpoint import Head as Head
+from foveate.checkpoint import load_profile as load_profile
+from foveate.checkpoint import read_head as read_head
+from foveate.checkpoint import save_map as save_map
 from foveate.collect.objectives import Embedding as Embedding
 from foveate.collect.objectives import Logits as Logits
 from foveate.collect.objectives import Objective as Objective
@@ -28,6 +32,8 @@ from foveate.maps import PrecisionMap as PrecisionMap
 from foveate.maps import Profile as Profile
 from foveate.maps import Site as Site
 from foveate.maps import uniform_of_bytes as uniform_of_bytes
+from foveate.nn.persist import load as load
+from foveate.nn.persist import save as save
 from foveate.nn.quantize import quantize as quantize
 from foveate.nn.registry import apply as apply
 from foveate.nn.registry import current_map as current_map

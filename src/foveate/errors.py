@@ -1,7 +1,8 @@
 """The one exception tree.
 
-Everything foveate refuses derives from `FoveateError` and from the built-in that a user of Python would expect, and says the value and the rule:
-"level (=5) is not one of 0, 2, 3, 4, 6, 8". The command line turns any of them into one line and exit code 2.
+Everything foveate refuses derives from `FoveateError` and from the built-in that a user of Python would expect, and
+says the value and the rule: "level (=5) is not one of 0, 2, 3, 4, 6, 8". The command line turns any of them into one
+line and exit code 2.
 """
 
 from __future__ import annotations

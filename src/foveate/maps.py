@@ -2,7 +2,8 @@
 
     measure -> Profile -> allocate -> PrecisionMap -> apply
 
-A site is a named place whose precision can be chosen. A map gives each site a level, per tile where it has tiles, and says exactly the bytes that takes.
+A site is a named place whose precision can be chosen. A map gives each site a level, per tile where it has tiles, and
+says exactly the bytes that takes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,19 @@ from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS, check_input_lev
 from foveate.formats.packing import TILE_ROWS, tile_grid
 from foveate.planes import resident_bytes
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 1 << 10,
+    "MIB": 1 << 20,
+    "GIB": 1 << 30,
+    "K": 1 << 10,
+    "M": 1 << 20,
+    "G": 1 << 30,
+}
 
 
 def parse_bytes(size: int | str) -> int:
@@ -120,7 +133,8 @@ class PrecisionMap:
         sites: every site of the model.
         levels: for each site's name one level, or for a weight one byte a tile.
         other_bytes: bytes of everything that is not a site (norms, biases, buffers); the same in every map.
-        predicted_loss: what the profile says the map costs, in the objective's unit (nats a token for language models); NaN if unknown.
+        predicted_loss: what the profile says the map costs, in the objective's unit (nats a token for language models);
+            NaN if unknown.
     """
 
     sites: tuple[Site, ...]
@@ -172,12 +186,18 @@ class PrecisionMap:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of planes and scales that one token reads (an embedding: one row's share), and everything that is no site."""
-        return self.other_bytes + round(sum(self.tile_bytes(s) * s.rows_read / max(s.rows, 1) for s in self.weight_sites()))
+        """Bytes of planes and scales that one token reads (an embedding: one row's share), and everything that is no
+        site.
+        """
+        return self.other_bytes + round(
+            sum(self.tile_bytes(s) * s.rows_read / max(s.rows, 1) for s in self.weight_sites())
+        )
 
     @property
     def bits(self) -> float:
-        """Average bits a weight as stored: planes, scales, gains and tile levels of all sites, embeddings included, over their weights."""
+        """Average bits a weight as stored: planes, scales, gains and tile levels of all sites, embeddings included,
+        over their weights.
+        """
         weights = sum(s.weights for s in self.weight_sites())
         return 8.0 * (self.bytes_stored - self.other_bytes) / max(weights, 1)
 
@@ -189,7 +209,10 @@ class PrecisionMap:
     def to_json(self) -> dict[str, Any]:
         """Levels as a number, or as zones: runs [[level, tiles], ...]."""
         return {
-            "levels": {n: v if isinstance(v, int) else [[level, len(list(run))] for level, run in groupby(v)] for n, v in self.levels.items()},
+            "levels": {
+                n: v if isinstance(v, int) else [[level, len(list(run))] for level, run in groupby(v)]
+                for n, v in self.levels.items()
+            },
             "predicted_loss": None if self.predicted_loss != self.predicted_loss else self.predicted_loss,
         }
 
@@ -198,7 +221,8 @@ class PrecisionMap:
         """The inverse of `to_json`; raises `LevelError` or `SiteError` if the data do not fit the sites."""
         try:
             levels: dict[str, Levels] = {
-                name: v if isinstance(v, int) else b"".join(bytes([level]) * count for level, count in v) for name, v in data["levels"].items()
+                name: v if isinstance(v, int) else b"".join(bytes([level]) * count for level, count in v)
+                for name, v in data["levels"].items()
             }
             loss = data.get("predicted_loss")
         except (TypeError, ValueError, KeyError, AttributeError) as error:
@@ -228,7 +252,8 @@ def _checked_levels(site: Site, levels: Levels) -> Levels:
 def input_level_for(weight_level: float) -> int:
     """The level of an input whose weight is read at `weight_level` bits on average: 8, but 16 for weights above 6 bits.
 
-    An 8-bit input row loses several times what 8-bit weights lose (docs/decisions.md), and up to 6 bits much less than the weights do.
+    An 8-bit input row loses several times what 8-bit weights lose (docs/decisions.md), and up to 6 bits much less than
+    the weights do.
     """
     return 16 if weight_level > 6 else 8
 
@@ -237,13 +262,17 @@ def uniform(sites: Sequence[Site], level: int, other_bytes: int = 0, input_level
     """The map with every weight at one level and every input at another, `input_level_for(level)` if not given."""
     if input_level is None:
         input_level = input_level_for(level)
-    return PrecisionMap(tuple(sites), {s.name: level if s.kind == "weight" else input_level for s in sites}, other_bytes)
+    return PrecisionMap(
+        tuple(sites), {s.name: level if s.kind == "weight" else input_level for s in sites}, other_bytes
+    )
 
 
 def uniform_of_bytes(plan: PrecisionMap) -> PrecisionMap:
-    """Uniform precision at another map's bytes: the highest level that fits everywhere, and what is left spent on every n-th tile, evenly, one level up.
+    """Uniform precision at another map's bytes: the highest level that fits everywhere, and what is left spent on every
+    n-th tile, evenly, one level up.
 
-    It is what one does without measuring anything, and so what a map must beat. Inputs keep the levels they have in `plan`.
+    It is what one does without measuring anything, and so what a map must beat. Inputs keep the levels they have in
+    `plan`.
     """
     target = sum(plan.tile_bytes(s) for s in plan.weight_sites())
     sites = list(plan.weight_sites())
@@ -251,7 +280,11 @@ def uniform_of_bytes(plan: PrecisionMap) -> PrecisionMap:
     base = max((i for i, total in enumerate(totals) if total <= target), default=0)
     levels: dict[str, Levels] = dict(plan.levels)
     above = min(base + 1, len(WEIGHT_LEVELS) - 1)
-    share = (target - totals[base]) / (totals[above] - totals[base]) if above > base and totals[above] > totals[base] else 0.0
+    share = (
+        (target - totals[base]) / (totals[above] - totals[base])
+        if above > base and totals[above] > totals[base]
+        else 0.0
+    )
     due = 0.0
     for site in sites:
         cells = bytearray()
@@ -294,11 +327,13 @@ class Profile:
 
     Attributes:
         sites: every site of the model.
-        losses: for each weight, float32 [T, 6]: the loss each tile costs at each of WEIGHT_LEVELS, in the objective's unit.
+        losses: for each weight, float32 [T, 6]: the loss each tile costs at each of WEIGHT_LEVELS, in the objective's
+            unit.
         other_bytes: bytes of everything that is no site.
         samples: tokens, images or sentences that the loss is a mean over.
         objective: which loss: see `foveate.objectives`.
-        statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group), `output_range` float32 [2].
+        statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
+            `output_range` float32 [2].
         notes: things the user should know, a sentence each.
     """
 
@@ -311,14 +346,21 @@ class Profile:
     notes: tuple[str, ...] = ()
 
     def predict(self, plan: PrecisionMap) -> float:
-        """The loss that the profile expects of a map: the sum over tiles. Nested levels only interact through it, so it is a few per cent low."""
+        """The loss that the profile expects of a map: the sum over tiles. Nested levels only interact through it, so it
+        is a few per cent low.
+        """
         total = 0.0
         for site in self.weight_sites():
             levels, table = plan.levels[site.name], self.losses[site.name]
             if isinstance(levels, int):
                 total += float(table[:, WEIGHT_LEVELS.index(levels)].double().sum())
             else:
-                column = torch.tensor([WEIGHT_LEVELS.index(level) if level in WEIGHT_LEVELS else 0 for level in range(max(WEIGHT_LEVELS) + 1)])
+                column = torch.tensor(
+                    [
+                        WEIGHT_LEVELS.index(level) if level in WEIGHT_LEVELS else 0
+                        for level in range(max(WEIGHT_LEVELS) + 1)
+                    ]
+                )
                 index = column[torch.frombuffer(bytearray(levels), dtype=torch.uint8).long()]
                 total += float(table.gather(1, index[:, None]).double().sum())
         return total

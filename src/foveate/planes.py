@@ -1,6 +1,7 @@
 """PlaneTensor: one weight as bit planes, with its tile index. A k-bit view is a prefix of its planes.
 
-The value is frozen: rounding makes it, `kept` drops planes from it, `moved` puts it elsewhere. The only bytes that ever change in place are those of `tags`, the level each tile is read at, and only
+The value is frozen: rounding makes it, `kept` drops planes from it, `moved` puts it elsewhere. The only bytes that ever
+    change in place are those of `tags`, the level each tile is read at, and only
 `foveate.apply` writes them. docs/format.md has the layout.
 """
 
@@ -73,7 +74,9 @@ class PlaneTensor:
         tensors = (*self.planes, self.scales, self.gain, self.units, self.resident, self.starts, self.tags)
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def op_args(self, which: int = 0) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, int, int]:
+    def op_args(
+        self, which: int = 0
+    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, int, int]:
         """The arguments that `plane_unpack` and `plane_embedding` take, in order."""
         return (
             list(self.planes), self.scales, self.units, self.starts, self.resident, self.tags,
@@ -177,7 +180,8 @@ def linear(
 def arena(sizes: Sequence[int]) -> list[Tensor]:
     """One block of memory on huge pages, cut into uint8 tensors of the given sizes, each on a cache line.
 
-    Reading weights from 4 KiB pages costs a third of the bandwidth (docs/decisions.md), so planes live in blocks like this one. Untouched memory is not resident.
+    Reading weights from 4 KiB pages costs a third of the bandwidth (docs/decisions.md), so planes live in blocks like
+    this one. Untouched memory is not resident.
     """
     offsets = [0]
     for size in sizes:
@@ -194,11 +198,13 @@ def arena(sizes: Sequence[int]) -> list[Tensor]:
 
 
 def gathered(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
-    """The same weights with each plane, the scales, and the tags of all of them side by side in one block.
-
-    One block a plane: a plane can be given back whole; one block of tags: a switch is one copy.
+    """The same weights with each plane, and the scales, and the tags of all of them side by side in one block, so that
+    a plane can be given back whole.
     """
-    kinds: list[Callable[[PlaneTensor], Tensor]] = [*(lambda w, p=p: w.planes[p] for p in range(PLANES)), lambda w: w.scales]
+    kinds: list[Callable[[PlaneTensor], Tensor]] = [
+        *(lambda w, p=p: w.planes[p] for p in range(PLANES)),
+        lambda w: w.scales,
+    ]
     moved: list[list[Tensor]] = []
     for pick in kinds:
         old = [pick(w) for w in tensors]
@@ -206,11 +212,18 @@ def gathered(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
         for source, target in zip(old, new, strict=True):
             target.copy_(source.view(torch.uint8))
         moved.append([t.view(o.dtype) for t, o in zip(new, old, strict=True)])
-    tags = torch.cat([w.tags.reshape(-1) for w in tensors]).split([w.tags.numel() for w in tensors]) if tensors else ()
-    return [
-        replace(w, planes=tuple(m[i] for m in moved[:PLANES]), scales=moved[PLANES][i], tags=tags[i].view_as(w.tags))
-        for i, w in enumerate(tensors)
-    ]
+    return shared_tags(
+        [replace(w, planes=tuple(m[i] for m in moved[:PLANES]), scales=moved[PLANES][i]) for i, w in enumerate(tensors)]
+    )
+
+
+def shared_tags(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
+    """The same weights with their tags one after the other in one block, so that a switch is one copy."""
+    if not tensors:
+        return []
+    block = torch.cat([w.tags.reshape(-1) for w in tensors])
+    parts = block.split([w.tags.numel() for w in tensors])
+    return [replace(w, tags=part.view_as(w.tags)) for w, part in zip(tensors, parts, strict=True)]
 
 
 def resident_bytes(level: int, tiles: int, group: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -15,7 +15,7 @@ log = logging.getLogger("foveate")
 def track(items: Iterable[Item], label: str, *, total: int | None = None, show: bool = True) -> Iterator[Item]:
     """Yield the items, showing how far it is and how long it will take."""
     if total is None:
-        total = len(items) if hasattr(items, "__len__") else None
+        total = len(items) if isinstance(items, Sized) else None
     if show and sys.stderr.isatty():
         try:
             from rich.console import Console

@@ -1,6 +1,8 @@
-"""verify: what a map truly costs, on data it was not chosen on, beside what was predicted and beside uniform precision at the same bytes.
+"""verify: what a map truly costs, on data it was not chosen on, beside what was predicted and beside uniform precision
+at the same bytes.
 
-A profile adds up per-tile losses; only running the whole map tells. Maps are compared batch by batch against the same reference outputs, so memory stays that of one batch and the differences between maps are paired.
+A profile adds up per-tile losses; only running the whole map tells. Maps are compared batch by batch against the same
+reference outputs, so memory stays that of one batch and the differences between maps are paired.
 """
 
 from __future__ import annotations
@@ -65,8 +67,9 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"divergence {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} (predicted {self.predicted:.5f}), "
-            f"uniform at equal bytes {self.uniform.divergence:.5f}; agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
+            f"divergence {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
+            f"(predicted {self.predicted:.5f}), uniform at equal bytes {self.uniform.divergence:.5f}; "
+            f"agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
             f"{self.measured.samples} samples, reference: {self.reference}"
         )
 
@@ -139,13 +142,21 @@ def measure(
                     objective = infer(output)
                 wanted = objective.outcome(output, batch)
                 if not bool(torch.isfinite(wanted).all()):
-                    raise DataError(f"batch {index}: the reference's output is not finite: NaN or Inf in the data, or in the model")
-                sums[-1].add(torch.zeros(len(wanted)), torch.ones(len(wanted)), None if metric is None else metric(output, batch))
+                    raise DataError(
+                        f"batch {index}: the reference's output is not finite: NaN or Inf in the data, or in the model"
+                    )
+                sums[-1].add(
+                    torch.zeros(len(wanted)), torch.ones(len(wanted)), None if metric is None else metric(output, batch)
+                )
                 for plan, tally in zip(plans, sums, strict=False):
                     apply(model, plan)
                     output = run(model, batch)
                     got = objective.outcome(output, batch)
-                    tally.add(objective.divergence(wanted, got), objective.agreement(wanted, got), None if metric is None else metric(output, batch))
+                    tally.add(
+                        objective.divergence(wanted, got),
+                        objective.agreement(wanted, got),
+                        None if metric is None else metric(output, batch),
+                    )
     finally:
         if before is not None:
             apply(model, *before)
@@ -167,7 +178,9 @@ def verify(
 ) -> Verification:
     """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`."""
     even = uniform_of_bytes(plan)
-    measured, uniform_measured, _ = measure(model, [plan, even], held_out, reference=reference, objective=objective, progress=progress)
+    measured, uniform_measured, _ = measure(
+        model, [plan, even], held_out, reference=reference, objective=objective, progress=progress
+    )
     name = "the original model" if reference is not None else "this model with every plane it has"
     return Verification(plan, even, measured, uniform_measured, name)
 

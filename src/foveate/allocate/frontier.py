@@ -1,4 +1,6 @@
-"""The frontier: one chain of maps from the best to the cheapest, each step the one that loses least for the bytes it frees."""
+"""The frontier: one chain of maps from the best to the cheapest, each step the one that loses least for the bytes it
+frees.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def frontier(
     tie: Sequence[Sequence[str]] = (),
     input_level: int | None = None,
 ) -> Frontier:
-    """A chain of at most `points` maps, evenly spread over bytes. Being prefixes of one order of steps they are nested: a cheaper map is nowhere above a dearer one.
+    """A chain of at most `points` maps, evenly spread over bytes. Being prefixes of one order of steps they are nested:
+    a cheaper map is nowhere above a dearer one.
 
     Arguments are those of `foveate.allocate`.
     """

@@ -1,6 +1,7 @@
 """The allocation problem as frozen numbers: units to choose for, what each choice costs and loses.
 
-A unit is what gets one level: a tile, a whole weight, or several weights that are tied (q, k and v, say). Its cost is bytes of planes and scales; the bytes that no choice changes are `fixed`.
+A unit is what gets one level: a tile, a whole weight, or several weights that are tied (q, k and v, say). Its cost is
+    bytes of planes and scales; the bytes that no choice changes are `fixed`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Problem:
         return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss)
 
 
-def build(profile: Profile, levels: Sequence[int], per_tile: bool, tie: Sequence[Sequence[str]], input_level: int | None) -> Problem:
+def build(
+    profile: Profile, levels: Sequence[int], per_tile: bool, tie: Sequence[Sequence[str]], input_level: int | None
+) -> Problem:
     """Lay out the problem; see `foveate.allocate` for the arguments."""
     levels = tuple(sorted({check_weight_level(level) for level in levels}))
     if not levels:

@@ -1,7 +1,9 @@
 """The solver: a Lagrangian over convex hulls, then the rest of the budget spent greedily.
 
-Every unit's levels are first reduced to the lower convex hull of (bytes, loss): its steps then have falling gain per byte, so taking all units' steps in order of gain per byte gives the optimum of every budget
-that the sorted order hits exactly (Everett 1963; Shoham and Gersho 1988 for bit allocation). What is left below the budget is spent on the best steps that still fit.
+Every unit's levels are first reduced to the lower convex hull of (bytes, loss): its steps then have falling gain per
+byte, so taking all units' steps in order of gain per byte gives the optimum of every budget that the sorted order hits
+exactly (Everett 1963; Shoham and Gersho 1988 for bit allocation). What is left below the budget is spent on the best
+steps that still fit.
 """
 
 from __future__ import annotations
@@ -143,7 +145,8 @@ def allocate(
         budget: bytes, bits or loss.
         levels: the levels to choose among; add 0 to let tiles be dropped.
         per_tile: whether tiles may differ within a weight.
-        tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight", "*.k_proj:weight")]`.
+        tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight",
+            "*.k_proj:weight")]`.
         input_level: the level of every input, 4, 8, 16 or 32; chosen by its weight's level if not given.
 
     Returns:
@@ -161,10 +164,14 @@ def allocate(
     if budget.bytes is not None:
         assert isinstance(budget.bytes, int)
         room = budget.bytes - (lowest.bytes_resident - tiles_at_least)
-        note = f"no map fits in {format_bytes(budget.bytes)}: the least possible is {format_bytes(lowest.bytes_resident)} ({lowest.bytes_resident} bytes)"
+        least = lowest.bytes_resident
+        note = f"no map fits in {format_bytes(budget.bytes)}: the least is {format_bytes(least)} ({least} bytes)"
     else:
         assert budget.bits is not None
         weights = sum(s.weights for s in profile.weight_sites())
         room = budget.bits * weights / 8 - (lowest.bytes_stored - lowest.other_bytes - tiles_at_least)
-        note = f"no map averages {budget.bits:g} bits a weight: the least possible is {lowest.bits:.4f} (scales and padding count)"
+        note = (
+            f"no map averages {budget.bits:g} bits a weight: "
+            f"the least possible is {lowest.bits:.4f} (scales and padding count)"
+        )
     return problem.to_map(solve_bytes(problem, room, note))

@@ -1,7 +1,8 @@
 """Which modules hold a weight that planes can hold, and how each is seen as a matrix [N rows, K inputs].
 
-A linear map, transformers' Conv1D, an embedding and a convolution are one thing here: rows of outputs by columns of inputs, where a convolution's inputs are the K = in/groups x kernel values of a patch
-and an embedding's rows are its entries. Depthwise filters are [channels, kernel].
+A linear map, transformers' Conv1D, an embedding and a convolution are one thing here: rows of outputs by columns of
+inputs, where a convolution's inputs are the K = in/groups x kernel values of a patch and an embedding's rows are its
+entries. Depthwise filters are [channels, kernel].
 """
 
 from __future__ import annotations

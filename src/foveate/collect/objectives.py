@@ -1,8 +1,10 @@
 """What a model's output is for: the loss whose increase is predicted, and the divergence that is measured.
 
-Two outputs cover most models. Logits are a distribution: the loss is the negative log-likelihood of labels sampled from the model itself (so that its squared gradient is the true Fisher information, Kunstner et al.,
-arXiv:1905.12558, and no labels are needed), the divergence is KL to the reference. Anything else is an embedding: the loss is its inner product with a random direction, whose squared gradient estimates
-the squared change of the unit embedding, and half of that is the divergence, 1 - cosine.
+Two outputs cover most models. Logits are a distribution: the loss is the negative log-likelihood of labels sampled from
+the model itself (so that its squared gradient is the true Fisher information, Kunstner et al., arXiv:1905.12558, and no
+labels are needed), the divergence is KL to the reference. Anything else is an embedding: the loss is its inner product
+with a random direction, whose squared gradient estimates the squared change of the unit embedding, and half of that is
+the divergence, 1 - cosine.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from foveate.errors import DataError
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch: a mapping as keywords, a tuple or list as positions, anything else as the one argument."""
+    """Call a model on a batch: a mapping as keywords, a tuple or list as positions, else the one argument."""
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
@@ -53,7 +55,8 @@ class Objective(ABC):
     """What is kept when precision falls."""
 
     name: str
-    #: Whether the rows of one sample (the tokens of a text) have independent labels, so that their gradients are uncorrelated.
+    #: Whether the rows of one sample (the tokens of a text) have independent labels, so that their gradients are
+    #: uncorrelated.
     independent_rows: bool
 
     @abstractmethod
@@ -112,7 +115,9 @@ class Embedding(Objective):
         return _real(batch, _field(output, "embeddings", "pooler_output", "last_hidden_state")).float()
 
     def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
-        """Inner product of the unit vector with a random normal direction: its squared gradient is, on average, the squared change of the unit vector."""
+        """Inner product of the unit vector with a random normal direction: its squared gradient is, on average, the
+        squared change of the unit vector.
+        """
         unit = F.normalize(self.outcome(output, batch), dim=-1)
         return (unit * torch.randn(unit.shape, generator=generator)).sum(), len(unit)
 

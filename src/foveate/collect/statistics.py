@@ -1,12 +1,15 @@
 """One pass over a small data set: input energies, output gradients and output ranges of every weight.
 
-For a weight with input rows x_t and output gradients g_t (of the loss of one sample) the increase of the loss caused by a change dW is, to second order and with the Fisher information for the Hessian,
+For a weight with input rows x_t and output gradients g_t (of the loss of one sample) the increase of the loss caused by
+a change dW is, to second order and with the Fisher information for the Hessian,
 
     1/2 E[(sum_t g_t . dW x_t)^2]  ~  1/2 sum_ij F_ij dW_ij^2
 
-Where a sample's rows have independent labels (the tokens of a language model), F factors: F_ij = G_i A_j with G = E[g^2] over outputs and A = E[x^2] over inputs (notes on K-FAC's diagonal; score B of the design). Where
-all rows of a sample share one loss (the patches of an image, the tokens of an embedded sentence) their gradients are correlated, so F is accumulated as the squared gradient of each sample. An embedding's F is
-its rows' frequency times the gradient's energy in each column.
+Where a sample's rows have independent labels (the tokens of a language model), F factors: F_ij = G_i A_j with G =
+E[g^2] over outputs and A = E[x^2] over inputs (notes on K-FAC's diagonal; score B of the design). Where all rows of a
+sample share one loss (the patches of an image, the tokens of an embedded sentence) their gradients are correlated, so F
+is accumulated as the squared gradient of each sample. An embedding's F is its rows' frequency times the gradient's
+energy in each column.
 
 Memory: the factored statistics take N + K numbers a weight, the others N x K.
 """
@@ -61,7 +64,9 @@ class WeightStatistics:
         """Take the inputs and outputs of one call; returns what takes the output's gradient."""
         low, high = y.detach().aminmax()
         limits = self.tensors["output_range"]
-        self.tensors["output_range"] = torch.stack([torch.minimum(limits[0], low.float()), torch.maximum(limits[1], high.float())])
+        self.tensors["output_range"] = torch.stack(
+            [torch.minimum(limits[0], low.float()), torch.maximum(limits[1], high.float())]
+        )
         if self.kind is Kind.EMBEDDING:
             self.tensors["frequency_N"] += torch.bincount(x.reshape(-1), minlength=len(self.tensors["frequency_N"]))
             self.tensors["rows"] += x.numel()
@@ -76,7 +81,9 @@ class WeightStatistics:
         self.tensors["rows"] += x_BTK.shape[0] * x_BTK.shape[1]
         if self.factored:
             return self._see_gradient
-        return lambda g: self._see_sample_gradients(x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2))
+        return lambda g: self._see_sample_gradients(
+            x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2)
+        )
 
     def _see_gradient(self, g: Tensor) -> None:
         self.tensors["gradient_N"] += g.float().reshape(-1, g.shape[-1]).square().sum(0)
@@ -146,7 +153,10 @@ class Collector:
             if samples == 0:
                 raise DataError(f"batch {self.batches} holds no samples")
             if not bool(torch.isfinite(loss)):
-                raise DataError(f"batch {self.batches} gives a loss that is not finite ({float(loss)}): NaN or Inf in the data, or in the model")
+                raise DataError(
+                    f"batch {self.batches} gives a loss that is not finite ({float(loss)}): "
+                    "NaN or Inf in the data, or in the model"
+                )
             if not loss.requires_grad:
                 raise DataError("the model's output does not depend on any weight that can be quantized")
             loss.backward()
@@ -190,6 +200,10 @@ class Collector:
         expected = {k: t.shape for k, t in self.state().items()}
         if {k: t.shape for k, t in state.items()} != expected:
             raise DataError("the resume file was made for another model or objective: delete it to start afresh")
-        self.samples, self.batches, self.loss_sum = int(state["samples"]), int(state["batches"]), float(state["loss_sum"])
+        self.samples, self.batches, self.loss_sum = (
+            int(state["samples"]),
+            int(state["batches"]),
+            float(state["loss_sum"]),
+        )
         for name, s in self.by_module.items():
             s.tensors = {key: state[f"{name}|{key}"].clone() for key in s.tensors}

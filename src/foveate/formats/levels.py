@@ -1,7 +1,8 @@
 """Levels: how many bits a weight or an input is read at, and which planes that takes.
 
-A weight's planes hold 2, 1, 1, 2 and 2 bits, most significant first, so its nested levels are 2, 3, 4, 6 and 8 (and 0: nothing is read, the weight is
-zero). Levels 16 and 32 are exact: no plane gives them, they are reserved for tiles stored as floating point. `docs/format.md` has the whole form.
+A weight's planes hold 2, 1, 1, 2 and 2 bits, most significant first, so its nested levels are 2, 3, 4, 6 and 8 (and 0:
+nothing is read, the weight is zero). Levels 16 and 32 are exact: no plane gives them, they are reserved for tiles
+stored as floating point. `docs/format.md` has the whole form.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def check_weight_level(level: int) -> int:
     if level in _PLANES_OF:
         return level
     if level in EXACT_LEVELS:
-        raise LevelError(f"level (={level}) is exact, and format version 1 stores no exact tiles: choose one of {_listing(WEIGHT_LEVELS)}")
+        raise LevelError(
+            f"level (={level}) is exact, and format version 1 stores no exact tiles: "
+            f"choose one of {_listing(WEIGHT_LEVELS)}"
+        )
     raise LevelError(f"level (={level}) is not one of {_listing(WEIGHT_LEVELS)}")
 
 

@@ -1,9 +1,11 @@
 """Codes to planes and back: where each bit of a weight lies in memory.
 
-A plane of a tile (16 rows by one group of inputs) is a run of 64-byte chunks, rows in lanes, so that a kernel needs no horizontal sums and the four inputs
-of a byte quartet are one broadcast operand. A chunk of a 2-bit plane covers 16 columns, of a 1-bit plane 32; docs/format.md, "Tiles", has the bit positions.
+A plane of a tile (16 rows by one group of inputs) is a run of 64-byte chunks, rows in lanes, so that a kernel needs no
+horizontal sums and the four inputs of a byte quartet are one broadcast operand. A chunk of a 2-bit plane covers 16
+columns, of a 1-bit plane 32; docs/format.md, "Tiles", has the bit positions.
 
-Shapes: N rows, K inputs, g inputs a group; NT = ceil(N / 16) strips, G = ceil(K / g) groups, T = NT * G tiles, B bytes of one plane of one tile.
+Shapes: N rows, K inputs, g inputs a group; NT = ceil(N / 16) strips, G = ceil(K / g) groups, T = NT * G tiles, B bytes
+    of one plane of one tile.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Which kernels run, and why the others do not.
 
-The compiled kernels are built on first use. Where they cannot be, the reference runs: a warning says so once and `backends()` says why.
+The compiled kernels are built on first use. Where they cannot be, the reference runs: a warning says so once and
+`backends()` says why.
 """
 
 from __future__ import annotations
@@ -37,5 +38,7 @@ def backends() -> tuple[Backend, ...]:
     """The backends of the plane ops on the CPU: which one runs, and why the others do not."""
     status = ensure_loaded()
     compiled = Backend(f"cpu:{status.isa}" if status.isa else "cpu", status.isa is not None, status.reason)
-    reference = Backend("reference", status.isa is None, "plain torch, the meaning of every op; runs where no kernel was compiled")
+    reference = Backend(
+        "reference", status.isa is None, "plain torch, the meaning of every op; runs where no kernel was compiled"
+    )
     return compiled, reference

@@ -1,9 +1,11 @@
 """The meaning of every op, in plain torch.
 
-Written to be read beside docs/format.md, not to be fast. The integer sums of a group are exact (float64 holds them), and groups are added in ascending order
-with one rounding each, as the compiled kernels do it with a fused multiply-add. It also runs where no compiler is found.
+Written to be read beside docs/format.md, not to be fast. The integer sums of a group are exact (float64 holds them),
+and groups are added in ascending order with one rounding each, as the compiled kernels do it with a fused multiply-add.
+It also runs where no compiler is found.
 
-Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strips of 16 rows, G groups, T = NT * G tiles.
+Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strips of 16 rows, G groups, T = NT * G
+    tiles.
 """
 
 from __future__ import annotations
@@ -37,7 +39,13 @@ def _centred_codes(planes: Sequence[Tensor], resident: Tensor, level_tiles: Tens
         q.append(unpack_plane(_spread(stored, has_it), plane, group).view(strips, groups, TILE_ROWS, group).long())
     anchor = q[0] << 2 | q[1] << 1 | q[2]
     residual = q[3] << 2 | q[4]
-    code_at = {2: q[0], 3: anchor >> 1, 4: anchor, 6: (anchor << (2 - reach)) + q[3], 8: (anchor << (4 - reach)) + residual}
+    code_at = {
+        2: q[0],
+        3: anchor >> 1,
+        4: anchor,
+        6: (anchor << (2 - reach)) + q[3],
+        8: (anchor << (4 - reach)) + residual,
+    }
     out = torch.zeros_like(anchor)
     for level, code in code_at.items():
         out = torch.where(level_tiles[..., None, None] == level, 2 * code - code_range(level, reach), out)
@@ -97,7 +105,9 @@ def plane_embedding(
     which: int = 0,
 ) -> Tensor:
     """Rows of the dense weight, float32 [*indices.shape, columns]."""
-    return F.embedding(indices, plane_unpack(planes, scales, units, starts, resident, tags, rows, columns, group, reach, which))
+    return F.embedding(
+        indices, plane_unpack(planes, scales, units, starts, resident, tags, rows, columns, group, reach, which)
+    )
 
 
 def quantize_input(x_MK: Tensor, level: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +118,8 @@ def quantize_input(x_MK: Tensor, level: int) -> tuple[Tensor, Tensor]:
         level: 4, 8 or 16 bits.
 
     Returns:
-        Codes float64 [M, K] (integers), and the scale of each row float32 [M, 1]: NaN where the row has a value that is not finite, 0 where it is all zeros.
+        Codes float64 [M, K] (integers), and the scale of each row float32 [M, 1]: NaN where the row has a value that is
+        not finite, 0 where it is all zeros.
     """
     q_max = INPUT_RANGE[level]
     largest = x_MK.abs().amax(1, keepdim=True) if x_MK.shape[1] else x_MK.new_zeros(len(x_MK), 1)
@@ -169,7 +180,7 @@ def plane_linear(
             scaled, offset = _scales(scales[w], units[w], resident[w], levels)
             if level == 32:
                 w_tiles = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
-                strips, groups = resident[w].shape
+                strips = resident[w].shape[0]
                 dense = tiles_to_matrix(w_tiles, strips * TILE_ROWS, x_MK.shape[1])
                 y_MN[mine] = F.linear(x_MK[mine], dense)
             else:

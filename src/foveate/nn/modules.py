@@ -1,13 +1,13 @@
 """Modules whose weight is bit planes: PlaneLinear, PlaneEmbedding, PlaneConv.
 
-Each keeps the interface of the module it replaces. The weight itself is a `PlaneWeight`, a module of its own, so that tied weights are one object and every tensor is a buffer. Precision is changed by `foveate.apply` and
-nowhere else.
+Each keeps the interface of the module it replaces. The weight itself is a `PlaneWeight`, a module of its own, so that
+tied weights are one object and every tensor is a buffer. Precision is changed by `foveate.apply` and nowhere else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class PlaneModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
         level = self.input_level
-        super()._apply(fn, recurse)
+        nn.Module._apply(self, fn, recurse)
         self.input_level = level  # a view that `foveate.apply` writes through
         return self
 
@@ -117,35 +117,40 @@ class PlaneEmbedding(PlaneModule):
 class PlaneConv(PlaneModule):
     """`nn.Conv1d` and `nn.Conv2d` on planes.
 
-    A dense convolution multiplies the patches of its input, each quantized by itself, with the planes. A grouped or depthwise one is unpacked and multiplied in the dtype of its input.
+    A dense convolution multiplies the patches of its input, each quantized by itself, with the planes. A grouped or
+    depthwise one is unpacked and multiplied in the dtype of its input.
     """
 
     def __init__(self, weight: PlaneWeight, conv: nn.Conv1d | nn.Conv2d) -> None:
         super().__init__(weight, conv.bias)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"):
-            setattr(self, name, getattr(conv, name))
+        self.in_channels, self.out_channels, self.groups = conv.in_channels, conv.out_channels, conv.groups
+        self.kernel_size: tuple[int, ...] = conv.kernel_size
+        self.stride: tuple[int, ...] = conv.stride
+        self.padding: str | tuple[int, ...] = conv.padding
+        self.dilation: tuple[int, ...] = conv.dilation
+        self.padding_mode = conv.padding_mode
         self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
-        self._dense_forward = type(conv)._conv_forward
+        self._dense_forward: Callable[..., Tensor] = type(conv)._conv_forward
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, ...] or [C, ...] -> [B, N, ...] or [N, ...]."""
-        like_conv = cast(nn.Conv2d, self)
         if self.groups != 1:
-            dense = self.weight.dequantize().view(self.out_channels, -1, *like_conv.kernel_size).to(x.dtype)
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return self._dense_forward(like_conv, x, dense, bias)
-        columns = patches(like_conv, x)[:, 0]  # [B, K, P]
+            dense = self.weight.dequantize().view(self.out_channels, -1, *self.kernel_size).to(x.dtype)
+            return self._dense_forward(self, x, dense, None if self.bias is None else self.bias.to(x.dtype))
+        columns = patches(cast(nn.Conv2d, self), x)[:, 0]  # [B, K, P]
         y = self._product(columns.transpose(1, 2)).transpose(1, 2)
-        spatial = _output_sizes(like_conv, x.shape[-len(like_conv.kernel_size) :])
+        spatial = self._output_sizes(x.shape[-len(self.kernel_size) :])
         return y.reshape(*x.shape[: x.dim() - 1 - len(spatial)], self.out_channels, *spatial)
 
-
-def _output_sizes(conv: nn.Conv2d, sizes: torch.Size) -> list[int]:
-    pad = conv._reversed_padding_repeated_twice[::-1]  # (before, after) of each dimension, the first dimension first
-    return [
-        (size + pad[2 * i] + pad[2 * i + 1] - conv.dilation[i] * (conv.kernel_size[i] - 1) - 1) // conv.stride[i] + 1
-        for i, size in enumerate(sizes)
-    ]
+    def _output_sizes(self, sizes: torch.Size) -> list[int]:
+        pad = self._reversed_padding_repeated_twice[
+            ::-1
+        ]  # (before, after) of each dimension, the first dimension first
+        return [
+            (size + pad[2 * i] + pad[2 * i + 1] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i]
+            + 1
+            for i, size in enumerate(sizes)
+        ]
 
 
 def on_planes(module: nn.Module, weight: PlaneWeight) -> PlaneModule:

@@ -1,8 +1,10 @@
 """quantize: put a model on planes, in place, and measure what every plane is worth.
 
-    find weights -> one pass over the data (statistics) -> for each weight: round, pack, score -> exchange the modules -> Profile
+    find weights -> one pass over the data (statistics) -> for each weight: round, pack, score -> exchange the modules
+    -> Profile
 
-The pass over the data is the long part, and can be resumed. After it one weight at a time is float and planes at once, so the peak is the model, its planes, and the largest weight.
+The pass over the data is the long part, and can be resumed. After it one weight at a time is float and planes at once,
+so the peak is the model, its planes, and the largest weight.
 """
 
 from __future__ import annotations
@@ -19,17 +21,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foveate.collect.kinds import Found, Kind, find_weights, kind_of, weight_matrix
+from foveate.collect.kinds import Found, find_weights, weight_matrix
 from foveate.collect.objectives import Custom, Objective, infer, run
 from foveate.collect.statistics import Collector, WeightStatistics
 from foveate.errors import DataError, SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
-from foveate.formats.packing import check_group
+from foveate.formats.packing import GROUPS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Profile, Site
-from foveate.nn.modules import PlaneModule, PlaneWeight, on_planes
-from foveate.nn.registry import Registry, attach
-from foveate.planes import PlaneTensor, from_codes
+from foveate.nn.install import install, site_of
+from foveate.nn.modules import PlaneWeight
+from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
 from foveate.rounding import round_weight
 from foveate.sensitivity import tile_losses
@@ -38,8 +40,12 @@ _SAVE_EVERY = 16  # batches between two writes of the resume file
 
 
 def group_for(columns: int) -> int:
-    """Inputs a group: 128, and 32 where the weight is narrower than 512 (docs/decisions.md)."""
-    return 128 if columns >= 512 else 32
+    """Inputs a group: of 32, 64 and 128 the one that stores a row in the fewest bytes at 4 bits, scales and padding
+    counted.
+
+    At equal bytes it also has the least error (docs/decisions.md).
+    """
+    return min(GROUPS, key=lambda group: (-(-columns // group) * (group * 4 + 32), group))
 
 
 def quantize(
@@ -55,16 +61,21 @@ def quantize(
 ) -> Profile:
     """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
 
-    Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts; tied weights stay one weight. Afterwards every weight is read at 8 bits.
+    Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts;
+    tied weights stay one weight. Afterwards every weight is read at 8 bits.
 
     Args:
         model: any module, in memory, on the CPU.
-        batches: a small data set: mappings are passed to the model as keywords, tuples as positions, anything else as the one argument.
-        objective: what the output is for, `foveate.Logits()` or `foveate.Embedding()`; found out from the first output if not given (one with a `logits` attribute is `Logits`).
-        loss: `loss(output, batch)`, a sum over the samples of the batch whose increase is to be kept small, instead of the objective's own.
+        batches: a small data set: mappings are passed to the model as keywords, tuples as positions, anything else as
+            the one argument.
+        objective: what the output is for, `foveate.Logits()` or `foveate.Embedding()`; found out from the first output
+            if not given (one with a `logits` attribute is `Logits`).
+        loss: `loss(output, batch)`, a sum over the samples of the batch whose increase is to be kept small, instead of
+            the objective's own.
         group: inputs a group, 32, 64 or 128, for every weight; chosen by width if not given.
         skip: shell patterns of module names to leave as they are.
-        resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is deleted at the end.
+        resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is
+            deleted at the end.
         progress: whether to show how far it is.
 
     Returns:
@@ -83,7 +94,8 @@ def quantize(
     collector = _collect(model, batches, found, objective, loss, Path(resume) if resume else None, progress)
     unseen = collector.unseen()
     if unseen:
-        notes.append(f"calibration never reached {', '.join(unseen[:5])}{' and others' if len(unseen) > 5 else ''}: their bits are chosen blindly")
+        listed = ", ".join(unseen[:5]) + (" and others" if len(unseen) > 5 else "")
+        notes.append(f"calibration never reached {listed}: their bits are chosen blindly")
 
     sites: list[Site] = []
     losses: dict[str, Tensor] = {}
@@ -98,10 +110,20 @@ def quantize(
         losses[site.name] = _losses(w_NK, planes, [s.fisher(collector.samples) for s in seen])
         statistics[site.name] = _kept_statistics(seen[0], planes)
         weights[site.name] = PlaneWeight(planes, cast(Tensor, entry.modules[0].weight).dtype)
+    for weight, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
+        weight.set(value)
     registry = install(model, found, sites, weights)
     if resume:
         Path(resume).unlink(missing_ok=True)
-    profile = Profile(registry.sites, losses, registry.other_bytes, collector.samples, collector.objective.name, statistics, tuple(notes))
+    profile = Profile(
+        registry.sites,
+        losses,
+        registry.other_bytes,
+        collector.samples,
+        collector.objective.name,
+        statistics,
+        tuple(notes),
+    )
     registry.profile = profile
     top = profile.uniform(TOP_LEVEL)
     registry.apply(top, top)
@@ -111,13 +133,18 @@ def quantize(
 def _chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
     found = find_weights(model)
     if not found:
-        raise WeightError(f"{type(model).__name__} has no weight that can be quantized (Linear, Conv1D, Embedding, Conv1d, Conv2d)")
+        raise WeightError(
+            f"{type(model).__name__} has no weight that can be quantized (Linear, Conv1D, Embedding, Conv1d, Conv2d)"
+        )
     names = [name for f in found for name in f.names]
     if "" in names:
         raise WeightError("the model is itself a single layer: put it into a module, such as nn.Sequential")
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise SiteError(f"pattern {pattern!r} in skip matches none of {len(names)} modules, which are like {', '.join(names[:3])}")
+            raise SiteError(
+                f"pattern {pattern!r} in skip matches none of {len(names)} modules, "
+                f"which are like {', '.join(names[:3])}"
+            )
     kept = [f for f in found if not any(fnmatchcase(name, pattern) for name in f.names for pattern in skip)]
     if not kept:
         raise WeightError("skip leaves no weight to quantize")
@@ -199,7 +226,9 @@ def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], gro
         rounded = round_weight(w_NK, group=size, input_energy_K=energy)
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
-    return from_codes(rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach)
+    return from_codes(
+        rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
+    )
 
 
 def _losses(w_NK: Tensor, planes: PlaneTensor, fishers: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
@@ -219,45 +248,3 @@ def _kept_statistics(seen: WeightStatistics, planes: PlaneTensor) -> dict[str, T
         padded = torch.nn.functional.pad(energy, (0, -planes.columns % planes.group))
         kept["input_energy"] = padded.view(-1, planes.group).mean(1)
     return kept
-
-
-def site_of(entry: Found, planes: PlaneTensor) -> Site:
-    """The site of a weight."""
-    return Site(
-        name=f"{entry.names[0]}:weight",
-        kind="weight",
-        rows=planes.rows,
-        columns=planes.columns,
-        group=planes.group,
-        row_gains=planes.gain.shape[1] > 1,
-        rows_read=1 if entry.is_embedding_only else planes.rows,
-        aliases=tuple(f"{name}:weight" for name in entry.names[1:]),
-    )
-
-
-def install(model: nn.Module, found: Sequence[Found], sites: Sequence[Site], weights: dict[str, PlaneWeight]) -> Registry:
-    """Exchange the modules of `found` for ones on planes and attach the registry."""
-    inputs: dict[str, PlaneModule] = {}
-    all_sites = list(sites)
-    for entry, site in zip(found, sites, strict=True):
-        for name, module in zip(entry.names, entry.modules, strict=True):
-            new = on_planes(module, weights[site.name])
-            _exchange(model, name, new)
-            if kind_of(module) is not Kind.EMBEDDING:
-                inputs[f"{name}:input"] = new
-                all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
-    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights))
-    attach(model, registry)
-    return registry
-
-
-def _exchange(model: nn.Module, name: str, new: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, new)
-
-
-def _other_bytes(model: nn.Module, weights: dict[str, PlaneWeight]) -> int:
-    """Bytes of every parameter and buffer that is no part of a site."""
-    ours = {id(t) for w in weights.values() for t in w.buffers()}
-    other = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours}
-    return sum(t.numel() * t.element_size() for t in other.values())

@@ -1,11 +1,12 @@
 """Which sites a model has, and the one place where their levels change.
 
-A quantized model carries a `Registry`. All tile levels of the model lie side by side in one block, all input levels in another, so applying a map is a check and two copies, however many layers there are.
+A quantized model carries a `Registry`. All tile levels of the model lie side by side in one block, all input levels in
+another, so applying a map is a check and two copies, however many layers there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import cast
 
 import torch
@@ -14,7 +15,6 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
 from foveate.maps import PrecisionMap, Profile, Site
 from foveate.nn.modules import PlaneModule, PlaneWeight
-from foveate.planes import gathered
 
 _ATTRIBUTE = "_foveate"
 
@@ -27,31 +27,57 @@ class Registry:
         weights: the planes of each weight site.
         inputs: for each input site the module whose `input_level` it is.
         other_bytes: bytes of everything that is no site.
-        profile: what was measured of this model, if it is known.
+        profile_source: reads what was measured of this model, if it was kept.
         applied: the maps in force: rows of x read the first, or where a choice is given the second.
     """
 
-    def __init__(self, sites: Iterable[Site], weights: Mapping[str, PlaneWeight], inputs: Mapping[str, PlaneModule], other_bytes: int) -> None:
+    def __init__(
+        self,
+        sites: Iterable[Site],
+        weights: Mapping[str, PlaneWeight],
+        inputs: Mapping[str, PlaneModule],
+        other_bytes: int,
+    ) -> None:
         self.sites = tuple(sites)
         self.weights = dict(weights)
         self.inputs = dict(inputs)
         self.other_bytes = other_bytes
-        self.profile: Profile | None = None
+        self.profile_source: Callable[[], Profile] | None = None
+        self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
         self._known_sites = self.sites
-        self.gather()
-
-    def gather(self) -> None:
-        """Move every weight's tensors into shared blocks, and its levels into the one that `apply` writes."""
-        values = gathered([w.value for w in self.weights.values()])
-        for weight, value in zip(self.weights.values(), values, strict=True):
-            weight.set(value)
+        values = [w.value for w in self.weights.values()]
         self._tags = _block([v.tags for v in values])
         self._resident = torch.cat([v.resident.expand(2, -1, -1).reshape(-1) for v in values]) if values else self._tags
-        levels = torch.cat([m.input_level for m in self.inputs.values()]) if self.inputs else torch.empty(0, dtype=torch.uint8)
+        levels = (
+            torch.cat([m.input_level for m in self.inputs.values()])
+            if self.inputs
+            else torch.empty(0, dtype=torch.uint8)
+        )
         self._input_levels = levels
         for module, level in zip(self.inputs.values(), levels.split(2), strict=True):
             module.input_level = level
+
+    @property
+    def profile(self) -> Profile | None:
+        """What was measured of this model, if it is known; read when first asked for."""
+        if self._profile is None and self.profile_source is not None:
+            self._profile = self.profile_source()
+        return self._profile
+
+    @profile.setter
+    def profile(self, profile: Profile) -> None:
+        self._profile = profile
+
+    def check(self, plan: PrecisionMap) -> None:
+        """Raise unless the map is of this model and the planes it reads are resident."""
+        if plan.sites is not self._known_sites:
+            self._check_sites(plan)
+        missing = self._first_missing(plan)
+        if missing:
+            raise PlaneNotResidentError(
+                f"{missing}; load the model with the planes of this map (`foveate.load(..., keep=map)`)"
+            )
 
     def apply(self, plan: PrecisionMap, second: PrecisionMap) -> None:
         """Write the levels of two maps; nothing else moves."""
@@ -69,7 +95,8 @@ class Registry:
         if tags:
             new = torch.frombuffer(tags, dtype=torch.uint8)
             if bool((new > self._resident).any()):
-                self._explain(plan if self._first_missing(plan) else second)
+                self.check(plan)
+                self.check(second)
             self._tags.copy_(new)
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
@@ -92,14 +119,13 @@ class Registry:
                 return f"{name} at level {int(wanted.max())}: some of its tiles are loaded up to {int(short)} bits only"
         return None
 
-    def _explain(self, plan: PrecisionMap) -> None:
-        raise PlaneNotResidentError(f"{self._first_missing(plan)}; load the model with the planes of this map (`foveate.load(..., keep=map)`)")
-
 
 def _block(parts: list[Tensor]) -> Tensor:
-    """The block that consecutive views were cut from, as one view."""
+    """The block that consecutive views were cut from (`foveate.planes.shared_tags`), as one view."""
     if not parts:
         return torch.empty(0, dtype=torch.uint8)
+    ends = [p.data_ptr() + p.numel() for p in parts]
+    assert all(p.data_ptr() == end for p, end in zip(parts[1:], ends, strict=False))
     return torch.as_strided(parts[0], (sum(p.numel() for p in parts),), (1,), parts[0].storage_offset())
 
 
@@ -114,7 +140,11 @@ def registry_of(model: nn.Module) -> Registry:
     if found is None:
         inner = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
         if len(inner) != 1:
-            raise FoveateError("the model is not quantized: call foveate.quantize or foveate.load first" if not inner else "several quantized models inside one")
+            raise FoveateError(
+                "the model is not quantized: call foveate.quantize or foveate.load first"
+                if not inner
+                else "several quantized models inside one"
+            )
         found = inner[0]
     return cast(Registry, found)
 

@@ -2,7 +2,8 @@
 
     S_tile(level) = 1/2 sum over the tile's weights of F_ij (w_ij - w_ij(level))^2
 
-in the objective's unit for one sample (nats a token for a language model), so that the sum over a map's tiles predicts its KL. See `foveate.collect.statistics` for F.
+in the objective's unit for one sample (nats a token for a language model), so that the sum over a map's tiles predicts
+its KL. See `foveate.collect.statistics` for F.
 """
 
 from __future__ import annotations

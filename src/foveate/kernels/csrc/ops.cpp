@@ -178,7 +178,7 @@ void integer_pass(const Pass& pass, const Tensor& x, const int64_t* order, const
   const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(code_bytes + sum_bytes + q.rows * 4 + 64)]);
   char* const aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
   q.codes = reinterpret_cast<int8_t*>(aligned);
-  q.sums = reinterpret_cast<int32_t*>(aligned + code_bytes);
+  q.sums = reinterpret_cast<float*>(aligned + code_bytes);
   q.scales = reinterpret_cast<float*>(aligned + code_bytes + sum_bytes);
 
   Faults faults;

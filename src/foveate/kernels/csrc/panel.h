@@ -14,15 +14,14 @@ constexpr int kBlockLanes = 12;  // 2 strips x 12 lanes of sums fill 24 of 32 re
 template <class V>
 struct Panel {
   alignas(64) uint8_t codes[kPanelStrips][kTileRows * kMaxGroup];
-  const TileScales<V>* scale[kPanelStrips];
-  int32_t range[kPanelStrips];
+  Finish<V> finish[kPanelStrips];
   int place[kPanelStrips];  // which of the two strips
 };
 
 // STRIPS x LANES sums over a group, then into the rows' accumulators.
 template <class V, int STRIPS, int LANES, bool WIDE>
-void panel_block(const Panel<V>& panel, const int8_t* x, const int32_t* sums, int group, float* acc) {
-  typename V::Ints sum[LANES][STRIPS] = {};
+void panel_block(const Panel<V>& panel, const int8_t* x, const float* sums, int group, float* acc) {
+  typename V::Ints lane[STRIPS][LANES] = {};
   for (int quad = 0; quad < group / 4; ++quad) {
     typename V::Words code[STRIPS];
 #pragma GCC unroll 2
@@ -30,22 +29,19 @@ void panel_block(const Panel<V>& panel, const int8_t* x, const int32_t* sums, in
 #pragma GCC unroll 12
     for (int i = 0; i < LANES; ++i)
 #pragma GCC unroll 2
-      for (int s = 0; s < STRIPS; ++s) sum[i][s] = V::multiply_add(sum[i][s], code[s], x + i * group + 4 * quad);
+      for (int s = 0; s < STRIPS; ++s) lane[s][i] = V::multiply_add(lane[s][i], code[s], x + i * group + 4 * quad);
   }
 #pragma GCC unroll 12
   for (int i = 0; i < (WIDE ? LANES / 2 : LANES); ++i)
 #pragma GCC unroll 2
     for (int s = 0; s < STRIPS; ++s) {
-      typename V::Ints doubled;
-      if constexpr (WIDE) doubled = (sum[2 * i][s] << 9) + (sum[2 * i + 1][s] << 1);
-      else doubled = sum[i][s] << 1;
       float* at = acc + (i * kPanelStrips + panel.place[s]) * kTileRows;
-      V::store_floats(at, finish<V>(V::floats(at), doubled, panel.range[s], sums[i], *panel.scale[s]));
+      V::store_floats(at, panel.finish[s].template add<WIDE>(V::floats(at), lane[s], i, sums[i]));
     }
 }
 
 template <class V, int STRIPS, bool WIDE>
-void panel_rows(const Panel<V>& panel, const int8_t* x, const int32_t* sums, int group, int64_t rows, float* acc) {
+void panel_rows(const Panel<V>& panel, const int8_t* x, const float* sums, int group, int64_t rows, float* acc) {
   constexpr int kEach = WIDE ? 2 : 1;
   constexpr int kRows = kBlockLanes / kEach;
   // blocks of nearly equal size: a short last block would wait on its own few sums
@@ -87,7 +83,6 @@ Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
   Walk walks[kPanelStrips] = {Walk(w, strip), Walk(w, strip + strips - 1)};
   Panel<V> panel;
   for (int64_t group = 0; group < w.groups; ++group) {
-    TileScales<V> scales[kPanelStrips];
     int live = 0;
     for (int s = 0; s < strips; ++s) {
       Tile tile;
@@ -96,14 +91,12 @@ Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
       if (tile.kind == 0) continue;
       prefetch(tile.scales, kAhead / 2);
       unpack_tile<V>(tile, w.group, w.reach, panel.codes[live]);
-      scales[live] = TileScales<V>(w, tile, strip + s, 0);
-      panel.scale[live] = &scales[live];
-      panel.range[live] = code_range(tile.kind, w.reach);
+      panel.finish[live] = Finish<V>(w, tile, strip + s, 0, WIDE);
       panel.place[live] = s;
       ++live;
     }
     const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
-    const int32_t* sums = x.sums + group * x.rows + row;
+    const float* sums = x.sums + group * x.rows + row;
     if (live == 2) panel_rows<V, 2, WIDE>(panel, codes, sums, w.group, rows, acc);
     else if (live == 1) panel_rows<V, 1, WIDE>(panel, codes, sums, w.group, rows, acc);
   }

@@ -52,7 +52,7 @@ struct Source {
 // Quantized rows, group by group: what a tile needs of many rows is one run of memory.
 struct Inputs {
   int8_t* codes;   // [G, lanes, g]
-  int32_t* sums;   // [G, rows], sums of a group's codes
+  float* sums;     // [G, rows], sums of a group's codes (exact: below 2^24)
   float* scales;   // [rows]
   int64_t rows, lanes, groups;
   int group;

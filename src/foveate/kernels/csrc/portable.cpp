@@ -13,7 +13,7 @@ namespace {
 
 struct Portable {
   static constexpr int kRows = 4;
-  static constexpr int kLanes = 4;
+  static constexpr int kLanes = 2;
   static constexpr bool kByteCodes = false;
   typedef uint32_t Words __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));

@@ -95,14 +95,14 @@ Fault quantize(const Source& x, const Inputs& q, int64_t row, int64_t row_end) {
     q.scales[row] = usable ? largest / q.q_max : finite ? 0.0f : float_of(0x7FC00000u);
     for (int64_t group = 0; group < q.groups; ++group) {
       int8_t* codes = q.codes + (group * q.lanes + row * (q.wide ? 2 : 1)) * q.group;
-      int32_t& sum = q.sums[group * q.rows + row];
+      float& sum = q.sums[group * q.rows + row];
       if (!usable) {
         std::memset(codes, 0, static_cast<size_t>(q.wide ? 2 * q.group : q.group));
-        sum = 0;
+        sum = 0.0f;
       } else if (q.wide) {
-        sum = quantize_group<true>(ordered + group * q.group, inverse, q.group, codes);
+        sum = static_cast<float>(quantize_group<true>(ordered + group * q.group, inverse, q.group, codes));
       } else {
-        sum = quantize_group<false>(ordered + group * q.group, inverse, q.group, codes);
+        sum = static_cast<float>(quantize_group<false>(ordered + group * q.group, inverse, q.group, codes));
       }
     }
   }
@@ -133,10 +133,10 @@ void store_row(const Weight& w, const Inputs& x, const Output& y, int64_t strip,
 }
 
 // One row of one unpacked tile: w = fma(2c - C, step, offset).
-inline void expand_row(const uint8_t* codes, int row, int32_t range, float step, float offset, int columns, float* out) {
+inline void expand_row(const uint8_t* codes, int row, int shift, int32_t range, float step, float offset, int columns, float* out) {
   uint8_t line[kMaxGroup];
   for (int quad = 0; quad < (columns + 3) / 4; ++quad) std::memcpy(line + 4 * quad, codes + 64 * quad + 4 * row, 4);
-  for (int k = 0; k < columns; ++k) out[k] = __builtin_fmaf(static_cast<float>(2 * line[k] - range), step, offset);
+  for (int k = 0; k < columns; ++k) out[k] = __builtin_fmaf(static_cast<float>((2 * line[k] >> shift) - range), step, offset);
 }
 
 // Rows [row, row_end) of a strip of the dense weight, to consecutive rows of `out`.
@@ -165,7 +165,7 @@ Fault unpack_strip(const Weight& w, int64_t strip, int row, int row_end, float* 
     }
     const int32_t range = code_range(tile.kind, w.reach);
     for (int r = row; r < row_end; ++r)
-      expand_row(codes, r, range, step[r], offset[r], columns, out + (r - row) * w.columns + first);
+      expand_row(codes, r, kCodeShift[tile.kind], range, step[r], offset[r], columns, out + (r - row) * w.columns + first);
   }
   return Fault::kNone;
 }

@@ -2,29 +2,53 @@
 //
 // At one lane the planes' bytes are the time, so a strip is one forward pass over each plane's stream. Sums are integers
 // within a group and exact; groups are added in ascending order in float32, so a row's result does not depend on how
-// rows are batched. That arithmetic is `finish`, shared with panel.h: the only place where it is written.
+// rows are batched. That arithmetic is `Finish`, shared with panel.h: the only place where it is written.
 //
 // Included after tile.h, see there.
 
-// Adds a group's sums of a row: D = 2 sum(c x) - C sum(x), acc = fma(D, step, acc), acc = fma(sum(x), offset, acc).
+// How a tile's sums become a part of y, for `V::kRows` rows of the weight. With D = 2 sum(c x) - C sum(x):
+//
+//     acc = fma(float(D), s * unit, acc)        acc = fma(sum(x), m, acc)
+//
+// What comes in is sums of 2^shift c (see tile.h). Of one lane they are below 2^22, and so is half of C sum(x): float32
+// holds 2^shift D / 2 exactly, and s * unit takes the power of two. Sums of two lanes need integers, and round once.
 template <class V>
-inline __attribute__((always_inline)) typename V::Floats finish(
-    typename V::Floats acc, typename V::Ints doubled, int32_t range, int32_t sum, const TileScales<V>& scale) {
-  acc = V::fma(V::to_float(doubled - range * sum), scale.step, acc);
-  return V::fma(V::splat(static_cast<float>(sum)), scale.offset, acc);
-}
+struct Finish {
+  typename V::Floats step, offset;
+  float centre;   // 2^shift C / 2
+  int32_t range;  // C
+  int shift;
 
-// The doubled sum of a row, from its one lane or its two.
-template <class V, bool WIDE, int LANES>
-inline __attribute__((always_inline)) typename V::Ints row_sum(const typename V::Ints (&lane)[LANES], int row) {
-  if constexpr (WIDE) return (lane[2 * row] << 8) + lane[2 * row + 1];
-  else return lane[row];
-}
+  Finish() = default;
+  inline __attribute__((always_inline)) Finish(const Weight& w, const Tile& tile, int64_t strip, int row, bool wide) {
+    const TileScales<V> scale(w, tile, strip, row);
+    shift = kCodeShift[tile.kind];
+    range = code_range(tile.kind, w.reach);
+    centre = 0.5f * static_cast<float>(range << shift);
+    step = wide ? scale.step : scale.step * (2.0f / static_cast<float>(1 << shift));
+    offset = scale.offset;
+  }
 
-// doubled[i] = 2 sum(c x) of a tile's rows `part`.. and lane i.
+  // Adds row `row` of x: its one lane, or its two.
+  template <bool WIDE, int LANES>
+  inline __attribute__((always_inline)) typename V::Floats add(
+      typename V::Floats acc, const typename V::Ints (&lane)[LANES], int row, float sum) const {
+    const typename V::Floats sums = V::splat(sum);
+    typename V::Floats d;
+    if constexpr (WIDE) {
+      const typename V::Ints doubled = ((lane[2 * row] << 1 >> shift) << 8) + (lane[2 * row + 1] << 1 >> shift);
+      d = V::to_float(doubled - range * static_cast<int32_t>(sum));
+    } else {
+      d = V::fma(sums, V::splat(-centre), V::to_float(lane[row]));
+    }
+    return V::fma(sums, offset, V::fma(d, step, acc));
+  }
+};
+
+// sums[i] = sum(2^shift c x) of a tile's rows `part`.. and lane i.
 template <class V, int KIND, bool REACHED, int LANES>
 inline __attribute__((always_inline)) void tile_sums(
-    const Tile& tile, int part, const int8_t* x, int group, int reach, typename V::Ints (&doubled)[LANES]) {
+    const Tile& tile, int part, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
   using Words = typename V::Words;
   typename V::Sums high[LANES] = {}, low[LANES] = {};
   Reader<V, KIND> reader(tile, 4 * part);
@@ -57,29 +81,25 @@ inline __attribute__((always_inline)) void tile_sums(
   }
 #pragma GCC unroll 8
   for (int i = 0; i < LANES; ++i) {
-    typename V::Ints sum;
-    if constexpr (KIND <= 3) sum = V::total_split(high[i]);
-    else if constexpr (V::kByteCodes) sum = V::total_bytes(high[i]);
-    else sum = (V::total_split(high[i]) << (4 - reach)) + V::total_split(low[i]);
-    if constexpr (KIND == 2) doubled[i] = sum;            // 2c was summed
-    else if constexpr (KIND == 4) doubled[i] = sum >> 1;  // 4c was summed
-    else doubled[i] = sum << 1;
+    if constexpr (KIND <= 3) sums[i] = V::total_split(high[i]);
+    else if constexpr (V::kByteCodes) sums[i] = V::total_bytes(high[i]);
+    else sums[i] = (V::total_split(high[i]) << (4 - reach)) + V::total_split(low[i]);
   }
 }
 
 template <class V, int LANES>
 inline __attribute__((always_inline)) void any_tile_sums(
-    const Tile& tile, int part, const int8_t* x, int group, int reach, typename V::Ints (&doubled)[LANES]) {
+    const Tile& tile, int part, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
   switch (tile.kind) {
-    case 1: return tile_sums<V, 1, false>(tile, part, x, group, reach, doubled);
-    case 2: return tile_sums<V, 2, false>(tile, part, x, group, reach, doubled);
-    case 3: return tile_sums<V, 3, false>(tile, part, x, group, reach, doubled);
+    case 1: return tile_sums<V, 1, false>(tile, part, x, group, reach, sums);
+    case 2: return tile_sums<V, 2, false>(tile, part, x, group, reach, sums);
+    case 3: return tile_sums<V, 3, false>(tile, part, x, group, reach, sums);
     case 4:
-      if (reach == 0) return tile_sums<V, 4, false>(tile, part, x, group, reach, doubled);
-      return tile_sums<V, 4, true>(tile, part, x, group, reach, doubled);
+      if (reach == 0) return tile_sums<V, 4, false>(tile, part, x, group, reach, sums);
+      return tile_sums<V, 4, true>(tile, part, x, group, reach, sums);
     default:
-      if (reach == 0) return tile_sums<V, 5, false>(tile, part, x, group, reach, doubled);
-      return tile_sums<V, 5, true>(tile, part, x, group, reach, doubled);
+      if (reach == 0) return tile_sums<V, 5, false>(tile, part, x, group, reach, sums);
+      return tile_sums<V, 5, true>(tile, part, x, group, reach, sums);
   }
 }
 
@@ -96,16 +116,15 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
     if (fault != Fault::kNone) return fault;
     if (tile.kind == 0) continue;
     const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
-    const int32_t* sums = x.sums + group * x.rows + row;
-    const int32_t range = code_range(tile.kind, w.reach);
+    const float* x_sums = x.sums + group * x.rows + row;
     prefetch(tile.scales, kAhead / 2);
     for (int part = 0; part < kParts; ++part) {
-      typename V::Ints doubled[LANES];
-      any_tile_sums<V, LANES>(tile, part * V::kRows, codes, w.group, w.reach, doubled);
-      const TileScales<V> scale(w, tile, strip, part * V::kRows);
+      typename V::Ints sums[LANES];
+      any_tile_sums<V, LANES>(tile, part * V::kRows, codes, w.group, w.reach, sums);
+      const Finish<V> finish(w, tile, strip, part * V::kRows, WIDE);
 #pragma GCC unroll 8
       for (int i = 0; i < kRowsOfX; ++i)
-        acc[part][i] = finish<V>(acc[part][i], row_sum<V, WIDE>(doubled, i), range, sums[i], scale);
+        acc[part][i] = finish.template add<WIDE>(acc[part][i], sums, i, x_sums[i]);
     }
   }
   for (int i = 0; i < kRowsOfX; ++i) {

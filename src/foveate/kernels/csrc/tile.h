@@ -18,6 +18,7 @@
 // How many planes a level reads; 0xFF for what is no level.
 constexpr uint8_t kPlanesOf[9] = {0, 0xFF, 1, 2, 3, 0xFF, 4, 0xFF, 5};
 constexpr uint8_t kFloors[6] = {1, 2, 3, 4, 6, 8};  // the least resident level that stores scales, plane 0, plane 1...
+constexpr int kCodeShift[6] = {0, 0, 1, 0, 2, 0};    // codes come out 2^shift too large where planes read are 2 and 4
 constexpr int64_t kAhead = 2048;                    // bytes that a stream is prefetched ahead
 
 inline void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(p) + ahead, 0, 3); }
@@ -147,7 +148,7 @@ inline void byte_fields(const Nibbles<V>& a, const Nibbles<V>& b, int reach, typ
   }
 }
 
-// The codes c themselves, one a byte: [g / 4 quads of columns, 16 rows, 4].
+// The codes times 2^shift, one a byte: [g / 4 quads of columns, 16 rows, 4].
 template <class V, int KIND, bool REACHED>
 void unpack_kind(const Tile& tile, int group, int reach, uint8_t* codes) {
   for (int part = 0; part < 64; part += 4 * V::kRows) {
@@ -157,11 +158,7 @@ void unpack_kind(const Tile& tile, int group, int reach, uint8_t* codes) {
       const Nibbles<V> a = reader.template anchor<decltype(odd)::value>(pair);
       if constexpr (KIND <= 3) nibble_fields<V>(a, field);
       else byte_fields<V, REACHED>(a, reader.template residual<decltype(odd)::value>(pair), reach, field);
-      for (int j = 0; j < 4; ++j) {
-        if constexpr (KIND == 2) field[j] = field[j] >> 1;
-        if constexpr (KIND == 4) field[j] = field[j] >> 2;
-        V::store(codes + 64 * (8 * pair + 4 * decltype(odd)::value + j) + part, field[j]);
-      }
+      for (int j = 0; j < 4; ++j) V::store(codes + 64 * (8 * pair + 4 * decltype(odd)::value + j) + part, field[j]);
     };
     for (int pair = 0; pair < group / 32; ++pair) {
       reader.begin_pair(pair);

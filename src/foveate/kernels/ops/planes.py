@@ -1,9 +1,11 @@
 """The ops on bit planes: `plane_linear`, `plane_unpack`, `plane_embedding`.
 
-Schemas are defined here and nowhere else. The reference is registered for every device; compiled kernels, when they are built, take the CPU over from it (`foveate.backends()` says
-which runs). Levels, residency and the choice of map are tensors, so no switch recompiles a graph or allocates. docs/format.md has the arithmetic.
+Schemas are defined here and nowhere else. The reference is registered for every device; compiled kernels, when they are
+built, take the CPU over from it (`foveate.backends()` says which runs). Levels, residency and the choice of map are
+tensors, so no switch recompiles a graph or allocates. docs/format.md has the arithmetic.
 
-Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum of dy, planes get none.
+Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum
+    of dy, planes get none.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ _WEIGHT = "Tensor[] planes, Tensor scales, Tensor units, Tensor starts, Tensor r
 _SHAPE = "int rows, int columns, int group, int reach, int which"
 LIBRARY.define(f"plane_unpack({_WEIGHT}, {_SHAPE}) -> Tensor")
 LIBRARY.define(f"plane_embedding(Tensor indices, {_WEIGHT}, {_SHAPE}) -> Tensor")
+_WEIGHTS = "Tensor[] planes, Tensor[] scales, Tensor[] units, Tensor[] starts, Tensor[] resident, Tensor[] tags"
 LIBRARY.define(
-    "plane_linear(Tensor x, Tensor[] planes, Tensor[] scales, Tensor[] units, Tensor[] starts, Tensor[] resident, Tensor[] tags, Tensor[] biases,"
-    " int[] rows, int group, int[] reach, Tensor input_level, Tensor? choice, Tensor? order) -> Tensor[]"
+    f"plane_linear(Tensor x, {_WEIGHTS}, Tensor[] biases, int[] rows, int group, int[] reach,"
+    " Tensor input_level, Tensor? choice, Tensor? order) -> Tensor[]"
 )
 LIBRARY.impl("plane_unpack", reference.plane_unpack, "CompositeExplicitAutograd")
 LIBRARY.impl("plane_embedding", reference.plane_embedding, "CompositeExplicitAutograd")
@@ -34,14 +37,31 @@ LIBRARY.impl("plane_linear", reference.plane_linear, "CompositeExplicitAutograd"
 
 @torch.library.register_fake("foveate::plane_unpack", lib=LIBRARY)
 def _unpack_fake(
-    planes: Sequence[Tensor], scales: Tensor, units: Tensor, starts: Tensor, resident: Tensor, tags: Tensor, rows: int, columns: int, *_: int
+    planes: Sequence[Tensor],
+    scales: Tensor,
+    units: Tensor,
+    starts: Tensor,
+    resident: Tensor,
+    tags: Tensor,
+    rows: int,
+    columns: int,
+    *_: int,
 ) -> Tensor:
     return units.new_empty(rows, columns)
 
 
 @torch.library.register_fake("foveate::plane_embedding", lib=LIBRARY)
 def _embedding_fake(
-    indices: Tensor, planes: Sequence[Tensor], scales: Tensor, units: Tensor, starts: Tensor, resident: Tensor, tags: Tensor, rows: int, columns: int, *_: int
+    indices: Tensor,
+    planes: Sequence[Tensor],
+    scales: Tensor,
+    units: Tensor,
+    starts: Tensor,
+    resident: Tensor,
+    tags: Tensor,
+    rows: int,
+    columns: int,
+    *_: int,
 ) -> Tensor:
     return units.new_empty(*indices.shape, columns)
 
@@ -88,7 +108,7 @@ def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
         if not ctx.needs_input_grad[0]:
             continue
 
-        def weight(which: int, w: int = w) -> Tensor:
+        def weight(which: int, w: int = w) -> Any:
             plane_args = (planes[w * PLANES : (w + 1) * PLANES], scales[w], units[w], starts[w], resident[w], tags[w])
             return torch.ops.foveate.plane_unpack(*plane_args, rows[w], columns, group, reach[w], which)
 

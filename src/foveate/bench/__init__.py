@@ -1,0 +1,37 @@
+"""The benchmarks: each measures one promise and gives one JSON-able object.
+
+    {"name", "figures": {name: number}, "machine", "versions", "date", "rounds": raw data, "notes": [sentences]}
+
+Every figure that compares times is a ratio of two things measured in the same rounds, one after the other, so that a
+machine that is slow today is slow for both. Benchmarks are imported when they run: what they need beyond torch is
+asked for then.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from foveate.bench.result import as_table as as_table
+from foveate.bench.result import finished
+from foveate.errors import FoveateError
+
+NAMES = ("kernels", "switch", "load", "quality")
+
+
+def run(name: str) -> dict[str, Any]:
+    """Run one benchmark with its default sizes.
+
+    Args:
+        name: one of `NAMES`.
+
+    Returns:
+        The object described at the head of this file.
+
+    Raises:
+        FoveateError: there is no such benchmark.
+        MissingExtraError: it needs a package that is not installed; the message says what to install.
+    """
+    if name not in NAMES:
+        raise FoveateError(f"benchmark (={name!r}) is not one of {', '.join(NAMES)}")
+    return finished(name, import_module(f"foveate.bench.{name}").measure())

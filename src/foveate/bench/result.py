@@ -1,0 +1,117 @@
+"""What a benchmark hands back: its figures, and where, when and with what they were measured."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from foveate.kernels.dispatch import backends
+from foveate.maps import format_bytes
+
+#: Instructions that decide which kernels run and how fast.
+FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a benchmark measured.
+
+    Attributes:
+        figures: name -> number.
+        rounds: the raw data the figures come from, one dictionary a round.
+        notes: things a reader of the figures should know, a sentence each.
+    """
+
+    figures: Mapping[str, float]
+    rounds: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = field(default=())
+
+
+def finished(name: str, measured: Measured) -> dict[str, Any]:
+    """The JSON-able object of a benchmark."""
+    return {
+        "name": name,
+        "figures": {key: float(value) for key, value in measured.figures.items()},
+        "machine": machine(),
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "rounds": [dict(r) for r in measured.rounds],
+        "notes": list(measured.notes),
+    }
+
+
+def _line_of(path: str, key: str) -> str | None:
+    """The value of the first `key : value` line of a file of the kernel's, or None where there is none."""
+    file = Path(path)
+    if not file.exists():
+        return None
+    for line in file.read_text().splitlines():
+        name, colon, value = line.partition(":")
+        if colon and name.strip() == key:
+            return value.strip()
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """The processor and its instructions, cores, threads in use, memory in bytes, huge pages, operating system."""
+    known = (_line_of("/proc/cpuinfo", "flags") or _line_of("/proc/cpuinfo", "Features") or "").split()
+    pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "cpu": _line_of("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "flags": [f for f in FLAGS if f in known],
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count() or 1,
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,
+        "transparent_hugepage": pages.read_text().strip() if pages.exists() else "unknown",
+        "os": platform.platform(),
+        "load_average": [round(v, 2) for v in psutil.getloadavg()],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that matter, and the kernels in use."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("transformers", "foveate"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    found["kernels"] = next(b.name for b in backends() if b.runs)
+    return found
+
+
+def as_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """A benchmark's result for a person: rows of cells, the header first."""
+    if result["name"] == "quality":
+        return _quality_table(result["rounds"])
+    return [["figure", "value"], *([name, f"{value:.4g}"] for name, value in result["figures"].items())]
+
+
+def _quality_table(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    header = ["model", "map", "bits", "size", "metric", "value", "divergence", "agreement"]
+    rows = [header]
+    for r in rounds:
+        divergence = "0" if r["map"] == "float32" else f"{r['divergence']:.3g} ± {r['standard_error']:.1g}"
+        rows.append(
+            [
+                r["model"],
+                r["map"],
+                f"{r['bits']:.2f}",
+                format_bytes(r["bytes_resident"]),
+                r["metric"],
+                f"{r['value']:.4f}",
+                divergence,
+                f"{r['agreement']:.2%}",
+            ]
+        )
+    return rows

@@ -1,0 +1,57 @@
+"""Exchange a model's modules for ones on planes, and give it its registry: the last step of both quantize and load."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from foveate.collect.kinds import Found, Kind, kind_of
+from foveate.maps import Site
+from foveate.nn.modules import PlaneModule, PlaneWeight, on_planes
+from foveate.nn.registry import Registry, attach
+from foveate.planes import PlaneTensor
+
+
+def site_of(entry: Found, planes: PlaneTensor) -> Site:
+    """The site of a weight."""
+    return Site(
+        name=f"{entry.names[0]}:weight",
+        kind="weight",
+        rows=planes.rows,
+        columns=planes.columns,
+        group=planes.group,
+        row_gains=planes.gain.shape[1] > 1,
+        rows_read=1 if entry.is_embedding_only else planes.rows,
+        aliases=tuple(f"{name}:weight" for name in entry.names[1:]),
+    )
+
+
+def install(
+    model: nn.Module, found: Sequence[Found], sites: Sequence[Site], weights: dict[str, PlaneWeight]
+) -> Registry:
+    """Exchange the modules of `found` for ones on planes and attach the registry."""
+    inputs: dict[str, PlaneModule] = {}
+    all_sites = list(sites)
+    for entry, site in zip(found, sites, strict=True):
+        for name, module in zip(entry.names, entry.modules, strict=True):
+            new = on_planes(module, weights[site.name])
+            _exchange(model, name, new)
+            if kind_of(module) is not Kind.EMBEDDING:
+                inputs[f"{name}:input"] = new
+                all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
+    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights))
+    attach(model, registry)
+    return registry
+
+
+def _exchange(model: nn.Module, name: str, new: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+
+
+def _other_bytes(model: nn.Module, weights: dict[str, PlaneWeight]) -> int:
+    """Bytes of every parameter and buffer that is no part of a site."""
+    ours = {id(t) for w in weights.values() for t in w.buffers()}
+    other = {id(t): t for t in (*model.parameters(), *model.buffers()) if id(t) not in ours}
+    return sum(t.numel() * t.element_size() for t in other.values())

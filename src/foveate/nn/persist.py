@@ -1,0 +1,250 @@
+"""save and load: a whole model to a folder and back.
+
+A transformers model is rebuilt from its configuration (without weights, and without running any code but transformers'
+own); any other module is given as a skeleton, whose weights need not even be allocated (`with torch.device("meta"):
+model = ...`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate import checkpoint
+from foveate.allocate import allocate
+from foveate.checkpoint import Head, PathLike
+from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
+from foveate.errors import CheckpointError, MissingExtraError
+from foveate.formats.levels import TOP_LEVEL
+from foveate.kernels.dispatch import ensure_loaded
+from foveate.maps import Budget, PrecisionMap, parse_bytes, uniform
+from foveate.nn.install import install
+from foveate.nn.modules import PlaneModule, PlaneWeight
+from foveate.nn.registry import registry_of
+
+#: Files of a tokenizer or processor, copied along from the folder a model came from.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.*",
+    "preprocessor_config.json",
+    "chat_template*",
+)
+
+
+def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, written_by: str | None = None) -> None:
+    """Write a quantized model to a folder.
+
+    The default map in the folder is `keep`, or the map in force. An existing checkpoint is replaced as a whole or not
+    at all, whatever interrupts.
+
+    Args:
+        model: a quantized model.
+        path: the folder; made if it does not exist.
+        keep: keep only the planes that this map reads; everything the model has if not given.
+        written_by: what to write into the head as the writer; foveate's version if not given.
+
+    Raises:
+        CheckpointError: the folder cannot be written (a full disk, say); what was there before is still there.
+        PlaneNotResidentError: the model does not have the planes of `keep`.
+    """
+    registry = registry_of(model)
+    plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", registry.applied)[0]
+    registry.check(plan)
+    weights = {name: w.value for name, w in registry.weights.items()}
+    if keep is not None:
+        weights = {name: w.kept(_level_tiles(keep, name, w.resident)) for name, w in weights.items()}
+    about, companions = _about(model)
+    checkpoint.write(
+        path,
+        weights=weights,
+        dtypes={name: str(w.dtype).removeprefix("torch.") for name, w in registry.weights.items()},
+        rest=_rest(model),
+        plan=plan,
+        profile=registry.profile,
+        model=about,
+        extra_files=companions,
+        written_by=written_by or f"foveate {_version()}",
+    )
+
+
+def load(
+    path: PathLike,
+    *,
+    keep: PrecisionMap | int | None = None,
+    memory: int | str | None = None,
+    model: nn.Module | None = None,
+) -> nn.Module:
+    """Read a model from a folder, in evaluation mode.
+
+    Args:
+        path: what `save` wrote.
+        keep: load only the planes that this map, or this level everywhere, reads, and apply it. If not given, load
+            everything and apply the folder's default map.
+        memory: load the best map that fits in these bytes, `"6GiB"` or a number.
+        model: the skeleton to fill, for models that are not transformers'.
+
+    Raises:
+        CheckpointError: the folder is missing, damaged, of a newer version, or not of this model.
+        PlaneNotResidentError: the folder does not hold the planes asked for.
+        BudgetError: nothing fits in `memory`; the message says the least possible.
+    """
+    ensure_loaded()
+    head = checkpoint.read_head(path)
+    if memory is not None:
+        if keep is not None:
+            raise CheckpointError("give keep or memory, not both")
+        keep = _fitting(path, parse_bytes(memory))
+    if isinstance(keep, int):
+        keep = uniform(head.sites, keep, head.other_bytes)
+    if model is None:
+        model = _skeleton(Path(path), head)
+    planes = checkpoint.read_planes(path, head, keep)
+    weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
+    sites = head.weight_sites()
+    registry = install(model, [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites], sites, weights)
+    _fill(model, checkpoint.read_rest(path, head))
+    if registry.sites != head.sites:
+        raise CheckpointError(f"{path} is not of this model: its sites differ")
+    registry.other_bytes = head.other_bytes
+    if head.profile is not None:
+        registry.profile_source = functools.partial(checkpoint.load_profile, path)
+    plan = head.plan if keep is None else keep
+    registry.apply(plan, plan)
+    return model.eval()
+
+
+def _fitting(path: PathLike, memory: int) -> PrecisionMap:
+    profile = checkpoint.load_profile(path)
+    top = profile.uniform(TOP_LEVEL)
+    return top if top.bytes_resident <= memory else allocate(profile, Budget(bytes=memory))
+
+
+def _level_tiles(plan: PrecisionMap, name: str, resident: Tensor) -> Tensor:
+    levels = plan.levels[name]
+    if isinstance(levels, int):
+        return torch.full_like(resident, levels)
+    return torch.frombuffer(bytearray(levels), dtype=torch.uint8).view_as(resident)
+
+
+def _version() -> str:
+    import foveate
+
+    return foveate.__version__
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are not on planes, those that state_dict leaves out included."""
+    rest: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, PlaneWeight):
+            continue
+        own = {**module._parameters, **({} if isinstance(module, PlaneModule) else module._buffers)}
+        rest.update({f"{prefix}.{name}".lstrip("."): t.detach() for name, t in own.items() if t is not None})
+    # tied parameters are written once each: a file format without pointers
+    seen: dict[tuple[int, torch.Size], str] = {}
+    for name, t in list(rest.items()):
+        if t.numel() and seen.setdefault((t.data_ptr(), t.shape), name) != name:
+            rest[name] = t.clone()
+    return rest
+
+
+def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """How to rebuild the model, and the files to put beside it."""
+    if not type(model).__module__.startswith("transformers."):
+        return {}, {}
+    config = cast(Any, model).config
+    files = {"config.json": config.to_json_string(use_diff=False).encode()}
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        files["generation_config.json"] = generation.to_json_string().encode()
+    source = Path(getattr(config, "_name_or_path", "") or "")
+    if source.name and source.is_dir():
+        for pattern in _COMPANIONS:
+            files.update({f.name: f.read_bytes() for f in source.glob(pattern) if f.is_file()})
+    return {"transformers": type(model).__name__}, files
+
+
+def _skeleton(folder: Path, head: Head) -> nn.Module:
+    name = head.model.get("transformers")
+    if name is None:
+        raise CheckpointError(
+            f"{folder} is not of a transformers model: give the module to fill, load(path, model=...)"
+        )
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise MissingExtraError('rebuilding this model needs transformers: pip install "foveate[cli]"') from error
+    made_by: Any = getattr(transformers, str(name), None)
+    pretrained: type = transformers.PreTrainedModel
+    if not isinstance(made_by, type) or pretrained not in made_by.__mro__:
+        raise CheckpointError(f"{folder}: {name!r} is not a model class of transformers {transformers.__version__}")
+    try:
+        config = cast(Any, made_by).config_class.from_dict(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
+    config._name_or_path = str(folder)
+    with torch.device("meta"):
+        model: nn.Module = cast(Any, made_by)._from_config(config)
+    generation = folder / "generation_config.json"
+    if generation.exists() and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_dict(json.loads(generation.read_bytes()))
+    return model
+
+
+def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: int) -> Found:
+    names = tuple(name.removesuffix(":weight") for name in site_names)
+    modules = []
+    for name in names:
+        try:
+            module = model.get_submodule(name)
+        except AttributeError as error:
+            raise CheckpointError(f"the model has no module {name!r}, which the checkpoint has planes for") from error
+        if kind_of(module) is None or weight_matrix_shape(module) != (rows, columns):
+            raise CheckpointError(
+                f"{name} of the model does not hold a weight of {rows} x {columns}, as the checkpoint has"
+            )
+        modules.append(module)
+    return Found(names, tuple(modules))
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f"{name!r} is not a dtype")
+    return dtype
+
+
+def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
+    """Put the tensors that are not on planes into their places."""
+    for full_name, tensor in rest.items():
+        prefix, _, name = full_name.rpartition(".")
+        try:
+            module = model.get_submodule(prefix)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"the model has no module {prefix!r}, which the checkpoint has {name!r} for"
+            ) from error
+        place: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
+        old = place.get(name)
+        if old is None or old.shape != tensor.shape:
+            have = "missing" if old is None else tuple(old.shape)
+            raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {tuple(tensor.shape)}")
+        place[name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+    if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
+        cast(Any, model).tie_weights()
+    empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"the checkpoint has nothing for {', '.join(empty[:5])}{' and others' if len(empty) > 5 else ''}"
+        )

@@ -1,0 +1,206 @@
+"""The report: one HTML file that says where a model's bits are and what that costs. No script, nothing fetched, light and dark.
+
+    Path("report.html").write_text(html(plan, title="my model", profile=profile, frontier=fv.frontier(profile)), encoding="utf-8")
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from foveate.errors import SiteError
+from foveate.formats.levels import NESTED_LEVELS
+from foveate.maps import PrecisionMap, Profile, format_bytes, uniform_of_bytes
+from foveate.report.layers import dense_bytes, layers_of
+from foveate.report.picture import HEAT_LEVEL, picture
+from foveate.report.plot import Mark, plot
+from foveate.report.style import CSS
+from foveate.verify import Outcome
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a map was measured to do.
+
+    Attributes:
+        label: what the map is called, `4 bits` or `chosen map`.
+        plan: the map; None for the reference itself.
+        outcome: what `foveate.measure` found.
+        is_default: whether it is the map that the report is about.
+    """
+
+    label: str
+    plan: PrecisionMap | None
+    outcome: Outcome
+    is_default: bool = False
+
+
+def loss_name(objective: str | None) -> str:
+    """What divergence and predicted loss are, from the objective's name."""
+    if objective is None:
+        return "divergence from the original"
+    return "1 - cosine to the original" if objective.endswith("embedding") else "KL to the original, nats"
+
+
+def figure(value: float) -> str:
+    """Three digits, or a dash where nothing is known."""
+    if not math.isfinite(value):
+        return "–"
+    return "0" if value == 0 else f"{value:.4f}" if 0.1 <= abs(value) < 100 else f"{value:.3g}"
+
+
+def html(
+    plan: PrecisionMap,
+    *,
+    title: str = "Precision map",
+    profile: Profile | None = None,
+    frontier: Iterable[PrecisionMap] = (),
+    measured: Sequence[Measured] = (),
+    metric: str = "loss",
+    notes: Sequence[str] = (),
+) -> str:
+    """The report as one self-contained HTML page.
+
+    Args:
+        plan: the map the report is about.
+        title: usually the model's name.
+        profile: what was measured of the model: adds sensitivity, and what is predicted of uniform precision.
+        frontier: maps from the best to the cheapest, as `foveate.frontier` gives them.
+        measured: maps that were run on held-out data.
+        metric: what `Outcome.metric` is, where it is given.
+        notes: sentences for the reader, besides those of the profile.
+
+    Raises:
+        SiteError: the profile is of another model than the map.
+    """
+    if profile is not None and set(profile.sites) != set(plan.sites):
+        raise SiteError("the profile and the map are of different models: their sites differ")
+    name = loss_name(None if profile is None else profile.objective)
+    sections = [_picture_section(plan, profile), _plot_section(plan, profile, tuple(frontier), measured, name), _outcome_section(plan, measured, name, metric)]
+    said = [*notes, *(() if profile is None else profile.notes)]
+    if said:
+        sections.append(f"<section><h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in said)}</ul></section>")
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} - foveate</title><style>{CSS}</style></head><body><main>"
+        f"{_header(plan, title, profile)}{_cards(plan, profile, measured, name)}{''.join(sections)}"
+        "<footer><p>A value is stored as bit planes, most significant first; its precision is how many planes are read. Made by foveate.</p></footer>"
+        "</main></body></html>\n"
+    )
+
+
+def _header(plan: PrecisionMap, title: str, profile: Profile | None) -> str:
+    sites = list(plan.weight_sites())
+    said = f"{sum(s.weights for s in sites):,} weights in {len(sites)} matrices, {len(layers_of(sites))} layers"
+    if profile is not None:
+        said += f"; sensitivity measured on {profile.samples:,} samples"
+    return f'<header><p class="kicker">foveate report</p><h1>{escape(title)}</h1><p class="sub">{escape(said)}.</p></header>'
+
+
+def _card(value: str, unit: str, text: str) -> str:
+    return f'<div class="card"><b>{escape(value)} <small>{escape(unit)}</small></b><span>{escape(text)}</span></div>'
+
+
+def _split(size: float) -> tuple[str, str]:
+    value, _, unit = format_bytes(size).partition(" ")
+    return value, unit
+
+
+def _cards(plan: PrecisionMap, profile: Profile | None, measured: Sequence[Measured], name: str) -> str:
+    dense = dense_bytes(plan, 4)
+    cards = [
+        _card(f"{plan.bits:.2f}", "bits", "a weight on average, scales included"),
+        _card(*_split(plan.bytes_resident), f"in memory, {dense / max(plan.bytes_resident, 1):.1f} times less than float32 ({format_bytes(dense)})"),
+        _card(*_split(plan.bytes_read), "read for each token or input"),
+    ]
+    loss = predicted_loss(plan, profile)
+    if math.isfinite(loss):
+        beside = "" if profile is None else f"; uniform at equal bytes {figure(profile.predict(uniform_of_bytes(plan)))}"
+        cards.append(_card(figure(loss), "", f"predicted {name}{beside}"))
+    for entry in measured:
+        if entry.is_default:
+            error = entry.outcome.standard_error
+            cards.append(_card(figure(entry.outcome.divergence), f"± {figure(error)}" if error else "", f"measured {name}"))
+            cards.append(_card(f"{entry.outcome.agreement:.1%}", "", f"of {entry.outcome.samples:,} decisions are the original's"))
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def predicted_loss(plan: PrecisionMap, profile: Profile | None) -> float:
+    """The map's own prediction, or the profile's of it; NaN if neither is known."""
+    if math.isfinite(plan.predicted_loss) or profile is None:
+        return plan.predicted_loss
+    return profile.predict(plan)
+
+
+def _picture_section(plan: PrecisionMap, profile: Profile | None) -> str:
+    heat = ""
+    if profile is not None:
+        heat = f" The small square after a bar is what that weight alone would lose at {HEAT_LEVEL} bits: the redder, the more it needs its bits."
+    return (
+        "<section><h2>Where the bits are</h2>"
+        '<p class="soft">A row is a layer, a bar is one weight, and its colours are the share of its tiles at each level: the darker, the more bits. '
+        f"The last column is the mean level.{heat} Point at anything for its figures.</p>{picture(plan, profile)}</section>"
+    )
+
+
+_KEYS = {
+    "frontier": ('<line class="frontier" x1="1" x2="15" y1="7" y2="7"/>', "frontier: the least predicted loss at each size"),
+    "uniform": ('<g class="uniform"><rect x="3.5" y="2.5" width="9" height="9" rx="1.5"/></g>', "uniform precision, predicted"),
+    "chosen": ('<g class="chosen"><path d="M8 0l7 7l-7 7l-7 -7z"/></g>', "this map, predicted"),
+    "measured": ('<g class="measured"><circle cx="8" cy="7" r="5"/></g>', "measured on held-out data"),
+}
+
+
+def _plot_section(plan: PrecisionMap, profile: Profile | None, frontier: Sequence[PrecisionMap], measured: Sequence[Measured], name: str) -> str:
+    line = [(m.bits, predicted_loss(m, profile)) for m in frontier]
+    marks: list[Mark] = []
+    if profile is not None:
+        for level in NESTED_LEVELS:
+            even = profile.uniform(level)
+            tip = f"uniform {level} bits: predicted {figure(even.predicted_loss)}, {format_bytes(even.bytes_resident)} in memory"
+            marks.append(Mark(even.bits, even.predicted_loss, f"{level} bits", tip, "uniform"))
+    for entry in measured:
+        if entry.plan is not None:
+            tip = f"{entry.label}: measured {figure(entry.outcome.divergence)}, {format_bytes(entry.plan.bytes_resident)} in memory"
+            label = "" if profile is not None else entry.label
+            marks.append(Mark(entry.plan.bits, entry.outcome.divergence, label, tip, "measured", entry.outcome.standard_error))
+    loss = predicted_loss(plan, profile)
+    tip = f"this map: predicted {figure(loss)}, {format_bytes(plan.bytes_resident)} in memory"
+    marks.append(Mark(plan.bits, loss, "this map", tip, "chosen"))
+    drawn = plot(line, marks, name)
+    if not drawn or len(line) + len(marks) < 2:
+        return ""
+    kinds = ["frontier"] * (len(line) > 1) + [k for k in ("uniform", "chosen", "measured") if any(m.kind == k for m in marks)]
+    keys = "".join(f'<span class="key"><svg class="mark plot" viewBox="0 0 16 14">{_KEYS[k][0]}</svg>{_KEYS[k][1]}</span>' for k in kinds)
+    return (
+        "<section><h2>What a bit buys</h2>"
+        '<p class="soft">Further left is smaller, lower is closer to the original; each step down the axis is a factor. '
+        f'A good map lies on the line, below the squares.</p>{drawn}<div class="legend">{keys}</div></section>'
+    )
+
+
+def _outcome_section(plan: PrecisionMap, measured: Sequence[Measured], name: str, metric: str) -> str:
+    if not measured:
+        return ""
+    with_metric = any(entry.outcome.metric is not None for entry in measured)
+    heads = ["map", "bits", "stored", "in memory", "read", *([metric] if with_metric else []), name, "agreement"]
+    rows = []
+    for entry in measured:
+        own, got = entry.plan, entry.outcome
+        sizes = ["–", "–", "–", "–"]
+        if own is not None:
+            sizes = [f"{own.bits:.2f}", *(format_bytes(size) for size in (own.bytes_stored, own.bytes_resident, own.bytes_read))]
+        error = f" ± {figure(got.standard_error)}" if got.standard_error else ""
+        quality = [f"{figure(got.divergence)}{error}", f"{got.agreement:.2%}"] if own is not None else ["–", "–"]
+        values = [entry.label, *sizes, *([figure(got.metric if got.metric is not None else math.nan)] if with_metric else []), *quality]
+        style = ' class="chosen"' if entry.is_default else ""
+        rows.append(f"<tr{style}>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
+    samples = max(entry.outcome.samples for entry in measured)
+    return (
+        "<section><h2>What was measured</h2>"
+        f'<p class="soft">Each map was run on the same {samples:,} held-out samples and compared with the reference, whose decision it makes as often as the last column says; ± is one standard error.</p>'
+        f'<div class="scroll"><table class="figures"><thead><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div></section>"
+    )

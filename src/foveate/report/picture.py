@@ -1,0 +1,133 @@
+"""The layer x level picture: where a map's bits are, and beside it where the profile says they matter.
+
+A row a layer, a column a weight. Each cell is one stacked bar, the share of the weight's tiles at each level; the small square beside it is what that weight would lose at two bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.maps import PrecisionMap, Profile, Site, format_bytes
+from foveate.report.layers import Block, Layer, blocks_of, layers_of, mean_level, module_path, shares, stored_bytes
+from foveate.report.palette import LEVEL_COLOURS, heat_colour
+
+#: More parts than this are not columns any more: the layer is one bar, and each of its parts a row below it.
+MOST_COLUMNS = 9
+#: Characters of a layer's name.
+LONGEST_NAME = 24
+#: The level whose loss the heat map shows.
+HEAT_LEVEL = 2
+
+
+def bar(plan: PrecisionMap, sites: Sequence[Site], what: str) -> str:
+    """One stacked bar; `what` names it in its tooltip."""
+    found = shares(plan, sites)
+    said = ", ".join(f"{share:.0%} at {level}" for level, share in reversed(found.items()) if share)
+    tip = f"{what}: {said}; mean level {mean_level(plan, sites):.2f}, {format_bytes(stored_bytes(plan, sites))}"
+    segments = "".join(f'<i class="l{level}" style="flex:{share:.4f}"></i>' for level, share in reversed(found.items()) if share)
+    return f'<div class="bar" title="{escape(tip)}">{segments}</div>'
+
+
+class Heat:
+    """The colour of each weight's sensitivity, on a logarithmic scale over the model."""
+
+    def __init__(self, profile: Profile) -> None:
+        column = WEIGHT_LEVELS.index(HEAT_LEVEL)
+        self.losses = {s.name: float(profile.losses[s.name][:, column].double().sum()) for s in profile.weight_sites()}
+        positive = [loss for loss in self.losses.values() if loss > 0 and math.isfinite(loss)]
+        self.least, self.most = (min(positive), max(positive)) if positive else (1.0, 1.0)
+
+    def cell(self, sites: Sequence[Site], what: str) -> str:
+        """A square in the colour of the sites' loss."""
+        loss = sum(self.losses[s.name] for s in sites)
+        tip = f"{what} at {HEAT_LEVEL} bits would lose {loss:.3g}"
+        return f'<span class="heat" style="background:{self._colour(loss)}" title="{escape(tip)}"></span>'
+
+    def _colour(self, loss: float) -> str:
+        if not loss > 0:
+            return heat_colour(0)
+        spread = math.log(self.most / self.least)
+        return heat_colour(math.log(loss / self.least) / spread if spread > 0 else 1.0)
+
+    def legend(self) -> str:
+        """The scale, with its ends."""
+        ramp = ", ".join(heat_colour(i / 8) for i in range(9))
+        return (
+            f'<div class="legend"><span class="key">loss at {HEAT_LEVEL} bits</span><span class="num">{self.least:.2g}</span>'
+            f'<span class="ramp" style="background:linear-gradient(90deg, {ramp})"></span><span class="num">{self.most:.2g}</span></div>'
+        )
+
+
+def level_legend(plan: PrecisionMap) -> str:
+    """The colours, with the share of all tiles at each level."""
+    found = shares(plan, list(plan.weight_sites()))
+    keys = "".join(
+        f'<span class="key"><i class="swatch l{level}"></i>{"dropped" if level == 0 else f"{level} bits"} <span class="num">{found[level]:.0%}</span></span>'
+        for level in reversed(LEVEL_COLOURS)
+        if level or found[level]
+    )
+    return f'<div class="legend">{keys}</div>'
+
+
+def _cell(plan: PrecisionMap, sites: Sequence[Site], what: str, heat: Heat | None) -> str:
+    square = "" if heat is None else heat.cell(sites, what)
+    return f'<div class="cell">{bar(plan, sites, what)}{square}</div>'
+
+
+def _row(plan: PrecisionMap, name: str, cells: str, sites: Sequence[Site]) -> str:
+    return f'<tr><th scope="row" title="{escape(name)}">{escape(_end_of(name))}</th>{cells}<td class="mean">{mean_level(plan, sites):.2f}</td></tr>'
+
+
+def _columns(plan: PrecisionMap, block: Block, heat: Heat | None) -> str:
+    rows = []
+    for layer in block.layers:
+        cells = "".join(f"<td>{_cell(plan, [s], module_path(s), heat)}</td>" for s in layer.sites)
+        rows.append(_row(plan, layer.name, cells, layer.sites))
+    heads = "".join(f'<th scope="col" title="{escape(part)}">{escape(_short(part))}</th>' for part in block.parts)
+    return _table(len(block.parts), f"<thead><tr><th></th>{heads}<th>mean</th></tr></thead>", rows)
+
+
+def _single(plan: PrecisionMap, layers: Sequence[Layer], heat: Heat | None) -> str:
+    """Layers that are one weight each, or too many for columns: a wide bar a weight."""
+    rows = []
+    for layer in layers:
+        if len(layer.sites) > 1:
+            rows.append(_row(plan, layer.name, f"<td>{_cell(plan, layer.sites, layer.name, None)}</td>", layer.sites))
+        rows += [_row(plan, module_path(s), f"<td>{_cell(plan, [s], module_path(s), heat)}</td>", [s]) for s in layer.sites]
+    return _table(1, "", rows)
+
+
+def _end_of(name: str) -> str:
+    """The end of a name that is too long for its column: that is where names differ."""
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME:]}"
+
+
+def _table(columns: int, head: str, rows: Sequence[str]) -> str:
+    return f'<table class="map" style="--columns:{columns}">{head}<tbody>{"".join(rows)}</tbody></table>'
+
+
+def _short(part: str) -> str:
+    """The last word of a part's path, and the one before where it says too little."""
+    words = part.split(".")
+    return ".".join(words[-2:]) if words[-1] in ("dense", "weight", "proj", "fc", "linear") or words[-1].isdigit() else words[-1]
+
+
+def picture(plan: PrecisionMap, profile: Profile | None) -> str:
+    """The whole picture with its legends, as HTML."""
+    heat = None if profile is None else Heat(profile)
+    parts = [f'<div class="legends">{level_legend(plan)}{"" if heat is None else heat.legend()}</div>']
+    singles: list[Layer] = []
+    for block in blocks_of(layers_of(plan.sites)):
+        if 1 < len(block.parts) <= MOST_COLUMNS:
+            if singles:
+                parts.append(_single(plan, singles, heat))
+                singles = []
+            parts.append(_columns(plan, block, heat))
+        else:
+            singles += block.layers
+    if singles:
+        parts.append(_single(plan, singles, heat))
+    return f'<div class="picture">{"".join(parts)}</div>'

@@ -1,0 +1,244 @@
+"""Round every weight to the nearest code, on grids chosen for all the levels at once.
+
+A group has one scale `s` and offset `m`, and five levels read it, so no level can have the grid it would choose alone:
+the best grid for 4 bits cuts off large weights, and at 8 bits little else would be left of the error. So a grid is
+judged by its cost over the levels, the squared error of each in units of its own step, weighted by the importance of
+each input:
+
+    cost = s^2 sum_j A_j (d2_j^2 + d3_j^2 + d4_j^2 + CLIP x_j^2 + NOISE)
+
+`d` is the error in steps of 2, 3 and 4 bits. `x` is how far the weight lies beyond the outermost 4-bit cell, in 4-bit
+steps: that part is left at 6 and 8 bits, and `CLIP` is its price there. `NOISE` is the rest of their error, which is
+uniform rounding. docs/decisions.md has the figures behind the weights of the levels. The search scans clips, the same
+at both ends, moves the ends one by one with halving steps, and last refits `s` and `m` to the 4-bit codes by weighted
+least squares (the imatrix quantizers of llama.cpp scan and refit in the same way, for one level).
+
+With the codes fixed, each row has a gain at 2 and at 3 bits that restores the energy of its weights:
+`gain^2 sum A (w^ - m)^2 = sum A (w - m)^2`, with `w^` before the gain. Least squares would shrink the row: less squared
+error, and a worse model, since the rows of all layers shrink together. From 4 bits up the gain is 1: there is little to
+restore, and a gain moves the few weights of great importance off the grid that was chosen to hold them.
+
+Legend: N rows and K inputs of a weight; n rows of a chunk; g inputs a group, G groups a row, R = n * G groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from foveate.errors import DataError, WeightError
+from foveate.formats.levels import NESTED_LEVELS, code_range, code_step
+from foveate.formats.packing import check_group
+
+CLIP = 4.0 + 10.0  # the weight of the error at 6 bits and at 8 bits, where that of 4 bits is 1
+NOISE = (4.0 / 4**2 + 10.0 / 4**4) / 12
+
+# How far each end of the grid goes: 1 puts the outermost 4-bit codes on the farthest weight.
+_SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
+_STEPS = (0.1, 0.05, 0.025)
+_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))
+
+_LARGEST = torch.finfo(torch.float16).max
+_LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
+_GAINED_LEVELS = NESTED_LEVELS[:2]
+
+# Values a chunk of rows: the temporaries stay in the caches.
+_CHUNK = 1 << 18
+# The least importance of an input, in means: no calibration proves that an input is always zero.
+_LEAST_IMPORTANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """The codes of a weight before they are packed into planes; docs/format.md says what they mean.
+
+    Attributes:
+        anchor: uint8 [N, K], the 4-bit codes.
+        residual: uint8 [N, K], the 4 bits below them.
+        scale: float16 [N, G], one step of the 4-bit codes.
+        offset: float16 [N, G], the centre of the grid.
+        gain: float16 [5, N], near 1, for levels 2, 3, 4, 6 and 8.
+        group: inputs a group.
+        reach: how far the residual widens; 0 for nearest codes.
+    """
+
+    anchor: Tensor
+    residual: Tensor
+    scale: Tensor
+    offset: Tensor
+    gain: Tensor
+    group: int
+    reach: int = 0
+
+
+def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = None) -> Rounded:
+    """Round a weight to the nearest codes, on grids searched for all levels.
+
+    The same weight gives the same codes. Beyond the result, memory is a few times a chunk of 2^18 values.
+
+    Args:
+        w_NK: floating point [N, K].
+        group: inputs a group, 32, 64 or 128; K need not divide.
+        input_energy_K: [K], the mean square of each input, in any unit; all alike if not given.
+
+    Raises:
+        WeightError: a weight that is not a matrix of finite floating point in the range of float16.
+        DataError: energies that are not K finite values, none of them negative.
+    """
+    check_group(group)
+    w_NK = w_NK.detach()
+    _check_weight(w_NK)
+    rows, columns = w_NK.shape
+    importance_K = _importance(input_energy_K, w_NK)
+    groups = -(-columns // group)
+    codes = w_NK.new_empty(2, rows, columns, dtype=torch.uint8)
+    grids = w_NK.new_empty(2, rows, groups, dtype=torch.float16)
+    gain_5N = w_NK.new_empty(len(NESTED_LEVELS), rows, dtype=torch.float16)
+    chunk = max(1, _CHUNK // (groups * group))
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        _round_rows(w_NK[part].float(), importance_K, group, codes[:, part], grids[:, part], gain_5N[:, part])
+    return Rounded(codes[0], codes[1], grids[0], grids[1], gain_5N, group)
+
+
+def _check_weight(w_NK: Tensor) -> None:
+    if w_NK.ndim != 2 or not w_NK.is_floating_point() or not w_NK.numel():
+        shape = tuple(w_NK.shape)
+        raise WeightError(f"weight (={w_NK.dtype} of shape {shape}) is not a matrix of floating point with rows and columns")
+    lowest, highest = torch.aminmax(w_NK)
+    largest = float(torch.maximum(-lowest, highest))
+    if not largest < float("inf"):  # NaN fails too
+        raise WeightError("weight has NaN or Inf: every value must be finite")
+    if largest > _LARGEST:
+        raise WeightError(f"weight (largest magnitude {largest:g}) is beyond the float16 of its scales, {_LARGEST:g}")
+
+
+def _importance(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
+    """The importance of each input, float32 [K], 1 in the mean and never zero."""
+    columns = w_NK.shape[1]
+    alike_K = torch.ones(columns, device=w_NK.device)
+    if energy_K is None:
+        return alike_K
+    if energy_K.shape != (columns,):
+        raise DataError(f"input_energy_K (of shape {tuple(energy_K.shape)}) is not one value for each of {columns} inputs")
+    energy_K = energy_K.detach().to(w_NK.device, torch.float64)
+    if not bool(((energy_K >= 0) & energy_K.isfinite()).all()):
+        raise DataError("input_energy_K has NaN, Inf or negative values: an energy is a mean of squares")
+    largest = energy_K.max()
+    if not float(largest):
+        return alike_K
+    energy_K = energy_K / largest
+    return (energy_K / energy_K.mean()).clamp_min(_LEAST_IMPORTANCE).float()
+
+
+def _round_rows(
+    w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_5n: Tensor
+) -> None:
+    """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
+    rows, columns = w_nK.shape
+    missing = -columns % group
+    # A group is a column, so that rows are long and vectorize. Padding repeats a weight, and has no importance.
+    w_gR = functional.pad(w_nK, (0, missing), mode="replicate").view(-1, group).t().contiguous()
+    root_gR = functional.pad(importance_K.sqrt(), (0, missing)).view(-1, group).t().repeat(1, rows)
+    scale_R, offset_R = _search(w_gR, root_gR)
+
+    from_offset_gR = w_gR - offset_R
+    u_gR = from_offset_gR * _inverse(scale_R) + 8.0
+    anchor_gR = u_gR.floor().clamp_(0, 15)
+    residual_gR = u_gR.sub_(anchor_gR).mul_(16.0).floor_().clamp_(0, 15)
+    for i, code_gR in enumerate((anchor_gR, residual_gR)):
+        codes[i] = code_gR.t().reshape(rows, -1)[:, :columns]
+    for i, grid_R in enumerate((scale_R, offset_R)):
+        grids[i] = grid_R.view(rows, -1)
+    gain_5n.copy_(_gains(from_offset_gR, anchor_gR, scale_R, root_gR, rows))
+
+
+def _inverse(scale_R: Tensor) -> Tensor:
+    return torch.where(scale_R > 0, 1.0 / scale_R, 0.0)
+
+
+def _cost(w_gR: Tensor, root_gR: Tensor, noise_R: Tensor, scale_R: Tensor, offset_R: Tensor) -> Tensor:
+    """What each group's grid costs over the levels, [R]: the formula at the head of the file."""
+    v_gR = (w_gR - offset_R).mul_(_inverse(scale_R)).sub_(0.5)  # integers are the middles of 4-bit cells
+    error_gR = v_gR - v_gR.round().clamp_(-8, 7)
+    cost_R = CLIP * functional.softshrink(error_gR, 0.5).mul_(root_gR).square_().sum(0) + noise_R
+    cost_R += error_gR.mul_(root_gR).square_().sum(0)
+    for half in (4, 2):
+        v_gR.mul_(0.5).sub_(0.25)  # of 3-bit cells, then of 2-bit cells
+        torch.round(v_gR, out=error_gR)
+        error_gR.clamp_(-half, half - 1).sub_(v_gR)
+        cost_R += error_gR.mul_(root_gR).square_().sum(0)
+    return cost_R * scale_R.square()
+
+
+def _search(w_gR: Tensor, root_gR: Tensor) -> tuple[Tensor, Tensor]:
+    """Each group's scale and offset of least cost, [R] each, float32 that float16 holds."""
+    noise_R = NOISE * root_gR.square().sum(0)
+    lowest_R, highest_R = torch.aminmax(w_gR, dim=0)
+    centre_R = (lowest_R * 0.5 + highest_R * 0.5).half().float()
+    half_R = torch.maximum(highest_R - centre_R, centre_R - lowest_R)
+    is_constant_R = half_R <= _LEAST_SCALE / 2
+    scale_R, offset_R = torch.zeros_like(centre_R), centre_R
+    low_R, high_R = torch.ones_like(centre_R), torch.ones_like(centre_R)
+    least_R = torch.full_like(centre_R, torch.inf)
+
+    def improves(step_R: Tensor, middle_R: Tensor) -> Tensor:
+        """Take these grids where they cost less; [R], where they do."""
+        nonlocal least_R, scale_R, offset_R
+        step_R = torch.where(is_constant_R, 0.0, step_R.half().float().clamp_min(_LEAST_SCALE))
+        middle_R = middle_R.half().float()
+        cost_R = _cost(w_gR, root_gR, noise_R, step_R, middle_R)
+        better_R = cost_R < least_R
+        least_R = torch.where(better_R, cost_R, least_R)
+        scale_R = torch.where(better_R, step_R, scale_R)
+        offset_R = torch.where(better_R, middle_R, offset_R)
+        return better_R
+
+    def move_ends(lower_R: Tensor, upper_R: Tensor) -> None:
+        nonlocal low_R, high_R
+        better_R = improves(half_R * (lower_R + upper_R) / 15, centre_R + half_R * (upper_R - lower_R) / 2)
+        low_R = torch.where(better_R, lower_R, low_R)
+        high_R = torch.where(better_R, upper_R, high_R)
+
+    for clip in _SCAN:
+        end_R = torch.full_like(centre_R, clip)
+        move_ends(end_R, end_R)
+    for step in _STEPS:
+        for down, up in _DIRECTIONS:
+            move_ends(low_R + step * down, high_R + step * up)
+    improves(*_refit(w_gR, root_gR, scale_R, offset_R))
+    return scale_R, offset_R
+
+
+def _refit(w_gR: Tensor, root_gR: Tensor, scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset by weighted least squares to the 4-bit codes of a grid, [R] each."""
+    from_offset_gR = w_gR - offset_R
+    code_gR = (from_offset_gR * _inverse(scale_R)).sub_(0.5).round_().clamp_(-8, 7).add_(0.5)
+    share_gR = root_gR.square()
+    share_gR /= share_gR.sum(0)
+    mean_code_R = (share_gR * code_gR).sum(0)
+    mean_R = (share_gR * from_offset_gR).sum(0)
+    code_gR -= mean_code_R
+    share_gR *= code_gR
+    spread_R = (share_gR * code_gR).sum(0)
+    slope_R = (share_gR * from_offset_gR).sum(0) / spread_R
+    step_R = torch.where(slope_R.isfinite() & (slope_R > 0), slope_R, scale_R).clamp_max(2 * scale_R)
+    return step_R, offset_R + mean_R - step_R * mean_code_R
+
+
+def _gains(from_offset_gR: Tensor, anchor_gR: Tensor, scale_R: Tensor, root_gR: Tensor, rows: int) -> Tensor:
+    """Gains [5, n] that restore each row's energy at 2 and 3 bits; 1 above, and for a row that has none."""
+
+    def energy(t_gR: Tensor) -> Tensor:
+        return (t_gR * root_gR).square_().sum(0).view(rows, -1).sum(1)
+
+    wanted_n = energy(from_offset_gR)
+    gain_5n = torch.ones(len(NESTED_LEVELS), rows, device=scale_R.device)
+    for i, level in enumerate(_GAINED_LEVELS):
+        centred_gR = (anchor_gR * 2.0 ** (level - 4)).floor_().sub_(code_range(level, 0) / 2)
+        ratio_n = wanted_n / energy(centred_gR.mul_(scale_R * code_step(level, 0)))
+        gain_5n[i] = torch.where(ratio_n.isfinite() & (ratio_n > 0), ratio_n.sqrt(), 1.0).clamp_(0.5, 2.0)
+    return gain_5n
