@@ -20,7 +20,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ HEAD = "foveate.json"
 #: Reserved for later versions: exact 16 and 32-bit tiles, zero masks, input permutations, importance tags. A head that
 #: lists a feature unknown here is refused.
 FEATURES: frozenset[str] = frozenset()
+#: What weights can have been before they were quantized.
+DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+_LARGEST = 1 << 40  # rows or columns; far more, and far from what 64 bits cannot hold
 _DATA_FILE = re.compile(r"foveate-[a-z0-9]+-[0-9a-f]{12}\.safetensors")
 PathLike = str | os.PathLike[str]
 
@@ -172,7 +175,14 @@ def _write_head(folder: Path, head: Head, made: list[Path]) -> None:
         "profile": head.profile,
         "files": {part: {"file": name, "sha256": head.checksums[part]} for part, name in head.files.items()},
     }
-    _write_bytes(folder / HEAD, json.dumps(data, indent=1).encode(), made)
+    data = json.loads(json.dumps(data))
+    _write_bytes(folder / HEAD, json.dumps({**data, "sha256": _head_checksum(data)}, indent=1).encode(), made)
+
+
+def _head_checksum(data: Mapping[str, Any]) -> str:
+    """The SHA-256 of a head, less its own entry `sha256`."""
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager
@@ -246,21 +256,25 @@ def read_head(path: PathLike) -> Head:
         raise CheckpointError(f"{folder} holds no {HEAD}: it is not a foveate checkpoint, or saving it was interrupted")
     try:
         data = json.loads(file.read_bytes())
-        version, features = data["version"], data["features"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        version, features = data["version"], set(map(str, data["features"]))
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise CheckpointError(f"{file} is malformed: {error!r}") from error
-    if not isinstance(version, int) or version > VERSION:
+    if data.get("format") != "foveate" or type(version) is not int or version < 1:
+        raise CheckpointError(f"{file} is malformed: it does not name the format and its version")
+    if version > VERSION:
         raise CheckpointError(
             f"{folder} is of format version {version}, newer than this foveate reads ({VERSION}): upgrade foveate"
         )
-    unknown = set(features) - FEATURES
+    if data.get("sha256") != _head_checksum(data):
+        raise CheckpointError(f"{file} is damaged: its checksum does not match")
+    unknown = features - FEATURES
     if unknown:
         raise CheckpointError(
             f"{folder} needs features that this foveate does not have: {', '.join(sorted(unknown))}: upgrade foveate"
         )
     try:
         return _parse_head(data)
-    except (KeyError, TypeError, ValueError, AttributeError, SiteError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SiteError) as error:
         raise CheckpointError(f"{file} is malformed: {error}") from error
 
 
@@ -271,9 +285,13 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         if entry["kind"] == "weight":
             reach[entry["name"]], dtype[entry["name"]] = entry.pop("reach"), entry.pop("dtype")
         site = Site(**{**entry, "aliases": tuple(entry["aliases"])})
-        if site.group not in GROUPS or min(site.rows, site.columns) < 0 or reach.get(site.name, 0) not in REACHES:
-            raise ValueError(f"site {site.name!r} has a group, shape or reach that does not exist")
+        _check_site(site)
         sites.append(site)
+    names = [name for s in sites for name in (s.name, *s.aliases)]
+    if len(set(names)) != len(names):
+        raise ValueError("a site is listed twice")
+    if not all(type(r) is int and r in REACHES for r in reach.values()) or not set(dtype.values()) <= DTYPES:
+        raise ValueError("a reach or a dtype does not exist")
     files = {part: entry["file"] for part, entry in data["files"].items()}
     for name in files.values():
         if not _DATA_FILE.fullmatch(name):
@@ -281,18 +299,36 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
     needed = {"scales", "rest", *(f"plane{p}" for p in range(PLANES))}
     if not needed <= set(files):
         raise ValueError(f"files are not listed: {', '.join(sorted(needed - set(files)))}")
-    return Head(
+    head = Head(
         sites=tuple(sites),
         plan=PrecisionMap.from_json(data["map"], sites, data["other_bytes"]),
         other_bytes=data["other_bytes"],
         reach=reach,
         dtype=dtype,
         files=files,
-        checksums={part: entry["sha256"] for part, entry in data["files"].items()},
-        model=data["model"],
-        profile=data["profile"],
-        written_by=data["written_by"],
+        checksums={part: dict(entry["sha256"]) for part, entry in data["files"].items()},
+        model=dict(data["model"]),
+        profile=None if data["profile"] is None else dict(data["profile"]),
+        written_by=str(data["written_by"]),
     )
+    if type(head.other_bytes) is not int or head.other_bytes < 0:
+        raise ValueError(f"other_bytes (={head.other_bytes!r}) is not a number of bytes")
+    if head.profile is not None:
+        about = head.profile
+        if type(about["samples"]) is not int or not isinstance(about["objective"], str):
+            raise ValueError("the profile is not described")
+        if not all(isinstance(note, str) for note in about["notes"]):
+            raise ValueError("a note of the profile is no text")
+    return head
+
+
+def _check_site(site: Site) -> None:
+    texts = (site.name, *site.aliases)
+    counts = (site.rows, site.columns, site.group, site.rows_read)
+    if not all(isinstance(t, str) for t in texts) or not all(type(n) is int and 0 <= n < _LARGEST for n in counts):
+        raise ValueError(f"site {site.name!r} is not described by texts and numbers")
+    if site.kind not in ("weight", "input") or site.group not in GROUPS or type(site.row_gains) is not bool:
+        raise ValueError(f"site {site.name!r} has a kind or group that does not exist")
 
 
 def _read_tensor(folder: Path, head: Head, part: str, name: str) -> Tensor:
@@ -335,6 +371,17 @@ def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
             f"{site.name} at level {missing}: the folder keeps some of its tiles up to {kept} bits only"
         )
     return wanted
+
+
+def at_most_stored(path: PathLike, head: Head, plan: PrecisionMap) -> PrecisionMap:
+    """The map, lowered wherever the folder does not store what it reads; the map itself where it stores everything."""
+    levels: dict[str, Levels] = dict(plan.levels)
+    for name, stored in _stored_levels(Path(path), head).items():
+        level = levels[name]
+        tiles = bytes([level]) * stored.numel() if isinstance(level, int) else level
+        levels[name] = bytes(map(min, tiles, stored.flatten().tolist()))
+    lowered = replace(plan, levels=levels, predicted_loss=float("nan"))
+    return plan if lowered == plan else lowered
 
 
 def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:

@@ -43,7 +43,7 @@ def parse_bytes(size: int | str) -> int:
     """Bytes of `1234`, `"800MiB"`, `"6GB"` or `"6G"` (binary); raises `BudgetError` for anything else."""
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", size)
+    match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     if not match or match[2].upper() not in _UNITS:
         raise BudgetError(f"size (={size!r}) is not a number of bytes like 800MiB, 6GB or 123456")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -138,9 +138,9 @@ class PrecisionMap:
     """
 
     sites: tuple[Site, ...]
-    levels: Mapping[str, Levels]
+    levels: Mapping[str, Levels] = field(hash=False)
     other_bytes: int = 0
-    predicted_loss: float = float("nan")
+    predicted_loss: float = field(default=float("nan"), compare=False)
 
     def __post_init__(self) -> None:
         checked: dict[str, Levels] = {}
@@ -219,15 +219,23 @@ class PrecisionMap:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], sites: Sequence[Site], other_bytes: int) -> PrecisionMap:
         """The inverse of `to_json`; raises `LevelError` or `SiteError` if the data do not fit the sites."""
+        tiles = {s.name: s.tiles for s in sites}
+
+        def expanded(name: str, runs: list[list[int]]) -> bytes:
+            # the sum before the bytes: a malformed count must not be believed
+            if any(count < 0 for _, count in runs) or sum(count for _, count in runs) != tiles.get(name):
+                raise ValueError(f"the zones of {name!r} are not of its {tiles.get(name)} tiles")
+            return b"".join(bytes([level]) * count for level, count in runs)
+
         try:
             levels: dict[str, Levels] = {
-                name: v if isinstance(v, int) else b"".join(bytes([level]) * count for level, count in v)
-                for name, v in data["levels"].items()
+                name: v if type(v) is int else expanded(name, v) for name, v in data["levels"].items()
             }
             loss = data.get("predicted_loss")
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            predicted = float("nan") if loss is None else float(loss)
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise LevelError(f"malformed precision map: {error!r}") from error
-        return cls(tuple(sites), levels, other_bytes, float("nan") if loss is None else float(loss))
+        return cls(tuple(sites), levels, other_bytes, predicted)
 
 
 def _examples(sites: Sequence[Site]) -> str:

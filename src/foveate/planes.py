@@ -157,9 +157,16 @@ def linear(
     choice: Tensor | None = None,
     order: Tensor | None = None,
 ) -> list[Tensor]:
-    """x [..., K] times each of the weights that share it; see the op `plane_linear`."""
+    """x [..., K] times each of the weights that share it; see the op `plane_linear`.
+
+    Raises:
+        FoveateError: x does not have K columns.
+    """
+    for w in weights:
+        if x.shape[-1] != w.columns:
+            raise FoveateError(f"x has {x.shape[-1]} columns, the weight {w.columns}")
     outputs: list[Tensor] = torch.ops.foveate.plane_linear(
-        x,
+        x if x.dtype != torch.float64 else x.float(),
         [plane for w in weights for plane in w.planes],
         [w.scales for w in weights],
         [w.units for w in weights],
@@ -174,7 +181,7 @@ def linear(
         choice,
         order,
     )
-    return outputs
+    return [y.to(x.dtype) for y in outputs]
 
 
 def arena(sizes: Sequence[int]) -> list[Tensor]:

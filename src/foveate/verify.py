@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from foveate.collect.objectives import Objective, infer, run
 from foveate.errors import DataError
-from foveate.maps import PrecisionMap, uniform, uniform_of_bytes
+from foveate.formats.levels import TOP_LEVEL
+from foveate.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
 from foveate.nn.registry import apply, registry_of
 from foveate.progress import track
 
@@ -188,6 +189,6 @@ def verify(
 def _highest(model: nn.Module) -> PrecisionMap:
     """Every tile at the level it is loaded for."""
     registry = registry_of(model)
-    plan = uniform(registry.sites, 0, registry.other_bytes)
+    plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
     levels = {name: bytes(w.value.resident.flatten().tolist()) for name, w in registry.weights.items()}
     return PrecisionMap(plan.sites, {**plan.levels, **levels}, plan.other_bytes)

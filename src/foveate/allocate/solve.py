@@ -8,6 +8,7 @@ steps that still fit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -107,8 +108,9 @@ def solve_loss(problem: Problem, limit: float) -> Tensor:
     """The fewest bytes whose loss is at most `limit`."""
     steps = ordered_steps(problem)
     start = float(problem.loss_UL[:, 0].sum())
-    left = start - steps.gain.cumsum(0)
-    least = float(left[-1]) if len(left) else start
+    least = float(problem.loss_UL[:, -1].sum())
+    left = least + steps.gain.flip(0).cumsum(0).flip(0) - steps.gain  # added up from the end, where it is least
+    limit *= 1 + 1e-9  # a map's own loss, given back as a limit, must not fail by the last place of a float
     if least > limit:
         raise BudgetError(f"no map loses as little as {limit:g}: the least predicted loss is {least:g}")
     if start <= limit:
@@ -169,7 +171,9 @@ def allocate(
     else:
         assert budget.bits is not None
         weights = sum(s.weights for s in profile.weight_sites())
-        room = budget.bits * weights / 8 - (lowest.bytes_stored - lowest.other_bytes - tiles_at_least)
+        # bytes are whole: a map's own bits, given back as a budget, must not fail by the last place of a float
+        fixed = lowest.bytes_stored - lowest.other_bytes - tiles_at_least
+        room = math.floor(budget.bits * weights / 8 + 1e-6) - fixed
         note = (
             f"no map averages {budget.bits:g} bits a weight: "
             f"the least possible is {lowest.bits:.4f} (scales and padding count)"

@@ -1,8 +1,10 @@
 """The demo's own model: a byte-level Llama that learns Python from the standard library of the Python it runs in.
 
-Nothing is downloaded. The recipe is made for minutes on two cores, so every choice serves loss per second: short steps, matrices updated by Muon (Jordan 2024, orthogonalised momentum) and the
-rest by AdamW, output projections that start at zero, a learning rate that falls linearly to nothing. The schedule follows the steps on a fast machine and the clock on a slow one, whichever is
-further, so that training always ends, and always at a learning rate of nothing. Before it starts, a few steps are timed to choose the number of threads and float32 or bfloat16 products.
+Nothing is downloaded. The recipe is made for minutes on two cores, so every choice serves loss per second: short steps,
+matrices updated by Muon (Jordan 2024, orthogonalised momentum) and the rest by AdamW, output projections that start at
+zero, a learning rate that falls linearly to nothing. The schedule follows the steps on a fast machine and the clock on
+a slow one, whichever is further, so training always ends in time, and always at a learning rate of nothing. Before it
+starts, a few steps are timed to choose the number of threads, and float32 or bfloat16 products.
 
 Shapes: B windows a step, S bytes a window, V = 256 byte values; a stack of equal matrices is [L, N, K].
 """
@@ -30,7 +32,20 @@ from torch import Tensor, nn
 from foveate.errors import CheckpointError, DataError, MissingExtraError
 
 _VALUES = 256  # a byte is a token
-_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "turtledemo", "ensurepip"})
+_SKIPPED = frozenset(
+    {
+        "test",
+        "tests",
+        "idle_test",
+        "site-packages",
+        "dist-packages",
+        "encodings",
+        "pydoc_data",
+        "lib2to3",
+        "turtledemo",
+        "ensurepip",
+    }
+)
 _HELD_OUT_EVERY = 16
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024: the quintic that brings every singular value near 1
 
@@ -66,7 +81,7 @@ class Recipe:
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
-    """Python source as bytes: uint8 [n] to train on, uint8 [m] from files that training never sees, and how many files each."""
+    """Python source as bytes: uint8 [n] to train on, uint8 [m] of files kept from training; how many files each."""
 
     train: Tensor
     held_out: Tensor
@@ -115,7 +130,10 @@ def corpus(root: Path | None = None) -> Corpus:
     train = [t for i, t in enumerate(texts) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY // 2]
     parts = [b"\n\n".join(part) for part in (train, held_out)]
     if min(map(len, parts)) < 8192:
-        raise DataError(f"{root} holds {sum(map(len, texts))} bytes of Python source, too little to learn from: the demo needs an installation with .py files")
+        raise DataError(
+            f"{root} holds {sum(map(len, texts))} bytes of Python source, too little to learn from:"
+            " the demo needs an installation of Python with its .py files"
+        )
     left, right = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
     return Corpus(left, right, len(train), len(held_out))
 
@@ -200,25 +218,35 @@ def train(model: nn.Module, recipe: Recipe, text: Corpus, watch: Callable[[Progr
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ".layers." in n]
     chosen = {id(p) for p in matrices}
     muon = _Muon(matrices, pace.products)
-    adam = torch.optim.AdamW([p for p in model.parameters() if id(p) not in chosen], betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    adam = torch.optim.AdamW(
+        [p for p in model.parameters() if id(p) not in chosen], betas=(0.9, 0.99), weight_decay=0.0, fused=True
+    )
     step, done, running, started = 0, 0.0, 0.0, time.monotonic()
     with _threads(pace.threads):
         while done < 1:
             rate = min(1.0, (done + 1 / recipe.steps) / recipe.warm_up) * (1 - done)
             loss = _loss(model, windows(text.train, recipe.batch, recipe.window + 1, generator), pace.products)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for group in adam.param_groups:
                 group["lr"] = recipe.adam_rate * rate
             muon.step(recipe.muon_rate * rate)
             adam.step()
             model.zero_grad(set_to_none=True)
             step += 1
-            running += (float(loss) - running) * max(0.03, 1 / step)
+            running += (loss.item() - running) * max(0.03, 1 / step)
             elapsed = time.monotonic() - started
             done = min(1.0, max(step / recipe.steps, elapsed / recipe.seconds))
             watch(Progress(step, done, running, elapsed))
     products = str(pace.products).removeprefix("torch.")
-    return Trained(model.eval(), False, time.monotonic() - started, step, step * recipe.batch * recipe.window, pace.threads, products)
+    return Trained(
+        model.eval(),
+        False,
+        time.monotonic() - started,
+        step,
+        step * recipe.batch * recipe.window,
+        pace.threads,
+        products,
+    )
 
 
 def _loss(model: nn.Module, bytes_BS: Tensor, products: torch.dtype) -> Tensor:
@@ -243,7 +271,9 @@ class _Muon:
             gradient_LNK = torch.stack([p.grad for p in stack if p.grad is not None])
             momentum_LNK = self._momentum[shape].lerp_(gradient_LNK, 0.05)
             update_LNK = orthogonal(gradient_LNK.lerp_(momentum_LNK, 0.95).to(self._products)).float()
-            torch._foreach_add_(stack, update_LNK.unbind(), alpha=-rate * max(1.0, shape[0] / shape[1]) ** 0.5)
+            torch._foreach_add_(
+                list[Tensor](stack), update_LNK.unbind(), alpha=-rate * max(1.0, shape[0] / shape[1]) ** 0.5
+            )
 
 
 def orthogonal(g_LNK: Tensor) -> Tensor:
@@ -265,7 +295,9 @@ class _Pace:
 
 
 def _quickest(model: nn.Module, bytes_BS: Tensor) -> _Pace:
-    """Time forward and backward: bfloat16 products help where the processor has them and hurt elsewhere, and so do many threads on small matrices."""
+    """Time forward and backward: bfloat16 products help where the processor has them and hurt elsewhere, and so do many
+    threads on small matrices.
+    """
     most = torch.get_num_threads()
 
     def seconds(pace: _Pace) -> float:
@@ -273,7 +305,7 @@ def _quickest(model: nn.Module, bytes_BS: Tensor) -> _Pace:
         with _threads(pace.threads):
             for _ in range(3):
                 started = time.perf_counter()
-                _loss(model, bytes_BS, pace.products).backward()  # type: ignore[no-untyped-call]
+                _loss(model, bytes_BS, pace.products).backward()
                 best = min(best, time.perf_counter() - started)
         model.zero_grad(set_to_none=True)
         return best
@@ -296,13 +328,19 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _keep(result: Trained, path: Path, identity: str) -> None:
     tensors = {name: t.detach().contiguous() for name, t in result.model.state_dict().items()}
-    about = {"seconds": result.seconds, "steps": result.steps, "bytes_seen": result.bytes_seen, "threads": result.threads, "products": result.products}
+    about = {
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "bytes_seen": result.bytes_seen,
+        "threads": result.threads,
+        "products": result.products,
+    }
     content = save(tensors, metadata={"identity": identity, "about": json.dumps(about), "sha256": _checksum(tensors)})
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -64,7 +64,7 @@ def patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     if len(kernel) == 1:
         x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
     columns = F.unfold(x, cast(Any, kernel), cast(Any, dilation), 0, cast(Any, stride))
-    return columns.view(len(x), conv.groups, -1, columns.shape[-1])
+    return columns.view(len(x), conv.groups, columns.shape[1] // conv.groups, columns.shape[-1])
 
 
 @dataclass(frozen=True)

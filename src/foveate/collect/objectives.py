@@ -90,7 +90,11 @@ class Logits(Objective):
     def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
         """Negative log-likelihood of labels drawn from the model."""
         logits_nC = self.outcome(output, batch)
-        labels = torch.multinomial(logits_nC.detach().softmax(-1), 1, generator=generator)[:, 0]
+        probability_nC = logits_nC.detach().softmax(-1)
+        if not bool(probability_nC.isfinite().all()):
+            # nothing to draw from: the collector refuses the loss, and says which batch it was
+            return logits_nC.sum() * torch.nan, len(logits_nC)
+        labels = torch.multinomial(probability_nC, 1, generator=generator)[:, 0]
         return F.cross_entropy(logits_nC, labels, reduction="sum"), len(logits_nC)
 
     def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:

@@ -76,7 +76,9 @@ class WeightStatistics:
             self.tensors["energy_K"] += columns.square().sum((0, 1, 3))
             self.tensors["rows"] += columns.shape[0] * columns.shape[1] * columns.shape[3]
             return lambda g: self._see_conv_gradient(columns, g)
-        x_BTK = x.detach().float().reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
+        # a copy where it is needed in backward: nothing keeps a model from changing x in place meanwhile
+        x_float = x.detach().to(torch.float32, copy=not self.factored)
+        x_BTK = x_float.reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
         self.tensors["energy_K"] += x_BTK.square().sum((0, 1))
         self.tensors["rows"] += x_BTK.shape[0] * x_BTK.shape[1]
         if self.factored:
@@ -168,17 +170,20 @@ class Collector:
     def _hooks(self) -> Iterator[None]:
         spark = torch.zeros((), requires_grad=True)
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-            def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        def hook(name: str) -> Callable[..., Tensor]:
+            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
                 # parameters are frozen meanwhile, so the first outputs must be given a gradient
                 if not output.requires_grad:
                     output = output + spark
-                output.register_hook(self.by_module[name].see(module, args[0], output))
+                if not output.requires_grad:
+                    raise DataError(f"{name} runs without gradients (torch.no_grad in the model): name it in skip")
+                x = args[0] if args else kwargs["input"]
+                output.register_hook(self.by_module[name].see(module, x, output))
                 return output
 
             return after
 
-        handles = [module.register_forward_hook(hook(name)) for name, module in self._modules.items()]
+        handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in self._modules.items()]
         try:
             yield
         finally:

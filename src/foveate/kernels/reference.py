@@ -166,7 +166,7 @@ def plane_linear(
     x_MK = x.reshape(-1, x.shape[-1]).float()
     if order is not None:
         x_MK = x_MK[:, order]
-    chosen = torch.zeros(len(x_MK), dtype=torch.long) if choice is None else choice.reshape(-1).long()
+    chosen = torch.zeros(len(x_MK), dtype=torch.long) if choice is None else (choice.reshape(-1) != 0).long()
     outputs = []
     for w in range(len(rows)):
         y_MN = x_MK.new_empty(len(x_MK), resident[w].shape[0] * TILE_ROWS)

@@ -7,7 +7,7 @@ tied weights are one object and every tensor is a buffer. Precision is changed b
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ class PlaneWeight(nn.Module):
         for i, plane in enumerate(planes.planes):
             self.register_buffer(f"plane{i}", plane)
         for name in _TENSORS:
-            self.register_buffer(name, getattr(planes, name))
+            # a state_dict holds the weight, not the level at which it is read: that is the map's
+            self.register_buffer(name, getattr(planes, name), persistent=name != "tags")
 
     @property
     def shape(self) -> torch.Size:
@@ -56,7 +57,14 @@ class PlaneWeight(nn.Module):
         moved = fn(torch.empty(0, dtype=torch.uint8))
         if moved.device != self.device:
             raise FoveateError(f"planes cannot move to {moved.device}: this version of foveate computes on the CPU")
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        # always into the tensors that are there, which `value` holds, also where the caller asks for an exchange
+        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
 
     def extra_repr(self) -> str:
         """Shape, group and the range of levels."""
@@ -75,7 +83,7 @@ class PlaneModule(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)
-        self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8))
+        self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8), persistent=False)
 
     def _product(self, x: Tensor) -> Tensor:
         bias = _NO_BIAS if self.bias is None else self.bias.float()

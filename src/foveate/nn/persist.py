@@ -20,7 +20,7 @@ from foveate import checkpoint
 from foveate.allocate import allocate
 from foveate.checkpoint import Head, PathLike
 from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
-from foveate.errors import CheckpointError, MissingExtraError
+from foveate.errors import CheckpointError, MissingExtraError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, parse_bytes, uniform
@@ -96,6 +96,7 @@ def load(
 
     Raises:
         CheckpointError: the folder is missing, damaged, of a newer version, or not of this model.
+        SiteError: `keep` is a map of another model.
         PlaneNotResidentError: the folder does not hold the planes asked for.
         BudgetError: nothing fits in `memory`; the message says the least possible.
     """
@@ -104,9 +105,11 @@ def load(
     if memory is not None:
         if keep is not None:
             raise CheckpointError("give keep or memory, not both")
-        keep = _fitting(path, parse_bytes(memory))
+        keep = checkpoint.at_most_stored(path, head, _fitting(path, parse_bytes(memory)))
     if isinstance(keep, int):
         keep = uniform(head.sites, keep, head.other_bytes)
+    if keep is not None and keep.sites != head.sites:
+        raise SiteError(f"the map is of another model than {path}")
     if model is None:
         model = _skeleton(Path(path), head)
     planes = checkpoint.read_planes(path, head, keep)
@@ -164,15 +167,17 @@ def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     if not type(model).__module__.startswith("transformers."):
         return {}, {}
     config = cast(Any, model).config
-    files = {"config.json": config.to_json_string(use_diff=False).encode()}
+    texts = {"config": config.to_json_string(use_diff=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None:
-        files["generation_config.json"] = generation.to_json_string().encode()
+        texts["generation_config"] = generation.to_json_string()
+    files = {f"{what}.json": text.encode() for what, text in texts.items()}
     source = Path(getattr(config, "_name_or_path", "") or "")
     if source.name and source.is_dir():
         for pattern in _COMPANIONS:
             files.update({f.name: f.read_bytes() for f in source.glob(pattern) if f.is_file()})
-    return {"transformers": type(model).__name__}, files
+    # load reads the copies in the head, which changes in one step with all the rest; the files are for other programs
+    return {"transformers": type(model).__name__, **{what: json.loads(text) for what, text in texts.items()}}, files
 
 
 def _skeleton(folder: Path, head: Head) -> nn.Module:
@@ -190,15 +195,15 @@ def _skeleton(folder: Path, head: Head) -> nn.Module:
     if not isinstance(made_by, type) or pretrained not in made_by.__mro__:
         raise CheckpointError(f"{folder}: {name!r} is not a model class of transformers {transformers.__version__}")
     try:
-        config = cast(Any, made_by).config_class.from_dict(json.loads((folder / "config.json").read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be used: {error}") from error
+        config = cast(Any, made_by).config_class.from_dict(dict(head.model["config"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: the configuration in its head cannot be used: {error!r}") from error
     config._name_or_path = str(folder)
     with torch.device("meta"):
         model: nn.Module = cast(Any, made_by)._from_config(config)
-    generation = folder / "generation_config.json"
-    if generation.exists() and hasattr(model, "generation_config"):
-        model.generation_config = transformers.GenerationConfig.from_dict(json.loads(generation.read_bytes()))
+    generation = head.model.get("generation_config")
+    if generation is not None and hasattr(model, "generation_config"):
+        model.generation_config = transformers.GenerationConfig.from_dict(dict(generation))
     return model
 
 
@@ -243,7 +248,7 @@ def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
         place[name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
         cast(Any, model).tie_weights()
-    empty = [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    empty = [name for name, t in _rest(model).items() if t.is_meta or name not in rest]
     if empty:
         raise CheckpointError(
             f"the checkpoint has nothing for {', '.join(empty[:5])}{' and others' if len(empty) > 5 else ''}"

@@ -30,7 +30,7 @@ from foveate.formats.packing import GROUPS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Profile, Site
 from foveate.nn.install import install, site_of
-from foveate.nn.modules import PlaneWeight
+from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
 from foveate.rounding import round_weight
@@ -131,6 +131,8 @@ def quantize(
 
 
 def _chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+    if any(isinstance(m, PlaneModule) for m in model.modules()):
+        raise WeightError("the model is quantized already: quantize the original")
     found = find_weights(model)
     if not found:
         raise WeightError(

@@ -1,6 +1,7 @@
 """The report: one HTML file that says where a model's bits are and what that costs. No script, nothing fetched, light and dark.
 
-    Path("report.html").write_text(html(plan, title="my model", profile=profile, frontier=fv.frontier(profile)), encoding="utf-8")
+page = html(plan, title="my model", profile=profile, frontier=fv.frontier(profile))
+Path("report.html").write_text(page, encoding="utf-8")
 """
 
 from __future__ import annotations
@@ -78,10 +79,16 @@ def html(
     if profile is not None and set(profile.sites) != set(plan.sites):
         raise SiteError("the profile and the map are of different models: their sites differ")
     name = loss_name(None if profile is None else profile.objective)
-    sections = [_picture_section(plan, profile), _plot_section(plan, profile, tuple(frontier), measured, name), _outcome_section(plan, measured, name, metric)]
+    sections = [
+        _picture_section(plan, profile),
+        _plot_section(plan, profile, tuple(frontier), measured, name),
+        _outcome_section(plan, measured, name, metric),
+    ]
     said = [*notes, *(() if profile is None else profile.notes)]
     if said:
-        sections.append(f"<section><h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in said)}</ul></section>")
+        sections.append(
+            f"<section><h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in said)}</ul></section>"
+        )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} - foveate</title><style>{CSS}</style></head><body><main>"
@@ -112,18 +119,28 @@ def _cards(plan: PrecisionMap, profile: Profile | None, measured: Sequence[Measu
     dense = dense_bytes(plan, 4)
     cards = [
         _card(f"{plan.bits:.2f}", "bits", "a weight on average, scales included"),
-        _card(*_split(plan.bytes_resident), f"in memory, {dense / max(plan.bytes_resident, 1):.1f} times less than float32 ({format_bytes(dense)})"),
+        _card(
+            *_split(plan.bytes_resident),
+            f"in memory, {dense / max(plan.bytes_resident, 1):.1f} times smaller than float32 ({format_bytes(dense)})",
+        ),
         _card(*_split(plan.bytes_read), "read for each token or input"),
     ]
     loss = predicted_loss(plan, profile)
     if math.isfinite(loss):
-        beside = "" if profile is None else f"; uniform at equal bytes {figure(profile.predict(uniform_of_bytes(plan)))}"
+        beside = (
+            "" if profile is None else f"; uniform at equal bytes {figure(profile.predict(uniform_of_bytes(plan)))}"
+        )
         cards.append(_card(figure(loss), "", f"predicted {name}{beside}"))
     for entry in measured:
         if entry.is_default:
             error = entry.outcome.standard_error
-            cards.append(_card(figure(entry.outcome.divergence), f"± {figure(error)}" if error else "", f"measured {name}"))
-            cards.append(_card(f"{entry.outcome.agreement:.1%}", "", f"of {entry.outcome.samples:,} decisions are the original's"))
+            said = f"measured {name}" + (f", ± {figure(error)}" if error else "")
+            cards.append(_card(figure(entry.outcome.divergence), "", said))
+            cards.append(
+                _card(
+                    f"{entry.outcome.agreement:.1%}", "", f"of {entry.outcome.samples:,} decisions are the original's"
+                )
+            )
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
@@ -137,7 +154,7 @@ def predicted_loss(plan: PrecisionMap, profile: Profile | None) -> float:
 def _picture_section(plan: PrecisionMap, profile: Profile | None) -> str:
     heat = ""
     if profile is not None:
-        heat = f" The small square after a bar is what that weight alone would lose at {HEAT_LEVEL} bits: the redder, the more it needs its bits."
+        heat = f" The squares at the end of a row are its weights in the same order: the redder, the more that weight would lose at {HEAT_LEVEL} bits."
     return (
         "<section><h2>Where the bits are</h2>"
         '<p class="soft">A row is a layer, a bar is one weight, and its colours are the share of its tiles at each level: the darker, the more bits. '
@@ -146,14 +163,26 @@ def _picture_section(plan: PrecisionMap, profile: Profile | None) -> str:
 
 
 _KEYS = {
-    "frontier": ('<line class="frontier" x1="1" x2="15" y1="7" y2="7"/>', "frontier: the least predicted loss at each size"),
-    "uniform": ('<g class="uniform"><rect x="3.5" y="2.5" width="9" height="9" rx="1.5"/></g>', "uniform precision, predicted"),
+    "frontier": (
+        '<line class="frontier" x1="1" x2="15" y1="7" y2="7"/>',
+        "frontier: the least predicted loss at each size",
+    ),
+    "uniform": (
+        '<g class="uniform"><rect x="3.5" y="2.5" width="9" height="9" rx="1.5"/></g>',
+        "uniform precision, predicted",
+    ),
     "chosen": ('<g class="chosen"><path d="M8 0l7 7l-7 7l-7 -7z"/></g>', "this map, predicted"),
     "measured": ('<g class="measured"><circle cx="8" cy="7" r="5"/></g>', "measured on held-out data"),
 }
 
 
-def _plot_section(plan: PrecisionMap, profile: Profile | None, frontier: Sequence[PrecisionMap], measured: Sequence[Measured], name: str) -> str:
+def _plot_section(
+    plan: PrecisionMap,
+    profile: Profile | None,
+    frontier: Sequence[PrecisionMap],
+    measured: Sequence[Measured],
+    name: str,
+) -> str:
     line = [(m.bits, predicted_loss(m, profile)) for m in frontier]
     marks: list[Mark] = []
     if profile is not None:
@@ -161,23 +190,30 @@ def _plot_section(plan: PrecisionMap, profile: Profile | None, frontier: Sequenc
             even = profile.uniform(level)
             tip = f"uniform {level} bits: predicted {figure(even.predicted_loss)}, {format_bytes(even.bytes_resident)} in memory"
             marks.append(Mark(even.bits, even.predicted_loss, f"{level} bits", tip, "uniform"))
+    loss = predicted_loss(plan, profile)
+    tip = f"this map: predicted {figure(loss)}, {format_bytes(plan.bytes_resident)} in memory"
+    marks.append(Mark(plan.bits, loss, "this map", tip, "chosen"))
     for entry in measured:
         if entry.plan is not None:
             tip = f"{entry.label}: measured {figure(entry.outcome.divergence)}, {format_bytes(entry.plan.bytes_resident)} in memory"
             label = "" if profile is not None else entry.label
-            marks.append(Mark(entry.plan.bits, entry.outcome.divergence, label, tip, "measured", entry.outcome.standard_error))
-    loss = predicted_loss(plan, profile)
-    tip = f"this map: predicted {figure(loss)}, {format_bytes(plan.bytes_resident)} in memory"
-    marks.append(Mark(plan.bits, loss, "this map", tip, "chosen"))
+            marks.append(
+                Mark(entry.plan.bits, entry.outcome.divergence, label, tip, "measured", entry.outcome.standard_error)
+            )
     drawn = plot(line, marks, name)
     if not drawn or len(line) + len(marks) < 2:
         return ""
-    kinds = ["frontier"] * (len(line) > 1) + [k for k in ("uniform", "chosen", "measured") if any(m.kind == k for m in marks)]
-    keys = "".join(f'<span class="key"><svg class="mark plot" viewBox="0 0 16 14">{_KEYS[k][0]}</svg>{_KEYS[k][1]}</span>' for k in kinds)
+    kinds = ["frontier"] * (len(line) > 1) + [
+        k for k in ("uniform", "chosen", "measured") if any(m.kind == k for m in marks)
+    ]
+    keys = "".join(
+        f'<span class="key"><svg class="mark plot" viewBox="0 0 16 14">{_KEYS[k][0]}</svg>{_KEYS[k][1]}</span>'
+        for k in kinds
+    )
     return (
         "<section><h2>What a bit buys</h2>"
         '<p class="soft">Further left is smaller, lower is closer to the original; each step down the axis is a factor. '
-        f'A good map lies on the line, below the squares.</p>{drawn}<div class="legend">{keys}</div></section>'
+        f'A good map lies on the line, below the squares.</p><div class="scroll">{drawn}</div><div class="legend">{keys}</div></section>'
     )
 
 
@@ -191,10 +227,18 @@ def _outcome_section(plan: PrecisionMap, measured: Sequence[Measured], name: str
         own, got = entry.plan, entry.outcome
         sizes = ["–", "–", "–", "–"]
         if own is not None:
-            sizes = [f"{own.bits:.2f}", *(format_bytes(size) for size in (own.bytes_stored, own.bytes_resident, own.bytes_read))]
+            sizes = [
+                f"{own.bits:.2f}",
+                *(format_bytes(size) for size in (own.bytes_stored, own.bytes_resident, own.bytes_read)),
+            ]
         error = f" ± {figure(got.standard_error)}" if got.standard_error else ""
         quality = [f"{figure(got.divergence)}{error}", f"{got.agreement:.2%}"] if own is not None else ["–", "–"]
-        values = [entry.label, *sizes, *([figure(got.metric if got.metric is not None else math.nan)] if with_metric else []), *quality]
+        values = [
+            entry.label,
+            *sizes,
+            *([figure(got.metric if got.metric is not None else math.nan)] if with_metric else []),
+            *quality,
+        ]
         style = ' class="chosen"' if entry.is_default else ""
         rows.append(f"<tr{style}>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
     samples = max(entry.outcome.samples for entry in measured)

@@ -1,6 +1,7 @@
 """The layer x level picture: where a map's bits are, and beside it where the profile says they matter.
 
-A row a layer, a column a weight. Each cell is one stacked bar, the share of the weight's tiles at each level; the small square beside it is what that weight would lose at two bits.
+A row a layer, a column a weight. Each cell is one stacked bar, the share of the weight's tiles at
+each level; the squares at the end of a row say what each of its weights would lose at two bits.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def bar(plan: PrecisionMap, sites: Sequence[Site], what: str) -> str:
     found = shares(plan, sites)
     said = ", ".join(f"{share:.0%} at {level}" for level, share in reversed(found.items()) if share)
     tip = f"{what}: {said}; mean level {mean_level(plan, sites):.2f}, {format_bytes(stored_bytes(plan, sites))}"
-    segments = "".join(f'<i class="l{level}" style="flex:{share:.4f}"></i>' for level, share in reversed(found.items()) if share)
+    segments = "".join(
+        f'<i class="l{level}" style="flex:{share:.4f}"></i>' for level, share in reversed(found.items()) if share
+    )
     return f'<div class="bar" title="{escape(tip)}">{segments}</div>'
 
 
@@ -40,11 +43,14 @@ class Heat:
         positive = [loss for loss in self.losses.values() if loss > 0 and math.isfinite(loss)]
         self.least, self.most = (min(positive), max(positive)) if positive else (1.0, 1.0)
 
-    def cell(self, sites: Sequence[Site], what: str) -> str:
-        """A square in the colour of the sites' loss."""
-        loss = sum(self.losses[s.name] for s in sites)
-        tip = f"{what} at {HEAT_LEVEL} bits would lose {loss:.3g}"
-        return f'<span class="heat" style="background:{self._colour(loss)}" title="{escape(tip)}"></span>'
+    def strip(self, sites: Sequence[Site]) -> str:
+        """A square a weight, in the colour of its loss."""
+        squares = []
+        for site in sites:
+            loss = self.losses[site.name]
+            tip = f"{module_path(site)} at {HEAT_LEVEL} bits would lose {loss:.3g}"
+            squares.append(f'<i style="background:{self._colour(loss)}" title="{escape(tip)}"></i>')
+        return f'<td class="strip"><div class="heats">{"".join(squares)}</div></td>'
 
     def _colour(self, loss: float) -> str:
         if not loss > 0:
@@ -72,22 +78,20 @@ def level_legend(plan: PrecisionMap) -> str:
     return f'<div class="legend">{keys}</div>'
 
 
-def _cell(plan: PrecisionMap, sites: Sequence[Site], what: str, heat: Heat | None) -> str:
-    square = "" if heat is None else heat.cell(sites, what)
-    return f'<div class="cell">{bar(plan, sites, what)}{square}</div>'
-
-
-def _row(plan: PrecisionMap, name: str, cells: str, sites: Sequence[Site]) -> str:
-    return f'<tr><th scope="row" title="{escape(name)}">{escape(_end_of(name))}</th>{cells}<td class="mean">{mean_level(plan, sites):.2f}</td></tr>'
+def _row(plan: PrecisionMap, name: str, bars: str, sites: Sequence[Site], strip: str) -> str:
+    head = f'<th scope="row" title="{escape(name)}">{escape(_end_of(name))}</th>'
+    return f'<tr>{head}{bars}<td class="mean">{mean_level(plan, sites):.2f}</td>{strip}</tr>'
 
 
 def _columns(plan: PrecisionMap, block: Block, heat: Heat | None) -> str:
+    """A table with a row a layer and a column a part."""
     rows = []
     for layer in block.layers:
-        cells = "".join(f"<td>{_cell(plan, [s], module_path(s), heat)}</td>" for s in layer.sites)
-        rows.append(_row(plan, layer.name, cells, layer.sites))
+        bars = "".join(f"<td>{bar(plan, [s], module_path(s))}</td>" for s in layer.sites)
+        rows.append(_row(plan, layer.name, bars, layer.sites, "" if heat is None else heat.strip(layer.sites)))
     heads = "".join(f'<th scope="col" title="{escape(part)}">{escape(_short(part))}</th>' for part in block.parts)
-    return _table(len(block.parts), f"<thead><tr><th></th>{heads}<th>mean</th></tr></thead>", rows)
+    strip = "" if heat is None else '<th class="strip"></th>'
+    return _table(len(block.parts), f'<thead><tr><th></th>{heads}<th class="mean">mean</th>{strip}</tr></thead>', rows)
 
 
 def _single(plan: PrecisionMap, layers: Sequence[Layer], heat: Heat | None) -> str:
@@ -95,14 +99,18 @@ def _single(plan: PrecisionMap, layers: Sequence[Layer], heat: Heat | None) -> s
     rows = []
     for layer in layers:
         if len(layer.sites) > 1:
-            rows.append(_row(plan, layer.name, f"<td>{_cell(plan, layer.sites, layer.name, None)}</td>", layer.sites))
-        rows += [_row(plan, module_path(s), f"<td>{_cell(plan, [s], module_path(s), heat)}</td>", [s]) for s in layer.sites]
+            strip = "" if heat is None else '<td class="strip"></td>'
+            rows.append(_row(plan, layer.name, f"<td>{bar(plan, layer.sites, layer.name)}</td>", layer.sites, strip))
+        for site in layer.sites:
+            path = module_path(site)
+            strip = "" if heat is None else heat.strip([site])
+            rows.append(_row(plan, path, f"<td>{bar(plan, [site], path)}</td>", [site], strip))
     return _table(1, "", rows)
 
 
 def _end_of(name: str) -> str:
     """The end of a name that is too long for its column: that is where names differ."""
-    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME:]}"
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
 
 
 def _table(columns: int, head: str, rows: Sequence[str]) -> str:
@@ -112,15 +120,21 @@ def _table(columns: int, head: str, rows: Sequence[str]) -> str:
 def _short(part: str) -> str:
     """The last word of a part's path, and the one before where it says too little."""
     words = part.split(".")
-    return ".".join(words[-2:]) if words[-1] in ("dense", "weight", "proj", "fc", "linear") or words[-1].isdigit() else words[-1]
+    return (
+        ".".join(words[-2:])
+        if words[-1] in ("dense", "weight", "proj", "fc", "linear") or words[-1].isdigit()
+        else words[-1]
+    )
 
 
 def picture(plan: PrecisionMap, profile: Profile | None) -> str:
     """The whole picture with its legends, as HTML."""
     heat = None if profile is None else Heat(profile)
+    blocks = blocks_of(layers_of(plan.sites))
+    widest = max((len(b.parts) for b in blocks if len(b.parts) <= MOST_COLUMNS), default=1)
     parts = [f'<div class="legends">{level_legend(plan)}{"" if heat is None else heat.legend()}</div>']
     singles: list[Layer] = []
-    for block in blocks_of(layers_of(plan.sites)):
+    for block in blocks:
         if 1 < len(block.parts) <= MOST_COLUMNS:
             if singles:
                 parts.append(_single(plan, singles, heat))
@@ -130,4 +144,5 @@ def picture(plan: PrecisionMap, profile: Profile | None) -> str:
             singles += block.layers
     if singles:
         parts.append(_single(plan, singles, heat))
-    return f'<div class="picture">{"".join(parts)}</div>'
+    style = f"--strip:{0 if heat is None else widest}"
+    return f'<div class="picture" style="{style}">{"".join(parts)}</div>'

@@ -12,6 +12,7 @@ from html import escape
 
 WIDTH, HEIGHT = 820, 400
 LEFT, RIGHT, TOP, BOTTOM = 74, 24, 18, 50
+RADIUS = 5
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,13 @@ def _grid(axes: _Axes, loss_name: str) -> str:
         y = axes.y(loss)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:g}</text>')
-    parts.append(f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">average bits a weight, scales included</text>')
+    parts.append(
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">average bits a weight, scales included</text>'
+    )
     middle = (TOP + HEIGHT - BOTTOM) / 2
-    parts.append(f'<text class="axis" transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(loss_name)}, log scale</text>')
+    parts.append(
+        f'<text class="axis" transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(loss_name)}, log scale</text>'
+    )
     return "".join(parts)
 
 
@@ -85,7 +90,7 @@ def _shape(mark: Mark, x: float, y: float) -> str:
         return f'<rect x="{x - 4.5:.1f}" y="{y - 4.5:.1f}" width="9" height="9" rx="1.5"/>'
     if mark.kind == "chosen":
         return f'<path d="M{x:.1f} {y - 8:.1f}l8 8l-8 8l-8 -8z"/>'
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}"/>'
 
 
 def _mark(mark: Mark, axes: _Axes) -> str:
@@ -93,10 +98,15 @@ def _mark(mark: Mark, axes: _Axes) -> str:
     whisker = ""
     if mark.error > 0:
         top, bottom = axes.y(mark.loss + mark.error), axes.y(max(mark.loss - mark.error, 1e-300))
-        whisker = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+        if bottom - top > 2 * RADIUS:  # a shorter one would be a dot inside its circle
+            whisker = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
     # the line falls to the right, so above it there is room for the label of a uniform level, and below it for that of the map
     dx, dy, anchor = (-12, 16, "end") if mark.kind == "chosen" else (10, -8, "start")
-    text = f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>' if mark.label else ""
+    text = (
+        f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
+        if mark.label
+        else ""
+    )
     return f'<g class="{mark.kind}"><title>{escape(mark.tip)}</title>{whisker}{_shape(mark, x, y)}{text}</g>'
 
 
@@ -117,6 +127,6 @@ def plot(line: Sequence[tuple[float, float]], marks: Sequence[Mark], loss_name: 
     drawn = "".join(_mark(mark, axes) for mark in marks)
     curve = f'<polyline class="frontier" points="{path}"/>' if len(line) > 1 else ""
     return (
-        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against average bits a weight">'
+        f'<svg class="plot chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against average bits a weight">'
         f"{_grid(axes, loss_name)}{curve}{drawn}</svg>"
     )

@@ -106,8 +106,7 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
 
 def _check_weight(w_NK: Tensor) -> None:
     if w_NK.ndim != 2 or not w_NK.is_floating_point() or not w_NK.numel():
-        shape = tuple(w_NK.shape)
-        raise WeightError(f"weight (={w_NK.dtype} of shape {shape}) is not a matrix of floating point with rows and columns")
+        raise WeightError(f"weight (={w_NK.dtype} of shape {tuple(w_NK.shape)}) is not a matrix of floating point values")
     lowest, highest = torch.aminmax(w_NK)
     largest = float(torch.maximum(-lowest, highest))
     if not largest < float("inf"):  # NaN fails too
@@ -123,7 +122,7 @@ def _importance(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
     if energy_K is None:
         return alike_K
     if energy_K.shape != (columns,):
-        raise DataError(f"input_energy_K (of shape {tuple(energy_K.shape)}) is not one value for each of {columns} inputs")
+        raise DataError(f"input_energy_K (shape {tuple(energy_K.shape)}) is not one value an input, {columns}")
     energy_K = energy_K.detach().to(w_NK.device, torch.float64)
     if not bool(((energy_K >= 0) & energy_K.isfinite()).all()):
         raise DataError("input_energy_K has NaN, Inf or negative values: an energy is a mean of squares")

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.formats.packing import matrix_to_tiles
+from foveate.formats.packing import TILE_ROWS, tile_grid
 
 Fisher = Tensor | tuple[Tensor, Tensor]
 
@@ -33,12 +34,26 @@ def tile_losses(w_NK: Tensor, at_level: Callable[[int], Tensor], fishers: Sequen
     """
     columns = []
     for level in WEIGHT_LEVELS:
-        error = (w_NK - at_level(level)).square_() if level else w_NK.square()
-        loss = torch.zeros_like(error)
-        for fisher in fishers:
-            if isinstance(fisher, tuple):
-                loss += error * fisher[0][:, None] * fisher[1]
-            else:
-                loss += error * fisher
-        columns.append(0.5 * matrix_to_tiles(loss, group).sum((2, 3), dtype=torch.float64).flatten())
+        error = w_NK - at_level(level) if level else w_NK.clone()
+        error.square_()
+        loss = sum(_row_sums(error, fisher, group) for fisher in fishers)
+        columns.append(0.5 * _strip_sums(torch.as_tensor(loss)))
     return torch.stack(columns, 1).float()
+
+
+def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
+    """The sum over each row's groups of F times the squared error, float64 [N, G]."""
+    rows, columns = error_NK.shape
+    groups = tile_grid(rows, columns, group)[1]
+    if isinstance(fisher, tuple):
+        gradient_N, energy_K = fisher
+        error_NGg = F.pad(error_NK, (0, groups * group - columns)).view(rows, groups, group)
+        energy_Gg = F.pad(energy_K, (0, groups * group - columns)).view(groups, group)
+        return torch.einsum("ngk,gk->ng", error_NGg, energy_Gg).double() * gradient_N.double()[:, None]
+    return F.pad(error_NK * fisher, (0, groups * group - columns)).view(rows, groups, group).sum(2, dtype=torch.float64)
+
+
+def _strip_sums(loss_NG: Tensor) -> Tensor:
+    """Sums over strips of 16 rows, flattened to tiles [T]."""
+    rows, groups = loss_NG.shape
+    return F.pad(loss_NG, (0, 0, 0, -rows % TILE_ROWS)).view(-1, TILE_ROWS, groups).sum(1).flatten()

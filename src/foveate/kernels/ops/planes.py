@@ -118,7 +118,7 @@ def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
         grad_x = part if grad_x is None else grad_x + part
     if grad_x is not None:
         if order is not None:
-            grad_x = torch.empty_like(grad_x).index_copy_(1, order, grad_x)
+            grad_x = torch.zeros_like(grad_x).index_add_(1, order, grad_x)
         grad_x = grad_x.reshape(x_shape).to(x_dtype)
     none = [None] * count
     return (grad_x, [None] * (PLANES * count), *[none] * 5, grad_biases, *[None] * 6)
