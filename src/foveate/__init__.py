@@ -42,5 +42,4 @@ from foveate.verify import Outcome as Outcome
 from foveate.verify import Verification as Verification
 from foveate.verify import measure as measure
 from foveate.verify import verify as verify
-
-__version__ = "0.1.0"
+from foveate.version import __version__ as __version__

@@ -229,7 +229,8 @@ def _commit(temporary: Path, target: Path) -> None:
 
 
 def _checksum(tensor: Tensor) -> str:
-    return hashlib.sha256(_bytes_of(tensor.contiguous())).hexdigest()
+    whole = tensor.contiguous()  # kept alive while its bytes are read
+    return hashlib.sha256(_bytes_of(whole)).hexdigest()
 
 
 def _bytes_of(tensor: Tensor) -> Any:

@@ -101,7 +101,10 @@ def solve_bytes(problem: Problem, room: float, least_note: str) -> Tensor:
     steps = ordered_steps(problem)
     count = int((steps.cost.cumsum(0) <= room - base).sum())
     choice = take(problem, steps, count)
-    return _spend(problem, choice, room - base - float(steps.cost[:count].sum()))
+    spent = _spend(problem, choice, room - base - float(steps.cost[:count].sum()))
+    # of a handful of units, all at one level may use the room better than the hull and what is left over
+    uniform = [torch.full_like(spent, i) for i, cost in enumerate(problem.cost_UL.sum(0).tolist()) if cost <= room]
+    return min([spent, *uniform], key=lambda c: float(problem.loss_UL.gather(1, c[:, None]).sum()))
 
 
 def solve_loss(problem: Problem, limit: float) -> Tensor:

@@ -92,13 +92,14 @@ class SentenceEncoder(nn.Module):
         self.transformer = transformer
 
     def forward(self, chunks: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Chunks of tokenized sentences of similar length -> [n, D]: many sentences are one batch without much padding."""
+        """Chunks of tokenized sentences, each of nearly one length -> [n, D]: large batches without much padding."""
         return torch.cat([self._embed(**chunk) for chunk in chunks])
 
     def _embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         states_BSD = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask_BS1 = attention_mask[..., None].to(states_BSD.dtype)
-        return (states_BSD * mask_BS1).sum(1) / mask_BS1.sum(1)
+        mean_BD: Tensor = (states_BSD * mask_BS1).sum(1) / mask_BS1.sum(1)
+        return mean_BD
 
 
 def _pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
@@ -116,7 +117,9 @@ def sentences(folder: Path, share: float = 1.0) -> Case:
     model = SentenceEncoder(transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval())
 
     def tokenized(texts: Sequence[str], size: int = 32) -> list[dict[str, Tensor]]:
-        encoded = [tokenizer(list(texts[i : i + size]), padding=True, return_tensors="pt") for i in range(0, len(texts), size)]
+        encoded = [
+            tokenizer(list(texts[i : i + size]), padding=True, return_tensors="pt") for i in range(0, len(texts), size)
+        ]
         return [{k: e[k] for k in ("input_ids", "attention_mask")} for e in encoded]
 
     dev, _ = _pairs(folder / "stsb" / "sts-dev.csv")
@@ -124,7 +127,7 @@ def sentences(folder: Path, share: float = 1.0) -> Case:
     step = max(1, len(test) // _some(len(test), share))
     test, scores = test[::step], scores[::step]
     calibration = sorted({s for pair in dev for s in pair})[:: max(1, round(3 / share))]
-    # every sentence once, those of one length together: a batch is all of them, so that nearest neighbours are among all
+    # every sentence once, those of one length together; all are one batch, so that neighbours are sought among all
     unique = sorted({s for pair in test for s in pair}, key=lambda s: (len(s), s))
     place = {s: i for i, s in enumerate(unique)}
     first, second = (torch.tensor([place[pair[side]] for pair in test]) for side in (0, 1))
@@ -206,7 +209,8 @@ def _resnet(name: str, layers: int, folder: Path, share: float) -> Case:
     wanted = {id(batch): part for batch, part in zip(held_out, labels.split(64), strict=True)}
 
     def top1(output: Tensor, batch: Tensor) -> Tensor:
-        return (output.argmax(-1) == wanted[id(batch)]).float()
+        right: Tensor = output.argmax(-1) == wanted[id(batch)]
+        return right.float()
 
     return Case(name, model.eval(), seen, held_out, Logits(), "top1", top1, "most likely class")
 

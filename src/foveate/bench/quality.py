@@ -10,14 +10,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from foveate.allocate import allocate
 from foveate.bench.cases import VARIABLE, Case, cases, data_folder
 from foveate.bench.result import Measured
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import Budget, PrecisionMap, Profile
+from foveate.maps import Budget, PrecisionMap, Profile, input_level_for
 from foveate.nn.quantize import quantize
 from foveate.progress import log
 from foveate.verify import measure as measure_maps
@@ -46,21 +45,12 @@ def measure_cases(chosen: Iterable[Case]) -> Measured:
     return Measured(_figures(rounds), rounds, notes)
 
 
-def _with_inputs_of(plan: PrecisionMap, other: PrecisionMap) -> PrecisionMap:
-    inputs = {s.name: other.levels[s.name] for s in plan.sites if s.kind == "input"}
-    return replace(plan, levels={**plan.levels, **inputs})
-
-
 def _maps(profile: Profile) -> dict[str, PrecisionMap]:
-    """Uniform and allocated maps by name; where an allocated one has other input levels, uniform with those too."""
+    """Uniform and allocated maps by name; what is compared has inputs of the same level."""
     maps = {f"uniform {level}": profile.uniform(level) for level in NESTED_LEVELS}
     for level in ALLOCATED:
-        even = maps[f"uniform {level}"]
-        plan = allocate(profile, Budget(bytes=even.bytes_resident))
-        beside = _with_inputs_of(even, plan)
-        maps[f"allocated {level}"] = plan
-        if dict(beside.levels) != dict(even.levels):
-            maps[f"uniform {level}, inputs of allocated"] = beside
+        budget = Budget(bytes=maps[f"uniform {level}"].bytes_resident)
+        maps[f"allocated {level}"] = allocate(profile, budget, input_level=input_level_for(level))
     return maps
 
 
@@ -111,8 +101,7 @@ def _figures(rounds: list[dict[str, Any]]) -> dict[str, float]:
             figures[f"kl_{model}_b{level}"] = row["divergence"]
             figures[f"agreement_{model}_b{level}"] = row["agreement"]
         for level in ALLOCATED:
-            plan = rows[f"allocated {level}"]
-            even = rows.get(f"uniform {level}, inputs of allocated", rows[f"uniform {level}"])
+            plan, even = rows[f"allocated {level}"], rows[f"uniform {level}"]
             figures[f"{metric}_{model}_b{level}_allocated"] = plan["value"]
             figures[f"kl_{model}_b{level}_allocated"] = plan["divergence"]
             ratio = plan["divergence"] / max(even["divergence"], 1e-12)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import codecs
 import copy
-import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -30,7 +29,9 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.cli.demo_model import Corpus, Progress, Recipe, Trained, corpus, default_cache, trained, windows
+from foveate.cli.console import emit, plain_table
+from foveate.cli.demo_model import Corpus, Progress, Recipe, Trained, corpus, default_cache, threads, trained, windows
+from foveate.cli.tables import legend
 from foveate.maps import PrecisionMap, Profile, format_bytes
 from foveate.nn.registry import registry_of
 from foveate.report import Measured, html
@@ -39,8 +40,8 @@ from foveate.report.palette import LEVEL_COLOURS, LEVEL_INKS
 _BITS = 4.25
 _LEVELS = (8, 6, 4, 3, 2)
 _PROMPT = b'def read_config(path, default=None):\n    """'
-_PASSAGE = ((8, 120), (2, 100), (8, 120))  # (level, bytes to write at it)
-_TEMPERATURE = 0.4
+_PASSAGE = ((8, 80), (2, 60), (8, 72))  # (level, bytes to write at it); with the prompt, one training window
+_TEMPERATURE = 0.5
 _ROUTE = " -> ".join(str(level) for level, _ in _PASSAGE)
 _CALIBRATION_WINDOWS, _HELD_OUT_WINDOWS, _WINDOWS_A_BATCH = 32, 64, 8
 _STEPS = {
@@ -102,6 +103,8 @@ def run(*, out: Path, cache: Path | None, json_output: bool, recipe: Recipe | No
         DataError: Python's standard library is not here as source.
         CheckpointError: `out` cannot be written.
     """
+    if out.exists() and not out.is_dir():
+        raise fv.CheckpointError(f"{out} is a file, not a folder to write the demo into")
     console = Console(stderr=json_output, highlight=False)
     recipe = recipe or Recipe()
     console.print(
@@ -110,18 +113,19 @@ def run(*, out: Path, cache: Path | None, json_output: bool, recipe: Recipe | No
     )
     text = corpus()
     made = _train(console, recipe, text, cache or default_cache())
-    model, reference = made.model, copy.deepcopy(made.model)
-    held_out = _batches(text.held_out, _HELD_OUT_WINDOWS, recipe)
-    profile = _quantize(console, model, _batches(text.train, _CALIBRATION_WINDOWS, recipe))
-    plan = _allocate(console, profile)
-    rows, found = _verify(console, model, reference, profile, plan, held_out)
-    plan = found.best
-    loaded, identical = _round_trip(console, model, plan, out, held_out[0])
-    switches, written = _speak(console, loaded)
-    page = _report(console, out, plan, profile, rows)
-    _end(console, out, plan, rows, switches)
+    with threads(min(made.threads, torch.get_num_threads())):  # what was found quickest on this machine
+        model, reference = made.model, copy.deepcopy(made.model)
+        held_out = _batches(text.held_out, _HELD_OUT_WINDOWS, recipe)
+        profile = _quantize(console, model, _batches(text.train, _CALIBRATION_WINDOWS, recipe))
+        plan = _allocate(console, profile)
+        rows, found = _verify(console, model, reference, profile, plan, held_out)
+        plan = found.best
+        loaded, identical = _round_trip(console, model, plan, out, held_out[0])
+        switches, written = _speak(console, loaded)
+        page = _report(console, out, plan, profile, rows)
+        _end(console, out, plan, rows, switches)
     if json_output:
-        print(json.dumps(_figures(made, recipe, rows, found, identical, switches, written, out, page), indent=2))
+        print(emit(_figures(made, recipe, rows, found, identical, switches, written, out, page)))
 
 
 def _step(console: Console, name: str) -> None:
@@ -139,12 +143,15 @@ def _batches(text: Tensor, count: int, recipe: Recipe) -> list[Batch]:
 def _train(console: Console, recipe: Recipe, text: Corpus, cache: Path) -> Trained:
     _step(console, "Train")
     with _bar() as watch:
-        made = trained(recipe, text, cache, watch=watch, notice=lambda said: console.print(f"[yellow]{said}[/]"))
+        made = trained(
+            recipe, text, cache, watch=watch, notice=lambda said: console.print(f"[yellow]{escape(said)}[/]")
+        )
     weights = sum(p.numel() for p in made.model.parameters())
-    where = f"from the cache ({cache}), trained earlier" if made.cached else f"trained now, kept in {cache}"
+    when, pace = "earlier" if made.cached else "now", made.bytes_seen / max(made.seconds, 1e-9)
+    cut = f", the time limit, {made.steps:,} of {recipe.steps:,} steps" if made.steps < recipe.steps else ""
     console.print(
-        f"{weights / 1e6:.2f} million weights, {where}: {made.seconds:.0f} s, {made.bytes_seen / 1e6:.1f} MB of source"
-        f" read, {made.bytes_seen / max(made.seconds, 1e-9):,.0f} bytes/s."
+        f"{weights / 1e6:.2f} million weights, trained {when} in {made.seconds:.0f} s{cut}:"
+        f" {made.bytes_seen / 1e6:.2f} MB of source read, {pace:,.0f} bytes a second. Cache: {escape(str(cache))}"
     )
     return made
 
@@ -170,37 +177,22 @@ def _bar() -> Iterator[Any]:
 
 def _quantize(console: Console, model: nn.Module, batches: Sequence[Batch]) -> Profile:
     _step(console, "Quantize")
-    if not any(b.runs and b.name != "reference" for b in _kernels(console)):
-        console.print("[yellow]No compiled kernels here: plain torch computes, slower.[/]")
+    with console.status("preparing the compiled kernels (a minute, the first time only)"):
+        fv.backends()
     started = time.perf_counter()
     profile = fv.quantize(model, batches)
     sites = profile.weight_sites()
     console.print(
-        f"{len(sites)} matrices, {sum(s.tiles for s in sites):,} tiles of 16 x {sites[0].group} weights or larger,"
+        f"{len(sites)} matrices, {sum(s.tiles for s in sites):,} tiles of 16 x {sites[0].group} weights,"
         f" measured on {profile.samples:,} bytes of text in {time.perf_counter() - started:.1f} s."
     )
     return profile
 
 
-def _kernels(console: Console) -> tuple[Any, ...]:
-    with console.status("preparing the compiled kernels (a minute, the first time only)"):
-        return fv.backends()
-
-
 def _allocate(console: Console, profile: Profile) -> PrecisionMap:
     _step(console, "Allocate")
     plan = fv.allocate(profile, fv.Budget(bits=_BITS))
-    tiles = dict.fromkeys(sorted(_LEVELS), 0)
-    for site in plan.weight_sites():
-        for level, count in plan.counts(site).items():
-            if count:
-                tiles[level] += count
-    total, line = sum(tiles.values()), Text("share of tiles: ")
-    for level, count in tiles.items():
-        line.append(f" {level} bits ", style=f"{LEVEL_INKS[level]} on {LEVEL_COLOURS[level]}").append(
-            f" {count / total:.0%}  "
-        )
-    console.print(line)
+    console.print(Text("share of tiles: ").append_text(legend(plan)))
     return plan
 
 
@@ -224,7 +216,7 @@ def _verify(
     plans = [*levels, plan, found.uniform_plan]
     outcomes = fv.measure(model, plans, held_out, reference=reference, metric=_byte_loss)
     names = [*((f"b{n}", f"{n} bits") for n in _LEVELS)]
-    names += [("allocated", f"{_BITS} bits, allocated"), ("uniform", f"{_BITS} bits, spread evenly")]
+    names += [("allocated", "allocated"), ("uniform", "spread evenly")]
     rows = [
         Row(key, label, p, p.bytes_resident, o) for (key, label), p, o in zip(names, plans, outcomes[:-1], strict=True)
     ]
@@ -232,24 +224,26 @@ def _verify(
     rows.append(Row("float32", "float32", None, size, outcomes[-1]))
     rows.sort(key=lambda row: (-row.size, row.key != "allocated"))
     console.print(_table(rows, size))
-    ours, even = found.measured.divergence, found.uniform.divergence
     console.print(
-        f"At the same bytes, allocated drifts {abs(1 - ours / max(even, 1e-12)):.0%} {'less' if found.holds else 'more'}"
-        f" than spread evenly ({ours:.4f} against {even:.4f}; predicted: {found.predicted:.4f})."
+        "Bits a weight, everything stored counted: planes, scales, gains. Share of float32's memory.", style="dim"
+    )
+    ours, even = found.measured.divergence, found.uniform.divergence
+    change = abs(1 - ours / max(even, 1e-12))
+    console.print(
+        f"At the same bytes, allocated drifts {change:.0%} {'less' if found.holds else 'more'}"
+        f" than spread evenly ({ours:.4f} against {even:.4f}; foveate had predicted {found.predicted:.4f})."
         + ("" if found.holds else " So foveate keeps the even map.")
     )
     return rows, found
 
 
 def _table(rows: Sequence[Row], full: int) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("precision")
-    for name in ("in memory", "of float32", "loss", "drift", "same guess"):
-        table.add_column(name, justify="right")
+    table = plain_table("precision", "bits", "in memory", "share", "loss", "drift", "same guess")
     for row in rows:
         o = row.outcome
-        cells = [format_bytes(row.size), f"{row.size / full:.0%}", f"{o.metric:.4f}", f"{o.divergence:.4f}"]
-        cells.append(f"{o.agreement:.1%}")
+        bits = 32.0 if row.plan is None else row.plan.bits
+        cells = [f"{bits:.2f}", format_bytes(row.size), f"{row.size / full:.0%}"]
+        cells += [f"{o.metric:.4f}", f"{o.divergence:.4f}", f"{o.agreement:.1%}"]
         table.add_row(row.label, *cells, style="bold" if row.key == "allocated" else "")
     return table
 
@@ -274,7 +268,9 @@ def _round_trip(
         f.stat().st_size for f in out.glob("foveate-scales*")
     )
     said = "bit for bit those of the model saved" if all(identical.values()) else "[red]not those of the model saved[/]"
-    console.print(f"{out}: {format_bytes(size)} of planes and scales. The loaded model's outputs are {said}.")
+    console.print(
+        f"{escape(str(out))}: {format_bytes(size)} of planes and scales. The loaded model's outputs are {said}."
+    )
     return loaded, identical
 
 
@@ -345,18 +341,19 @@ def _report(console: Console, out: Path, plan: PrecisionMap, profile: Profile, r
         metric="loss, nats a byte",
     )
     page.write_text(content, encoding="utf-8")
-    console.print(f"Open {page}")
+    console.print(f"Open {escape(str(page))}")
     return page
 
 
 def _end(console: Console, out: Path, plan: PrecisionMap, rows: Sequence[Row], switches: Sequence[Switch]) -> None:
     kept = next(row for row in rows if row.plan is plan)
     share = kept.size / next(row.size for row in rows if row.plan is None)
+    slowest = max(s.microseconds for s in switches)
     console.print(
         f"\n[bold]Seen:[/] one stored model, every precision; at {share:.0%} of float32's memory the same guess"
-        f" {kept.outcome.agreement:.1%} of the time; precision changed in {max(s.microseconds for s in switches):.0f} µs."
+        f" {kept.outcome.agreement:.1%} of the time; precision changed in {slowest:.0f} µs."
     )
-    console.print(f"[bold]Look closer:[/] foveate inspect {out}")
+    console.print(f"[bold]Look closer:[/] foveate inspect {escape(str(out))}")
     console.print("[bold]Your model:[/]  foveate quantize YOUR_MODEL_FOLDER")
 
 

@@ -11,13 +11,15 @@ sample share one loss (the patches of an image, the tokens of an embedded senten
 is accumulated as the squared gradient of each sample. An embedding's F is its rows' frequency times the gradient's
 energy in each column.
 
-Memory: the factored statistics take N + K numbers a weight, the others N x K.
+Memory: the factored statistics take N + K numbers a weight, the others N x K; covariances of inputs, which rounding
+with error feedback needs, K x K.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -31,6 +33,21 @@ from foveate.errors import DataError
 _CHUNK = 1 << 24
 
 
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """A Fisher information F_ij = gradient_N[i] * energy_K[j] for one sample.
+
+    Attributes:
+        gradient_N: E[g^2] of each output, summed over a sample's rows.
+        energy_K: E[x^2] of each input.
+        covariance_KK: E[x x^T] of the inputs, if it was kept: errors of a row are then scored together, not one by one.
+    """
+
+    gradient_N: Tensor
+    energy_K: Tensor
+    covariance_KK: Tensor | None = None
+
+
 class WeightStatistics:
     """Running sums of one module's use of its weight.
 
@@ -38,12 +55,13 @@ class WeightStatistics:
         energy_K: sum over rows of x^2, float64.
         gradient_N: sum over rows of g^2, float64 (factored).
         fisher_NK: sum over samples of the squared gradient, float32 (not factored).
+        covariance_KK: sum over rows of x x^T, float32, where asked for.
         frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
         rows: rows of x seen.
         output_range: least and greatest output.
     """
 
-    def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool) -> None:
+    def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool, covariance: bool) -> None:
         rows, columns = shape
         self.kind, self.factored = kind, factored
         self.tensors: dict[str, Tensor] = {
@@ -59,6 +77,8 @@ class WeightStatistics:
                 self.tensors["gradient_N"] = torch.zeros(rows, dtype=torch.float64)
             else:
                 self.tensors["fisher_NK"] = torch.zeros(rows, columns)
+            if covariance:
+                self.tensors["covariance_KK"] = torch.zeros(columns, columns)
 
     def see(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
         """Take the inputs and outputs of one call; returns what takes the output's gradient."""
@@ -75,17 +95,24 @@ class WeightStatistics:
             columns = patches(cast(nn.Conv2d, module), x.detach().float())
             self.tensors["energy_K"] += columns.square().sum((0, 1, 3))
             self.tensors["rows"] += columns.shape[0] * columns.shape[1] * columns.shape[3]
+            self._see_covariance(columns.permute(0, 1, 3, 2))
             return lambda g: self._see_conv_gradient(columns, g)
         # a copy where it is needed in backward: nothing keeps a model from changing x in place meanwhile
         x_float = x.detach().to(torch.float32, copy=not self.factored)
         x_BTK = x_float.reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
         self.tensors["energy_K"] += x_BTK.square().sum((0, 1))
         self.tensors["rows"] += x_BTK.shape[0] * x_BTK.shape[1]
+        self._see_covariance(x_BTK)
         if self.factored:
             return self._see_gradient
         return lambda g: self._see_sample_gradients(
             x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2)
         )
+
+    def _see_covariance(self, x: Tensor) -> None:
+        if "covariance_KK" in self.tensors:
+            rows = x.reshape(-1, x.shape[-1])
+            self.tensors["covariance_KK"].addmm_(rows.t(), rows)
 
     def _see_gradient(self, g: Tensor) -> None:
         self.tensors["gradient_N"] += g.float().reshape(-1, g.shape[-1]).square().sum(0)
@@ -113,15 +140,22 @@ class WeightStatistics:
             return None
         return (self.tensors["energy_K"] / self.tensors["rows"].clamp_min(1)).float()
 
-    def fisher(self, samples: int) -> Tensor | tuple[Tensor, Tensor]:
-        """F for one sample: [N, K], or its factors ([N], [K])."""
+    def covariance(self) -> Tensor | None:
+        """E[x x^T], float32 [K, K]; None where it was not kept or nothing was seen."""
+        total = self.tensors.get("covariance_KK")
+        rows = float(self.tensors["rows"])
+        return total / rows if total is not None and rows else None
+
+    def fisher(self, samples: int) -> Tensor | Factored:
+        """F for one sample: [N, K], or its factors."""
         t = self.tensors
+        seen = t["rows"].clamp_min(1)
         if self.kind is Kind.EMBEDDING:
             # half a count more for each row, so that a token that calibration never met is not worth nothing
             frequency = (t["frequency_N"] + 0.5) * t["rows"] / (t["rows"] + 0.5 * len(t["frequency_N"]))
-            return (frequency / samples).float(), (t["gradient_K"] / t["rows"].clamp_min(1)).float()
+            return Factored((frequency / samples).float(), (t["gradient_K"] / seen).float())
         if self.factored:
-            return (t["gradient_N"] / samples).float(), (t["energy_K"] / t["rows"].clamp_min(1)).float()
+            return Factored((t["gradient_N"] / samples).float(), (t["energy_K"] / seen).float(), self.covariance())
         return t["fisher_NK"] / samples
 
 
@@ -131,9 +165,12 @@ class Collector:
     Attributes:
         by_module: statistics for each module's name.
         samples, batches: how much was seen.
+        without_covariance: modules whose input covariance would have gone beyond `covariance_bytes`.
     """
 
-    def __init__(self, found: Iterable[Found], objective: Objective, seed: int = 0) -> None:
+    def __init__(
+        self, found: Iterable[Found], objective: Objective, *, covariance_bytes: int = 0, seed: int = 0
+    ) -> None:
         self.objective = objective
         self.samples = 0
         self.batches = 0
@@ -141,11 +178,19 @@ class Collector:
         self._seed = seed
         self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
         self.by_module: dict[str, WeightStatistics] = {}
+        self.without_covariance: list[str] = []
         for name, module in self._modules.items():
             kind = kind_of(module)
             assert kind is not None, name
             factored = kind is Kind.EMBEDDING or (objective.independent_rows and kind is not Kind.CONV)
-            self.by_module[name] = WeightStatistics(weight_matrix_shape(module), kind, factored)
+            shape = weight_matrix_shape(module)
+            size = 4 * shape[1] ** 2
+            covariance = kind is not Kind.EMBEDDING and getattr(module, "groups", 1) == 1
+            if covariance and size > covariance_bytes:
+                self.without_covariance.append(name)
+                covariance = False
+            covariance_bytes -= size if covariance else 0
+            self.by_module[name] = WeightStatistics(shape, kind, factored, covariance)
 
     def add(self, model: nn.Module, batch: Any) -> None:
         """One forward and one backward pass. Raises `DataError` if the loss is not finite."""
@@ -156,7 +201,7 @@ class Collector:
                 raise DataError(f"batch {self.batches} holds no samples")
             if not bool(torch.isfinite(loss)):
                 raise DataError(
-                    f"batch {self.batches} gives a loss that is not finite ({float(loss)}): "
+                    f"batch {self.batches} gives a loss that is not finite ({float(loss.detach())}): "
                     "NaN or Inf in the data, or in the model"
                 )
             if not loss.requires_grad:

@@ -27,6 +27,7 @@ from foveate.maps import Budget, PrecisionMap, parse_bytes, uniform
 from foveate.nn.install import install
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.registry import registry_of
+from foveate.version import __version__
 
 #: Files of a tokenizer or processor, copied along from the folder a model came from.
 _COMPANIONS = (
@@ -74,7 +75,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         profile=registry.profile,
         model=about,
         extra_files=companions,
-        written_by=written_by or f"foveate {_version()}",
+        written_by=written_by or f"foveate {__version__}",
     )
 
 
@@ -140,12 +141,6 @@ def _level_tiles(plan: PrecisionMap, name: str, resident: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(levels), dtype=torch.uint8).view_as(resident)
 
 
-def _version() -> str:
-    import foveate
-
-    return foveate.__version__
-
-
 def _rest(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that are not on planes, those that state_dict leaves out included."""
     rest: dict[str, Tensor] = {}
@@ -194,16 +189,20 @@ def _skeleton(folder: Path, head: Head) -> nn.Module:
     pretrained: type = transformers.PreTrainedModel
     if not isinstance(made_by, type) or pretrained not in made_by.__mro__:
         raise CheckpointError(f"{folder}: {name!r} is not a model class of transformers {transformers.__version__}")
+    from huggingface_hub.errors import StrictDataclassError  # comes with transformers
+
     try:
         config = cast(Any, made_by).config_class.from_dict(dict(head.model["config"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        config._name_or_path = str(folder)
+        with torch.device("meta"):
+            model: nn.Module = cast(Any, made_by)._from_config(config)
+        generation = head.model.get("generation_config")
+        if generation is not None and hasattr(model, "generation_config"):
+            model.generation_config = transformers.GenerationConfig.from_dict(dict(generation))
+    except (
+        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{folder}: the configuration in its head cannot be used: {error!r}") from error
-    config._name_or_path = str(folder)
-    with torch.device("meta"):
-        model: nn.Module = cast(Any, made_by)._from_config(config)
-    generation = head.model.get("generation_config")
-    if generation is not None and hasattr(model, "generation_config"):
-        model.generation_config = transformers.GenerationConfig.from_dict(dict(generation))
     return model
 
 
@@ -231,7 +230,8 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
-    """Put the tensors that are not on planes into their places."""
+    """Put the tensors that are not on planes into their places; what the model shares stays shared."""
+    filled: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too, so that none is freed and its id used again
     for full_name, tensor in rest.items():
         prefix, _, name = full_name.rpartition(".")
         try:
@@ -245,7 +245,9 @@ def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
         if old is None or old.shape != tensor.shape:
             have = "missing" if old is None else tuple(old.shape)
             raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {tuple(tensor.shape)}")
-        place[name] = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
+        _, first = filled.setdefault(id(old), (old, new))
+        place[name] = first if torch.equal(first, new) else new
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
         cast(Any, model).tie_weights()
     empty = [name for name, t in _rest(model).items() if t.is_meta or name not in rest]

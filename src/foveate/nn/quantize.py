@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from foveate.collect.kinds import Found, find_weights, weight_matrix
 from foveate.collect.objectives import Custom, Objective, infer, run
-from foveate.collect.statistics import Collector, WeightStatistics
+from foveate.collect.statistics import Collector, Factored, WeightStatistics
 from foveate.errors import DataError, SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.formats.packing import GROUPS, check_group
@@ -33,10 +34,12 @@ from foveate.nn.install import install, site_of
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
-from foveate.rounding import round_weight
+from foveate.rounding import round_weight, with_feedback
 from foveate.sensitivity import tile_losses
 
 _SAVE_EVERY = 16  # batches between two writes of the resume file
+#: Share of the free memory that covariances of inputs may take; weights beyond it are rounded without error feedback.
+_COVARIANCE_SHARE = 0.25
 
 
 def group_for(columns: int) -> int:
@@ -96,6 +99,9 @@ def quantize(
     if unseen:
         listed = ", ".join(unseen[:5]) + (" and others" if len(unseen) > 5 else "")
         notes.append(f"calibration never reached {listed}: their bits are chosen blindly")
+    if collector.without_covariance:
+        count = len(collector.without_covariance)
+        notes.append(f"{count} weights were rounded without error feedback, for want of memory for their covariances")
 
     sites: list[Site] = []
     losses: dict[str, Tensor] = {}
@@ -187,7 +193,8 @@ def _collect(
                         objective = infer(run(model, batch))
                 if loss is not None:
                     objective = Custom(loss, objective)
-                collector = Collector(found, objective)
+                free = psutil.virtual_memory().available
+                collector = Collector(found, objective, covariance_bytes=int(_COVARIANCE_SHARE * free))
                 if resume is not None and resume.exists():
                     collector.restore(_read_resume(resume))
                     done = collector.batches
@@ -228,12 +235,15 @@ def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], gro
         rounded = round_weight(w_NK, group=size, input_energy_K=energy)
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
+    covariances = [c for c in (s.covariance() for s in seen) if c is not None]
+    if covariances:
+        rounded = with_feedback(w_NK, rounded, torch.stack(covariances).sum(0) if covariances[1:] else covariances[0])
     return from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )
 
 
-def _losses(w_NK: Tensor, planes: PlaneTensor, fishers: Sequence[Tensor | tuple[Tensor, Tensor]]) -> Tensor:
+def _losses(w_NK: Tensor, planes: PlaneTensor, fishers: Sequence[Tensor | Factored]) -> Tensor:
     def at_level(level: int) -> Tensor:
         planes.tags.fill_(level)
         return planes.dequantize()

@@ -1,7 +1,8 @@
 """Which weights belong together in a picture: the layers of a model, read from the names of its sites.
 
-`model.layers.3.mlp.up_proj:weight` belongs to layer `model.layers.3` and is its weight `mlp.up_proj`; a weight without a number in its path is a layer by itself.
-Layers that hold the same weights stand under one another: a `Block` is a run of such layers, a table with a row a layer and a column a weight.
+`model.layers.3.mlp.up_proj:weight` belongs to layer `model.layers.3` and is its weight `mlp.up_proj`; a weight without
+a number in its path is a layer by itself. Layers that hold the same weights stand under one another: a `Block` is a run
+of such layers, a table with a row a layer and a column a weight.
 """
 
 from __future__ import annotations
@@ -76,6 +77,11 @@ def shares(plan: PrecisionMap, sites: Iterable[Site]) -> dict[int, float]:
     return {level: count / total for level, count in sums.items()}
 
 
+def percent(share: float) -> str:
+    """`37%`, and `<1%` for little that is not nothing."""
+    return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
+
+
 def mean_level(plan: PrecisionMap, sites: Iterable[Site]) -> float:
     """The mean level of the sites' tiles: bits of planes alone, without scales."""
     return sum(level * share for level, share in shares(plan, sites).items())
@@ -87,5 +93,5 @@ def stored_bytes(plan: PrecisionMap, sites: Iterable[Site]) -> int:
 
 
 def dense_bytes(plan: PrecisionMap, width: int) -> int:
-    """Bytes of the model if its weights took `width` bytes each, as 4 in float32; what is no weight site stays as it is."""
+    """Bytes of the model if its weights took `width` bytes each, 4 for float32; what is no site stays as it is."""
     return width * sum(s.weights for s in plan.weight_sites()) + plan.other_bytes

@@ -1,4 +1,6 @@
-"""The report: one HTML file that says where a model's bits are and what that costs. No script, nothing fetched, light and dark.
+"""The report: one HTML file that says where a model's bits are and what that costs.
+
+No script, nothing fetched, light and dark by the reader's setting.
 
 page = html(plan, title="my model", profile=profile, frontier=fv.frontier(profile))
 Path("report.html").write_text(page, encoding="utf-8")
@@ -90,10 +92,12 @@ def html(
             f"<section><h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in said)}</ul></section>"
         )
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} - foveate</title><style>{CSS}</style></head><body><main>"
         f"{_header(plan, title, profile)}{_cards(plan, profile, measured, name)}{''.join(sections)}"
-        "<footer><p>A value is stored as bit planes, most significant first; its precision is how many planes are read. Made by foveate.</p></footer>"
+        "<footer><p>A value is stored as bit planes, most significant first; "
+        "its precision is how many planes are read. Made by foveate.</p></footer>"
         "</main></body></html>\n"
     )
 
@@ -103,7 +107,8 @@ def _header(plan: PrecisionMap, title: str, profile: Profile | None) -> str:
     said = f"{sum(s.weights for s in sites):,} weights in {len(sites)} matrices, {len(layers_of(sites))} layers"
     if profile is not None:
         said += f"; sensitivity measured on {profile.samples:,} samples"
-    return f'<header><p class="kicker">foveate report</p><h1>{escape(title)}</h1><p class="sub">{escape(said)}.</p></header>'
+    name = f'<p class="kicker">foveate report</p><h1>{escape(title)}</h1>'
+    return f'<header>{name}<p class="sub">{escape(said)}.</p></header>'
 
 
 def _card(value: str, unit: str, text: str) -> str:
@@ -154,11 +159,15 @@ def predicted_loss(plan: PrecisionMap, profile: Profile | None) -> float:
 def _picture_section(plan: PrecisionMap, profile: Profile | None) -> str:
     heat = ""
     if profile is not None:
-        heat = f" The squares at the end of a row are its weights in the same order: the redder, the more that weight would lose at {HEAT_LEVEL} bits."
+        heat = (
+            " The squares at the end of a row are its weights in the same order: "
+            f"the redder, the more that weight alone would lose at {HEAT_LEVEL} bits."
+        )
     return (
         "<section><h2>Where the bits are</h2>"
-        '<p class="soft">A row is a layer, a bar is one weight, and its colours are the share of its tiles at each level: the darker, the more bits. '
-        f"The last column is the mean level.{heat} Point at anything for its figures.</p>{picture(plan, profile)}</section>"
+        '<p class="soft">A row is a layer, a bar is one weight, and its colours are the share of its tiles at each '
+        f"level: the darker, the more bits. The figure after the bars is the mean level.{heat} "
+        f"Point at anything for its figures.</p>{picture(plan, profile)}</section>"
     )
 
 
@@ -172,8 +181,12 @@ _KEYS = {
         "uniform precision, predicted",
     ),
     "chosen": ('<g class="chosen"><path d="M8 0l7 7l-7 7l-7 -7z"/></g>', "this map, predicted"),
-    "measured": ('<g class="measured"><circle cx="8" cy="7" r="5"/></g>', "measured on held-out data"),
+    "measured": ('<g class="measured"><circle cx="8" cy="7" r="5"/></g>', "measured"),
 }
+
+
+def _tip(what: str, loss: float, plan: PrecisionMap) -> str:
+    return f"{what} {figure(loss)}, {format_bytes(plan.bytes_resident)} in memory"
 
 
 def _plot_section(
@@ -188,14 +201,13 @@ def _plot_section(
     if profile is not None:
         for level in NESTED_LEVELS:
             even = profile.uniform(level)
-            tip = f"uniform {level} bits: predicted {figure(even.predicted_loss)}, {format_bytes(even.bytes_resident)} in memory"
+            tip = _tip(f"uniform {level} bits: predicted", even.predicted_loss, even)
             marks.append(Mark(even.bits, even.predicted_loss, f"{level} bits", tip, "uniform"))
     loss = predicted_loss(plan, profile)
-    tip = f"this map: predicted {figure(loss)}, {format_bytes(plan.bytes_resident)} in memory"
-    marks.append(Mark(plan.bits, loss, "this map", tip, "chosen"))
+    marks.append(Mark(plan.bits, loss, "this map", _tip("this map: predicted", loss, plan), "chosen"))
     for entry in measured:
         if entry.plan is not None:
-            tip = f"{entry.label}: measured {figure(entry.outcome.divergence)}, {format_bytes(entry.plan.bytes_resident)} in memory"
+            tip = _tip(f"{entry.label}: measured", entry.outcome.divergence, entry.plan)
             label = "" if profile is not None else entry.label
             marks.append(
                 Mark(entry.plan.bits, entry.outcome.divergence, label, tip, "measured", entry.outcome.standard_error)
@@ -212,8 +224,10 @@ def _plot_section(
     )
     return (
         "<section><h2>What a bit buys</h2>"
-        '<p class="soft">Further left is smaller, lower is closer to the original; each step down the axis is a factor. '
-        f'A good map lies on the line, below the squares.</p><div class="scroll">{drawn}</div><div class="legend">{keys}</div></section>'
+        '<p class="soft">Further left is smaller, lower is closer to the original; '
+        "each step down the axis is a factor. "
+        "A good map lies on the line, below the squares.</p>"
+        f'<div class="scroll">{drawn}</div><div class="legend">{keys}</div></section>'
     )
 
 
@@ -241,10 +255,12 @@ def _outcome_section(plan: PrecisionMap, measured: Sequence[Measured], name: str
         ]
         style = ' class="chosen"' if entry.is_default else ""
         rows.append(f"<tr{style}>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>")
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     samples = max(entry.outcome.samples for entry in measured)
     return (
         "<section><h2>What was measured</h2>"
-        f'<p class="soft">Each map was run on the same {samples:,} held-out samples and compared with the reference, whose decision it makes as often as the last column says; ± is one standard error.</p>'
-        f'<div class="scroll"><table class="figures"><thead><tr>{"".join(f"<th>{escape(head)}</th>" for head in heads)}</tr></thead>'
+        f'<p class="soft">Each map was run on the same {samples:,} samples and compared with the reference, '
+        "whose decision it makes as often as the last column says; ± is one standard error.</p>"
+        f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )

@@ -12,13 +12,23 @@ from html import escape
 
 from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.maps import PrecisionMap, Profile, Site, format_bytes
-from foveate.report.layers import Block, Layer, blocks_of, layers_of, mean_level, module_path, shares, stored_bytes
+from foveate.report.layers import (
+    Block,
+    Layer,
+    blocks_of,
+    layers_of,
+    mean_level,
+    module_path,
+    percent,
+    shares,
+    stored_bytes,
+)
 from foveate.report.palette import LEVEL_COLOURS, heat_colour
 
 #: More parts than this are not columns any more: the layer is one bar, and each of its parts a row below it.
 MOST_COLUMNS = 9
 #: Characters of a layer's name.
-LONGEST_NAME = 24
+LONGEST_NAME = 27
 #: The level whose loss the heat map shows.
 HEAT_LEVEL = 2
 
@@ -26,7 +36,7 @@ HEAT_LEVEL = 2
 def bar(plan: PrecisionMap, sites: Sequence[Site], what: str) -> str:
     """One stacked bar; `what` names it in its tooltip."""
     found = shares(plan, sites)
-    said = ", ".join(f"{share:.0%} at {level}" for level, share in reversed(found.items()) if share)
+    said = ", ".join(f"{percent(share)} at {level}" for level, share in reversed(found.items()) if share)
     tip = f"{what}: {said}; mean level {mean_level(plan, sites):.2f}, {format_bytes(stored_bytes(plan, sites))}"
     segments = "".join(
         f'<i class="l{level}" style="flex:{share:.4f}"></i>' for level, share in reversed(found.items()) if share
@@ -62,20 +72,23 @@ class Heat:
         """The scale, with its ends."""
         ramp = ", ".join(heat_colour(i / 8) for i in range(9))
         return (
-            f'<div class="legend"><span class="key">loss at {HEAT_LEVEL} bits</span><span class="num">{self.least:.2g}</span>'
-            f'<span class="ramp" style="background:linear-gradient(90deg, {ramp})"></span><span class="num">{self.most:.2g}</span></div>'
+            f'<div class="legend"><span class="key">loss at {HEAT_LEVEL} bits</span>'
+            f'<span class="num">{self.least:.2g}</span>'
+            f'<span class="ramp" style="background:linear-gradient(90deg, {ramp})"></span>'
+            f'<span class="num">{self.most:.2g}</span></div>'
         )
 
 
 def level_legend(plan: PrecisionMap) -> str:
     """The colours, with the share of all tiles at each level."""
     found = shares(plan, list(plan.weight_sites()))
-    keys = "".join(
-        f'<span class="key"><i class="swatch l{level}"></i>{"dropped" if level == 0 else f"{level} bits"} <span class="num">{found[level]:.0%}</span></span>'
-        for level in reversed(LEVEL_COLOURS)
-        if level or found[level]
-    )
-    return f'<div class="legend">{keys}</div>'
+    keys = []
+    for level in reversed(LEVEL_COLOURS):
+        if level or found[level]:
+            name = f"{level} bits" if level else "dropped"
+            swatch = f'<i class="swatch l{level}"></i>{name} <span class="num">{percent(found[level])}</span>'
+            keys.append(f'<span class="key">{swatch}</span>')
+    return f'<div class="legend">{"".join(keys)}</div>'
 
 
 def _row(plan: PrecisionMap, name: str, bars: str, sites: Sequence[Site], strip: str) -> str:

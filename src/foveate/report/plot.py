@@ -1,6 +1,7 @@
 """The frontier plot, one SVG: loss, on a logarithmic axis, against average bits a weight.
 
-The line is the best the profile knows for each size; squares are uniform precision; the diamond is the map that was chosen; circles with whiskers (one standard error) are what was measured.
+The line is the best the profile knows for each size; squares are uniform precision; the diamond is the map that was
+chosen; circles, with whiskers of one standard error where there is room, are what was measured.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ def _grid(axes: _Axes, loss_name: str) -> str:
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:g}</text>')
     parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">average bits a weight, scales included</text>'
+        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">'
+        "average bits a weight, scales included</text>"
     )
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
-        f'<text class="axis" transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">{escape(loss_name)}, log scale</text>'
+        f'<text class="axis" transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+        f"{escape(loss_name)}, log scale</text>"
     )
     return "".join(parts)
 
@@ -100,7 +103,7 @@ def _mark(mark: Mark, axes: _Axes) -> str:
         top, bottom = axes.y(mark.loss + mark.error), axes.y(max(mark.loss - mark.error, 1e-300))
         if bottom - top > 2 * RADIUS:  # a shorter one would be a dot inside its circle
             whisker = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-    # the line falls to the right, so above it there is room for the label of a uniform level, and below it for that of the map
+    # the line falls to the right: above it there is room for the label of a uniform level, below it for that of the map
     dx, dy, anchor = (-12, 16, "end") if mark.kind == "chosen" else (10, -8, "start")
     text = (
         f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
@@ -125,8 +128,9 @@ def plot(line: Sequence[tuple[float, float]], marks: Sequence[Mark], loss_name: 
     axes = _Axes([b for b, _ in line] + [m.bits for m in marks], [v for _, v in line] + [m.loss for m in marks])
     path = " ".join(f"{axes.x(bits):.1f},{axes.y(loss):.1f}" for bits, loss in line)
     drawn = "".join(_mark(mark, axes) for mark in marks)
+    size = f"0 0 {WIDTH} {HEIGHT}"
     curve = f'<polyline class="frontier" points="{path}"/>' if len(line) > 1 else ""
     return (
-        f'<svg class="plot chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="loss against average bits a weight">'
+        f'<svg class="plot chart" viewBox="{size}" role="img" aria-label="loss against average bits a weight">'
         f"{_grid(axes, loss_name)}{curve}{drawn}</svg>"
     )

@@ -14,7 +14,8 @@ CSS = (
   --track:#2a2e37;--accent:#fb923c;--curve:#7fb0dd}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);
-  font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;-webkit-text-size-adjust:100%}
+  font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+  -webkit-text-size-adjust:100%}
 main{max-width:1080px;margin:0 auto;padding:44px 24px 64px}
 header p.kicker{margin:0;color:var(--accent);font-size:12px;font-weight:600;letter-spacing:.09em;
   text-transform:uppercase}
@@ -38,12 +39,12 @@ section{background:var(--card);border:1px solid var(--line);border-radius:12px;p
 .ramp{display:inline-block;width:110px;height:11px;border-radius:3px}
 .picture{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-table.map{table-layout:fixed;margin-bottom:8px;min-width:calc(220px + var(--columns)*70px + var(--strip)*15px)}
+table.map{table-layout:fixed;margin-bottom:8px;min-width:calc(262px + var(--columns)*70px + var(--strip)*15px)}
 table.map th{font-weight:400;font-size:12.5px;color:var(--soft);text-align:left;overflow:hidden;
   text-overflow:ellipsis;white-space:nowrap;padding:0 10px 0 0}
 table.map thead th{font-size:12px;padding-bottom:3px}
 table.map .mean{text-align:right;padding-right:0}
-table.map tr>:first-child{width:158px}
+table.map tr>:first-child{width:200px}
 table.map .mean{width:52px}
 table.map .strip{width:calc(12px + var(--strip)*15px);padding:0 0 0 14px;overflow:visible}
 table.map td{padding:1.5px 10px 1.5px 0;height:18px}
@@ -78,7 +79,8 @@ table.figures tbody tr:last-child td{border-bottom:0}
 ul{margin:8px 0 0;padding-left:20px}
 li{overflow-wrap:anywhere}
 footer{color:var(--soft);font-size:13px}
-@media (max-width:640px){main{padding:26px 12px 40px}section{padding:16px 14px}h1{font-size:25px}}
+@media (max-width:640px){main{padding:26px 12px 40px}section{padding:16px 14px}h1{font-size:25px}
+  table.map tr>:first-child{width:124px}}
 @media print{body{background:#fff}section,.card{break-inside:avoid}}
 """
     + _LEVELS

@@ -1,5 +1,5 @@
 """How weights become the codes that planes hold."""
 
-from foveate.rounding.nearest import Rounded, round_weight
-
-__all__ = ["Rounded", "round_weight"]
+from foveate.rounding.feedback import with_feedback as with_feedback
+from foveate.rounding.nearest import Rounded as Rounded
+from foveate.rounding.nearest import round_weight as round_weight

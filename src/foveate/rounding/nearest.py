@@ -33,12 +33,12 @@ from foveate.errors import DataError, WeightError
 from foveate.formats.levels import NESTED_LEVELS, code_range, code_step
 from foveate.formats.packing import check_group
 
-CLIP = 4.0 + 10.0  # the weight of the error at 6 bits and at 8 bits, where that of 4 bits is 1
-NOISE = (4.0 / 4**2 + 10.0 / 4**4) / 12
+CLIP = 4.0 + 16.0  # the weight of the error at 6 bits and at 8 bits, where that of 4 bits is 1
+NOISE = (4.0 / 4**2 + 16.0 / 4**4) / 12
 
 # How far each end of the grid goes: 1 puts the outermost 4-bit codes on the farthest weight.
 _SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
-_STEPS = (0.1, 0.05, 0.025)
+_STEPS = (0.12, 0.06, 0.03, 0.015)
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))
 
 _LARGEST = torch.finfo(torch.float16).max
@@ -106,7 +106,7 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
 
 def _check_weight(w_NK: Tensor) -> None:
     if w_NK.ndim != 2 or not w_NK.is_floating_point() or not w_NK.numel():
-        raise WeightError(f"weight (={w_NK.dtype} of shape {tuple(w_NK.shape)}) is not a matrix of floating point values")
+        raise WeightError(f"weight (={w_NK.dtype}, shape {tuple(w_NK.shape)}) is not a matrix of floating point values")
     lowest, highest = torch.aminmax(w_NK)
     largest = float(torch.maximum(-lowest, highest))
     if not largest < float("inf"):  # NaN fails too
@@ -126,16 +126,13 @@ def _importance(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
     energy_K = energy_K.detach().to(w_NK.device, torch.float64)
     if not bool(((energy_K >= 0) & energy_K.isfinite()).all()):
         raise DataError("input_energy_K has NaN, Inf or negative values: an energy is a mean of squares")
-    largest = energy_K.max()
-    if not float(largest):
+    mean = energy_K.mean()
+    if not float(mean):
         return alike_K
-    energy_K = energy_K / largest
-    return (energy_K / energy_K.mean()).clamp_min(_LEAST_IMPORTANCE).float()
+    return (energy_K / mean).clamp_min(_LEAST_IMPORTANCE).float()
 
 
-def _round_rows(
-    w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_5n: Tensor
-) -> None:
+def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_5n: Tensor) -> None:
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
     missing = -columns % group

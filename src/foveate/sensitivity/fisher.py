@@ -3,7 +3,9 @@
     S_tile(level) = 1/2 sum over the tile's weights of F_ij (w_ij - w_ij(level))^2
 
 in the objective's unit for one sample (nats a token for a language model), so that the sum over a map's tiles predicts
-its KL. See `foveate.collect.statistics` for F.
+its KL. See `foveate.collect.statistics` for F. Where the covariance H of the inputs is known, the tiles of a weight are
+scaled together so that their sum is the whole quadratic form, 1/2 sum_i G_i dW_i H dW_i^T: rounding with error feedback
+makes errors that cancel each other, which a sum of squares does not see.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.collect.statistics import Factored
 from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.formats.packing import TILE_ROWS, tile_grid
 
-Fisher = Tensor | tuple[Tensor, Tensor]
+Fisher = Tensor | Factored
 
 
 def tile_losses(w_NK: Tensor, at_level: Callable[[int], Tensor], fishers: Sequence[Fisher], group: int) -> Tensor:
@@ -26,7 +29,7 @@ def tile_losses(w_NK: Tensor, at_level: Callable[[int], Tensor], fishers: Sequen
     Args:
         w_NK: the original weight, float32.
         at_level: the weight as read at a nested level, float32 [N, K].
-        fishers: F for each use of the weight (tied weights have several): [N, K], or factors ([N], [K]).
+        fishers: F for each use of the weight (tied weights have several): [N, K], or its factors.
         group: inputs a tile.
 
     Returns:
@@ -34,10 +37,9 @@ def tile_losses(w_NK: Tensor, at_level: Callable[[int], Tensor], fishers: Sequen
     """
     columns = []
     for level in WEIGHT_LEVELS:
-        error = w_NK - at_level(level) if level else w_NK.clone()
-        error.square_()
-        loss = sum(_row_sums(error, fisher, group) for fisher in fishers)
-        columns.append(0.5 * _strip_sums(torch.as_tensor(loss)))
+        error_NK = w_NK - at_level(level) if level else w_NK.clone()
+        parts = [_strip_sums(_row_sums(error_NK, fisher, group)) for fisher in fishers]
+        columns.append(0.5 * torch.stack(parts).sum(0))
     return torch.stack(columns, 1).float()
 
 
@@ -45,12 +47,20 @@ def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
     """The sum over each row's groups of F times the squared error, float64 [N, G]."""
     rows, columns = error_NK.shape
     groups = tile_grid(rows, columns, group)[1]
-    if isinstance(fisher, tuple):
-        gradient_N, energy_K = fisher
-        error_NGg = F.pad(error_NK, (0, groups * group - columns)).view(rows, groups, group)
-        energy_Gg = F.pad(energy_K, (0, groups * group - columns)).view(groups, group)
-        return torch.einsum("ngk,gk->ng", error_NGg, energy_Gg).double() * gradient_N.double()[:, None]
-    return F.pad(error_NK * fisher, (0, groups * group - columns)).view(rows, groups, group).sum(2, dtype=torch.float64)
+
+    def grouped(t: Tensor) -> Tensor:
+        return F.pad(t, (0, groups * group - columns)).view(*t.shape[:-1], groups, group)
+
+    squares_NK = error_NK.square()
+    if isinstance(fisher, Tensor):
+        return grouped(squares_NK * fisher).sum(2, dtype=torch.float64)
+    energies_NG = torch.einsum("ngk,gk->ng", grouped(squares_NK), grouped(fisher.energy_K)).double()
+    losses_NG = energies_NG * fisher.gradient_N.double()[:, None]
+    if fisher.covariance_KK is not None:
+        together_N = (error_NK @ fisher.covariance_KK).mul_(error_NK).sum(1, dtype=torch.float64)
+        whole = (together_N.clamp_min(0) * fisher.gradient_N.double()).sum()
+        losses_NG = losses_NG * (whole / losses_NG.sum().clamp_min(torch.finfo(torch.float64).tiny))
+    return losses_NG
 
 
 def _strip_sums(loss_NG: Tensor) -> Tensor:

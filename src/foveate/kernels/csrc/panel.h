@@ -74,47 +74,48 @@ void panel_rows(const Panel<V>& panel, const int8_t* x, const float* sums, int g
   }
 }
 
-// `strips` (1 or 2) strips times at most kPanelRows rows.
+// Strips [strip, strip_end) times at most kPanelRows rows.
 template <class V, bool WIDE>
-Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int strips, int64_t row, int64_t row_end) {
+Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
   alignas(64) float acc[kPanelRows * kPanelStrips * kTileRows];
   const int64_t rows = row_end - row;
-  std::memset(acc, 0, static_cast<size_t>(rows) * kPanelStrips * kTileRows * sizeof(float));
-  Walk walks[kPanelStrips] = {Walk(w, strip), Walk(w, strip + strips - 1)};
+  Stream streams[kPanelStrips] = {{w, strip, strip_end, kPanelStrips}, {w, strip + 1, strip_end, kPanelStrips}};
+  Tile tiles[kPanelStrips];
+  bool more[kPanelStrips];
+  for (int s = 0; s < kPanelStrips; ++s) more[s] = streams[s].next(tiles[s]);
   Panel<V> panel;
-  for (int64_t group = 0; group < w.groups; ++group) {
-    int live = 0;
-    for (int s = 0; s < strips; ++s) {
-      Tile tile;
-      const Fault fault = walks[s].next(group, tile);
-      if (fault != Fault::kNone) return fault;
-      if (tile.kind == 0) continue;
-      prefetch(tile.scales, kAhead / 2);
-      unpack_tile<V>(tile, w.group, w.reach, panel.codes[live]);
-      panel.finish[live] = Finish<V>(w, tile, strip + s, 0, WIDE);
-      panel.place[live] = s;
-      ++live;
+  for (; strip < strip_end; strip += kPanelStrips) {
+    std::memset(acc, 0, static_cast<size_t>(rows) * kPanelStrips * kTileRows * sizeof(float));
+    for (int64_t group = 0; group < w.groups; ++group) {
+      int live = 0;
+      for (int s = 0; s < kPanelStrips; ++s) {
+        const Tile& tile = tiles[s];
+        if (!more[s] || tile.strip != strip + s || tile.group != group) continue;
+        unpack_tile<V>(tile, w.group, w.reach, panel.codes[live]);
+        panel.finish[live] = Finish<V>(w, tile, strip + s, 0, WIDE);
+        panel.place[live] = s;
+        ++live;
+        more[s] = streams[s].next(tiles[s]);
+      }
+      const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
+      const float* sums = x.sums + group * x.rows + row;
+      if (live == 2) panel_rows<V, 2, WIDE>(panel, codes, sums, w.group, rows, acc);
+      else if (live == 1) panel_rows<V, 1, WIDE>(panel, codes, sums, w.group, rows, acc);
     }
-    const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
-    const float* sums = x.sums + group * x.rows + row;
-    if (live == 2) panel_rows<V, 2, WIDE>(panel, codes, sums, w.group, rows, acc);
-    else if (live == 1) panel_rows<V, 1, WIDE>(panel, codes, sums, w.group, rows, acc);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int s = 0; s < kPanelStrips && strip + s < strip_end; ++s)
+        store_row<V>(w, x, y, strip + s, row + i, acc + (i * kPanelStrips + s) * kTileRows);
   }
-  for (int64_t i = 0; i < rows; ++i)
-    for (int s = 0; s < strips; ++s)
-      store_row<V>(w, x, y, strip + s, row + i, acc + (i * kPanelStrips + s) * kTileRows);
-  return Fault::kNone;
+  return streams[0].fault != Fault::kNone ? streams[0].fault : streams[1].fault;
 }
 
 template <class V>
 Fault panel_strips(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
   for (; row < row_end; row += kPanelRows) {
     const int64_t end = row_end - row < kPanelRows ? row_end : row + kPanelRows;
-    for (int64_t s = strip; s < strip_end; s += kPanelStrips) {
-      const int strips = strip_end - s < kPanelStrips ? 1 : kPanelStrips;
-      const Fault fault = x.wide ? panel_product<V, true>(w, x, y, s, strips, row, end) : panel_product<V, false>(w, x, y, s, strips, row, end);
-      if (fault != Fault::kNone) return fault;
-    }
+    const Fault fault = x.wide ? panel_product<V, true>(w, x, y, strip, strip_end, row, end)
+                               : panel_product<V, false>(w, x, y, strip, strip_end, row, end);
+    if (fault != Fault::kNone) return fault;
   }
   return Fault::kNone;
 }

@@ -142,7 +142,8 @@ inline void expand_row(const uint8_t* codes, int row, int shift, int32_t range, 
 // Rows [row, row_end) of a strip of the dense weight, to consecutive rows of `out`.
 template <class V>
 Fault unpack_strip(const Weight& w, int64_t strip, int row, int row_end, float* out) {
-  Walk walk(w, strip);
+  Walk walk(w);
+  walk.begin(strip);
   Tile tile;
   alignas(64) uint8_t codes[kTileRows * kMaxGroup];
   float step[kTileRows], offset[kTileRows];

@@ -1,0 +1,77 @@
+"""One load in a process of its own: `python -m foveate.bench.load_child FOLDER MAP.json` prints what it took."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+import foveate
+from foveate.bench.cases import require
+from foveate.kernels.dispatch import ensure_loaded
+
+
+def _io() -> int | None:
+    """Bytes this process has read from the disk so far, where the system says."""
+    process = psutil.Process()
+    return int(process.io_counters().read_bytes) if hasattr(process, "io_counters") else None
+
+
+def _peak() -> int:
+    """The process's highest resident size in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(v for v in status.read_text().splitlines() if v.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _forget_peak() -> bool:
+    """Let the highest size start from now; whether the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def measure(folder: Path, plan_file: Path) -> dict[str, Any]:
+    """Load the model of a folder at a map: seconds, bytes read, and memory beyond what was there before."""
+    head = foveate.read_head(folder)
+    plan = foveate.PrecisionMap.from_json(json.loads(plan_file.read_text()), head.sites, head.other_bytes)
+    ensure_loaded()
+    config = require("transformers").LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64
+    )
+    with torch.device("meta"):
+        require("transformers").LlamaForCausalLM(config)  # imports what building any model imports
+    gc.collect()
+    memory = psutil.Process().memory_info
+    _forget_peak()
+    before, read, started = memory().rss, _io(), time.perf_counter()
+    model = foveate.load(folder, keep=plan)
+    seconds = time.perf_counter() - started
+    peak, after_read = _peak() - before, _io()
+    gc.collect()
+    resident = memory().rss - before
+    names = len(list(model.modules()))
+    return {
+        "seconds": seconds,
+        "read": None if read is None or after_read is None else after_read - read,
+        "peak": peak,
+        "resident": resident,
+        "modules": names,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Path(sys.argv[1]), Path(sys.argv[2]))))

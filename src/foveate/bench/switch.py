@@ -1,0 +1,128 @@
+"""What it takes to change the precision of every layer of a model while it runs.
+
+Three promises of the stored form: a switch is quick, for it writes one byte a tile; it moves nothing, for planes stay
+where they are; and what is read at level b is what a model loaded at level b reads, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.bench.result import Measured
+from foveate.collect.objectives import Embedding
+from foveate.formats.levels import NESTED_LEVELS
+from foveate.maps import PrecisionMap, Profile
+from foveate.nn.persist import load, save
+from foveate.nn.quantize import quantize
+from foveate.nn.registry import Registry, apply, registry_of
+
+
+def _layers(count: int, width: int) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width, bias=i % 2 == 0) for i in range(count)))
+
+
+def _maps(profile: Profile, count: int, generator: torch.Generator) -> list[PrecisionMap]:
+    """Maps of random levels, one a tile, no two alike; inputs at 8 or 16 bits."""
+    choices = torch.tensor(NESTED_LEVELS, dtype=torch.uint8)
+    maps = []
+    for _ in range(count):
+        levels: dict[str, int | bytes] = {}
+        for site in profile.sites:
+            if site.kind == "input":
+                levels[site.name] = int(torch.randint(0, 2, (), generator=generator)) * 8 + 8
+            else:
+                levels[site.name] = bytes(choices[torch.randint(0, 5, (site.tiles,), generator=generator)].tolist())
+        maps.append(PrecisionMap(profile.sites, levels, profile.other_bytes))
+    return maps
+
+
+def _planes(registry: Registry) -> list[tuple[str, Tensor]]:
+    return [
+        (f"{name}, plane {p}", plane)
+        for name, weight in registry.weights.items()
+        for p, plane in enumerate((*weight.value.planes, weight.value.scales))
+    ]
+
+
+def _state(planes: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[int, bytes]]:
+    """Where each plane lies, and the SHA-256 of what it holds."""
+    state = {}
+    for name, tensor in planes:
+        size = tensor.numel() * tensor.element_size()
+        content = (ctypes.c_char * size).from_address(tensor.data_ptr())
+        state[name] = (tensor.data_ptr(), hashlib.sha256(content).digest())
+    return state
+
+
+def _identical_levels(model: nn.Module, profile: Profile, layers: int, width: int, x_BK: Tensor) -> dict[int, bool]:
+    """For each level, whether the live model's outputs are those of the model loaded with that level's planes only."""
+    same = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for level in NESTED_LEVELS:
+            path = Path(folder) / f"b{level}"
+            plan = profile.uniform(level)
+            save(model, path, keep=plan)
+            with torch.device("meta"):
+                skeleton = _layers(layers, width)
+            alone = load(path, keep=level, model=skeleton)
+            apply(model, plan)
+            same[level] = bool(torch.equal(model(x_BK), alone(x_BK)))
+    return same
+
+
+def measure(layers: int = 150, width: int = 512, switches: int = 400) -> Measured:
+    """Switch a model of linear layers through maps it has never had, and compare it with itself loaded at each level.
+
+    Args:
+        layers: how many.
+        width: inputs and outputs of each.
+        switches: how many are timed.
+    """
+    generator = torch.Generator().manual_seed(0)
+    model = _layers(layers, width).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / width**0.5)
+    profile = quantize(model, [torch.randn(2, width, generator=generator)], objective=Embedding(), progress=False)
+    maps = _maps(profile, switches, generator)
+    planes = _planes(registry_of(model))
+    before = _state(planes)
+    x_BK = torch.randn(3, width, generator=generator)
+    rounds: list[dict[str, Any]] = []
+    with torch.inference_mode():
+        model(x_BK)
+        for number, plan in enumerate(maps):
+            started = time.perf_counter()
+            apply(model, plan)
+            rounds.append({"switch": number, "microseconds": (time.perf_counter() - started) * 1e6})
+            if number % 16 == 0:
+                model(x_BK)  # the model runs meanwhile, and throws the registry out of the caches
+        after = _state(_planes(registry_of(model)))
+        moved = sum(t.numel() * t.element_size() for name, t in planes if before[name] != after.get(name))
+        same = _identical_levels(model, profile, layers, width, x_BK)
+    ordered = sorted(r["microseconds"] for r in rounds)
+    figures = {
+        "switch_us_p99": ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))],
+        "switch_us_median": median(ordered),
+        "switch_us_worst": ordered[-1],
+        "bytes_moved": moved,
+        "outputs_identical": float(all(same.values())),
+    }
+    tiles = sum(s.tiles for s in profile.weight_sites())
+    notes = (
+        f"{layers} layers of {width} x {width}, {tiles} tiles; each switch is to a map that was never in force before",
+        f"bytes_moved: planes and scales ({sum(t.numel() * t.element_size() for _, t in planes)} bytes) compared by "
+        "address and SHA-256 before the first switch and after the last",
+        f"outputs_identical: {', '.join(f'{b} bits {s}' for b, s in same.items())}".lower(),
+    )
+    return Measured(figures, rounds, notes)

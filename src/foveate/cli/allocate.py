@@ -1,0 +1,147 @@
+"""`foveate allocate`: another map for a folder, from what was measured when it was quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+import foveate as fv
+from foveate.cli import options
+from foveate.cli.console import emit, plain_table, show
+from foveate.cli.tables import legend, map_figures, sizes_table
+from foveate.errors import BudgetError
+from foveate.formats.levels import check_input_level
+from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, format_bytes, input_level_for, uniform
+from foveate.report.page import figure, loss_name
+
+
+def allocate(
+    out: options.Folder,
+    bits: options.Bits = None,
+    bytes_: options.Bytes = None,
+    loss: options.Loss = None,
+    levels: options.Levels = options.ALL_LEVELS,
+    per_weight: options.PerWeight = False,
+    tie: options.Tie = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATTERN=LEVEL", help="Fix a level within the budget; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the map and store nothing.")] = False,
+    json_output: options.Json = False,
+) -> None:
+    """Choose the precision of every tile under a budget, and make that the folder's default map.
+
+    With --set and no budget, the folder's default map is changed only where --set says.
+    """
+    budget = options.budget_of(bits, bytes_, loss)
+    fixed = options.settings_of(settings)
+    head = fv.read_head(out)
+    if budget is None and not fixed:
+        raise BudgetError("what may the map cost? give --bits, --bytes or --loss, or levels with --set PATTERN=LEVEL")
+    profile = fv.load_profile(out)
+    weights, inputs = _settings(head.sites, fixed)
+    if budget is None:
+        plan = replace(head.plan, levels={**head.plan.levels, **_with_inputs(head.sites, weights)})
+    else:
+        chosen, ties = options.levels_of(levels), options.ties_of(tie)
+
+        def solve(part: Profile, room: fv.Budget) -> PrecisionMap:
+            return fv.allocate(part, room, levels=chosen, per_tile=not per_weight, tie=ties)
+
+        plan = within(profile, budget, weights, solve)
+    plan = replace(plan, levels={**plan.levels, **inputs})
+    plan = replace(plan, predicted_loss=profile.predict(plan))
+    even = fv.uniform_of_bytes(plan)
+    even = replace(even, predicted_loss=profile.predict(even))
+    if not dry_run:
+        fv.save_map(out, plan)
+    if json_output:
+        print(emit({"folder": str(out), "stored": not dry_run, "map": map_figures(plan), "uniform": map_figures(even)}))
+        return
+    show(legend(plan), _beside(plan, even, profile), sizes_table(plan))
+    show("nothing stored: a dry run" if dry_run else f"stored as the default map of {out}")
+
+
+def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[dict[str, Levels], dict[str, Levels]]:
+    """(levels of weights, levels of inputs): a pattern means the weights it names, or inputs if it names no weight."""
+    weights: dict[str, Levels] = {}
+    inputs: dict[str, Levels] = {}
+    for pattern, text in fixed:
+        hits = [s for s in sites if s.matches(options.weight_pattern(pattern))] or find_sites(sites, pattern)
+        named = [s for s in hits if s.kind == "weight"]
+        for site in named:
+            weights[site.name] = options.level_of(text)
+        if not named:
+            level = check_input_level(int(text)) if text.isdigit() else options.level_of(text)
+            inputs.update({site.name: level for site in hits})
+    return weights, inputs
+
+
+def _with_inputs(sites: Sequence[Site], weights: Mapping[str, Levels]) -> dict[str, Levels]:
+    """Levels of weights, and the levels that their inputs then have."""
+    found = dict(weights)
+    for site in sites:
+        level = weights.get(site.name)
+        if isinstance(level, int) and site.kind == "weight":
+            names = {f"{name.rpartition(':')[0]}:input" for name in (site.name, *site.aliases)}
+            found.update({s.name: input_level_for(level) for s in sites if s.name in names})
+    return found
+
+
+def within(
+    profile: Profile,
+    budget: fv.Budget,
+    weights: Mapping[str, Levels],
+    solve: Callable[[Profile, fv.Budget], PrecisionMap],
+) -> PrecisionMap:
+    """The best map whose `weights` have the levels given: the rest is solved for what these leave of the budget.
+
+    Args:
+        profile: what was measured.
+        budget: for the whole map.
+        weights: levels that are fixed, by site.
+        solve: allocates a profile under a budget.
+
+    Raises:
+        BudgetError: the fixed weights alone exceed the budget, or the rest does not fit beside them.
+    """
+    if not weights:
+        return solve(profile, budget)
+    levels = _with_inputs(profile.sites, weights)
+    own = [s for s in profile.sites if s.name in levels]
+    rest = tuple(s for s in profile.sites if s.name not in levels)
+    pinned = PrecisionMap(tuple(own), levels)
+    if not any(s.kind == "weight" for s in rest):
+        return replace(uniform(profile.sites, 0, profile.other_bytes), levels=levels)
+    losses = {s.name: profile.losses[s.name] for s in rest if s.kind == "weight"}
+    part = replace(profile, sites=rest, losses=losses, other_bytes=profile.other_bytes + pinned.bytes_resident)
+    if budget.bits is not None:
+        total = sum(s.weights for s in profile.weight_sites())
+        left = sum(s.weights for s in part.weight_sites())
+        budget = _left(fv.Budget, bits=(budget.bits * total - 8 * pinned.bytes_stored) / left)
+    elif budget.loss is not None:
+        budget = _left(fv.Budget, loss=budget.loss - replace(profile, sites=tuple(own)).predict(pinned))
+    try:
+        plan = solve(part, budget)
+    except BudgetError as error:
+        raise BudgetError(f"for the weights that --set leaves: {error}") from error
+    return PrecisionMap(profile.sites, {**plan.levels, **levels}, profile.other_bytes)
+
+
+def _left(make: Callable[..., fv.Budget], **room: float) -> fv.Budget:
+    if min(room.values()) <= 0:
+        raise BudgetError("the levels given with --set leave nothing of the budget for the other weights")
+    return make(**room)
+
+
+def _beside(plan: PrecisionMap, even: PrecisionMap, profile: Profile) -> Table:
+    table = plain_table(f"predicted: {loss_name(profile.objective)}", "loss", "bits", "stored", "in memory", "read")
+    for label, one in (("this map", plan), ("uniform at equal bytes", even)):
+        sizes = (format_bytes(n) for n in (one.bytes_stored, one.bytes_resident, one.bytes_read))
+        table.add_row(label, figure(one.predicted_loss), f"{one.bits:.2f}", *sizes)
+    return table

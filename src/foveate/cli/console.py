@@ -1,0 +1,61 @@
+"""Where words go: results to stdout, as tables or as one JSON object; everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+#: Columns of text where stdout is no terminal.
+_WIDTH = 120
+log = logging.getLogger("foveate")
+
+
+def show(*things: RenderableType) -> None:
+    """Print results for a person."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
+    for thing in things:
+        console.print(thing)
+
+
+def emit(result: Mapping[str, Any], file: Path | None = None) -> str:
+    """The one JSON object of a command, NaN as null; also written to `file` if one is given."""
+    text = json.dumps(_plain(result), indent=2, allow_nan=False)
+    if file is not None:
+        file.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def plain_table(*heads: str) -> Table:
+    """An empty table whose first column is text and whose others are figures."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
+    table.add_column(heads[0])
+    for head in heads[1:]:
+        table.add_column(head, justify="right")
+    return table
+
+
+def figures_table(title: str, figures: Mapping[str, float]) -> Table:
+    """Names and numbers."""
+    table = plain_table(title, "")
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.4g}")
+    return table

@@ -1,0 +1,157 @@
+"""`foveate generate`: text from a model on planes, at one precision or at one that changes as it writes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+import foveate as fv
+from foveate.cli import options
+from foveate.cli.console import emit, log
+from foveate.cli.models import config_of, is_causal, load_planes, load_tokenizer
+from foveate.errors import DataError, LevelError
+from foveate.maps import uniform
+
+
+@dataclass(frozen=True)
+class Switch:
+    """A change of precision: before which token, to what level, and the microseconds it took."""
+
+    at: int
+    level: int
+    microseconds: float
+
+
+def generate(
+    out: options.Folder,
+    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    level: Annotated[int | None, typer.Option(help="Read every weight at this level, and load no more.")] = None,
+    bits: options.Bits = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    schedule: Annotated[str | None, typer.Option(help="Levels to go through in turn, as 8,4,2.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Tokens at each level of the schedule.")] = 16,
+    json_output: options.Json = False,
+) -> None:
+    """Write on from a prompt. Without --level, --bits or --schedule, at the folder's default map."""
+    head = fv.read_head(out)
+    if sum(choice is not None for choice in (level, bits, schedule)) > 1:
+        raise LevelError("give at most one of --level, --bits and --schedule")
+    config = config_of(str(out))
+    if not is_causal(config):
+        raise DataError(f"{out} is no model that predicts the next token")
+    levels = [] if schedule is None else options.levels_of(schedule)
+    keep: fv.PrecisionMap | int | None = head.plan
+    if level is not None:
+        keep = options.level_of(str(level))
+    elif bits is not None:
+        keep = fv.allocate(fv.load_profile(out), fv.Budget(bits=bits))
+    elif levels:
+        keep = max(levels)
+    tokenizer = load_tokenizer(str(out))
+    given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    most = getattr(config, "max_position_embeddings", None)
+    if not given.shape[1] or (isinstance(most, int) and given.shape[1] >= most):
+        raise DataError(f"the prompt has {given.shape[1]} tokens, and the model takes 1 to {(most or 0) - 1}")
+    if isinstance(most, int) and given.shape[1] + max_tokens > most:
+        max_tokens = most - given.shape[1]
+        log.info("the model has %d positions: writing %d tokens at most", most, max_tokens)
+    model = load_planes(out, keep)
+    switches: list[Switch] = []
+
+    def before(index: int) -> None:
+        if levels and index % every == 0:
+            switched = _switch(model, levels[index // every % len(levels)], index)
+            switches.append(switched)
+            if not json_output:
+                sys.stdout.flush()
+                print(f"[{switched.level} bits, {switched.microseconds:.0f} us]", end="", file=sys.stderr, flush=True)
+
+    started = time.perf_counter()
+    ids: list[int] = []
+    text = ""
+    if not json_output:
+        print(prompt, end="", flush=True)
+    for piece in _pieces(tokenizer, _sampled(model, given, max_tokens, temperature, seed, _ends(model), before), ids):
+        text += piece
+        if not json_output:
+            print(piece, end="", flush=True)
+    seconds = time.perf_counter() - started
+    if not json_output:
+        print()
+        log.info("%d tokens, %.1f a second", len(ids), len(ids) / max(seconds, 1e-9))
+        return
+    result = {
+        "prompt": prompt,
+        "text": text,
+        "tokens": ids,
+        "bits": fv.current_map(model).bits,
+        "seconds": seconds,
+        "switches": [{"at": s.at, "level": s.level, "us": s.microseconds} for s in switches],
+    }
+    print(emit(result))
+
+
+def _switch(model: nn.Module, level: int, index: int) -> Switch:
+    current = fv.current_map(model)
+    plan = uniform(current.sites, level, current.other_bytes)
+    started = time.perf_counter()
+    fv.apply(model, plan)
+    return Switch(index, level, 1e6 * (time.perf_counter() - started))
+
+
+def _ends(model: nn.Module) -> frozenset[int]:
+    """Tokens that end a text."""
+    for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        end = getattr(holder, "eos_token_id", None)
+        if end is not None:
+            return frozenset([end] if isinstance(end, int) else end)
+    return frozenset()
+
+
+def _sampled(
+    model: nn.Module,
+    given_1S: Tensor,
+    count: int,
+    temperature: float,
+    seed: int,
+    ends: frozenset[int],
+    before: Callable[[int], None],
+) -> Iterator[int]:
+    """Token after token; `before(index)` is called before each is computed."""
+    generator = torch.Generator().manual_seed(seed)
+    cache: Any = None
+    with torch.no_grad():
+        for index in range(count):
+            before(index)
+            output = model(input_ids=given_1S, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits_V = output.logits[0, -1].float()
+            if temperature > 0:
+                token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))
+            else:
+                token = int(logits_V.argmax())
+            if token in ends:
+                return
+            yield token
+            given_1S = torch.tensor([[token]])
+
+
+def _pieces(tokenizer: Any, sampled: Iterator[int], ids: list[int]) -> Iterator[str]:
+    """What each token adds to the text; half a character waits for its other half. Tokens are appended to `ids`."""
+    said = ""
+    for token in sampled:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            yield text[len(said) :]
+            said = text
+    yield tokenizer.decode(ids)[len(said) :]

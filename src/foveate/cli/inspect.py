@@ -1,0 +1,84 @@
+"""`foveate inspect`: where a folder's bits are, from its head alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import foveate as fv
+from foveate.cli import options
+from foveate.cli.console import emit, show
+from foveate.cli.tables import legend, map_figures, map_table, sizes_table
+from foveate.errors import CheckpointError
+from foveate.maps import PrecisionMap, Site
+from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, stored_bytes
+
+
+def inspect(
+    out: options.Folder,
+    each: Annotated[bool, typer.Option("--all", help="A row a weight, not a layer.")] = False,
+    json_output: options.Json = False,
+) -> None:
+    """Show where a model's bits are: a row a layer, with its tiles at each level, and what it all takes."""
+    head = fv.read_head(out)
+    plan = head.plan
+    size = folder_bytes(out, head)
+    if json_output:
+        print(emit(_figures(out, plan, size, each)))
+        return
+    weights = sum(s.weights for s in plan.weight_sites())
+    show(
+        f"{out}: {weights:,} weights, {plan.bits:.2f} bits each on average, scales included",
+        map_table(plan, each_site=each),
+        legend(plan),
+        sizes_table(plan, size),
+    )
+
+
+def folder_bytes(out: Path, head: fv.Head) -> int:
+    """Bytes of the files that a head names.
+
+    Raises:
+        CheckpointError: one of them is missing.
+    """
+    total = 0
+    for name in head.files.values():
+        if not (out / name).is_file():
+            raise CheckpointError(f"{out / name} is missing")
+        total += (out / name).stat().st_size
+    return total
+
+
+def _row(plan: PrecisionMap, name: str, sites: tuple[Site, ...]) -> dict[str, Any]:
+    tiles: dict[str, int] = {}
+    for site in sites:
+        for level, count in plan.counts(site).items():
+            tiles[str(level)] = tiles.get(str(level), 0) + count
+    weights, size = sum(s.weights for s in sites), stored_bytes(plan, sites)
+    return {
+        "name": name,
+        "weights": weights,
+        "tiles": tiles,
+        "mean_level": mean_level(plan, sites),
+        "bits": 8 * size / max(weights, 1),
+        "bytes_stored": size,
+    }
+
+
+def _figures(out: Path, plan: PrecisionMap, size: int, each: bool) -> dict[str, Any]:
+    if each:
+        rows = [_row(plan, module_path(s), (s,)) for s in plan.weight_sites()]
+    else:
+        rows = [_row(plan, layer.name, layer.sites) for layer in layers_of(plan.sites)]
+    return {
+        "folder": str(out),
+        "weights": sum(s.weights for s in plan.weight_sites()),
+        "map": map_figures(plan),
+        "bytes_folder": size,
+        "bytes_float32": dense_bytes(plan, 4),
+        "bytes_float16": dense_bytes(plan, 2),
+        "inputs": {s.name: plan.levels[s.name] for s in plan.sites if s.kind == "input"},
+        "rows": rows,
+    }

@@ -1,0 +1,72 @@
+"""Options that several commands share, and how their text becomes values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from foveate.errors import LevelError, SiteError
+from foveate.formats.levels import check_weight_level
+from foveate.maps import Budget
+
+Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `foveate quantize` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
+Data = Annotated[Path | None, typer.Option("--data", help="A text file, tokenized with the model's tokenizer.")]
+Tokens = Annotated[Path | None, typer.Option("--tokens", help="Token ids instead: .npy or .safetensors.")]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of text to use (for an embedding model: lines).")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens a window; 512, or what the model allows if less.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows that run at once.")]
+Bits = Annotated[float | None, typer.Option(help="Budget: average bits a weight, scales counted.")]
+Bytes = Annotated[str | None, typer.Option("--bytes", help="Budget: memory, as 800MiB or 6GB or 123456.")]
+Loss = Annotated[float | None, typer.Option(help="Budget: the most loss that may be predicted.")]
+Levels = Annotated[str, typer.Option(help="Levels to choose among; with 0 a tile may be dropped.")]
+Tie = Annotated[list[str] | None, typer.Option(metavar="PATTERN,...", help="Weights that get one level; repeatable.")]
+PerWeight = Annotated[bool, typer.Option("--per-weight", help="One level a weight, not one a tile.")]
+Check = Annotated[bool, typer.Option("--check", help="Exit with 1 if the map is worse than uniform precision.")]
+
+ALL_LEVELS = "2,3,4,6,8"
+
+
+def budget_of(bits: float | None, bytes_: str | None, loss: float | None) -> Budget | None:
+    """The budget given; None if none was. Raises `BudgetError` for several."""
+    if bits is None and bytes_ is None and loss is None:
+        return None
+    return Budget(bits=bits, bytes=bytes_, loss=loss)
+
+
+def level_of(text: str) -> int:
+    """A level that weights can have."""
+    try:
+        level = int(text)
+    except ValueError:
+        raise LevelError(f"level (={text!r}) is not a number") from None
+    return check_weight_level(level)
+
+
+def levels_of(text: str) -> list[int]:
+    """`8,4,2` -> [8, 4, 2]."""
+    return [level_of(word) for word in text.split(",")]
+
+
+def ties_of(texts: Sequence[str] | None) -> list[tuple[str, ...]]:
+    """`*.q_proj,*.k_proj` -> patterns of weight sites."""
+    return [tuple(weight_pattern(word.strip()) for word in text.split(",")) for text in texts or ()]
+
+
+def weight_pattern(text: str) -> str:
+    """A pattern of modules means their weights."""
+    return text if ":" in text or text.endswith("*") else f"{text}:weight"
+
+
+def settings_of(texts: Sequence[str] | None) -> list[tuple[str, str]]:
+    """`*.mlp.*=3` -> (pattern, level)."""
+    found = []
+    for text in texts or ():
+        pattern, equals, level = text.rpartition("=")
+        if not equals or not pattern:
+            raise SiteError(f"--set {text!r} is not PATTERN=LEVEL")
+        found.append((pattern, level))
+    return found

@@ -1,0 +1,168 @@
+"""`foveate quantize`: a transformers model onto planes, measured, and with a budget allocated and verified."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from torch import nn
+
+import foveate as fv
+from foveate.checkpoint import HEAD
+from foveate.cli import options
+from foveate.cli.console import emit, log, plain_table, show
+from foveate.cli.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
+from foveate.cli.models import config_of, load_original, load_tokenizer
+from foveate.cli.tables import legend, map_figures, sizes_table
+from foveate.errors import BudgetError, CheckpointError, DataError
+from foveate.formats.packing import check_group
+from foveate.maps import format_bytes
+from foveate.report.layers import dense_bytes
+from foveate.report.page import figure, loss_name
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A local transformers folder, or a hub name.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    samples: options.Samples = 128,
+    length: options.Length = None,
+    batch: options.Batch = 4,
+    group: Annotated[int | None, typer.Option(help="Inputs a group: 32, 64 or 128; by width if not given.")] = None,
+    skip: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave; repeatable.")] = None,
+    bits: options.Bits = None,
+    bytes_: options.Bytes = None,
+    loss: options.Loss = None,
+    keep_map: Annotated[bool, typer.Option("--keep-map", help="Keep only the planes that the map reads.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    check: options.Check = False,
+    json_output: options.Json = False,
+) -> None:
+    """Store a model as bit planes and measure what each is worth; with a budget, choose its precision and verify it.
+
+    Without a budget every plane is kept and read, and `foveate allocate` can choose later. With one, part of the data
+    is held out, the map is measured on it against the original, and stored as the folder's default.
+    """
+    budget = options.budget_of(bits, bytes_, loss)
+    if keep_map and budget is None:
+        raise BudgetError("--keep-map needs a budget: give --bits, --bytes or --loss")
+    if group is not None:
+        check_group(group)
+    _check_target(out, model)
+    config = config_of(model)
+    request = Request(data, tokens, samples, length, batch)
+    found = windows(request, model, config, more=0 if budget is None else 1 / HELD_OUT)
+    calibration, held_out = (found, []) if budget is None else split(found)
+    log.info("calibrating on %s", describe(calibration))
+    if held_out:
+        log.info("holding out %s for verification", describe(held_out))
+    net = load_original(model)
+    profile = fv.quantize(
+        net,
+        batches(calibration, batch),
+        group=group,
+        skip=skip or (),
+        resume=out.with_name(f".{out.name}.resume-{digest(found)}.safetensors") if resume else None,
+    )
+    for note in profile.notes:
+        log.warning("note: %s", note)
+    plan = fv.current_map(net)
+    verification: fv.Verification | None = None
+    if budget is not None:
+        plan, verification = _choose(net, profile, budget, model, batches(held_out, batch))
+        fv.apply(net, plan)
+    fv.save(net, out, keep=plan if keep_map else None)
+    _save_tokenizer(model, out)
+    if json_output:
+        print(emit(_figures(model, out, profile, plan, verification)))
+    else:
+        _tell(out, profile, plan, verification)
+    if check and verification is not None and not verification.holds:
+        raise typer.Exit(1)
+
+
+def _check_target(out: Path, model: str) -> None:
+    """Refuse early what could only fail after all the work."""
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file: give a folder to write")
+    if out.is_dir():
+        if Path(model).is_dir() and out.samefile(model):
+            raise CheckpointError(f"{out} is the model itself: give another folder to write")
+        if any(out.iterdir()) and not (out / HEAD).exists():
+            raise CheckpointError(f"{out} is not empty, and not a foveate checkpoint that could be replaced")
+    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise CheckpointError(f"cannot write {out}: {parent} is not a folder that can be written")
+
+
+def _choose(
+    net: nn.Module, profile: fv.Profile, budget: fv.Budget, model: str, held_out: list[Window]
+) -> tuple[fv.PrecisionMap, fv.Verification]:
+    """The map for a budget, or uniform precision at its bytes where that measured better."""
+    plan = fv.allocate(profile, budget)
+    verification = fv.verify(net, plan, held_out, reference=load_original(model))
+    if not verification.holds:
+        log.warning("warning: on the held-out data uniform precision at the same bytes is better, and so it is kept")
+    return verification.best, verification
+
+
+def _save_tokenizer(model: str, out: Path) -> None:
+    try:
+        load_tokenizer(model).save_pretrained(out)
+    except DataError:
+        log.info("%s has no tokenizer to save along", model)
+
+
+def _tell(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: fv.Verification | None) -> None:
+    show(
+        f"{out}: {len(profile.weight_sites())} weights on planes, measured on {profile.samples:,} samples", legend(plan)
+    )
+    show(sizes_table(plan))
+    if verification is not None:
+        name = loss_name(profile.objective)
+        table = plain_table(f"held out: {name}", "bits", "in memory", "predicted", "measured", "agreement")
+        for label, one, got in (
+            ("allocated", verification.plan, verification.measured),
+            ("uniform at equal bytes", verification.uniform_plan, verification.uniform),
+        ):
+            table.add_row(
+                label,
+                f"{one.bits:.2f}",
+                format_bytes(one.bytes_resident),
+                figure(profile.predict(one)),
+                f"{figure(got.divergence)} ± {figure(got.standard_error)}",
+                f"{got.agreement:.2%}",
+            )
+        show(table)
+
+
+def _figures(
+    model: str, out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: fv.Verification | None
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "model": model,
+        "folder": str(out),
+        "weights": sum(s.weights for s in profile.weight_sites()),
+        "matrices": len(profile.weight_sites()),
+        "samples": profile.samples,
+        "objective": profile.objective,
+        "notes": list(profile.notes),
+        "bytes_float32": dense_bytes(plan, 4),
+        "map": map_figures(plan),
+    }
+    if verification is not None:
+        found["verification"] = {
+            "holds": verification.holds,
+            "reference": verification.reference,
+            "predicted": verification.predicted,
+            "divergence": verification.measured.divergence,
+            "standard_error": verification.measured.standard_error,
+            "agreement": verification.measured.agreement,
+            "uniform_divergence": verification.uniform.divergence,
+            "uniform_agreement": verification.uniform.agreement,
+            "samples": verification.measured.samples,
+        }
+    return found

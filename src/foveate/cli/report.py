@@ -1,0 +1,55 @@
+"""`foveate report`: one HTML file on a folder's map."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import foveate as fv
+from foveate.cli import options
+from foveate.cli.console import emit, log, show
+from foveate.cli.data import Request
+from foveate.cli.evaluate import METRIC, Reference, run
+from foveate.errors import CheckpointError
+from foveate.report import Measured, html
+
+_POINTS = 32
+
+
+def report(
+    out: options.Folder,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    samples: options.Samples = 32,
+    length: options.Length = None,
+    batch: options.Batch = 4,
+    reference: Reference = None,
+    json_output: options.Json = False,
+) -> None:
+    """Write a page that shows where the bits are and what they buy; with data, what was measured too."""
+    head = fv.read_head(out)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise CheckpointError(f"cannot write {output}: give a file in a folder that exists")
+    profile = None
+    if head.profile is None:
+        log.info("%s holds no profile: the report will not show sensitivity, nor the frontier", out)
+    else:
+        profile = fv.load_profile(out)
+    request = Request(data, tokens, samples, length, batch)
+    measured: list[Measured] = run(out, request, reference, None) if request.given else []
+    page = html(
+        head.plan,
+        title=out.absolute().name,
+        profile=profile,
+        frontier=() if profile is None else fv.frontier(profile, _POINTS),
+        measured=measured,
+        metric=METRIC,
+    )
+    output.write_text(page, encoding="utf-8")
+    if json_output:
+        print(emit({"report": str(output), "bytes": len(page.encode())}))
+    else:
+        show(f"wrote {output}: open it in a browser")

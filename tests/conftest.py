@@ -1,0 +1,30 @@
+"""One thread, one seed, no deadlines: the same run every time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "foveate",
+    deadline=None,
+    derandomize=True,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("foveate")
+
+# torch says most things once a process; warnings are errors here, and must not depend on the order of the tests
+torch.set_warn_always(True)
+
+
+@pytest.fixture(autouse=True)
+def _same_every_time() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

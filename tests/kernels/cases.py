@@ -1,0 +1,126 @@
+"""Random calls of `plane_linear`, and the same call by the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from tiny import coded, generator, random_levels
+from torch import Tensor
+
+from foveate.kernels import reference
+from foveate.kernels.dispatch import ensure_loaded
+from foveate.planes import PlaneTensor, linear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def isas() -> list[str]:
+    """The instruction sets that this machine's compiled kernels can be made to use; none without a compiler."""
+    if ensure_loaded().isa is None:
+        return []
+    have = []
+    for name in ("avx512_vnni", "avx2", "portable"):
+        try:
+            with forced(name):
+                have.append(name)
+        except RuntimeError:
+            continue
+    return have
+
+
+@contextmanager
+def forced(isa: str) -> Iterator[None]:
+    before = torch.ops.foveate._cpu_isa("")
+    torch.ops.foveate._cpu_isa(isa)
+    try:
+        yield
+    finally:
+        torch.ops.foveate._cpu_isa(before)
+
+
+@dataclass
+class Call:
+    x: Tensor
+    weights: list[PlaneTensor]
+    biases: list[Tensor]
+    input_level: Tensor
+    choice: Tensor | None = None
+    order: Tensor | None = None
+
+    def op_args(self) -> tuple[Any, ...]:
+        w = self.weights
+        return (
+            self.x, [p for one in w for p in one.planes], [one.scales for one in w], [one.units for one in w],
+            [one.starts for one in w], [one.resident for one in w], [one.tags for one in w], self.biases,
+            [one.rows for one in w], w[0].group, [one.reach for one in w], self.input_level, self.choice, self.order,
+        )  # fmt: skip
+
+    def run(self) -> list[Tensor]:
+        return linear(self.x, self.weights, self.biases, self.input_level, self.choice, self.order)
+
+    def by_reference(self) -> list[Tensor]:
+        return reference.plane_linear(*self.op_args())
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    """Any number of weights, odd shapes, tiles missing or at any level, every kind of x."""
+    seed = draw(st.integers(0, 10**6))
+    columns = draw(st.sampled_from((1, 3, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257, 300)))
+    rows_of_x = draw(st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 40)))
+    group = draw(st.sampled_from((32, 64, 128)))
+    weights, biases = [], []
+    for i in range(draw(st.integers(1, 3))):
+        n = draw(st.sampled_from((1, 2, 15, 16, 17, 48, 63, 65, 100)))
+        reach = draw(st.integers(0, 2))
+        w = coded(n, columns, group=group, reach=reach, row_gains=draw(st.booleans()), seed=seed + i).planes
+        if draw(st.booleans()):
+            w = w.kept(random_levels(w, seed + 10 + i))
+        for which in (0, 1):
+            uniform = draw(st.sampled_from((None, 0, 2, 3, 4, 6, 8)))
+            levels = random_levels(w, seed + 20 + i + which) if uniform is None else torch.full_like(w.tags[0], uniform)
+            w.tags[which].copy_(levels)
+        weights.append(w)
+        biases.append(torch.randn(n, generator=generator(seed + 30 + i)) if draw(st.booleans()) else torch.empty(0))
+    g = generator(seed + 40)
+    x = torch.randn(rows_of_x, columns, generator=g) * 10 ** draw(st.sampled_from((-3, 0, 2)))
+    x = x.to(draw(st.sampled_from(DTYPES)))
+    layout = draw(st.sampled_from(("plain", "transposed", "strided", "three")))
+    if layout == "transposed":
+        x = x.t().contiguous().t()
+    elif layout == "strided":
+        x = torch.cat([x, x], 1)[:, :columns]
+    elif layout == "three":
+        x = x.unsqueeze(1).expand(-1, 2, -1)
+    count = x.shape[:-1].numel()
+    choice = torch.randint(0, 2, x.shape[:-1], generator=g).bool() if draw(st.booleans()) else None
+    if choice is not None and draw(st.booleans()):
+        choice = choice.to(torch.uint8)
+    order = torch.randperm(columns, generator=g) if draw(st.booleans()) else None
+    level = torch.tensor([draw(st.sampled_from((4, 8, 16))) for _ in range(2)], dtype=torch.uint8)
+    assert choice is None or choice.numel() == count
+    return Call(x, weights, biases, level, choice, order)
+
+
+def simple(
+    rows: int = 40,
+    columns: int = 100,
+    m: int = 5,
+    *,
+    level: int = 8,
+    group: int = 32,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Call:
+    """One weight of mixed levels, with a bias."""
+    w = coded(rows, columns, group=group, row_gains=True, seed=seed).planes
+    w.tags[0].copy_(random_levels(w, seed))
+    w.tags[1].copy_(random_levels(w, seed + 1))
+    x = torch.randn(m, columns, generator=generator(seed)).to(dtype)
+    bias = torch.randn(rows, generator=generator(seed + 1))
+    return Call(x, [w], [bias], torch.full((2,), level, dtype=torch.uint8))

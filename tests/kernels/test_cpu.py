@@ -1,0 +1,252 @@
+"""The compiled kernels against the reference, and against themselves: one result, whatever computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels.cases import Call, calls, forced, isas, simple
+from tiny import coded, generator, random_levels
+from torch import Tensor
+
+from foveate.errors import FoveateError
+from foveate.kernels import reference
+from foveate.planes import linear
+
+ISAS = isas()
+pytestmark = pytest.mark.skipif(not ISAS, reason="no compiled kernels: no C++ compiler was found")
+EPS = torch.finfo(torch.float32).eps
+
+
+def _same(got: Tensor, expected: Tensor) -> bool:
+    """Equal to the bit, NaN being NaN, and zeros of either sign zero."""
+    return got.dtype == expected.dtype and bool(((got == expected) | (got.isnan() & expected.isnan())).all())
+
+
+@settings(max_examples=150)
+@given(calls())
+def test_every_instruction_set_gives_the_bits_of_the_reference(call: Call) -> None:
+    expected = call.by_reference()
+    for isa in ISAS:
+        with forced(isa):
+            for got, want in zip(call.run(), expected, strict=True):
+                assert got.shape == want.shape
+                assert _same(got, want), isa
+
+
+@settings(max_examples=60)
+@given(call=calls(), levels=st.sampled_from([(32, 32), (8, 32), (32, 4)]))
+def test_float_inputs_are_a_float_product(call: Call, levels: tuple[int, int]) -> None:
+    call.input_level = torch.tensor(levels, dtype=torch.uint8)
+    for got, want, w in zip(call.run(), call.by_reference(), call.weights, strict=True):
+        # K products in any order, each at most |x| |w|, and the rounding of the output's dtype
+        size = (
+            call.x.shape[-1]
+            * float(call.x.abs().max() if call.x.numel() else 0)
+            * (float(w.scales.abs().max()) * 10 if w.scales.numel() else 0)
+        )
+        bound = call.x.shape[-1] * EPS * size + 2 * torch.finfo(got.dtype).eps * want.float().abs() + 1e-30
+        assert got.dtype == want.dtype
+        assert bool(((got.float() - want.float()).abs() <= bound).all())
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(1, 100),
+    columns=st.integers(1, 300),
+    group=st.sampled_from((32, 64, 128)),
+    reach=st.integers(0, 2),
+    row_gains=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_unpack_and_embedding(rows: int, columns: int, group: int, reach: int, row_gains: bool, seed: int) -> None:
+    w = coded(rows, columns, group=group, reach=reach, row_gains=row_gains, seed=seed).planes
+    if seed % 2:
+        w = w.kept(random_levels(w, seed))
+    w.tags.copy_(torch.stack([random_levels(w, seed + 1), random_levels(w, seed + 2)]))
+    indices = torch.randint(0, rows, (3, 5), generator=generator(seed))
+    for which in (0, 1):
+        expected = reference.plane_unpack(*w.op_args(which))
+        for isa in ISAS:
+            with forced(isa):
+                assert _same(w.dequantize(which), expected)
+                for kind in (torch.int64, torch.int32):
+                    got = torch.ops.foveate.plane_embedding(indices.to(kind), *w.op_args(which))
+                    assert _same(got, expected[indices])
+
+
+@pytest.mark.parametrize("level", [4, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_row_does_not_depend_on_its_batch_or_on_threads(level: int, dtype: torch.dtype, group: int) -> None:
+    call = simple(200, 260, 70, level=level, dtype=dtype, group=group)
+    (alone,) = call.run()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        for m in (1, 2, 3, 4, 5, 8, 11, 16, 33, 70):
+            call_m = Call(call.x[:m], call.weights, call.biases, call.input_level)
+            assert torch.equal(call_m.run()[0], alone[:m]), (threads, m)
+    for row in range(0, 70, 23):
+        call_1 = Call(call.x[row : row + 1], call.weights, call.biases, call.input_level)
+        assert torch.equal(call_1.run()[0], alone[row : row + 1])
+
+
+def test_a_row_does_not_depend_on_what_shares_its_call() -> None:
+    call = simple(64, 130, 12)
+    other = coded(50, 130, seed=9).planes
+    choice = torch.arange(12) % 3 == 0
+    first, second = (
+        Call(call.x, call.weights, call.biases, call.input_level, c).run()[0]
+        for c in (torch.zeros(12, dtype=torch.bool), torch.ones(12, dtype=torch.bool))
+    )
+    mixed, _ = linear(call.x, [*call.weights, other], [*call.biases, torch.empty(0)], call.input_level, choice)
+    assert torch.equal(mixed, torch.where(choice[:, None], second, first))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("level", [4, 8, 16, 32])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("weight_level", [0, 2, 8])
+def test_a_row_that_is_not_finite_gives_nan_and_harms_no_other(level: int, bad: float, weight_level: int) -> None:
+    call = simple(40, 100, 6, level=level)
+    call.weights[0].tags.fill_(weight_level)
+    (clean,) = call.run()
+    call.x[2, 99] = bad
+    for isa in ISAS:
+        with forced(isa):
+            (y,) = call.run()
+            others = [0, 1, 3, 4, 5]
+            if level != 32:
+                assert bool(y[2].isnan().all())
+                assert torch.equal(y[others], clean[others])
+            else:
+                assert not bool(y[2].isfinite().any())
+                assert torch.allclose(y[others], clean[others], rtol=1e-5, atol=1e-5)
+    assert bool(call.by_reference()[0][others].isfinite().all())
+
+
+@pytest.mark.parametrize("level", [4, 8, 16, 32])
+def test_rows_of_zeros_give_the_bias(level: int) -> None:
+    call = simple(40, 100, 3, level=level)
+    call.x[1] = 0
+    for isa in ISAS:
+        with forced(isa):
+            assert torch.equal(call.run()[0][1], call.biases[0])
+
+
+@pytest.mark.parametrize("level", [4, 8, 16])
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1.2e-38, 1e-36, 1e30, 3e38])
+def test_tiny_and_huge_rows(level: int, size: float) -> None:
+    call = simple(40, 100, 4, level=level)
+    call.x = call.x / call.x.abs().max() * size
+    call.x[0, 0] = size
+    expected = call.by_reference()[0]
+    for isa in ISAS:
+        with forced(isa):
+            assert _same(call.run()[0], expected), isa
+
+
+def test_a_tile_at_level_0_is_skipped_whole() -> None:
+    call = simple(32, 64, 3)
+    call.weights[0].tags.fill_(0)
+    assert torch.equal(call.run()[0], call.biases[0].expand(3, -1))
+    assert float(call.weights[0].dequantize().abs().max()) == 0
+
+
+def test_bytes_of_planes_that_no_level_reads_do_not_matter() -> None:
+    """Reading 4 bits with planes 3 and 4 poisoned, and tiles' neighbours with them."""
+    call = simple(48, 128, 7)
+    w = call.weights[0]
+    w.tags.fill_(4)
+    (before,) = call.run()
+    for plane in w.planes[3:]:
+        plane.fill_(0xFF)
+    for isa in ISAS:
+        with forced(isa):
+            assert torch.equal(call.run()[0], before)
+
+
+def test_a_forced_instruction_set_must_exist() -> None:
+    with pytest.raises(RuntimeError, match=r"instruction set \(=mmx\) is not one of"):
+        torch.ops.foveate._cpu_isa("mmx")
+
+
+def _replace(index: int, make: Callable[[object], object]) -> Callable[[Call], tuple[object, ...]]:
+    def args(call: Call) -> tuple[object, ...]:
+        listed = list(call.op_args())
+        listed[index] = make(listed[index])
+        return tuple(listed)
+
+    return args
+
+
+def _first(make: Callable[[Tensor], Tensor]) -> Callable[[object], object]:
+    return lambda listed: [make(listed[0]), *listed[1:]]  # type: ignore[index]
+
+
+MALFORMED = {
+    "too few planes": _replace(1, lambda v: v[:-1]),  # type: ignore[index]
+    "a plane cut off": _replace(1, _first(lambda t: t[:-1])),
+    "a plane short by a tile": _replace(1, _first(lambda t: t[: -32 * 16 // 4])),
+    "a plane of another dtype": _replace(1, _first(lambda t: t.to(torch.int32))),
+    "a plane not contiguous": _replace(1, _first(lambda t: t.repeat_interleave(2)[::2])),
+    "no planes": _replace(1, lambda v: []),
+    "scales cut off": _replace(2, _first(lambda t: t[:-32])),
+    "scales in float32": _replace(2, _first(lambda t: t.float())),
+    "units of another shape": _replace(3, _first(lambda t: t[:, :7])),
+    "units of four levels": _replace(3, _first(lambda t: t[:4])),
+    "starts past the end": _replace(4, _first(lambda t: t + 1)),
+    "starts below zero": _replace(4, _first(lambda t: t - 5)),
+    "starts far away": _replace(4, _first(lambda t: t + 2**60)),
+    "starts of another shape": _replace(4, _first(lambda t: t[:, :5])),
+    "resident of a level that does not exist": _replace(5, _first(lambda t: torch.full_like(t, 5))),
+    "resident of another grid": _replace(5, _first(lambda t: t[:, 1:])),
+    "tags of a level that does not exist": _replace(6, _first(lambda t: torch.full_like(t, 7))),
+    "tags of one map": _replace(6, _first(lambda t: t[:1])),
+    "a bias of another length": _replace(7, _first(lambda t: t[1:])),
+    "a bias in bfloat16": _replace(7, _first(lambda t: t.bfloat16())),
+    "no biases": _replace(7, lambda v: []),
+    "rows below zero": _replace(8, lambda v: [-1]),
+    "too many rows": _replace(8, lambda v: [400]),
+    "another group": _replace(9, lambda v: 128),
+    "a group that does not exist": _replace(9, lambda v: 48),
+    "a reach that does not exist": _replace(10, lambda v: [3]),
+    "an input level that does not exist": _replace(11, lambda t: torch.full((2,), 5, dtype=torch.uint8)),
+    "one input level": _replace(11, lambda t: t[:1]),  # type: ignore[index]
+    "input levels in int64": _replace(11, lambda t: t.long()),  # type: ignore[attr-defined]
+    "a choice of another length": _replace(12, lambda v: torch.zeros(3, dtype=torch.bool)),
+    "a choice in float": _replace(12, lambda v: torch.zeros(5)),
+    "an order of another length": _replace(13, lambda v: torch.arange(7)),
+    "an order in int32": _replace(13, lambda v: torch.arange(100, dtype=torch.int32)),
+    "an order outside": _replace(13, lambda v: torch.arange(100) + 1),
+    "an order below zero": _replace(13, lambda v: torch.arange(100) - 1),
+    "x of integers": _replace(0, lambda v: torch.ones(5, 100, dtype=torch.int64)),
+    "x without dimensions": _replace(0, lambda v: torch.tensor(1.0)),
+    "x of other columns": _replace(0, lambda v: torch.ones(5, 300)),
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+@pytest.mark.parametrize("level", [8, 32])
+def test_malformed_arguments_are_errors(what: str, level: int) -> None:
+    call = simple(level=level)
+    call.weights[0].tags.fill_(8)
+    for isa in ISAS:
+        with forced(isa), pytest.raises((RuntimeError, IndexError)):
+            torch.ops.foveate.plane_linear(*MALFORMED[what](call))
+
+
+@pytest.mark.parametrize("index", [-1, 40, 2**40])
+def test_an_embedding_index_outside_is_an_error(index: int) -> None:
+    w = coded(40, 50).planes
+    with pytest.raises(IndexError, match=r"is not a row of the embedding, 0..39"):
+        torch.ops.foveate.plane_embedding(torch.tensor([0, index]), *w.op_args())
+
+
+def test_columns_must_fit_the_weight_even_within_the_padding() -> None:
+    w = coded(16, 50).planes
+    with pytest.raises(FoveateError, match="x has 49 columns, the weight 50"):
+        linear(torch.ones(2, 49), [w], [torch.empty(0)], torch.full((2,), 8, dtype=torch.uint8))

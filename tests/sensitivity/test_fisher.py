@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import coded, mlp, quantized_mlp, rows
+from torch import Tensor
+
+import foveate as fv
+from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.sensitivity import tile_losses
+
+
+@pytest.mark.parametrize("factored", [False, True])
+def test_losses_are_the_sums_of_their_tiles(factored: bool) -> None:
+    w = coded(35, 70, group=32).planes
+    original = torch.randn(35, 70)
+    g, a = torch.rand(35), torch.rand(70)
+    other = torch.rand(35, 70)
+    fishers: list[Tensor | tuple[Tensor, Tensor]] = [(g, a) if factored else g[:, None] * a, other]
+
+    def at_level(level: int) -> Tensor:
+        w.tags.fill_(level)
+        return w.dequantize()
+
+    table = tile_losses(original, at_level, fishers, 32)
+    assert table.shape == (9, 6)
+    for column, level in enumerate(WEIGHT_LEVELS):
+        error = original - (at_level(level) if level else 0)
+        score = 0.5 * error.square() * (g[:, None] * a + other)
+        for tile in range(9):
+            strip, group = divmod(tile, 3)
+            part = score[strip * 16 : strip * 16 + 16, group * 32 : group * 32 + 32]
+            assert float(table[tile, column]) == pytest.approx(float(part.sum()), rel=1e-4)
+
+
+def test_predicted_loss_is_the_measured_kl() -> None:
+    """A quadratic prediction of small changes: right within a factor at the level where they are small."""
+    torch.manual_seed(0)
+    original, held_out = mlp(), rows(2000, 70, 4, seed=7)
+    model = mlp()
+    profile = fv.quantize(model, rows(2000, 70, 4), objective=fv.Logits(), progress=False)
+    plans = [profile.uniform(level, 32) for level in (3, 4, 6)]
+    outcomes = fv.measure(model, plans, held_out, reference=original, objective=fv.Logits(), progress=False)
+    for plan, outcome in zip(plans, outcomes, strict=False):
+        assert 0.7 < outcome.divergence / plan.predicted_loss < 1.4, plan.mean_level(plan.sites[0])
+
+
+def test_losses_fall_with_the_level() -> None:
+    _, profile = quantized_mlp()
+    for table in profile.losses.values():
+        total = table.sum(0)
+        assert bool((total[1:] < total[:-1]).all())
+        assert bool((table >= 0).all())

@@ -1,0 +1,95 @@
+"""Imports point one way: a room imports only rooms of lower levels, and rooms on one level do not import each other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import foveate
+
+SOURCE = Path(foveate.__file__).parent
+
+#: Rooms by level, as the design has them. A room is a folder or a file; `progress` and `version` are for any of them.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "progress", "version"),
+    ("formats",),
+    ("kernels",),
+    ("planes",),
+    ("maps",),
+    ("collect", "rounding", "activations"),
+    ("sensitivity", "allocate", "checkpoint", "memory"),
+    ("nn",),
+    ("verify", "inputs", "importance", "runtime"),
+    ("serve", "bench", "report"),
+    ("cli",),
+)
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+
+
+def _room(module: str) -> str:
+    """`foveate.nn.modules` -> `nn`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def _modules() -> Iterator[tuple[str, Path]]:
+    for file in sorted(SOURCE.rglob("*.py")):
+        parts = ("foveate", *file.relative_to(SOURCE).with_suffix("").parts)
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+
+
+def _imports(module: str, file: Path) -> Iterator[tuple[int, str]]:
+    """Every module of ours that a file imports, at its head or inside a function."""
+    submodules = {name for name, _ in _modules()}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "foveate")
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            if base.split(".")[0] == "foveate":
+                for alias in node.names:
+                    full = f"{base}.{alias.name}"
+                    yield node.lineno, full if full in submodules else base
+
+
+def test_every_room_has_a_level() -> None:
+    rooms = {_room(module) for module, _ in _modules()} - {"", "__main__"}
+    assert rooms <= set(LEVEL_OF), f"rooms without a level: {sorted(rooms - set(LEVEL_OF))}"
+
+
+@pytest.mark.parametrize("module", [m for m, _ in _modules() if _room(m) not in ("", "__main__")])
+def test_imports_point_down(module: str) -> None:
+    room = _room(module)
+    wrong = []
+    for line, imported in _imports(module, dict(_modules())[module]):
+        other = _room(imported)
+        if other == room:
+            continue
+        # the top of the package is for users, and for the rooms that are its users
+        if not other:
+            if LEVEL_OF[room] < LEVEL_OF["verify"]:
+                wrong.append(f"line {line}: the package itself")
+        elif LEVEL_OF[other] >= LEVEL_OF[room]:
+            wrong.append(f"line {line}: {imported}, of level {LEVEL_OF[other]} (this is {LEVEL_OF[room]})")
+    assert not wrong, f"{module} imports {'; '.join(wrong)}"
+
+
+def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:
+    file = tmp_path / "levels.py"
+    file.write_text("def f():\n    from foveate import nn\n    import foveate.cli.app\n    from ..maps import Site\n")
+    assert sorted(_imports("foveate.formats.levels", file)) == [
+        (2, "foveate.nn"),
+        (3, "foveate.cli.app"),
+        (4, "foveate.maps"),
+    ]
+
+
+def test_modules_are_short_and_teach() -> None:
+    for module, file in _modules():
+        text = file.read_text()
+        assert ast.get_docstring(ast.parse(text)), f"{module} has no docstring at its head"
