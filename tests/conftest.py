@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import nn
+
+import foveate as fv
+from tiny import quantized_mlp
 
 settings.register_profile(
     "foveate",
@@ -28,3 +33,11 @@ def _same_every_time() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module, fv.Profile]:
+    model, profile = quantized_mlp()
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    fv.save(model, folder)
+    return folder, model, profile

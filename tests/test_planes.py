@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import coded, random_levels
 
 from foveate.errors import FoveateError
 from foveate.maps import PrecisionMap, Site
-from foveate.planes import ALIGNMENT, HUGE_PAGE, PlaneTensor, arena, gathered, resident_bytes, shared_tags, units_of
+from foveate.planes import ALIGNMENT, HUGE_PAGE, PlaneTensor, arena, gathered, resident_bytes, shared_tags
+from tiny import coded, random_levels
 
 
 def _site(w: PlaneTensor) -> Site:
@@ -110,14 +110,11 @@ def test_bytes_of_a_tile_by_hand(level: int, group: int, expected: int) -> None:
     assert resident_bytes(level, 7, group) == 7 * expected
 
 
-def test_units_are_gain_times_half_a_step() -> None:
-    gain = torch.tensor([[1.0], [0.5], [1.0], [1.0], [2.0]], dtype=torch.float16)
-    assert units_of(gain, 0, 20).tolist() == [[2.0], [0.5], [0.5], [0.125], [0.0625]]
-    assert units_of(gain, 2, 20).tolist() == [[2.0], [0.5], [0.5], [0.5], [0.25]]
-    by_row = units_of(gain.expand(5, 20), 0, 20)
-    assert by_row.shape == (5, 32)
-    assert by_row[0, 19] == 2.0
-    assert by_row[0, 20] == 0.0
+def test_gains_are_padded_to_whole_tiles() -> None:
+    w = coded(20, 70, row_gains=True)
+    assert w.planes.gain.shape == (2, 32)
+    assert torch.equal(w.planes.gain[:, :20], w.gain)
+    assert coded(20, 70).planes.gain.shape == (2, 1)
 
 
 def test_copies_are_independent() -> None:

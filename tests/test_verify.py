@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import mlp, quantized_llama, quantized_mlp, rows, tokens
 from torch import Tensor
 
 import foveate as fv
 from foveate.errors import DataError, SiteError
+from tiny import mlp, quantized_llama, quantized_mlp, rows, tokens
 
 HELD_OUT = rows(50, 70, 4, seed=9)
 

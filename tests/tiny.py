@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ class Coded:
         }
         out = torch.zeros(p.rows, p.columns, dtype=torch.float64)
         for i, (level, (c, top, step)) in enumerate(code.items()):
-            gain = self.gain[i].double().expand(p.rows)[:, None]
+            # from 4 bits on there is no gain
+            gain = self.gain[i].double().expand(p.rows)[:, None] if level < 4 else 1.0
             out = torch.where(level_NK == level, offset + scale * gain * step * (c - top / 2), out)
         return out
 
@@ -63,7 +65,7 @@ def coded(rows: int, columns: int, *, group: int = 32, reach: int = 0, row_gains
     residual = torch.randint(0, 16, (rows, columns), generator=g, dtype=torch.uint8)
     scale = (torch.rand(rows, groups, generator=g) * 0.02 + 0.001).half()
     offset = (torch.randn(rows, groups, generator=g) * 0.01).half()
-    gain = (1 + 0.05 * torch.randn(5, rows if row_gains else 1, generator=g)).half()
+    gain = (1 + 0.05 * torch.randn(2, rows if row_gains else 1, generator=g)).half()
     planes = from_codes(anchor, residual, scale, offset, gain, group=group, reach=reach)
     return Coded(planes, anchor, residual, scale, offset, gain)
 
@@ -77,7 +79,7 @@ def random_levels(planes: PlaneTensor, seed: int, levels: Sequence[int] = LEVELS
 def mlp(sizes: Sequence[int] = (70, 40, 24, 10), seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     layers: list[nn.Module] = []
-    for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

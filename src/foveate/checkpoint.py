@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -30,10 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.errors import CheckpointError, FoveateError, PlaneNotResidentError, SiteError
-from foveate.formats.levels import NESTED_LEVELS, PLANES, REACHES, WEIGHT_LEVELS
-from foveate.formats.packing import GROUPS, SCALE_VALUES, tile_bytes, tile_starts
+from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, REACHES, WEIGHT_LEVELS
+from foveate.formats.packing import GROUPS, SCALE_VALUES, TILE_ROWS, tile_bytes, tile_starts
 from foveate.maps import Levels, PrecisionMap, Profile, Site
-from foveate.planes import PlaneTensor, arena, shared_tags, units_of
+from foveate.planes import PlaneTensor, arena, shared_tags
 
 VERSION = 1
 HEAD = "foveate.json"
@@ -133,7 +134,9 @@ def write(
         )
         _write_head(folder, head, made)
     for old in folder.iterdir():
-        if (_DATA_FILE.fullmatch(old.name) and old.name not in files.values()) or old.name.startswith(".foveate-"):
+        if old.name.startswith(".foveate-") and old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+        elif _DATA_FILE.fullmatch(old.name) and old.name not in files.values():
             old.unlink(missing_ok=True)
 
 
@@ -191,35 +194,44 @@ def _folder(folder: Path) -> Iterator[list[Path]]:
     existed = folder.exists()
     made: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        _staging(folder).mkdir(parents=True, exist_ok=True)
         yield made
     except (OSError, SafetensorError) as error:
         for file in made:
             file.unlink(missing_ok=True)
+        shutil.rmtree(_staging(folder), ignore_errors=True)
         if not existed:
             with suppress(OSError):
                 folder.rmdir()
         if isinstance(error, FoveateError):
             raise
         raise CheckpointError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(_staging(folder), ignore_errors=True)
+
+
+def _staging(folder: Path) -> Path:
+    """Where files are written before they get their names; safetensors puts temporary files of its own beside them."""
+    return folder / f".foveate-{os.getpid()}"
 
 
 def _write_tensors(target: Path, tensors: Mapping[str, Tensor], made: list[Path]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    new = not target.exists()
-    made.append(temporary)
+    temporary = _staging(target.parent) / target.name
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
-    _commit(temporary, target)
-    made[-1:] = [target] if new else []
+    _name(temporary, target, made)
 
 
 def _write_bytes(target: Path, content: bytes, made: list[Path]) -> None:
-    temporary = target.with_name(f".foveate-{target.name}.{os.getpid()}")
-    new = not target.exists()
-    made.append(temporary)
+    temporary = _staging(target.parent) / target.name
     temporary.write_bytes(content)
+    _name(temporary, target, made)
+
+
+def _name(temporary: Path, target: Path, made: list[Path]) -> None:
+    new = not target.exists()
     _commit(temporary, target)
-    made[-1:] = [target] if new else []
+    if new:
+        made.append(target)
 
 
 def _commit(temporary: Path, target: Path) -> None:
@@ -421,7 +433,8 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
     made = []
     for i, site in enumerate(sites):
         gain = _read_tensor(folder, head, "scales", f"{site.name}|gain").clone()
-        if gain.dtype != torch.float16 or gain.shape != (len(NESTED_LEVELS), site.rows if site.row_gains else 1):
+        gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
+        if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
             raise CheckpointError(f"{folder}: the gains of {site.name} are malformed")
         resident, reach = wanted[site.name], head.reach[site.name]
         made.append(
@@ -429,7 +442,6 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
                 planes=tuple(planes[p][i] for p in range(PLANES)),
                 scales=scales[i],
                 gain=gain,
-                units=units_of(gain, reach, site.rows),
                 resident=resident,
                 starts=tile_starts(resident),
                 tags=resident.expand(2, -1, -1).clone(),

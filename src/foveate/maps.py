@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError, LevelError, SiteError
-from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
+from foveate.formats.levels import GAINED_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
 from foveate.formats.packing import TILE_ROWS, tile_grid
 from foveate.planes import resident_bytes
 
@@ -106,13 +106,12 @@ class Site:
 
     def stored_overhead(self) -> int:
         """Bytes in the file besides planes and scales: gains and the level each tile is stored for."""
-        return self.tiles + 2 * len(NESTED_LEVELS) * (self.rows if self.row_gains else 1)
+        gain_rows = self.grid[0] * TILE_ROWS if self.row_gains else 1
+        return self.tiles + 2 * len(GAINED_LEVELS) * gain_rows
 
     def resident_overhead(self) -> int:
-        """Bytes in memory besides planes and scales: gains, units, the tile index and both maps."""
-        strips = self.grid[0]
-        unit_rows = strips * TILE_ROWS if self.row_gains else 1
-        return self.stored_overhead() + 4 * len(NESTED_LEVELS) * unit_rows + 2 * self.tiles + 48 * strips
+        """Bytes in memory besides planes and scales: gains, the tile index and both maps."""
+        return self.stored_overhead() + 2 * self.tiles + 48 * self.grid[0]
 
 
 Levels = int | bytes

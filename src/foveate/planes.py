@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.formats.levels import NESTED_LEVELS, PLANES, TOP_LEVEL, code_step, planes_of
+from foveate.formats.levels import NESTED_LEVELS, PLANES, TOP_LEVEL, planes_of
 from foveate.formats.packing import (
     SCALE_VALUES,
     TILE_ROWS,
@@ -39,8 +40,7 @@ class PlaneTensor:
     Attributes:
         planes: five uint8 1-D tensors, the stored tiles of each plane in tile order; empty where no tile has the plane.
         scales: float16 1-D, 16 scales and 16 offsets for each stored tile.
-        gain: float16 [5, 1] or [5, rows], near 1, one row for each of the levels 2, 3, 4, 6, 8.
-        units: float32 [5, 1] or [5, NT * 16]: gain times half the code step, what the kernels multiply scales with.
+        gain: float16 [2, 1] or [2, NT * 16], near 1: what levels 2 and 3 multiply the scales with.
         resident: uint8 [NT, G], the highest level each tile is stored for.
         starts: int64 [NT, 6], see `formats.packing.tile_starts`.
         tags: uint8 [2, NT, G], the level each tile is read at, for each of two maps.
@@ -50,7 +50,6 @@ class PlaneTensor:
     planes: tuple[Tensor, ...]
     scales: Tensor
     gain: Tensor
-    units: Tensor
     resident: Tensor
     starts: Tensor
     tags: Tensor
@@ -70,8 +69,8 @@ class PlaneTensor:
         return tile_grid(self.rows, self.columns, self.group)
 
     def nbytes(self) -> int:
-        """Bytes in memory: planes, scales, gains and units, and the tile index with its two maps."""
-        tensors = (*self.planes, self.scales, self.gain, self.units, self.resident, self.starts, self.tags)
+        """Bytes in memory: planes, scales, gains, and the tile index with its two maps."""
+        tensors = (*self.planes, self.scales, self.gain, self.resident, self.starts, self.tags)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def op_args(
@@ -79,7 +78,7 @@ class PlaneTensor:
     ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, int, int]:
         """The arguments that `plane_unpack` and `plane_embedding` take, in order."""
         return (
-            list(self.planes), self.scales, self.units, self.starts, self.resident, self.tags,
+            list(self.planes), self.scales, self.gain, self.starts, self.resident, self.tags,
             self.rows, self.columns, self.group, self.reach, which,
         )  # fmt: skip
 
@@ -109,15 +108,6 @@ class PlaneTensor:
         )
 
 
-def units_of(gain: Tensor, reach: int, rows: int) -> Tensor:
-    """`PlaneTensor.units` of a gain: float32 [5, 1], or [5, NT * 16] padded with zeros."""
-    half_steps = torch.tensor([[0.5 * code_step(level, reach)] for level in NESTED_LEVELS])
-    units = gain.float() * half_steps
-    if units.shape[1] > 1:
-        units = torch.nn.functional.pad(units, (0, -rows % TILE_ROWS))
-    return units.contiguous()
-
-
 def from_codes(
     anchor_NK: Tensor, residual_NK: Tensor, scale_NG: Tensor, offset_NG: Tensor, gain: Tensor, *, group: int, reach: int
 ) -> PlaneTensor:
@@ -127,7 +117,7 @@ def from_codes(
         anchor_NK: uint8 [N, K], the 4-bit codes.
         residual_NK: uint8 [N, K], the 4-bit codes of what the anchor leaves.
         scale_NG, offset_NG: float16 [N, G].
-        gain: float16 [5, 1] or [5, N].
+        gain: float16 [2, 1] or [2, N], for levels 2 and 3.
         group: inputs a group.
         reach: widening of the residual planes.
     """
@@ -137,8 +127,7 @@ def from_codes(
     return PlaneTensor(
         planes=tuple(pack_plane(q, i, group).flatten() for i, q in enumerate(split_planes(anchor_NK, residual_NK))),
         scales=pack_scales(scale_NG, offset_NG).flatten(),
-        gain=gain,
-        units=units_of(gain, reach, rows),
+        gain=F.pad(gain, (0, -rows % TILE_ROWS)) if gain.shape[1] > 1 else gain,
         resident=resident,
         starts=tile_starts(resident),
         tags=resident.expand(2, -1, -1).clone(),
@@ -169,7 +158,7 @@ def linear(
         x if x.dtype != torch.float64 else x.float(),
         [plane for w in weights for plane in w.planes],
         [w.scales for w in weights],
-        [w.units for w in weights],
+        [w.gain for w in weights],
         [w.starts for w in weights],
         [w.resident for w in weights],
         [w.tags for w in weights],

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import generator, mlp, rows
 from torch import Tensor, nn
 
 from foveate.collect.kinds import Kind, find_weights, kind_of, patches, weight_matrix, weight_matrix_shape
 from foveate.collect.objectives import Custom, Embedding, Logits, infer, run
-from foveate.collect.statistics import Collector
+from foveate.collect.statistics import Collector, Factored
 from foveate.errors import DataError
+from tiny import generator, mlp, rows
 
 
 def _collect(model: nn.Module, batches: list[Any], objective: Any) -> Collector:
@@ -38,16 +38,31 @@ def test_factors_are_the_energies_of_inputs_and_gradients() -> None:
     a = first(x).detach().requires_grad_()
     h = torch.relu(a)
     z = second(h)
-    labels = torch.multinomial(z.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
-    g_a, g_z = torch.autograd.grad(F.cross_entropy(z, labels, reduction="sum"), (a, z))
+    g_a, g_z = torch.autograd.grad(_loss_of(Logits())(z, x), (a, z))
     expected = {"0": (g_a, x), "2": (g_z, h.detach())}
     for name, (g, inputs) in expected.items():
-        gradient, energy = collector.by_module[name].fisher(collector.samples)
-        assert torch.allclose(gradient, g.square().mean(0), rtol=1e-5)
-        assert torch.allclose(energy, inputs.square().mean(0), rtol=1e-5)
+        fisher = collector.by_module[name].fisher(collector.samples)
+        assert isinstance(fisher, Factored)
+        assert torch.allclose(fisher.gradient_N, g.square().mean(0), rtol=1e-5)
+        assert torch.allclose(fisher.energy_K, inputs.square().mean(0), rtol=1e-5)
     assert collector.samples == 7
     limits = collector.by_module["0"].tensors["output_range"]
     assert limits.tolist() == [float(a.detach().min()), float(a.detach().max())]
+
+
+def test_covariances_are_kept_within_their_budget() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).requires_grad_(False)
+    (x,) = rows(7, 6, 1)
+    collector = Collector(find_weights(model), Logits(), covariance_bytes=4 * (6 * 6 + 4 * 4))
+    collector.add(model, x)
+    assert collector.without_covariance == ["2"]
+    for name, inputs in (("0", x), ("4", model[:4](x))):
+        fisher = collector.by_module[name].fisher(7)
+        assert isinstance(fisher, Factored)
+        assert fisher.covariance_KK is not None
+        assert torch.allclose(fisher.covariance_KK, inputs.t() @ inputs / 7, atol=1e-6)
+        assert torch.allclose(fisher.covariance_KK.diagonal(), fisher.energy_K, atol=1e-6)
+    assert collector.by_module["2"].covariance() is None
 
 
 def _per_sample_fisher(model: nn.Module, name: str, x: Tensor, loss: Callable[[Any, Tensor], Tensor]) -> Tensor:
@@ -201,8 +216,10 @@ def test_embeddings_count_how_often_each_row_is_read() -> None:
     assert seen.tensors["frequency_N"].tolist() == [0, 3, 0, 2, 0, 0, 0, 0, 0, 1]
     e = model.embed(ids).detach().requires_grad_()
     (g,) = torch.autograd.grad(_loss_of(Logits())(model.head(e), ids), e)
-    frequency, energy = seen.fisher(collector.samples)
-    assert torch.allclose(energy, g.square().mean((0, 1)), rtol=1e-5)
+    fisher = seen.fisher(collector.samples)
+    assert isinstance(fisher, Factored)
+    frequency = fisher.gradient_N
+    assert torch.allclose(fisher.energy_K, g.square().mean((0, 1)), rtol=1e-5)
     # half a count for rows never met; all counts together are the tokens of a sample
     assert float(frequency.sum()) == pytest.approx(6 / 6, rel=1e-6)
     assert float(frequency[0]) == pytest.approx(float(frequency[9]) / 3, rel=1e-6)
@@ -341,6 +358,29 @@ def test_batches_are_passed_as_they_are() -> None:
     one, two = torch.tensor(3.0), torch.tensor(1.0)
     for batch in ({"b": two, "a": one}, (one, two), [one, two]):
         assert float(run(Two(), batch)) == 2
+
+
+def test_the_loss_of_logits_has_their_fisher_information_as_its_squared_gradient() -> None:
+    z = torch.randn(1, 5, generator=generator(3)).mul(2)
+    p = z.softmax(-1)[0]
+    repeated = z.expand(40_000, 5).clone().requires_grad_()
+    loss, samples = Logits().loss(repeated, None, generator(4))
+    (g,) = torch.autograd.grad(loss, repeated)
+    assert samples == 40_000
+    expected = p.diag() - p[:, None] * p
+    # a mean over 40000 draws, each with a variance of about twice the square
+    assert torch.allclose(g.t() @ g / samples, expected, atol=5 * 2**0.5 * float(expected.max()) / 200)
+
+
+def test_classes_that_are_ruled_out_do_no_harm() -> None:
+    z = torch.randn(4, 5)
+    z[:, 2] = -float("inf")
+    z.requires_grad_()
+    loss, _ = Logits().loss(z, None, generator(4))
+    (g,) = torch.autograd.grad(loss, z)
+    assert torch.isfinite(loss.detach())
+    assert torch.isfinite(g).all()
+    assert float(g[:, 2].abs().max()) == 0
 
 
 def test_objectives() -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from tiny import coded, generator, random_levels
 from torch import Tensor
 
 from foveate.kernels import reference
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.planes import PlaneTensor, linear
+from tiny import coded, generator, random_levels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,7 +55,7 @@ class Call:
     def op_args(self) -> tuple[Any, ...]:
         w = self.weights
         return (
-            self.x, [p for one in w for p in one.planes], [one.scales for one in w], [one.units for one in w],
+            self.x, [p for one in w for p in one.planes], [one.scales for one in w], [one.gain for one in w],
             [one.starts for one in w], [one.resident for one in w], [one.tags for one in w], self.biases,
             [one.rows for one in w], w[0].group, [one.reach for one in w], self.input_level, self.choice, self.order,
         )  # fmt: skip

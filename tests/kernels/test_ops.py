@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.cases import Call, simple
-from tiny import coded, generator, random_levels
 from torch import Tensor, nn
 
 from foveate.kernels import dispatch
 from foveate.nn.modules import PlaneEmbedding, PlaneLinear, PlaneWeight
 from foveate.planes import linear
+from kernels.cases import Call, simple
+from tiny import coded, generator, random_levels
 
 dispatch.ensure_loaded()
 EPS = torch.finfo(torch.float32).eps
@@ -87,8 +87,7 @@ def test_gradients_come_in_the_dtype_of_x(dtype: torch.dtype) -> None:
     assert torch.allclose(call.x.grad.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize(("gradient", "extras"), [(False, True), (True, False), (True, True)])
 def test_opcheck_linear(gradient: bool, extras: bool) -> None:
     call = simple(24, 70, 4)
     call.x.requires_grad_(gradient)

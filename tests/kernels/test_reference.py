@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import Coded, coded, generator, random_levels
 from torch import Tensor
 
 from foveate.kernels import reference
+from tiny import Coded, coded, generator, random_levels
 
 GROUPS = (32, 64, 128)
 EPS = torch.finfo(torch.float32).eps
@@ -81,7 +81,7 @@ def test_linear_is_codes_times_weight(level: int) -> None:
     bias = torch.randn(37, generator=generator(5))
     p = w.planes
     (y,) = reference.plane_linear(
-        x, p.planes, [p.scales], [p.units], [p.starts], [p.resident], [p.tags], [bias], [37], 64, [0],
+        x, p.planes, [p.scales], [p.gain], [p.starts], [p.resident], [p.tags], [bias], [37], 64, [0],
         torch.full((2,), level, dtype=torch.uint8),
     )  # fmt: skip
     seen = x.double()

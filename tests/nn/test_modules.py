@@ -7,12 +7,12 @@ import io
 
 import pytest
 import torch
-from tiny import llama, mlp, quantized_llama, quantized_mlp, rows, tokens
 from torch import nn
 
 import foveate as fv
 from foveate.errors import FoveateError, LevelError, PlaneNotResidentError, SiteError
 from foveate.nn.modules import PlaneLinear, on_planes
+from tiny import llama, mlp, quantized_llama, quantized_mlp, rows, tokens
 
 X = rows(seed=5)[0]
 
@@ -72,7 +72,7 @@ def test_errors_of_apply_change_nothing() -> None:
     assert fv.current_map(model) == plan
     assert torch.equal(model(X), before)
     assert fv.current_map(other) == other_profile.uniform(8)
-    with pytest.raises(FoveateError, match="the model is not quantized: call foveate.quantize or foveate.load first"):
+    with pytest.raises(FoveateError, match=r"is not quantized: call foveate\.quantize or foveate\.load first"):
         fv.apply(mlp(), plan)
 
 
@@ -146,10 +146,10 @@ def test_state_dict_holds_the_weights_and_not_the_levels(assign: bool) -> None:
     assert fv.current_map(other) == profile.uniform(4)
     fv.apply(model, profile.uniform(4))
     assert torch.equal(other(X), model(X))
-    with pytest.raises(RuntimeError, match="size mismatch|Missing key"):
-        fv_other = mlp((70, 20, 10))
-        fv.quantize(fv_other, rows(), progress=False)
-        fv_other.load_state_dict(state)
+    smaller = mlp((70, 20, 10))
+    fv.quantize(smaller, rows(), progress=False)
+    with pytest.raises(RuntimeError, match=r"size mismatch"):
+        smaller.load_state_dict(state)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, mlp, quantized_llama, rows, tokens
 from torch import Tensor, nn
 
 import foveate as fv
 from foveate.errors import DataError, FoveateError, SiteError, WeightError
 from foveate.nn.modules import PlaneConv, PlaneEmbedding, PlaneLinear
 from foveate.nn.quantize import group_for
+from tiny import llama, mlp, quantized_llama, rows, tokens
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
@@ -310,7 +310,7 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_damaged_resume_file(tmp_path: Path) -> None:
     file = tmp_path / "statistics"
     file.write_bytes(b"nothing of the kind")
-    with pytest.raises(DataError, match="cannot be read .* delete it to start afresh"):
+    with pytest.raises(DataError, match=r"cannot be read .* delete it to start afresh"):
         fv.quantize(mlp(), rows(), resume=file, progress=False)
 
 

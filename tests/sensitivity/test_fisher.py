@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import coded, mlp, quantized_mlp, rows
 from torch import Tensor
 
 import foveate as fv
+from foveate.collect.statistics import Factored
 from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.sensitivity import tile_losses
+from tiny import coded, mlp, quantized_mlp, rows
 
 
 @pytest.mark.parametrize("factored", [False, True])
@@ -16,7 +17,7 @@ def test_losses_are_the_sums_of_their_tiles(factored: bool) -> None:
     original = torch.randn(35, 70)
     g, a = torch.rand(35), torch.rand(70)
     other = torch.rand(35, 70)
-    fishers: list[Tensor | tuple[Tensor, Tensor]] = [(g, a) if factored else g[:, None] * a, other]
+    fishers: list[Tensor | Factored] = [Factored(g, a) if factored else g[:, None] * a, other]
 
     def at_level(level: int) -> Tensor:
         w.tags.fill_(level)
@@ -31,6 +32,27 @@ def test_losses_are_the_sums_of_their_tiles(factored: bool) -> None:
             strip, group = divmod(tile, 3)
             part = score[strip * 16 : strip * 16 + 16, group * 32 : group * 32 + 32]
             assert float(table[tile, column]) == pytest.approx(float(part.sum()), rel=1e-4)
+
+
+def test_with_a_covariance_the_tiles_add_up_to_the_whole_form() -> None:
+    w = coded(35, 70, group=32).planes
+    original, g, x = torch.randn(35, 70), torch.rand(35), torch.randn(200, 70) @ torch.randn(70, 70)
+    h = x.t() @ x / 200
+
+    def at_level(level: int) -> Tensor:
+        w.tags.fill_(level)
+        return w.dequantize()
+
+    plain = tile_losses(original, at_level, [Factored(g, h.diagonal())], 32)
+    whole = tile_losses(original, at_level, [Factored(g, h.diagonal(), h)], 32)
+    for column, level in enumerate(WEIGHT_LEVELS):
+        error = (original - (at_level(level) if level else 0)).double()
+        expected = 0.5 * (g.double() * (error @ h.double() * error).sum(1)).sum()
+        assert float(whole[:, column].double().sum()) == pytest.approx(float(expected), rel=1e-4)
+        # in the proportions of the squares
+        assert torch.allclose(
+            whole[:, column] / whole[:, column].sum(), plain[:, column] / plain[:, column].sum(), rtol=1e-4
+        )
 
 
 def test_predicted_loss_is_the_measured_kl() -> None:

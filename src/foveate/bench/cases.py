@@ -124,9 +124,9 @@ def sentences(folder: Path, share: float = 1.0) -> Case:
 
     dev, _ = _pairs(folder / "stsb" / "sts-dev.csv")
     test, scores = _pairs(folder / "stsb" / "sts-test.csv")
-    step = max(1, len(test) // _some(len(test), share))
+    step = max(1, round(2 / share))  # every second pair
     test, scores = test[::step], scores[::step]
-    calibration = sorted({s for pair in dev for s in pair})[:: max(1, round(3 / share))]
+    calibration = sorted({s for pair in dev for s in pair})[:: max(1, round(6 / share))]
     # every sentence once, those of one length together; all are one batch, so that neighbours are sought among all
     unique = sorted({s for pair in test for s in pair}, key=lambda s: (len(s), s))
     place = {s: i for i, s in enumerate(unique)}
@@ -204,7 +204,7 @@ def _resnet(name: str, layers: int, folder: Path, share: float) -> Case:
         x_BCHW = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
         return list(x_BCHW.split(64)), torch.from_numpy(held["labels"][:count])
 
-    seen, _ = images("train4000.npz", _some(1024, share))
+    seen, _ = images("train4000.npz", _some(512, share))
     held_out, labels = images("test1000.npz", _some(1000, share))
     wanted = {id(batch): part for batch, part in zip(held_out, labels.split(64), strict=True)}
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from foveate.bench.bandwidth import bandwidth, fastest_variant
 from foveate.bench.result import Measured
-from foveate.formats.levels import NESTED_LEVELS
+from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS
 from foveate.formats.packing import tile_grid
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.planes import PlaneTensor, from_codes, gathered, linear
@@ -98,7 +98,9 @@ def random_weight(width: int, group: int) -> PlaneTensor:
         return torch.randint(0, 16, (width, width), dtype=torch.uint8, generator=generator)
 
     scales = (torch.rand(2, width, groups, generator=generator) * 0.01).half()
-    return from_codes(codes(), codes(), scales[0], scales[1], torch.ones(5, 1).half(), group=group, reach=0)
+    return from_codes(
+        codes(), codes(), scales[0], scales[1], torch.ones(len(GAINED_LEVELS), 1).half(), group=group, reach=0
+    )
 
 
 def _sets(sizes: Sizes) -> dict[str, Copies]:

@@ -24,7 +24,7 @@ from foveate.bench.result import Measured
 from foveate.checkpoint import HEAD, Head, read_head
 from foveate.collect.kinds import find_weights, weight_matrix_shape
 from foveate.errors import FoveateError
-from foveate.formats.levels import NESTED_LEVELS, PLANES
+from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Site, uniform
 from foveate.nn.install import install, site_of
@@ -42,7 +42,9 @@ def _random_planes(rows: int, columns: int, generator: torch.Generator) -> Plane
         return torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
 
     scale = torch.full((rows, -(-columns // group)), 0.002, dtype=torch.float16)
-    return from_codes(codes(), codes(), scale, torch.zeros_like(scale), torch.ones(5, 1).half(), group=group, reach=0)
+    return from_codes(
+        codes(), codes(), scale, torch.zeros_like(scale), torch.ones(len(GAINED_LEVELS), 1).half(), group=group, reach=0
+    )
 
 
 def write_model(path: Path, width: int, layers: int) -> None:
@@ -118,7 +120,7 @@ def _load_alone(path: Path, plan_file: Path) -> dict[str, Any]:
     return found
 
 
-def measure(width: int = 1024, layers: int = 10, times: int = 3) -> Measured:
+def measure(width: int = 1024, layers: int = 16, times: int = 3) -> Measured:
     """Load a model in fresh processes; figures are medians.
 
     Args:
@@ -172,6 +174,6 @@ def _figures(rounds: list[dict[str, Any]], plans: dict[str, PrecisionMap], dropp
     notes = (
         f"bytes_read: {how}",
         "peak memory: the process's highest resident size while loading, less what it had before",
-        f"resident: what the process grew by; the maps say {computed} bytes",
+        f"resident: what the process grew by, modules and unfilled huge pages included; the maps say {computed} bytes",
     )
     return Measured(figures, rounds, notes)

@@ -1,10 +1,10 @@
 """What a model's output is for: the loss whose increase is predicted, and the divergence that is measured.
 
-Two outputs cover most models. Logits are a distribution: the loss is the negative log-likelihood of labels sampled from
-the model itself (so that its squared gradient is the true Fisher information, Kunstner et al., arXiv:1905.12558, and no
-labels are needed), the divergence is KL to the reference. Anything else is an embedding: the loss is its inner product
-with a random direction, whose squared gradient estimates the squared change of the unit embedding, and half of that is
-the divergence, 1 - cosine.
+Two outputs cover most models. Logits are a distribution, and the divergence is KL to the reference; anything else is an
+embedding, and the divergence is 1 - cosine. Either way the loss is the inner product of the output with a random normal
+direction whose covariance is the curvature of the divergence: the squared gradient of that loss then estimates, without
+any labels, twice what a change of the weights adds to the divergence. For logits the curvature is the Fisher
+information (Kunstner et al., arXiv:1905.12558), for unit embeddings the identity.
 """
 
 from __future__ import annotations
@@ -88,14 +88,18 @@ class Logits(Objective):
         return _real(batch, _field(output, "logits")).float()
 
     def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
-        """Negative log-likelihood of labels drawn from the model."""
+        """Inner product of the logits with a random normal direction v whose covariance is diag(p) - p p^T.
+
+        That is the Fisher information of the logits, which labels sampled from the model have as well; but a confident
+        model draws hardly any label but one, and the few others decide everything. v = sqrt(p) z - p (sqrt(p) . z).
+        """
         logits_nC = self.outcome(output, batch)
-        probability_nC = logits_nC.detach().softmax(-1)
-        if not bool(probability_nC.isfinite().all()):
-            # nothing to draw from: the collector refuses the loss, and says which batch it was
-            return logits_nC.sum() * torch.nan, len(logits_nC)
-        labels = torch.multinomial(probability_nC, 1, generator=generator)[:, 0]
-        return F.cross_entropy(logits_nC, labels, reduction="sum"), len(logits_nC)
+        p_nC = logits_nC.detach().softmax(-1)
+        root_nC = p_nC.sqrt()
+        z_nC = torch.randn(p_nC.shape, generator=generator)
+        direction_nC = root_nC * z_nC - p_nC * (root_nC * z_nC).sum(-1, keepdim=True)
+        # classes that the model rules out have logits of -inf, and no direction
+        return (logits_nC.masked_fill(p_nC == 0, 0.0) * direction_nC).sum(), len(logits_nC)
 
     def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
         """KL(reference || outcome) in nats."""

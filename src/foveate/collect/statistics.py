@@ -174,7 +174,6 @@ class Collector:
         self.objective = objective
         self.samples = 0
         self.batches = 0
-        self.loss_sum = 0.0
         self._seed = seed
         self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
         self.by_module: dict[str, WeightStatistics] = {}
@@ -209,7 +208,6 @@ class Collector:
             loss.backward()
         self.samples += samples
         self.batches += 1
-        self.loss_sum += float(loss.detach())
 
     @contextmanager
     def _hooks(self) -> Iterator[None]:
@@ -241,7 +239,7 @@ class Collector:
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on later."""
-        counts = {"samples": self.samples, "batches": self.batches, "loss_sum": self.loss_sum}
+        counts = {"samples": self.samples, "batches": self.batches}
         flat = {f"{name}|{key}": t for name, s in self.by_module.items() for key, t in s.tensors.items()}
         return {**{k: torch.tensor(v, dtype=torch.float64) for k, v in counts.items()}, **flat}
 
@@ -250,10 +248,6 @@ class Collector:
         expected = {k: t.shape for k, t in self.state().items()}
         if {k: t.shape for k, t in state.items()} != expected:
             raise DataError("the resume file was made for another model or objective: delete it to start afresh")
-        self.samples, self.batches, self.loss_sum = (
-            int(state["samples"]),
-            int(state["batches"]),
-            float(state["loss_sum"]),
-        )
+        self.samples, self.batches = int(state["samples"]), int(state["batches"])
         for name, s in self.by_module.items():
             s.tensors = {key: state[f"{name}|{key}"].clone() for key in s.tensors}

@@ -16,6 +16,8 @@ PLANES = len(PLANE_BITS)
 NESTED_LEVELS: tuple[int, ...] = (2, 3, 4, 6, 8)
 WEIGHT_LEVELS: tuple[int, ...] = (0, *NESTED_LEVELS)
 EXACT_LEVELS: tuple[int, ...] = (16, 32)
+#: Levels with a gain of their own; above them it is 1 (docs/decisions.md).
+GAINED_LEVELS: tuple[int, ...] = (2, 3)
 INPUT_LEVELS: tuple[int, ...] = (4, 8, 16, 32)
 TOP_LEVEL = NESTED_LEVELS[-1]
 REACHES: tuple[int, ...] = (0, 1, 2)

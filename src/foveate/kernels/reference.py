@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.formats.levels import NESTED_LEVELS, PLANES, check_input_level, code_range
+from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, check_input_level, code_range, code_step
 from foveate.formats.packing import SCALE_VALUES, TILE_ROWS, tile_bytes, tiles_to_matrix, unpack_plane
 
 INPUT_RANGE = {4: 7.0, 8: 127.0, 16: 32512.0}
@@ -52,14 +52,17 @@ def _centred_codes(planes: Sequence[Tensor], resident: Tensor, level_tiles: Tens
     return out
 
 
-def _scales(scales: Tensor, units: Tensor, resident: Tensor, level_tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _scales(scales: Tensor, gain: Tensor, resident: Tensor, level_tiles: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     """(scale x unit, offset) of every tile's rows at its level, float32 [NT, G, 16] each; 0 where the level is 0."""
     strips, groups = resident.shape
     full = _spread(scales.view(-1, SCALE_VALUES), resident > 0).float().view(strips, groups, 2, TILE_ROWS)
-    units_by_strip = units.expand(len(NESTED_LEVELS), strips * TILE_ROWS).view(len(NESTED_LEVELS), strips, 1, TILE_ROWS)
+    gain_by_strip = gain.float().expand(len(GAINED_LEVELS), strips * TILE_ROWS).view(-1, strips, 1, TILE_ROWS)
     scaled = torch.zeros_like(full[:, :, 0])
     for i, level in enumerate(NESTED_LEVELS):
-        scaled = torch.where(level_tiles[..., None] == level, full[:, :, 0] * units_by_strip[i], scaled)
+        unit = torch.full_like(gain_by_strip[0], 0.5 * code_step(level, reach))
+        if level in GAINED_LEVELS:
+            unit *= gain_by_strip[i]
+        scaled = torch.where(level_tiles[..., None] == level, full[:, :, 0] * unit, scaled)
     return scaled, torch.where(level_tiles[..., None] > 0, full[:, :, 1], 0.0)
 
 
@@ -70,7 +73,7 @@ def _levels_read(tags: Tensor, resident: Tensor, which: int) -> Tensor:
 def plane_unpack(
     planes: Sequence[Tensor],
     scales: Tensor,
-    units: Tensor,
+    gain: Tensor,
     starts: Tensor,
     resident: Tensor,
     tags: Tensor,
@@ -84,7 +87,7 @@ def plane_unpack(
     del starts  # an index for kernels that do not scan
     level_tiles = _levels_read(tags, resident, which)
     centred = _centred_codes(planes, resident, level_tiles, group, reach)
-    scaled, offset = _scales(scales, units, resident, level_tiles)
+    scaled, offset = _scales(scales, gain, resident, level_tiles, reach)
     # one rounding, as a fused multiply-add has
     w_tiles = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
     return tiles_to_matrix(w_tiles, rows, columns).contiguous()
@@ -94,7 +97,7 @@ def plane_embedding(
     indices: Tensor,
     planes: Sequence[Tensor],
     scales: Tensor,
-    units: Tensor,
+    gain: Tensor,
     starts: Tensor,
     resident: Tensor,
     tags: Tensor,
@@ -106,7 +109,7 @@ def plane_embedding(
 ) -> Tensor:
     """Rows of the dense weight, float32 [*indices.shape, columns]."""
     return F.embedding(
-        indices, plane_unpack(planes, scales, units, starts, resident, tags, rows, columns, group, reach, which)
+        indices, plane_unpack(planes, scales, gain, starts, resident, tags, rows, columns, group, reach, which)
     )
 
 
@@ -149,7 +152,7 @@ def plane_linear(
     x: Tensor,
     planes: Sequence[Tensor],
     scales: Sequence[Tensor],
-    units: Sequence[Tensor],
+    gains: Sequence[Tensor],
     starts: Sequence[Tensor],
     resident: Sequence[Tensor],
     tags: Sequence[Tensor],
@@ -177,7 +180,7 @@ def plane_linear(
             level = check_input_level(int(input_level[which]))
             levels = _levels_read(tags[w], resident[w], which)
             centred = _centred_codes(planes[w * PLANES : (w + 1) * PLANES], resident[w], levels, group, reach[w])
-            scaled, offset = _scales(scales[w], units[w], resident[w], levels)
+            scaled, offset = _scales(scales[w], gains[w], resident[w], levels, reach[w])
             if level == 32:
                 w_tiles = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
                 strips = resident[w].shape[0]

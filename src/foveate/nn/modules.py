@@ -16,7 +16,7 @@ from foveate.collect.kinds import Kind, kind_of, patches
 from foveate.errors import FoveateError
 from foveate.planes import PlaneTensor, linear
 
-_TENSORS = ("scales", "gain", "units", "resident", "starts", "tags")
+_TENSORS = ("scales", "gain", "resident", "starts", "tags")
 _NO_BIAS = torch.empty(0)
 
 

@@ -30,11 +30,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.errors import DataError, WeightError
-from foveate.formats.levels import NESTED_LEVELS, code_range, code_step
+from foveate.formats.levels import GAINED_LEVELS, code_range, code_step
 from foveate.formats.packing import check_group
 
-CLIP = 4.0 + 16.0  # the weight of the error at 6 bits and at 8 bits, where that of 4 bits is 1
-NOISE = (4.0 / 4**2 + 16.0 / 4**4) / 12
+# Inputs from which each row has gains of its own.
+_ROW_GAINS_FROM = 256
+
+CLIP = 4.0 + 96.0  # the weight of the error at 6 bits and at 8 bits, where that of 4 bits is 1
+NOISE = (4.0 / 4**2 + 96.0 / 4**4) / 12
 
 # How far each end of the grid goes: 1 puts the outermost 4-bit codes on the farthest weight.
 _SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
@@ -43,7 +46,6 @@ _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))
 
 _LARGEST = torch.finfo(torch.float16).max
 _LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
-_GAINED_LEVELS = NESTED_LEVELS[:2]
 
 # Values a chunk of rows: the temporaries stay in the caches.
 _CHUNK = 1 << 18
@@ -60,7 +62,7 @@ class Rounded:
         residual: uint8 [N, K], the 4 bits below them.
         scale: float16 [N, G], one step of the 4-bit codes.
         offset: float16 [N, G], the centre of the grid.
-        gain: float16 [5, N], near 1, for levels 2, 3, 4, 6 and 8.
+        gain: float16 [2, N] near 1, for levels 2 and 3; [2, 1] for a narrow weight, where 4 bytes a row would be dear.
         group: inputs a group.
         reach: how far the residual widens; 0 for nearest codes.
     """
@@ -96,12 +98,14 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
     groups = -(-columns // group)
     codes = w_NK.new_empty(2, rows, columns, dtype=torch.uint8)
     grids = w_NK.new_empty(2, rows, groups, dtype=torch.float16)
-    gain_5N = w_NK.new_empty(len(NESTED_LEVELS), rows, dtype=torch.float16)
+    gain_2N = w_NK.new_empty(len(GAINED_LEVELS), rows, dtype=torch.float16)
     chunk = max(1, _CHUNK // (groups * group))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        _round_rows(w_NK[part].float(), importance_K, group, codes[:, part], grids[:, part], gain_5N[:, part])
-    return Rounded(codes[0], codes[1], grids[0], grids[1], gain_5N, group)
+        _round_rows(w_NK[part].float(), importance_K, group, codes[:, part], grids[:, part], gain_2N[:, part])
+    if columns < _ROW_GAINS_FROM:
+        gain_2N = gain_2N.float().square().mean(1, keepdim=True).sqrt().half()
+    return Rounded(codes[0], codes[1], grids[0], grids[1], gain_2N, group)
 
 
 def _check_weight(w_NK: Tensor) -> None:
@@ -132,7 +136,7 @@ def _importance(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
     return (energy_K / mean).clamp_min(_LEAST_IMPORTANCE).float()
 
 
-def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_5n: Tensor) -> None:
+def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_2n: Tensor) -> None:
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
     missing = -columns % group
@@ -149,7 +153,7 @@ def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, g
         codes[i] = code_gR.t().reshape(rows, -1)[:, :columns]
     for i, grid_R in enumerate((scale_R, offset_R)):
         grids[i] = grid_R.view(rows, -1)
-    gain_5n.copy_(_gains(from_offset_gR, anchor_gR, scale_R, root_gR, rows))
+    gain_2n.copy_(_gains(from_offset_gR, anchor_gR, scale_R, root_gR, rows))
 
 
 def _inverse(scale_R: Tensor) -> Tensor:
@@ -226,15 +230,15 @@ def _refit(w_gR: Tensor, root_gR: Tensor, scale_R: Tensor, offset_R: Tensor) -> 
 
 
 def _gains(from_offset_gR: Tensor, anchor_gR: Tensor, scale_R: Tensor, root_gR: Tensor, rows: int) -> Tensor:
-    """Gains [5, n] that restore each row's energy at 2 and 3 bits; 1 above, and for a row that has none."""
+    """Gains [2, n] that restore each row's energy at 2 and 3 bits; 1 for a row that has none."""
 
     def energy(t_gR: Tensor) -> Tensor:
         return (t_gR * root_gR).square_().sum(0).view(rows, -1).sum(1)
 
     wanted_n = energy(from_offset_gR)
-    gain_5n = torch.ones(len(NESTED_LEVELS), rows, device=scale_R.device)
-    for i, level in enumerate(_GAINED_LEVELS):
+    gain_2n = torch.ones(len(GAINED_LEVELS), rows, device=scale_R.device)
+    for i, level in enumerate(GAINED_LEVELS):
         centred_gR = (anchor_gR * 2.0 ** (level - 4)).floor_().sub_(code_range(level, 0) / 2)
         ratio_n = wanted_n / energy(centred_gR.mul_(scale_R * code_step(level, 0)))
-        gain_5n[i] = torch.where(ratio_n.isfinite() & (ratio_n > 0), ratio_n.sqrt(), 1.0).clamp_(0.5, 2.0)
-    return gain_5n
+        gain_2n[i] = torch.where(ratio_n.isfinite() & (ratio_n > 0), ratio_n.sqrt(), 1.0).clamp_(0.5, 2.0)
+    return gain_2n

@@ -62,7 +62,7 @@ void check_vector(const Tensor& t, at::ScalarType type, const char* name) {
 }
 
 // A weight of the stored form, checked; its tags are those of `map`.
-Weight weight_of(TensorList planes, const Tensor& scales, const Tensor& units, const Tensor& starts, const Tensor& resident,
+Weight weight_of(TensorList planes, const Tensor& scales, const Tensor& gain, const Tensor& starts, const Tensor& resident,
                  const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach, int64_t map) {
   TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
   TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
@@ -87,11 +87,16 @@ Weight weight_of(TensorList planes, const Tensor& scales, const Tensor& units, c
   TORCH_CHECK(scales.numel() % (2 * kTileRows) == 0, "scales have ", scales.numel(), " values, not a multiple of 32");
   w.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
   w.tiles[0] = static_cast<uint64_t>(scales.numel() / (2 * kTileRows));
-  check_vector(units, at::kFloat, "units");
-  TORCH_CHECK(units.dim() == 2 && units.size(0) == kPlanes && (units.size(1) == 1 || units.size(1) == w.strips * kTileRows),
-              "units have shape (=", units.sizes(), "), not [5, 1] or [5, ", w.strips * kTileRows, "]");
-  w.units = units.const_data_ptr<float>();
-  w.unit_rows = units.size(1);
+  check_vector(gain, at::kHalf, "gain");
+  TORCH_CHECK(gain.dim() == 2 && gain.size(0) == 2 && (gain.size(1) == 1 || gain.size(1) == w.strips * kTileRows),
+              "gain has shape (=", gain.sizes(), "), not [2, 1] or [2, ", w.strips * kTileRows, "]");
+  const float half_steps[kPlanes] = {2.0f, 1.0f, 0.5f, 0.125f * static_cast<float>(1 << reach), 0.03125f * static_cast<float>(1 << reach)};
+  std::copy(half_steps, half_steps + kPlanes, w.units);
+  if (gain.size(1) == 1) {
+    for (int i = 0; i < 2; ++i) w.units[i] *= static_cast<float>(gain.const_data_ptr<at::Half>()[i]);
+  } else {
+    w.gains = static_cast<const uint16_t*>(gain.const_data_ptr());
+  }
   check_vector(starts, at::kLong, "starts");
   TORCH_CHECK(starts.dim() == 2 && starts.size(0) == w.strips && starts.size(1) == 6,
               "starts have shape (=", starts.sizes(), "), not [", w.strips, ", 6]");
@@ -248,12 +253,12 @@ int input_level_of(const Tensor& input_level, int map) {
   return level;
 }
 
-std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList scales, TensorList units, TensorList starts,
+std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList scales, TensorList gains, TensorList starts,
                                  TensorList resident, TensorList tags, TensorList biases, at::IntArrayRef rows, int64_t group,
                                  at::IntArrayRef reach, const Tensor& input_level, const std::optional<Tensor>& choice,
                                  const std::optional<Tensor>& order) {
   const size_t count = rows.size();
-  TORCH_CHECK(planes.size() == kPlanes * count && scales.size() == count && units.size() == count && starts.size() == count &&
+  TORCH_CHECK(planes.size() == kPlanes * count && scales.size() == count && gains.size() == count && starts.size() == count &&
                   resident.size() == count && tags.size() == count && biases.size() == count && reach.size() == count,
               "every list must have one entry a weight, and planes five: rows has ", count);
   TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
@@ -271,7 +276,7 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList 
   outputs.reserve(count);
   auto shape = x.sizes().vec();
   for (size_t i = 0; i < count; ++i) {
-    weights.push_back(weight_of(planes.slice(kPlanes * i, kPlanes), scales[i], units[i], starts[i], resident[i], tags[i],
+    weights.push_back(weight_of(planes.slice(kPlanes * i, kPlanes), scales[i], gains[i], starts[i], resident[i], tags[i],
                                    rows[i], columns, group, reach[i], 0));
     if (biases[i].numel()) {
       check_vector(biases[i], at::kFloat, "a bias");
@@ -317,18 +322,18 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList 
   return outputs;
 }
 
-Tensor plane_unpack(TensorList planes, const Tensor& scales, const Tensor& units, const Tensor& starts, const Tensor& resident,
+Tensor plane_unpack(TensorList planes, const Tensor& scales, const Tensor& gain, const Tensor& starts, const Tensor& resident,
                     const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach, int64_t map) {
-  const Weight w = weight_of(planes, scales, units, starts, resident, tags, rows, columns, group, reach, map);
-  Tensor out = at::empty({rows, columns}, units.options());
+  const Weight w = weight_of(planes, scales, gain, starts, resident, tags, rows, columns, group, reach, map);
+  Tensor out = at::empty({rows, columns}, gain.options().dtype(at::kFloat));
   if (out.numel()) unpack_rows(w, out.data_ptr<float>(), 0, w.strips);
   return out;
 }
 
-Tensor plane_embedding(const Tensor& indices, TensorList planes, const Tensor& scales, const Tensor& units, const Tensor& starts,
+Tensor plane_embedding(const Tensor& indices, TensorList planes, const Tensor& scales, const Tensor& gain, const Tensor& starts,
                        const Tensor& resident, const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach,
                        int64_t map) {
-  const Weight w = weight_of(planes, scales, units, starts, resident, tags, rows, columns, group, reach, map);
+  const Weight w = weight_of(planes, scales, gain, starts, resident, tags, rows, columns, group, reach, map);
   TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, "indices have dtype (=",
               indices.scalar_type(), "), not int64 or int32");
   const Tensor index = indices.to(at::kLong).contiguous();
@@ -338,7 +343,7 @@ Tensor plane_embedding(const Tensor& indices, TensorList planes, const Tensor& s
     TORCH_CHECK_INDEX(at[i] >= 0 && at[i] < rows, "index (=", at[i], ") is not a row of the embedding, 0..", rows - 1);
   auto shape = indices.sizes().vec();
   shape.push_back(columns);
-  Tensor out = at::empty(shape, units.options());
+  Tensor out = at::empty(shape, gain.options().dtype(at::kFloat));
   if (out.numel() == 0) return out;
   float* to = out.data_ptr<float>();
   Faults faults;

@@ -26,8 +26,8 @@ struct Weight {
   const uint8_t* planes[kPlanes];
   const uint16_t* scales;   // float16: 16 scales, then 16 offsets, a stored tile
   uint64_t tiles[6];        // how many tiles are stored: of scales, then of each plane
-  const float* units;       // [5, unit_rows]
-  int64_t unit_rows;        // 1, or NT * 16
+  float units[kPlanes];     // of levels 2, 3, 4, 6, 8: half a code step, times the gain if that is one a weight
+  const uint16_t* gains;    // float16 [2, NT * 16] for levels 2 and 3, or null
   const int64_t* starts;    // [NT, 6], columns as in `tiles`
   const uint8_t* resident;  // [NT, G]
   const uint8_t* tags;      // [NT, G] of the map

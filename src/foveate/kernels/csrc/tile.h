@@ -244,9 +244,13 @@ struct TileScales {
 
   TileScales() = default;
   inline __attribute__((always_inline)) TileScales(const Weight& w, const Tile& tile, int64_t strip, int row) {
-    const float* unit = w.units + (tile.kind - 1) * w.unit_rows;
+    const float unit = w.units[tile.kind - 1];
     const typename V::Floats s = V::halves(tile.scales + row);
-    step = w.unit_rows == 1 ? s * *unit : s * V::floats(unit + strip * kTileRows + row);
+    if (w.gains && tile.kind <= 2) {
+      step = s * (V::halves(w.gains + ((tile.kind - 1) * w.strips + strip) * kTileRows + row) * unit);
+    } else {
+      step = s * unit;
+    }
     offset = V::halves(tile.scales + kTileRows + row);
   }
 };

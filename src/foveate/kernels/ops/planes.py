@@ -21,11 +21,11 @@ from foveate.kernels import reference
 
 LIBRARY = torch.library.Library("foveate", "DEF")
 
-_WEIGHT = "Tensor[] planes, Tensor scales, Tensor units, Tensor starts, Tensor resident, Tensor tags"
+_WEIGHT = "Tensor[] planes, Tensor scales, Tensor gain, Tensor starts, Tensor resident, Tensor tags"
 _SHAPE = "int rows, int columns, int group, int reach, int which"
 LIBRARY.define(f"plane_unpack({_WEIGHT}, {_SHAPE}) -> Tensor")
 LIBRARY.define(f"plane_embedding(Tensor indices, {_WEIGHT}, {_SHAPE}) -> Tensor")
-_WEIGHTS = "Tensor[] planes, Tensor[] scales, Tensor[] units, Tensor[] starts, Tensor[] resident, Tensor[] tags"
+_WEIGHTS = "Tensor[] planes, Tensor[] scales, Tensor[] gains, Tensor[] starts, Tensor[] resident, Tensor[] tags"
 LIBRARY.define(
     f"plane_linear(Tensor x, {_WEIGHTS}, Tensor[] biases, int[] rows, int group, int[] reach,"
     " Tensor input_level, Tensor? choice, Tensor? order) -> Tensor[]"
@@ -39,7 +39,7 @@ LIBRARY.impl("plane_linear", reference.plane_linear, "CompositeExplicitAutograd"
 def _unpack_fake(
     planes: Sequence[Tensor],
     scales: Tensor,
-    units: Tensor,
+    gain: Tensor,
     starts: Tensor,
     resident: Tensor,
     tags: Tensor,
@@ -47,7 +47,7 @@ def _unpack_fake(
     columns: int,
     *_: int,
 ) -> Tensor:
-    return units.new_empty(rows, columns)
+    return scales.new_empty(rows, columns, dtype=torch.float32)
 
 
 @torch.library.register_fake("foveate::plane_embedding", lib=LIBRARY)
@@ -55,7 +55,7 @@ def _embedding_fake(
     indices: Tensor,
     planes: Sequence[Tensor],
     scales: Tensor,
-    units: Tensor,
+    gain: Tensor,
     starts: Tensor,
     resident: Tensor,
     tags: Tensor,
@@ -63,7 +63,7 @@ def _embedding_fake(
     columns: int,
     *_: int,
 ) -> Tensor:
-    return units.new_empty(*indices.shape, columns)
+    return scales.new_empty(*indices.shape, columns, dtype=torch.float32)
 
 
 @torch.library.register_fake("foveate::plane_linear", lib=LIBRARY)
@@ -71,7 +71,7 @@ def _linear_fake(
     x: Tensor,
     planes: Sequence[Tensor],
     scales: Sequence[Tensor],
-    units: Sequence[Tensor],
+    gains: Sequence[Tensor],
     starts: Sequence[Tensor],
     resident: Sequence[Tensor],
     tags: Sequence[Tensor],
@@ -83,10 +83,10 @@ def _linear_fake(
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, planes, scales, units, starts, resident, tags, biases, rows, group, reach, _, choice, order = inputs
+    x, planes, scales, gains, starts, resident, tags, biases, rows, group, reach, _, choice, order = inputs
     ctx.count = len(rows)
     # levels may be switched between forward and backward: backward must see the weight that forward used
-    ctx.save_for_backward(choice, order, *planes, *scales, *units, *starts, *resident, *(tag.clone() for tag in tags))
+    ctx.save_for_backward(choice, order, *planes, *scales, *gains, *starts, *resident, *(tag.clone() for tag in tags))
     ctx.static = (tuple(rows), group, tuple(reach), x.shape, x.dtype, tuple(b.numel() > 0 for b in biases))
 
 
@@ -95,7 +95,7 @@ def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
     count = ctx.count
     choice, order, *rest = ctx.saved_tensors
     planes, rest = rest[: PLANES * count], rest[PLANES * count :]
-    scales, units, starts, resident, tags = (rest[i * count : (i + 1) * count] for i in range(5))
+    scales, gains, starts, resident, tags = (rest[i * count : (i + 1) * count] for i in range(5))
     columns = x_shape[-1]
     grad_x = None
     grad_biases: list[Tensor | None] = []
@@ -109,7 +109,7 @@ def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
             continue
 
         def weight(which: int, w: int = w) -> Any:
-            plane_args = (planes[w * PLANES : (w + 1) * PLANES], scales[w], units[w], starts[w], resident[w], tags[w])
+            plane_args = (planes[w * PLANES : (w + 1) * PLANES], scales[w], gains[w], starts[w], resident[w], tags[w])
             return torch.ops.foveate.plane_unpack(*plane_args, rows[w], columns, group, reach[w], which)
 
         part = grad_MN @ weight(0)
