@@ -90,7 +90,7 @@ def test_set_alone_changes_the_default_map(run: Run, folder: Path) -> None:
         (("--set", "lm_head:input=5"), "input level (=5)"),
         (("--set", "lm_head"), "not PATTERN=LEVEL"),
         (("--bits", 3, "--set", "model.*=8"), "leave nothing of the budget"),
-        (("--bits", 4, "--set", "model.layers.0.*=6"), "for the weights that --set leaves: no map averages"),
+        (("--bits", 4.5, "--set", "model.layers.*=6"), "for the weights that --set leaves: no map averages"),
         (("--bogus",), "No such option"),
     ],
 )
