@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import foveate as fv
-from foveate import checkpoint
+from foveate.checkpoint.head import head_checksum
 from tiny import mlp, rows
 
 X = rows(seed=5)[0]
@@ -59,7 +59,7 @@ def rewrite(folder: Path, change: Callable[[Any], Any], *, signed: bool = True) 
     data = json.loads(file.read_bytes())
     data = change(data)
     if signed and isinstance(data, dict):
-        data["sha256"] = checkpoint._head_checksum(data)
+        data["sha256"] = head_checksum(data)
     file.write_text(json.dumps(data))
 
 

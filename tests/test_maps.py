@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 import foveate as fv
 from foveate.errors import BudgetError, LevelError, SiteError
-from foveate.maps import PrecisionMap, Profile, Site, format_bytes, input_level_for, parse_bytes, uniform
+from foveate.maps import PrecisionMap, Profile, Site, input_level_for, uniform
+from foveate.sizes import format_bytes, parse_bytes
 
 LEVELS = (0, 2, 3, 4, 6, 8)
 SITES = (

@@ -8,7 +8,6 @@ says exactly the bytes that takes.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -23,39 +22,7 @@ from foveate.errors import BudgetError, LevelError, SiteError
 from foveate.formats.levels import GAINED_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
 from foveate.formats.packing import TILE_ROWS, tile_grid
 from foveate.planes import resident_bytes
-
-_UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 1 << 10,
-    "MIB": 1 << 20,
-    "GIB": 1 << 30,
-    "K": 1 << 10,
-    "M": 1 << 20,
-    "G": 1 << 30,
-}
-
-
-def parse_bytes(size: int | str) -> int:
-    """Bytes of `1234`, `"800MiB"`, `"6GB"` or `"6G"` (binary); raises `BudgetError` for anything else."""
-    if isinstance(size, int):
-        return size
-    match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
-    if not match or match[2].upper() not in _UNITS:
-        raise BudgetError(f"size (={size!r}) is not a number of bytes like 800MiB, 6GB or 123456")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def format_bytes(count: float) -> str:
-    """`1234567` -> `1.18 MiB`."""
-    for unit in ("B", "KiB", "MiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
+from foveate.sizes import parse_bytes
 
 
 @dataclass(frozen=True)

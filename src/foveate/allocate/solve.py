@@ -18,7 +18,8 @@ from torch import Tensor
 from foveate.allocate.problem import Problem, build
 from foveate.errors import BudgetError
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import Budget, PrecisionMap, Profile, format_bytes
+from foveate.maps import Budget, PrecisionMap, Profile
+from foveate.sizes import format_bytes
 
 
 @dataclass(frozen=True, eq=False)

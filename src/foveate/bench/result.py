@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from foveate.kernels.dispatch import backends
-from foveate.maps import format_bytes
+from foveate.sizes import format_bytes
 
 #: Instructions that decide which kernels run and how fast.
 FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")

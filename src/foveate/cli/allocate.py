@@ -15,8 +15,9 @@ from foveate.cli.console import emit, plain_table, show
 from foveate.cli.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError
 from foveate.formats.levels import check_input_level
-from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, format_bytes, input_level_for, uniform
+from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, input_level_for, uniform
 from foveate.report.page import figure, loss_name
+from foveate.sizes import format_bytes
 
 
 def allocate(

@@ -32,10 +32,11 @@ import foveate as fv
 from foveate.cli.console import emit, plain_table
 from foveate.cli.demo_model import Corpus, Progress, Recipe, Trained, corpus, default_cache, threads, trained, windows
 from foveate.cli.tables import legend
-from foveate.maps import PrecisionMap, Profile, format_bytes
+from foveate.maps import PrecisionMap, Profile
 from foveate.nn.registry import registry_of
 from foveate.report import Measured, html
 from foveate.report.palette import LEVEL_COLOURS, LEVEL_INKS
+from foveate.sizes import format_bytes
 
 _BITS = 4.25
 _LEVELS = (8, 6, 4, 3, 2)

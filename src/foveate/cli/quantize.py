@@ -18,9 +18,9 @@ from foveate.cli.models import config_of, load_original, load_tokenizer
 from foveate.cli.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
 from foveate.formats.packing import check_group
-from foveate.maps import format_bytes
 from foveate.report.layers import dense_bytes
 from foveate.report.page import figure, loss_name
+from foveate.sizes import format_bytes
 
 
 def quantize(

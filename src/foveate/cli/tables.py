@@ -11,11 +11,12 @@ from rich.text import Text
 
 from foveate.cli.console import plain_table
 from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.maps import PrecisionMap, Site, format_bytes
+from foveate.maps import PrecisionMap, Site
 from foveate.report import Measured
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, percent, shares, stored_bytes
 from foveate.report.page import figure
 from foveate.report.palette import LEVEL_COLOURS, LEVEL_INKS
+from foveate.sizes import format_bytes
 
 
 def _style(level: int) -> str:

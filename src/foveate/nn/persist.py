@@ -23,10 +23,11 @@ from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
 from foveate.errors import CheckpointError, MissingExtraError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
-from foveate.maps import Budget, PrecisionMap, parse_bytes, uniform
+from foveate.maps import Budget, PrecisionMap, uniform
 from foveate.nn.install import install
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.registry import registry_of
+from foveate.sizes import parse_bytes
 from foveate.version import __version__
 
 #: Files of a tokenizer or processor, copied along from the folder a model came from.

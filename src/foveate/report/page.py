@@ -15,11 +15,12 @@ from html import escape
 
 from foveate.errors import SiteError
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import PrecisionMap, Profile, format_bytes, uniform_of_bytes
+from foveate.maps import PrecisionMap, Profile, uniform_of_bytes
 from foveate.report.layers import dense_bytes, layers_of
 from foveate.report.picture import HEAT_LEVEL, picture
 from foveate.report.plot import Mark, plot
 from foveate.report.style import CSS
+from foveate.sizes import format_bytes
 from foveate.verify import Outcome
 
 

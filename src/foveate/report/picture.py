@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from html import escape
 
 from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.maps import PrecisionMap, Profile, Site, format_bytes
+from foveate.maps import PrecisionMap, Profile, Site
 from foveate.report.layers import (
     Block,
     Layer,
@@ -24,6 +24,7 @@ from foveate.report.layers import (
     stored_bytes,
 )
 from foveate.report.palette import LEVEL_COLOURS, heat_colour
+from foveate.sizes import format_bytes
 
 #: More parts than this are not columns any more: the layer is one bar, and each of its parts a row below it.
 MOST_COLUMNS = 9

@@ -9,19 +9,13 @@
 #include "strip.h"
 #include "panel.h"
 
-constexpr int64_t kStripsInCache = 2;
-
 template <class V>
 Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
   if constexpr (V::kByteCodes) {
     if ((row_end - row) * (x.wide ? 2 : 1) > V::kLanes) return panel_strips<V>(w, x, y, strip, strip_end, row, row_end);
   }
-  // rows that need several passes find the strips of one in the second cache
-  const int64_t run = (row_end - row) * (x.wide ? 2 : 1) > V::kLanes ? kStripsInCache : strip_end - strip;
-  for (int64_t end; strip < strip_end; strip = end) {
-    end = strip_end - strip < run ? strip_end : strip + run;
-    const Fault fault = x.wide ? strip_rows<V, true>(w, x, y, strip, end, row, row_end)
-                               : strip_rows<V, false>(w, x, y, strip, end, row, row_end);
+  for (; strip < strip_end; ++strip) {
+    const Fault fault = x.wide ? strip_rows<V, true>(w, x, y, strip, row, row_end) : strip_rows<V, false>(w, x, y, strip, row, row_end);
     if (fault != Fault::kNone) return fault;
   }
   return Fault::kNone;

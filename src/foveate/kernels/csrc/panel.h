@@ -79,23 +79,24 @@ template <class V, bool WIDE>
 Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
   alignas(64) float acc[kPanelRows * kPanelStrips * kTileRows];
   const int64_t rows = row_end - row;
-  Stream streams[kPanelStrips] = {{w, strip, strip_end, kPanelStrips}, {w, strip + 1, strip_end, kPanelStrips}};
-  Tile tiles[kPanelStrips];
-  bool more[kPanelStrips];
-  for (int s = 0; s < kPanelStrips; ++s) more[s] = streams[s].next(tiles[s]);
+  Walk walks[kPanelStrips] = {Walk(w), Walk(w)};
   Panel<V> panel;
   for (; strip < strip_end; strip += kPanelStrips) {
+    const int strips = strip_end - strip < kPanelStrips ? 1 : kPanelStrips;
+    for (int s = 0; s < strips; ++s) walks[s].begin(strip + s);
     std::memset(acc, 0, static_cast<size_t>(rows) * kPanelStrips * kTileRows * sizeof(float));
     for (int64_t group = 0; group < w.groups; ++group) {
       int live = 0;
-      for (int s = 0; s < kPanelStrips; ++s) {
-        const Tile& tile = tiles[s];
-        if (!more[s] || tile.strip != strip + s || tile.group != group) continue;
+      for (int s = 0; s < strips; ++s) {
+        Tile tile;
+        const Fault fault = walks[s].next(group, tile);
+        if (fault != Fault::kNone) return fault;
+        if (tile.kind == 0) continue;
+        prefetch(tile.scales, kAhead / 2);
         unpack_tile<V>(tile, w.group, w.reach, panel.codes[live]);
         panel.finish[live] = Finish<V>(w, tile, strip + s, 0, WIDE);
         panel.place[live] = s;
         ++live;
-        more[s] = streams[s].next(tiles[s]);
       }
       const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
       const float* sums = x.sums + group * x.rows + row;
@@ -103,10 +104,10 @@ Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
       else if (live == 1) panel_rows<V, 1, WIDE>(panel, codes, sums, w.group, rows, acc);
     }
     for (int64_t i = 0; i < rows; ++i)
-      for (int s = 0; s < kPanelStrips && strip + s < strip_end; ++s)
+      for (int s = 0; s < strips; ++s)
         store_row<V>(w, x, y, strip + s, row + i, acc + (i * kPanelStrips + s) * kTileRows);
   }
-  return streams[0].fault != Fault::kNone ? streams[0].fault : streams[1].fault;
+  return Fault::kNone;
 }
 
 template <class V>

@@ -50,30 +50,28 @@ template <class V, int KIND, bool REACHED, int LANES>
 inline __attribute__((always_inline)) void tile_sums(
     const Tile& tile, int part, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
   using Words = typename V::Words;
-  constexpr int kChains = LANES <= 2 ? 2 : 1;  // with few lanes, more sums hide the multiplier's latency
-  typename V::Sums high[kChains][LANES] = {}, low[kChains][LANES] = {};
-  Reader<V, KIND> reader{tile, 4 * part, {}, {}};
+  typename V::Sums high[LANES] = {}, low[LANES] = {};
+  Reader<V, KIND> reader(tile, 4 * part);
   auto step = [&](auto odd, int pair) __attribute__((always_inline)) {
-    constexpr int kChain = decltype(odd)::value % kChains;
     const int8_t* x_step = x + 32 * pair + 16 * decltype(odd)::value;
     const Nibbles<V> a = reader.template anchor<decltype(odd)::value>(pair);
     Words field[4];
     if constexpr (KIND <= 3) {
       V::split(a, field);
 #pragma GCC unroll 8
-      for (int i = 0; i < LANES; ++i) V::add_split(high[kChain][i], field, x_step + i * group);
+      for (int i = 0; i < LANES; ++i) V::add_split(high[i], field, x_step + i * group);
     } else if constexpr (V::kByteCodes) {
       byte_fields<V, REACHED>(a, reader.template residual<decltype(odd)::value>(pair), reach, field);
 #pragma GCC unroll 8
-      for (int i = 0; i < LANES; ++i) V::add_bytes(high[kChain][i], field, x_step + i * group);
+      for (int i = 0; i < LANES; ++i) V::add_bytes(high[i], field, x_step + i * group);
     } else {
       const Nibbles<V> b = reader.template residual<decltype(odd)::value>(pair);
       V::split(a, field);
 #pragma GCC unroll 8
-      for (int i = 0; i < LANES; ++i) V::add_split(high[kChain][i], field, x_step + i * group);
+      for (int i = 0; i < LANES; ++i) V::add_split(high[i], field, x_step + i * group);
       V::split(b, field);
 #pragma GCC unroll 8
-      for (int i = 0; i < LANES; ++i) V::add_split(low[kChain][i], field, x_step + i * group);
+      for (int i = 0; i < LANES; ++i) V::add_split(low[i], field, x_step + i * group);
     }
   };
   for (int pair = 0; pair < group / 32; ++pair) {
@@ -83,12 +81,9 @@ inline __attribute__((always_inline)) void tile_sums(
   }
 #pragma GCC unroll 8
   for (int i = 0; i < LANES; ++i) {
-    sums[i] = typename V::Ints{};
-    for (int c = 0; c < kChains; ++c) {
-      if constexpr (KIND <= 3) sums[i] += V::total_split(high[c][i]);
-      else if constexpr (V::kByteCodes) sums[i] += V::total_bytes(high[c][i]);
-      else sums[i] += (V::total_split(high[c][i]) << (4 - reach)) + V::total_split(low[c][i]);
-    }
+    if constexpr (KIND <= 3) sums[i] = V::total_split(high[i]);
+    else if constexpr (V::kByteCodes) sums[i] = V::total_bytes(high[i]);
+    else sums[i] = (V::total_split(high[i]) << (4 - reach)) + V::total_split(low[i]);
   }
 }
 
@@ -108,29 +103,20 @@ inline __attribute__((always_inline)) void any_tile_sums(
   }
 }
 
-// Strips [strip, strip_end) times LANES lanes, from row `row` of x on.
+// One strip times LANES lanes, from row `row` of x on. `walk` is at the strip's beginning.
 template <class V, int LANES, bool WIDE>
-Fault strip_product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row) {
+Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& walk, int64_t strip, int64_t row) {
   constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
   constexpr int kParts = kTileRows / V::kRows;
   typename V::Floats acc[kParts][kRowsOfX] = {};
-  auto end_strip = [&] {
-    for (int i = 0; i < kRowsOfX; ++i) {
-      float line[kTileRows];
-      for (int part = 0; part < kParts; ++part) {
-        V::store_floats(line + part * V::kRows, acc[part][i]);
-        acc[part][i] = typename V::Floats{};
-      }
-      store_row<V>(w, x, y, strip, row + i, line);
-    }
-    ++strip;
-  };
-  Stream stream(w, strip, strip_end, 1);
   Tile tile;
-  while (stream.next(tile)) {
-    while (strip < tile.strip) end_strip();
-    const int8_t* codes = x.codes + (tile.group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
-    const float* x_sums = x.sums + tile.group * x.rows + row;
+  for (int64_t group = 0; group < w.groups; ++group) {
+    const Fault fault = walk.next(group, tile);
+    if (fault != Fault::kNone) return fault;
+    if (tile.kind == 0) continue;
+    const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
+    const float* x_sums = x.sums + group * x.rows + row;
+    prefetch(tile.scales, kAhead / 2);
     for (int part = 0; part < kParts; ++part) {
       typename V::Ints sums[LANES];
       any_tile_sums<V, LANES>(tile, part * V::kRows, codes, w.group, w.reach, sums);
@@ -139,22 +125,28 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
       for (int i = 0; i < kRowsOfX; ++i) acc[part][i] = finish.template add<WIDE>(acc[part][i], sums, i, x_sums[i]);
     }
   }
-  while (strip < strip_end) end_strip();
-  return stream.fault;
+  for (int i = 0; i < kRowsOfX; ++i) {
+    float line[kTileRows];
+    for (int part = 0; part < kParts; ++part) V::store_floats(line + part * V::kRows, acc[part][i]);
+    store_row<V>(w, x, y, strip, row + i, line);
+  }
+  return Fault::kNone;
 }
 
-// Strips times rows [row, row_end) of x, read again for each V::kLanes lanes.
+// One strip times rows [row, row_end) of x, read again for each V::kLanes lanes.
 template <class V, bool WIDE>
-Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
+Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t row, int64_t row_end) {
+  Walk walk(w);
   constexpr int kEach = WIDE ? 2 : 1;
   while (row < row_end) {
     const int64_t left = (row_end - row) * kEach;
     const int lanes = static_cast<int>(left < V::kLanes ? left : V::kLanes);
     Fault fault = Fault::kNone;
+    walk.begin(strip);
     switch (lanes) {
 #define FOVEATE_LANES(n) \
   case n:                \
-    if constexpr (n <= V::kLanes && n % kEach == 0) fault = strip_product<V, n, WIDE>(w, x, y, strip, strip_end, row); \
+    if constexpr (n <= V::kLanes && n % kEach == 0) fault = strip_product<V, n, WIDE>(w, x, y, walk, strip, row); \
     break;
       FOVEATE_LANES(1)
       FOVEATE_LANES(2)

@@ -21,7 +21,7 @@ constexpr uint8_t kFloors[6] = {1, 2, 3, 4, 6, 8};  // the least resident level 
 constexpr int kCodeShift[6] = {0, 0, 1, 0, 2, 0};    // codes come out 2^shift too large where planes read are 2 and 4
 constexpr int64_t kAhead = 2048;                    // bytes that a stream is prefetched ahead
 
-inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(p) + ahead, 0, 3); }
 
 // The greatest code of a level that reads `planes` planes.
 inline int32_t code_range(int planes, int reach) {
@@ -36,9 +36,7 @@ inline int32_t code_range(int planes, int reach) {
 
 struct Tile {
   const uint8_t* planes[kPlanes];
-  const uint8_t* ahead[kPlanes];  // where to prefetch while the plane is read
   const uint16_t* scales;
-  int64_t strip, group;
   int kind;  // planes to read; 0: skip the tile
 };
 
@@ -72,62 +70,10 @@ struct Walk {
       for (int p = 0; p < tile.kind; ++p) outside |= at[p + 1] >= limit[p + 1];
       if (outside) return Fault::kOutside;
       tile.scales = w.scales + at[0] / 2;
-      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = tile.ahead[p] = w.planes[p] + at[p + 1];
+      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1];
     }
     for (int i = 0; i < 6; ++i) at[i] += stored >= kFloors[i] ? bytes[i] : 0;
     return Fault::kNone;
-  }
-};
-
-// The tiles of strips `strip`, `strip + stride`... that are read, in order. Each comes with the place to prefetch: the
-// tile about kAhead bytes later among those read, so that skipped tiles and mixed levels cost no traffic.
-struct Stream {
-  static constexpr unsigned kRing = 32;
-  Walk walk;
-  int64_t strip, strip_end, stride, group = 0;
-  unsigned head = 0, tail = 0;
-  Fault fault = Fault::kNone;
-  Tile ring[kRing];
-
-  Stream(const Weight& w, int64_t first, int64_t end, int64_t step) : walk(w), strip(first), strip_end(end), stride(step) {
-    if (strip < strip_end && w.groups > 0) walk.begin(strip);
-    else strip = strip_end;
-    for (int64_t tiles = kAhead / tile_bytes(0, w.group); tiles > 0; --tiles) find();
-  }
-
-  inline __attribute__((always_inline)) bool next(Tile& tile) {
-    find();
-    if (head == tail) return false;
-    tile = ring[head++ % kRing];
-    const Tile& later = ring[(tail - 1) % kRing];
-    prefetch(later.scales);
-    for (int p = 0; p < later.kind; ++p) tile.ahead[p] = later.planes[p];
-    for (int p = tile.kind; p < later.kind; ++p)
-      for (int64_t byte = 0; byte < tile_bytes(p, walk.w.group); byte += 64) prefetch(later.planes[p] + byte);
-    return true;
-  }
-
- private:
-  inline __attribute__((always_inline)) void find() {
-    while (strip < strip_end) {
-      Tile& tile = ring[tail % kRing];
-      fault = walk.next(group, tile);
-      if (fault != Fault::kNone) {
-        strip = strip_end;
-        return;
-      }
-      tile.strip = strip;
-      tile.group = group;
-      if (++group == walk.w.groups) {
-        group = 0;
-        strip += stride;
-        if (strip < strip_end) walk.begin(strip);
-      }
-      if (tile.kind > 0) {
-        ++tail;
-        return;
-      }
-    }
   }
 };
 
@@ -145,9 +91,13 @@ inline Nibbles<V> merge(typename V::Words high, typename V::Words low) {
 template <class V, int KIND>
 struct Reader {
   using Words = typename V::Words;
-  const Tile& tile;
+  const uint8_t* p[kPlanes];
   const int byte;  // where its rows are in a chunk
   Words one, two;  // the chunks of 1-bit planes, 32 columns
+
+  inline __attribute__((always_inline)) Reader(const Tile& tile, int first) : byte(first) {
+    for (int i = 0; i < KIND; ++i) p[i] = tile.planes[i] + first;
+  }
 
   // Before the two steps of a pair of chunks.
   inline __attribute__((always_inline)) void begin_pair(int pair) {
@@ -176,8 +126,9 @@ struct Reader {
 
  private:
   inline __attribute__((always_inline)) Words load(int plane, int chunk) {
-    if (byte == 0) prefetch(tile.ahead[plane] + 64 * chunk);
-    return V::load(tile.planes[plane] + 64 * chunk + byte);
+    const uint8_t* at = p[plane] + 64 * chunk;
+    if (byte == 0) prefetch(at, kAhead);
+    return V::load(at);
   }
 };
 
@@ -210,7 +161,7 @@ inline void byte_fields(const Nibbles<V>& a, const Nibbles<V>& b, int reach, typ
 template <class V, int KIND, bool REACHED>
 void unpack_kind(const Tile& tile, int group, int reach, uint8_t* codes) {
   for (int part = 0; part < 64; part += 4 * V::kRows) {
-    Reader<V, KIND> reader{tile, part, {}, {}};
+    Reader<V, KIND> reader(tile, part);
     auto step = [&](auto odd, int pair) __attribute__((always_inline)) {
       typename V::Words field[4];
       const Nibbles<V> a = reader.template anchor<decltype(odd)::value>(pair);

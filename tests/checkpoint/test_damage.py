@@ -18,7 +18,8 @@ from torch import nn
 
 import foveate as fv
 from folders import X, copy_of, parts, read_all, rewrite, skeleton, with_
-from foveate import checkpoint
+from foveate.checkpoint.files import checksum
+from foveate.checkpoint.head import head_checksum
 from foveate.errors import CheckpointError, FoveateError, LevelError, SiteError
 from tiny import mlp, quantized_llama
 
@@ -168,7 +169,7 @@ def test_a_malformed_head_is_a_checkpoint_error(
     for _ in range(data.draw(st.integers(1, 2))):
         _mutate(original, data.draw)
     original.pop("sha256", None)
-    (part / "foveate.json").write_text(json.dumps({**original, "sha256": checkpoint._head_checksum(original)}))
+    (part / "foveate.json").write_text(json.dumps({**original, "sha256": head_checksum(original)}))
     try:
         loaded = read_all(part)
     except CheckpointError:
@@ -226,7 +227,7 @@ def test_data_files_that_do_not_fit_their_head(saved: tuple[Path, nn.Module, fv.
         tensors = {k: t.clone() for k, t in load_file(file).items()}
         tensors[key] = change(tensors[key]).contiguous()
         save_file(tensors, file)
-        head["files"][part]["sha256"][key] = checkpoint._checksum(tensors[key])
+        head["files"][part]["sha256"][key] = checksum(tensors[key])
         rewrite(made, lambda data, head=head: head)
         with pytest.raises(CheckpointError):
             pytest.fail(f"{what} was loaded: {read_all(made)}")

@@ -20,7 +20,7 @@ from torch import nn
 
 import foveate as fv
 from folders import X, at, copy_of, skeleton
-from foveate import checkpoint
+from foveate.checkpoint import files as checkpoint_files
 from foveate.errors import CheckpointError
 from tiny import quantized_llama, tokens
 
@@ -34,7 +34,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     fv.save_map(old, profile.uniform(3))
     before = {f.name: f.read_bytes() for f in old.iterdir()}
     calls = 0
-    commit = checkpoint._commit
+    commit = checkpoint_files._commit
 
     def full(temporary: Path, target: Path) -> None:
         nonlocal calls
@@ -43,7 +43,7 @@ def test_a_write_that_fails_leaves_what_was_there(
             raise OSError(28, "No space left on device")
         commit(temporary, target)
 
-    monkeypatch.setattr(checkpoint, "_commit", full)
+    monkeypatch.setattr(checkpoint_files, "_commit", full)
     plan = profile.uniform(4)
     if after >= 9:  # eight files and the head
         fv.save(model, old, keep=plan)
@@ -81,7 +81,7 @@ def test_a_disk_that_is_full(tmp_path: Path, limit: int) -> None:
 
 
 def _python(code: str, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parent), *map(str, args)]
+    command = [sys.executable, "-c", textwrap.dedent(code), str(Path(__file__).parents[1]), *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -123,7 +123,14 @@ def test_kill_9_while_saving_over_a_checkpoint(saved: tuple[Path, nn.Module, fv.
     expected = {level: at(model, profile.uniform(level)) for level in (4, 8)}
     choice = random.Random(0)
     for _ in range(3):
-        command = [sys.executable, "-c", textwrap.dedent(_SAVE_FOR_EVER), str(Path(__file__).parent), folder, source]
+        command = [
+            sys.executable,
+            "-c",
+            textwrap.dedent(_SAVE_FOR_EVER),
+            str(Path(__file__).parents[1]),
+            folder,
+            source,
+        ]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert child.stdout is not None
         assert child.stdout.readline() == "ready\n"
@@ -150,7 +157,7 @@ def test_a_kill_between_any_two_files(
 
     old, _ = quantized_llama()
     new, _ = quantized_llama(hidden_size=64, num_hidden_layers=1)
-    commit = checkpoint._commit
+    commit = checkpoint_files._commit
     expected = old(**tokens()[0]).logits
     for after in range(20):
         folder = tmp_path / str(after)
@@ -165,7 +172,7 @@ def test_a_kill_between_any_two_files(
             commit(temporary, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, "_commit", stop)
+            patch.setattr(checkpoint_files, "_commit", stop)
             try:
                 fv.save(new, folder)
             except Dead:

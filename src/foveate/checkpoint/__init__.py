@@ -1,0 +1,23 @@
+"""The folder a quantized model is kept in. A kill while writing loses nothing; 4 bits read only what 4 bits need.
+
+    foveate.json                         the head: version, sites, default map, every tensor's file and checksum
+    foveate-scales-<hash>.safetensors    scales, gains, and the level each tile is stored for
+    foveate-plane<p>-<hash>.safetensors  plane p of every weight (p = 0 the most significant)
+    foveate-rest-<hash>.safetensors      everything that is not on planes
+    foveate-profile-<hash>.safetensors   what was measured
+
+The head is the commit point: data files have names made from their contents and are complete before the head that
+names them replaces the old one; files that no head names are removed afterwards. Nothing is ever unpickled, and no name
+in a head can point outside the folder.
+"""
+
+from foveate.checkpoint.head import HEAD as HEAD
+from foveate.checkpoint.head import Head as Head
+from foveate.checkpoint.head import PathLike as PathLike
+from foveate.checkpoint.head import read_head as read_head
+from foveate.checkpoint.store import at_most_stored as at_most_stored
+from foveate.checkpoint.store import load_profile as load_profile
+from foveate.checkpoint.store import read_planes as read_planes
+from foveate.checkpoint.store import read_rest as read_rest
+from foveate.checkpoint.store import save_map as save_map
+from foveate.checkpoint.store import write as write

@@ -1,0 +1,99 @@
+"""Files of a checkpoint folder: written aside and renamed when complete, read one checked tensor at a time."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from foveate.errors import CheckpointError, FoveateError
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[list[Path]]:
+    """A folder to write into; what was newly made in it is removed again if writing fails."""
+    existed = folder.exists()
+    made: list[Path] = []
+    try:
+        _staging(folder).mkdir(parents=True, exist_ok=True)
+        yield made
+    except (OSError, SafetensorError) as error:
+        for file in made:
+            file.unlink(missing_ok=True)
+        shutil.rmtree(_staging(folder), ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, FoveateError):
+            raise
+        raise CheckpointError(f"cannot write {folder}: {error}") from error
+    finally:
+        shutil.rmtree(_staging(folder), ignore_errors=True)
+
+
+def _staging(folder: Path) -> Path:
+    """Where files are written before they get their names; safetensors puts temporary files of its own beside them."""
+    return folder / f".foveate-{os.getpid()}"
+
+
+def write_tensors(target: Path, tensors: Mapping[str, Tensor], made: list[Path]) -> None:
+    """Write a safetensors file; `made` is what `writing` gave."""
+    temporary = _staging(target.parent) / target.name
+    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    _name(temporary, target, made)
+
+
+def write_bytes(target: Path, content: bytes, made: list[Path]) -> None:
+    """Write any other file; `made` is what `writing` gave."""
+    temporary = _staging(target.parent) / target.name
+    temporary.write_bytes(content)
+    _name(temporary, target, made)
+
+
+def _name(temporary: Path, target: Path, made: list[Path]) -> None:
+    new = not target.exists()
+    _commit(temporary, target)
+    if new:
+        made.append(target)
+
+
+def _commit(temporary: Path, target: Path) -> None:
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, target)
+
+
+def checksum(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's bytes."""
+    whole = tensor.contiguous()  # kept alive while its bytes are read
+    return hashlib.sha256(_bytes_of(whole)).hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """A buffer over a contiguous tensor's bytes, which must outlive it."""
+    size = tensor.numel() * tensor.element_size()
+    return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
+
+
+def read_tensor(file: Path, name: str, sha256: str | None) -> Tensor:
+    """One tensor, checked against its checksum. Its memory is the file's: copy what is to be kept."""
+    try:
+        # opened anew for each tensor: pages of a file count as memory for as long as it is mapped
+        with safe_open(file, "pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if checksum(tensor) != sha256:
+        raise CheckpointError(f"{file} is damaged: the checksum of {name!r} does not match")
+    return tensor

@@ -1,0 +1,176 @@
+"""The head of a checkpoint: what is where. Read as hostile text, whatever wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from foveate.errors import CheckpointError, SiteError
+from foveate.formats.levels import PLANES, REACHES
+from foveate.formats.packing import GROUPS
+from foveate.maps import PrecisionMap, Site
+
+VERSION = 1
+HEAD = "foveate.json"
+#: Reserved for later versions: exact 16 and 32-bit tiles, zero masks, input permutations, importance tags. A head that
+#: lists a feature unknown here is refused.
+FEATURES: frozenset[str] = frozenset()
+#: What weights can have been before they were quantized.
+DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+_LARGEST = 1 << 40  # rows or columns; far more, and far from what 64 bits cannot hold
+DATA_FILE = re.compile(r"foveate-[a-z0-9]+-[0-9a-f]{12}\.safetensors")
+PathLike = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a checkpoint.
+
+    Attributes:
+        sites: every site of the model.
+        plan: the default map.
+        other_bytes: bytes of everything that is no site.
+        reach, dtype: for each weight site, the reach of its planes and the name of the dtype it was quantized from.
+        files: for each part (`scales`, `plane0` ... `plane4`, `rest`, `profile`) its file name.
+        checksums: for each part, the SHA-256 of each tensor in it.
+        model: how to rebuild the model: `{"transformers": class name}` or nothing.
+        profile: samples, objective and notes of the profile; None if it was not kept.
+        written_by: the version of foveate.
+    """
+
+    sites: tuple[Site, ...]
+    plan: PrecisionMap
+    other_bytes: int
+    reach: Mapping[str, int]
+    dtype: Mapping[str, str]
+    files: Mapping[str, str]
+    checksums: Mapping[str, Mapping[str, str]]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, Any] | None = None
+    written_by: str = ""
+
+    def weight_sites(self) -> list[Site]:
+        """The sites that hold weights."""
+        return [s for s in self.sites if s.kind == "weight"]
+
+
+def encoded(head: Head) -> bytes:
+    """The head as the text that `read_head` reads."""
+    data = {
+        "format": "foveate",
+        "version": VERSION,
+        "features": [],
+        "written_by": head.written_by,
+        "model": dict(head.model),
+        "other_bytes": head.other_bytes,
+        "sites": [
+            {**asdict(s), **({"reach": head.reach[s.name], "dtype": head.dtype[s.name]} if s.kind == "weight" else {})}
+            for s in head.sites
+        ],
+        "map": head.plan.to_json(),
+        "profile": head.profile,
+        "files": {part: {"file": name, "sha256": head.checksums[part]} for part, name in head.files.items()},
+    }
+    data = json.loads(json.dumps(data))
+    return json.dumps({**data, "sha256": head_checksum(data)}, indent=1).encode()
+
+
+def head_checksum(data: Mapping[str, Any]) -> str:
+    """The SHA-256 of a head, less its own entry `sha256`."""
+    rest = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_head(path: PathLike) -> Head:
+    """Read and check the head of a checkpoint.
+
+    Raises:
+        CheckpointError: no such folder, no head in it, a newer version, or a malformed head.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder")
+    file = folder / HEAD
+    if not file.exists():
+        raise CheckpointError(f"{folder} holds no {HEAD}: it is not a foveate checkpoint, or saving it was interrupted")
+    try:
+        data = json.loads(file.read_bytes())
+        version, features = data["version"], set(map(str, data["features"]))
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{file} is malformed: {error!r}") from error
+    if data.get("format") != "foveate" or type(version) is not int or version < 1:
+        raise CheckpointError(f"{file} is malformed: it does not name the format and its version")
+    if version > VERSION:
+        raise CheckpointError(
+            f"{folder} is of format version {version}, newer than this foveate reads ({VERSION}): upgrade foveate"
+        )
+    if data.get("sha256") != head_checksum(data):
+        raise CheckpointError(f"{file} is damaged: its checksum does not match")
+    unknown = features - FEATURES
+    if unknown:
+        raise CheckpointError(
+            f"{folder} needs features that this foveate does not have: {', '.join(sorted(unknown))}: upgrade foveate"
+        )
+    try:
+        return _parse_head(data)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, SiteError) as error:
+        raise CheckpointError(f"{file} is malformed: {error}") from error
+
+
+def _parse_head(data: Mapping[str, Any]) -> Head:
+    sites, reach, dtype = [], {}, {}
+    for entry in data["sites"]:
+        entry = dict(entry)
+        if entry["kind"] == "weight":
+            reach[entry["name"]], dtype[entry["name"]] = entry.pop("reach"), entry.pop("dtype")
+        site = Site(**{**entry, "aliases": tuple(entry["aliases"])})
+        _check_site(site)
+        sites.append(site)
+    names = [name for s in sites for name in (s.name, *s.aliases)]
+    if len(set(names)) != len(names):
+        raise ValueError("a site is listed twice")
+    if not all(type(r) is int and r in REACHES for r in reach.values()) or not set(dtype.values()) <= DTYPES:
+        raise ValueError("a reach or a dtype does not exist")
+    files = {part: entry["file"] for part, entry in data["files"].items()}
+    for name in files.values():
+        if not DATA_FILE.fullmatch(name):
+            raise ValueError(f"file name {name!r} is not one that foveate writes")
+    needed = {"scales", "rest", *(f"plane{p}" for p in range(PLANES))}
+    if not needed <= set(files):
+        raise ValueError(f"files are not listed: {', '.join(sorted(needed - set(files)))}")
+    head = Head(
+        sites=tuple(sites),
+        plan=PrecisionMap.from_json(data["map"], sites, data["other_bytes"]),
+        other_bytes=data["other_bytes"],
+        reach=reach,
+        dtype=dtype,
+        files=files,
+        checksums={part: dict(entry["sha256"]) for part, entry in data["files"].items()},
+        model=dict(data["model"]),
+        profile=None if data["profile"] is None else dict(data["profile"]),
+        written_by=str(data["written_by"]),
+    )
+    if type(head.other_bytes) is not int or head.other_bytes < 0:
+        raise ValueError(f"other_bytes (={head.other_bytes!r}) is not a number of bytes")
+    if head.profile is not None:
+        about = head.profile
+        if type(about["samples"]) is not int or not isinstance(about["objective"], str):
+            raise ValueError("the profile is not described")
+        if not all(isinstance(note, str) for note in about["notes"]):
+            raise ValueError("a note of the profile is no text")
+    return head
+
+
+def _check_site(site: Site) -> None:
+    texts = (site.name, *site.aliases)
+    counts = (site.rows, site.columns, site.group, site.rows_read)
+    if not all(isinstance(t, str) for t in texts) or not all(type(n) is int and 0 <= n < _LARGEST for n in counts):
+        raise ValueError(f"site {site.name!r} is not described by texts and numbers")
+    if site.kind not in ("weight", "input") or site.group not in GROUPS or type(site.row_gains) is not bool:
+        raise ValueError(f"site {site.name!r} has a kind or group that does not exist")
