@@ -355,7 +355,7 @@ def _end(console: Console, out: Path, plan: PrecisionMap, rows: Sequence[Row], s
         f" {kept.outcome.agreement:.1%} of the time; precision changed in {slowest:.0f} µs."
     )
     console.print(f"[bold]Look closer:[/] foveate inspect {escape(str(out))}")
-    console.print("[bold]Your model:[/]  foveate quantize YOUR_MODEL_FOLDER")
+    console.print("[bold]Your model:[/]  foveate quantize YOUR_MODEL_FOLDER OUT --data TEXT_FILE --bits 4.25")
 
 
 def _figures(
