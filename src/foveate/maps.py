@@ -291,6 +291,8 @@ class Budget:
         if self.bytes is not None:
             object.__setattr__(self, "bytes", parse_bytes(self.bytes))
         value = getattr(self, given[0])
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BudgetError(f"budget {given[0]} (={value!r}) is not a number")
         if not value > 0 or value == float("inf"):
             raise BudgetError(f"budget {given[0]} (={value}) must be a positive finite number")
 
@@ -305,7 +307,7 @@ class Profile:
             unit.
         other_bytes: bytes of everything that is no site.
         samples: tokens, images or sentences that the loss is a mean over.
-        objective: which loss: see `foveate.objectives`.
+        objective: which loss: see `foveate.collect.objectives`.
         statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
             `output_range` float32 [2].
         notes: things the user should know, a sentence each.

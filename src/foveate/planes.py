@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -184,8 +185,10 @@ def arena(sizes: Sequence[int]) -> list[Tensor]:
         offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
     total = offsets[-1]
     if total >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        block = mmap.mmap(-1, total + HUGE_PAGE)
-        block.madvise(mmap.MADV_HUGEPAGE)
+        # private: Python's default is shared memory, which has no huge pages and which a forked process writes through
+        block = mmap.mmap(-1, total + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel built without them
+            block.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(block, dtype=torch.uint8)
         whole = whole[-whole.data_ptr() % HUGE_PAGE :][:total]
     else:

@@ -177,8 +177,13 @@ def verify(
     objective: Objective | None = None,
     progress: bool = True,
 ) -> Verification:
-    """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`."""
+    """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`.
+
+    Raises:
+        PlaneNotResidentError: the model was loaded without planes that the map, or the uniform one, reads.
+    """
     even = uniform_of_bytes(plan)
+    registry_of(model).check(even)
     measured, uniform_measured, _ = measure(
         model, [plan, even], held_out, reference=reference, objective=objective, progress=progress
     )

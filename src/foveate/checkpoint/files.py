@@ -26,16 +26,16 @@ def writing(folder: Path) -> Iterator[list[Path]]:
     try:
         _staging(folder).mkdir(parents=True, exist_ok=True)
         yield made
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:  # Ctrl-C too must leave nothing behind
         for file in made:
             file.unlink(missing_ok=True)
         shutil.rmtree(_staging(folder), ignore_errors=True)
         if not existed:
             with suppress(OSError):
                 folder.rmdir()
-        if isinstance(error, FoveateError):
-            raise
-        raise CheckpointError(f"cannot write {folder}: {error}") from error
+        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FoveateError):
+            raise CheckpointError(f"cannot write {folder}: {error}") from error
+        raise
     finally:
         shutil.rmtree(_staging(folder), ignore_errors=True)
 

@@ -94,6 +94,18 @@ def _with_inputs(sites: Sequence[Site], weights: Mapping[str, Levels]) -> dict[s
     return found
 
 
+def _met(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> PrecisionMap:
+    """The map, if it is within the budget."""
+    for name, limit, taken in (
+        ("bytes", budget.bytes, plan.bytes_resident),
+        ("bits", budget.bits, plan.bits),
+        ("loss", budget.loss, profile.predict(plan)),
+    ):
+        if limit is not None and taken > float(limit):
+            raise fv.BudgetError(f"--set fixes every weight, and that takes {taken:g} {name} of the {limit} allowed")
+    return plan
+
+
 def within(
     profile: Profile,
     budget: fv.Budget,
@@ -118,7 +130,7 @@ def within(
     rest = tuple(s for s in profile.sites if s.name not in levels)
     pinned = PrecisionMap(tuple(own), levels)
     if not any(s.kind == "weight" for s in rest):
-        return replace(uniform(profile.sites, 0, profile.other_bytes), levels=levels)
+        return _met(budget, profile, replace(uniform(profile.sites, 0, profile.other_bytes), levels=levels))
     losses = {s.name: profile.losses[s.name] for s in rest if s.kind == "weight"}
     part = replace(profile, sites=rest, losses=losses, other_bytes=profile.other_bytes + pinned.bytes_resident)
     if budget.bits is not None:

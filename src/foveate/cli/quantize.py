@@ -65,7 +65,7 @@ def quantize(
         batches(calibration, batch),
         group=group,
         skip=skip or (),
-        resume=out.with_name(f".{out.name}.resume-{digest(found)}.safetensors") if resume else None,
+        resume=out.absolute().with_name(f".{out.name}.resume-{digest(found)}.safetensors") if resume else None,
     )
     for note in profile.notes:
         log.warning("note: %s", note)

@@ -81,17 +81,30 @@ class Found:
 
 
 def find_weights(model: nn.Module) -> list[Found]:
-    """Every weight that can be quantized, in the model's order; modules that share a parameter are one entry."""
+    """Every weight that can be quantized, in the model's order; modules that share a parameter are one entry.
+
+    A weight that some other module uses as well stays as it is.
+    """
     by_parameter: dict[int, list[tuple[str, nn.Module]]] = {}
+    elsewhere: set[int] = set()  # parameters that a module uses which stays as it is
     for name, module in model.named_modules():
-        if kind_of(module) is not None and cast(Tensor, module.weight).is_floating_point():
+        ours = kind_of(module) is not None and not _read_behind(model, name)
+        if ours and cast(Tensor, module.weight).is_floating_point():
             by_parameter.setdefault(id(module.weight), []).append((name, module))
+        else:
+            elsewhere.update(map(id, module.parameters(recurse=False)))
     found = []
-    for entries in by_parameter.values():
+    for parameter, entries in by_parameter.items():
         shapes = {weight_matrix_shape(m) for _, m in entries}
-        if len(shapes) == 1:
+        if len(shapes) == 1 and parameter not in elsewhere:
             found.append(Found(tuple(n for n, _ in entries), tuple(m for _, m in entries)))
     return found
+
+
+def _read_behind(model: nn.Module, name: str) -> bool:
+    """Whether a module's parent reads its weight itself: the fast path of torch's own encoder layer does."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return isinstance(parent, nn.TransformerEncoderLayer)
 
 
 def weight_matrix_shape(module: nn.Module) -> tuple[int, int]:

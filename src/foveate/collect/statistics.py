@@ -6,7 +6,7 @@ a change dW is, to second order and with the Fisher information for the Hessian,
     1/2 E[(sum_t g_t . dW x_t)^2]  ~  1/2 sum_ij F_ij dW_ij^2
 
 Where a sample's rows have independent labels (the tokens of a language model), F factors: F_ij = G_i A_j with G =
-E[g^2] over outputs and A = E[x^2] over inputs (notes on K-FAC's diagonal; score B of the design). Where all rows of a
+E[g^2] over outputs and A = E[x^2] over inputs (the diagonal of K-FAC). Where all rows of a
 sample share one loss (the patches of an image, the tokens of an embedded sentence) their gradients are correlated, so F
 is accumulated as the squared gradient of each sample. An embedding's F is its rows' frequency times the gradient's
 energy in each column.

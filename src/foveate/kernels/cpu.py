@@ -13,9 +13,11 @@ import hashlib
 import os
 import platform
 import shutil
+import subprocess
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,8 +79,9 @@ def _build(target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     for old in target.parent.parent.glob("*/build-*"):
-        if time.time() - old.stat().st_mtime > ABANDONED_AFTER_S:
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process may be clearing up too
+            if time.time() - old.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(old, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent, ignore_cleanup_errors=True) as folder:
         cpp_extension.load(
             name="foveate_cpu",
@@ -95,7 +98,10 @@ def load() -> Status:
     """Load the compiled kernels, after building them if they are not in the cache.
 
     Returns:
-        The status; a machine without a compiler gets the reason in it and one warning, never an exception.
+        The status; a machine without a compiler gets the reason in it and one warning.
+
+    Raises:
+        RuntimeError: the environment's FOVEATE_CPU names instructions that this machine does not have.
     """
     try:
         compiler = _compiler()
@@ -108,11 +114,11 @@ def load() -> Status:
         else:
             _build(target)
             reason = "built now"
-        isa: str = torch.ops.foveate._cpu_isa("")
-    except Exception as error:
+    except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:
         reason = f"no compiled kernels: {_first_line(error)}"
         warnings.warn(f"foveate runs its slow reference, {reason}", RuntimeWarning, stacklevel=2)
         return Status(None, reason, None)
+    isa: str = torch.ops.foveate._cpu_isa("")  # refuses a FOVEATE_CPU that this machine does not have
     return Status(isa, reason, target)
 
 

@@ -33,10 +33,14 @@ def install(
     """Exchange the modules of `found` for ones on planes and attach the registry."""
     inputs: dict[str, PlaneModule] = {}
     all_sites = list(sites)
+    places: dict[int, list[str]] = {}  # one module may be registered under several names
+    for name, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(name)
     for entry, site in zip(found, sites, strict=True):
         for name, module in zip(entry.names, entry.modules, strict=True):
             new = on_planes(module, weights[site.name])
-            _exchange(model, name, new)
+            for place in places[id(module)]:
+                _exchange(model, place, new)
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))

@@ -1,6 +1,6 @@
 """Modules whose weight is bit planes: PlaneLinear, PlaneEmbedding, PlaneConv.
 
-Each keeps the interface of the module it replaces. The weight itself is a `PlaneWeight`, a module of its own, so that
+Each is called as the module it replaces is. The weight itself is a `PlaneWeight`, a module of its own, so that
 tied weights are one object and every tensor is a buffer. Precision is changed by `foveate.apply` and nowhere else.
 """
 
@@ -66,6 +66,14 @@ class PlaneWeight(nn.Module):
         # always into the tensors that are there, which `value` holds, also where the caller asks for an exchange
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
+        raise FoveateError(
+            f"{getattr(func, '__name__', func)} was given a weight on planes: call its module, use "
+            "weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
+        )
+
     def extra_repr(self) -> str:
         """Shape, group and the range of levels."""
         levels = self.value.tags[0]
@@ -103,9 +111,9 @@ class PlaneLinear(PlaneModule):
         super().__init__(weight, bias)
         self.out_features, self.in_features = weight.shape
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] -> [..., N], in the dtype of x."""
-        return self._product(x)
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., K] -> [..., N], in the dtype of the input."""
+        return self._product(input)
 
 
 class PlaneEmbedding(PlaneModule):
@@ -116,9 +124,9 @@ class PlaneEmbedding(PlaneModule):
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
 
-    def forward(self, indices: Tensor) -> Tensor:
-        """indices [...] -> [..., K], in the dtype of the weight that was quantized."""
-        rows: Tensor = torch.ops.foveate.plane_embedding(indices, *self.weight.value.op_args())
+    def forward(self, input: Tensor) -> Tensor:
+        """Indices [...] -> [..., K], in the dtype of the weight that was quantized."""
+        rows: Tensor = torch.ops.foveate.plane_embedding(input, *self.weight.value.op_args())
         return rows.to(self.weight.dtype)
 
 
@@ -140,8 +148,9 @@ class PlaneConv(PlaneModule):
         self._reversed_padding_repeated_twice = conv._reversed_padding_repeated_twice
         self._dense_forward: Callable[..., Tensor] = type(conv)._conv_forward
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, C, ...] or [C, ...] -> [B, N, ...] or [N, ...]."""
+    def forward(self, input: Tensor) -> Tensor:
+        """input [B, C, ...] or [C, ...] -> [B, N, ...] or [N, ...]."""
+        x = input
         if self.groups != 1:
             dense = self.weight.dequantize().view(self.out_channels, -1, *self.kernel_size).to(x.dtype)
             return self._dense_forward(self, x, dense, None if self.bias is None else self.bias.to(x.dtype))
@@ -173,4 +182,8 @@ def on_planes(module: nn.Module, weight: PlaneWeight) -> PlaneModule:
         made = PlaneConv(weight, cast(nn.Conv2d, module))
     else:
         raise FoveateError(f"{type(module).__name__} holds no weight that planes can hold")
+    for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
+        getattr(made, hooks).update(getattr(module, hooks))
+    for hooks in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(made, hooks).update(getattr(module, hooks))
     return made.train(module.training)

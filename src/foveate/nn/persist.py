@@ -26,7 +26,7 @@ from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, uniform
 from foveate.nn.install import install
 from foveate.nn.modules import PlaneModule, PlaneWeight
-from foveate.nn.registry import registry_of
+from foveate.nn.registry import quantized_part, registry_of
 from foveate.sizes import parse_bytes
 from foveate.version import __version__
 
@@ -60,6 +60,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         CheckpointError: the folder cannot be written (a full disk, say); what was there before is still there.
         PlaneNotResidentError: the model does not have the planes of `keep`.
     """
+    model = quantized_part(model)
     registry = registry_of(model)
     plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", registry.applied)[0]
     registry.check(plan)
@@ -123,7 +124,7 @@ def load(
         raise CheckpointError(f"{path} is not of this model: its sites differ")
     registry.other_bytes = head.other_bytes
     if head.profile is not None:
-        registry.profile_source = functools.partial(checkpoint.load_profile, path)
+        registry.profile_source = functools.partial(checkpoint.load_profile, Path(path).absolute())
     plan = head.plan if keep is None else keep
     registry.apply(plan, plan)
     return model.eval()
@@ -150,10 +151,10 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
             continue
         own = {**module._parameters, **({} if isinstance(module, PlaneModule) else module._buffers)}
         rest.update({f"{prefix}.{name}".lstrip("."): t.detach() for name, t in own.items() if t is not None})
-    # tied parameters are written once each: a file format without pointers
-    seen: dict[tuple[int, torch.Size], str] = {}
+    # what shares memory is written once each: a file format without pointers
+    seen: dict[int, str] = {}
     for name, t in list(rest.items()):
-        if t.numel() and seen.setdefault((t.data_ptr(), t.shape), name) != name:
+        if t.numel() and seen.setdefault(t.untyped_storage().data_ptr(), name) != name:
             rest[name] = t.clone()
     return rest
 
@@ -193,7 +194,7 @@ def _skeleton(folder: Path, head: Head) -> nn.Module:
     from huggingface_hub.errors import StrictDataclassError  # comes with transformers
 
     try:
-        config = cast(Any, made_by).config_class.from_dict(dict(head.model["config"]))
+        config = cast(Any, made_by).config_class.from_dict(_plain(head.model["config"]))
         config._name_or_path = str(folder)
         with torch.device("meta"):
             model: nn.Module = cast(Any, made_by)._from_config(config)
@@ -205,6 +206,16 @@ def _skeleton(folder: Path, head: Head) -> nn.Module:
     ) as error:  # fmt: skip
         raise CheckpointError(f"{folder}: the configuration in its head cannot be used: {error!r}") from error
     return model
+
+
+def _plain(config: Any) -> Any:
+    """A configuration without what would make transformers fetch or choose code: attention kernels, quantizers."""
+    if isinstance(config, list):
+        return [_plain(entry) for entry in config]
+    if not isinstance(config, dict):
+        return config
+    odd = {"attn_implementation", "experts_implementation", "quantization_config", "auto_map", "trust_remote_code"}
+    return {key: _plain(v) for key, v in config.items() if key.lstrip("_").removesuffix("_internal") not in odd}
 
 
 def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: int) -> Found:

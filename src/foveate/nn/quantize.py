@@ -99,6 +99,8 @@ def quantize(
     if unseen:
         listed = ", ".join(unseen[:5]) + (" and others" if len(unseen) > 5 else "")
         notes.append(f"calibration never reached {listed}: their bits are chosen blindly")
+    if objective is None and collector.objective.name == "embedding":
+        notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
     if collector.without_covariance:
         count = len(collector.without_covariance)
         notes.append(f"{count} weights were rounded without error feedback, for want of memory for their covariances")
@@ -193,10 +195,14 @@ def _collect(
                         objective = infer(run(model, batch))
                 if loss is not None:
                     objective = Custom(loss, objective)
-                free = psutil.virtual_memory().available
-                collector = Collector(found, objective, covariance_bytes=int(_COVARIANCE_SHARE * free))
-                if resume is not None and resume.exists():
-                    collector.restore(_read_resume(resume))
+                state = _read_resume(resume) if resume is not None and resume.exists() else None
+                # going on keeps the covariances that were begun, whatever memory is free now
+                room = int(_COVARIANCE_SHARE * psutil.virtual_memory().available)
+                if state is not None:
+                    room = sum(t.numel() * 4 for key, t in state.items() if key.endswith("|covariance_KK"))
+                collector = Collector(found, objective, covariance_bytes=room)
+                if state is not None:
+                    collector.restore(state)
                     done = collector.batches
             if index < done:
                 continue

@@ -7,14 +7,16 @@ another, so applying a map is a check and two copies, however many layers there 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
+from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Profile, Site
 from foveate.nn.modules import PlaneModule, PlaneWeight
+from foveate.planes import shared_tags
 
 _ATTRIBUTE = "_foveate"
 
@@ -45,18 +47,26 @@ class Registry:
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
+        self._bind()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # plain pickle copies views one by one, and a process that unpickles may not have loaded its kernels yet
+        self.__dict__.update(state)
+        ensure_loaded()
+        self._bind()
+
+    def _bind(self) -> None:
+        """Put all levels side by side, where `apply` writes and the modules read."""
         self._known_sites = self.sites
-        values = [w.value for w in self.weights.values()]
+        values = shared_tags([w.value for w in self.weights.values()])
+        for weight, value in zip(self.weights.values(), values, strict=True):
+            weight.set(value)
         self._tags = _block([v.tags for v in values])
         self._resident = torch.cat([v.resident.expand(2, -1, -1).reshape(-1) for v in values]) if values else self._tags
-        levels = (
-            torch.cat([m.input_level for m in self.inputs.values()])
-            if self.inputs
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        self._input_levels = levels
-        for module, level in zip(self.inputs.values(), levels.split(2), strict=True):
-            module.input_level = level
+        levels = [m.input_level for m in self.inputs.values()]
+        self._input_levels = torch.cat(levels) if levels else torch.empty(0, dtype=torch.uint8)
+        for i, module in enumerate(self.inputs.values()):
+            module.input_level = self._input_levels[2 * i : 2 * i + 2]
 
     @property
     def profile(self) -> Profile | None:
@@ -129,6 +139,20 @@ def _block(parts: list[Tensor]) -> Tensor:
     return torch.as_strided(parts[0], (sum(p.numel() for p in parts),), (1,), parts[0].storage_offset())
 
 
+def quantized_part(model: nn.Module) -> nn.Module:
+    """The module that was quantized: `model`, or the one inside a wrapper; raises `FoveateError` if there is none."""
+    if _ATTRIBUTE in model.__dict__:
+        return model
+    inner = [m for m in model.modules() if _ATTRIBUTE in m.__dict__]
+    if len(inner) != 1:
+        raise FoveateError(
+            "several quantized models inside one"
+            if inner
+            else "the model is not quantized: call foveate.quantize or foveate.load first"
+        )
+    return inner[0]
+
+
 def attach(model: nn.Module, registry: Registry) -> None:
     """Make `model` a quantized model."""
     model.__dict__[_ATTRIBUTE] = registry
@@ -136,21 +160,13 @@ def attach(model: nn.Module, registry: Registry) -> None:
 
 def registry_of(model: nn.Module) -> Registry:
     """The registry of a quantized model, or of the one inside a wrapper; raises `FoveateError` if there is none."""
-    found = model.__dict__.get(_ATTRIBUTE)
-    if found is None:
-        inner = [m.__dict__[_ATTRIBUTE] for m in model.modules() if _ATTRIBUTE in m.__dict__]
-        if len(inner) != 1:
-            raise FoveateError(
-                "the model is not quantized: call foveate.quantize or foveate.load first"
-                if not inner
-                else "several quantized models inside one"
-            )
-        found = inner[0]
-    return cast(Registry, found)
+    return cast(Registry, quantized_part(model).__dict__[_ATTRIBUTE])
 
 
 def apply(model: nn.Module, plan: PrecisionMap, second: PrecisionMap | None = None) -> None:
-    """Read the model at the levels of a map from the next call on. Takes microseconds; moves and repacks nothing.
+    """Read the model at the levels of a map from the next call on. Moves and repacks nothing: it writes a byte a tile,
+    which takes microseconds, or milliseconds for billions of weights. A call that runs meanwhile in another thread may
+    read some tiles at the old level and some at the new.
 
     Args:
         model: a quantized model.
