@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError, LevelError, SiteError
-from foveate.formats.levels import GAINED_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
+from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
 from foveate.formats.packing import TILE_ROWS, tile_grid
 from foveate.planes import resident_bytes
-from foveate.sizes import parse_bytes
+from foveate.sizes import format_bytes, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -167,9 +167,19 @@ class PrecisionMap:
         weights = sum(s.weights for s in self.weight_sites())
         return 8.0 * (self.bytes_stored - self.other_bytes) / max(weights, 1)
 
+    def __repr__(self) -> str:
+        return (
+            f"PrecisionMap({self.bits:.3f} bits a weight, {format_bytes(self.bytes_resident)} in memory, "
+            f"predicted loss {self.predicted_loss:.4g}, {len(self.sites)} sites)"
+        )
+
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
         """A copy in which every site that the shell pattern names has `level`; the predicted loss is then unknown."""
         hits = find_sites(self.sites, pattern)
+        if level not in INPUT_LEVELS and {s.kind for s in hits} == {"weight", "input"}:
+            raise LevelError(
+                f"pattern {pattern!r} names weights and inputs, and {level} is no input's: end it with ':weight'"
+            )
         return replace(self, levels={**self.levels, **{s.name: level for s in hits}}, predicted_loss=float("nan"))
 
     def to_json(self) -> dict[str, Any]:
@@ -320,6 +330,10 @@ class Profile:
     objective: str
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        weights = sum(s.weights for s in self.weight_sites())
+        return f"Profile({weights:,} weights at {len(self.losses)} sites, {self.objective}, {self.samples:,} samples)"
 
     def predict(self, plan: PrecisionMap) -> float:
         """The loss that the profile expects of a map: the sum over tiles. Nested levels only interact through it, so it

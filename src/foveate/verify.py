@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.objectives import Objective, infer, run
+from foveate.collect.objectives import Objective, infer, named, run
 from foveate.errors import DataError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
@@ -50,6 +50,7 @@ class Verification:
     measured: Outcome
     uniform: Outcome
     reference: str
+    unit: str
 
     @property
     def predicted(self) -> float:
@@ -68,7 +69,7 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"divergence {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
+            f"divergence ({self.unit}) {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
             f"(predicted {self.predicted:.5f}), uniform at equal bytes {self.uniform.divergence:.5f}; "
             f"agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
             f"{self.measured.samples} samples, reference: {self.reference}"
@@ -115,7 +116,7 @@ def measure(
         plans: the maps.
         batches: held-out data, as for `foveate.quantize`.
         reference: the original model; if not given, the model itself with every plane it has.
-        objective: as for `foveate.quantize`.
+        objective: as for `foveate.quantize`; the one that the profile was made with if not given.
         metric: `metric(output, batch)`, one number a sample, averaged over all.
         progress: whether to show how far it is.
 
@@ -127,6 +128,8 @@ def measure(
     """
     registry = registry_of(model)
     before = registry.applied
+    if objective is None and registry.profile is not None:
+        objective = named(registry.profile.objective)
     highest = _highest(model)
     sums = [_Sums() for _ in range(len(plans) + 1)]
     reference_model = model if reference is None else reference
@@ -188,7 +191,12 @@ def verify(
         model, [plan, even], held_out, reference=reference, objective=objective, progress=progress
     )
     name = "the original model" if reference is not None else "this model with every plane it has"
-    return Verification(plan, even, measured, uniform_measured, name)
+    if objective is None:
+        profile = registry_of(model).profile
+        objective = named(profile.objective) if profile is not None else None
+    return Verification(
+        plan, even, measured, uniform_measured, name, "divergence" if objective is None else objective.unit
+    )
 
 
 def _highest(model: nn.Module) -> PrecisionMap:

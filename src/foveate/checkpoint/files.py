@@ -49,6 +49,8 @@ def write_tensors(target: Path, tensors: Mapping[str, Tensor], made: list[Path])
     """Write a safetensors file; `made` is what `writing` gave."""
     temporary = _staging(target.parent) / target.name
     save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
+    # safetensors keeps its files to their owner; ours are as open as the folder
+    temporary.chmod(temporary.parent.stat().st_mode & 0o666)
     _name(temporary, target, made)
 
 

@@ -52,6 +52,8 @@ def quantize(
     if group is not None:
         check_group(group)
     _check_target(out, model)
+    if (out / HEAD).exists():
+        log.warning("%s holds a model already: it will be replaced", out)
     config = config_of(model)
     request = Request(data, tokens, samples, length, batch)
     found = windows(request, model, config, more=0 if budget is None else 1 / HELD_OUT)

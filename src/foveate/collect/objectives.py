@@ -25,7 +25,13 @@ def run(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
-        return model(*batch)
+        try:
+            return model(*batch)
+        except TypeError as error:
+            raise DataError(
+                f"the model cannot be called on a batch that is a {type(batch).__name__} of {len(batch)} ({error}); "
+                "if the batch holds labels too, hand on its inputs only"
+            ) from error
     return model(batch)
 
 
@@ -55,6 +61,8 @@ class Objective(ABC):
     """What is kept when precision falls."""
 
     name: str
+    #: What the divergence is, for people.
+    unit: str
     #: Whether the rows of one sample (the tokens of a text) have independent labels, so that their gradients are
     #: uncorrelated.
     independent_rows: bool
@@ -81,6 +89,7 @@ class Logits(Objective):
     """Outputs are logits over classes or tokens, the last dimension; divergence in nats."""
 
     name = "logits"
+    unit = "KL, nats"
     independent_rows = True
 
     def outcome(self, output: Any, batch: Any) -> Tensor:
@@ -116,6 +125,7 @@ class Embedding(Objective):
     """Outputs are vectors compared by their angle; divergence is 1 - cosine."""
 
     name = "embedding"
+    unit = "1 - cosine"
     independent_rows = False
 
     def outcome(self, output: Any, batch: Any) -> Tensor:
@@ -151,7 +161,7 @@ class Custom(Objective):
 
     def __init__(self, loss: Callable[[Any, Any], Tensor], of: Objective) -> None:
         self._loss, self._of = loss, of
-        self.name, self.independent_rows = f"custom over {of.name}", False
+        self.name, self.unit, self.independent_rows = f"custom over {of.name}", of.unit, False
 
     def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
         """The user's loss."""
@@ -168,6 +178,12 @@ class Custom(Objective):
     def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
         """As `of` has it."""
         return self._of.agreement(reference_nD, outcome_nD)
+
+
+def named(name: str) -> Objective | None:
+    """The objective that a profile was made with, by its name; what is measured for a custom loss is what it was of."""
+    known = {objective.name: objective for objective in (Logits(), Embedding())}
+    return known.get(name.removeprefix("custom over "))
 
 
 def infer(output: Any) -> Objective:
