@@ -84,6 +84,11 @@ class Site:
 Levels = int | bytes
 
 
+def tile_levels(levels: Levels, tiles: int) -> bytes:
+    """One byte a tile."""
+    return bytes((levels,)) * tiles if isinstance(levels, int) else levels
+
+
 def _level_counts(site: Site, levels: Levels) -> list[int]:
     """How many tiles stand at each of WEIGHT_LEVELS."""
     if isinstance(levels, int):

@@ -23,6 +23,7 @@ HEAD = "foveate.json"
 FEATURES: frozenset[str] = frozenset()
 #: What weights can have been before they were quantized.
 DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+_MOST_TILES = 1 << 28  # of all sites: half a trillion weights, and a quarter of a GiB of levels
 _LARGEST = 1 << 40  # rows or columns; far more, and far from what 64 bits cannot hold
 DATA_FILE = re.compile(r"foveate-[a-z0-9]+-[0-9a-f]{12}\.safetensors")
 PathLike = str | os.PathLike[str]
@@ -135,6 +136,8 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
     names = [name for s in sites for name in (s.name, *s.aliases)]
     if len(set(names)) != len(names):
         raise ValueError("a site is listed twice")
+    if sum(s.tiles for s in sites) > _MOST_TILES:
+        raise ValueError("the sites have more tiles than any model")
     if not all(type(r) is int and r in REACHES for r in reach.values()) or not set(dtype.values()) <= DTYPES:
         raise ValueError("a reach or a dtype does not exist")
     files = {part: entry["file"] for part, entry in data["files"].items()}

@@ -18,7 +18,7 @@ from foveate.checkpoint.head import DATA_FILE, HEAD, Head, PathLike, encoded, re
 from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_VALUES, TILE_ROWS, tile_bytes, tile_starts
-from foveate.maps import Levels, PrecisionMap, Profile, Site
+from foveate.maps import Levels, PrecisionMap, Profile, Site, tile_levels
 from foveate.planes import PlaneTensor, arena, shared_tags
 
 
@@ -113,10 +113,7 @@ def _stored_levels(folder: Path, head: Head) -> dict[str, Tensor]:
 
 def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
     """The level to load each tile for; raises if it is not stored."""
-    if isinstance(levels, int):
-        wanted = torch.full_like(stored, levels)
-    else:
-        wanted = torch.frombuffer(bytearray(levels), dtype=torch.uint8).view_as(stored)
+    wanted = torch.frombuffer(bytearray(tile_levels(levels, stored.numel())), dtype=torch.uint8).view_as(stored)
     if bool((wanted > stored).any()):
         missing = int(wanted[wanted > stored].max())
         kept = int(stored[wanted > stored].min())
@@ -131,7 +128,7 @@ def at_most_stored(path: PathLike, head: Head, plan: PrecisionMap) -> PrecisionM
     levels: dict[str, Levels] = dict(plan.levels)
     for name, stored in _stored_levels(Path(path), head).items():
         level = levels[name]
-        tiles = bytes([level]) * stored.numel() if isinstance(level, int) else level
+        tiles = tile_levels(level, stored.numel())
         levels[name] = bytes(map(min, tiles, stored.flatten().tolist()))
     lowered = replace(plan, levels=levels, predicted_loss=float("nan"))
     return plan if lowered == plan else lowered

@@ -20,7 +20,6 @@ from foveate.formats.levels import NESTED_LEVELS, PLANE_BITS
 TILE_ROWS = 16
 GROUPS: tuple[int, ...] = (32, 64, 128)
 SCALE_VALUES = 2 * TILE_ROWS
-SCALE_BYTES = 2 * SCALE_VALUES
 
 
 def check_group(group: int) -> int:

@@ -23,7 +23,7 @@ from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
 from foveate.errors import CheckpointError, MissingExtraError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
-from foveate.maps import Budget, PrecisionMap, uniform
+from foveate.maps import Budget, PrecisionMap, tile_levels, uniform
 from foveate.nn.install import install
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.registry import quantized_part, registry_of
@@ -137,10 +137,8 @@ def _fitting(path: PathLike, memory: int) -> PrecisionMap:
 
 
 def _level_tiles(plan: PrecisionMap, name: str, resident: Tensor) -> Tensor:
-    levels = plan.levels[name]
-    if isinstance(levels, int):
-        return torch.full_like(resident, levels)
-    return torch.frombuffer(bytearray(levels), dtype=torch.uint8).view_as(resident)
+    levels = bytearray(tile_levels(plan.levels[name], resident.numel()))
+    return torch.frombuffer(levels, dtype=torch.uint8).view_as(resident)
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:

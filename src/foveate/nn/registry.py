@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
 from foveate.kernels.dispatch import ensure_loaded
-from foveate.maps import PrecisionMap, Profile, Site
+from foveate.maps import PrecisionMap, Profile, Site, tile_levels
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.planes import shared_tags
 
@@ -98,8 +98,7 @@ class Registry:
                 self._check_sites(one)
         for name, weight in self.weights.items():
             for one in (plan, second):
-                levels = one.levels[name]
-                tags += bytes((levels,)) * weight.value.resident.numel() if isinstance(levels, int) else levels
+                tags += tile_levels(one.levels[name], weight.value.resident.numel())
         for name in self.inputs:
             input_levels += bytes((cast(int, plan.levels[name]), cast(int, second.levels[name])))
         if tags:
@@ -121,11 +120,10 @@ class Registry:
 
     def _first_missing(self, plan: PrecisionMap) -> str | None:
         for name, weight in self.weights.items():
-            levels = plan.levels[name]
-            wanted = torch.tensor(levels if isinstance(levels, int) else list(levels), dtype=torch.uint8)
             resident = weight.value.resident.view(-1)
+            wanted = torch.frombuffer(bytearray(tile_levels(plan.levels[name], resident.numel())), dtype=torch.uint8)
             if bool((wanted > resident).any()):
-                short = resident[wanted > resident].min() if wanted.dim() else resident.min()
+                short = resident[wanted > resident].min()
                 return f"{name} at level {int(wanted.max())}: some of its tiles are loaded up to {int(short)} bits only"
         return None
 
