@@ -187,10 +187,12 @@ def arena(sizes: Sequence[int]) -> list[Tensor]:
     if total >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         # private: Python's default is shared memory, which has no huge pages and which a forked process writes through
         block = mmap.mmap(-1, total + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        with suppress(OSError):  # a kernel built without them
-            block.madvise(mmap.MADV_HUGEPAGE)
         whole = torch.frombuffer(block, dtype=torch.uint8)
-        whole = whole[-whole.data_ptr() % HUGE_PAGE :][:total]
+        start = -whole.data_ptr() % HUGE_PAGE
+        with suppress(OSError):  # a kernel built without them
+            # whole ones only: the end of the block must not make the rest of a huge page resident
+            block.madvise(mmap.MADV_HUGEPAGE, start, total // HUGE_PAGE * HUGE_PAGE)
+        whole = whole[start : start + total]
     else:
         whole = torch.empty(total, dtype=torch.uint8)
     return [whole[start : start + size] for start, size in zip(offsets, sizes, strict=False)]
