@@ -342,7 +342,7 @@ class Profile:
 
     def predict(self, plan: PrecisionMap) -> float:
         """The loss that the profile expects of a map: the sum over tiles. Nested levels only interact through it, so it
-        is a few per cent low.
+        is low where errors add up (docs/concepts.md).
         """
         total = 0.0
         for site in self.weight_sites():

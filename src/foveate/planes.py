@@ -177,8 +177,8 @@ def linear(
 def arena(sizes: Sequence[int]) -> list[Tensor]:
     """One block of memory on huge pages, cut into uint8 tensors of the given sizes, each on a cache line.
 
-    Reading weights from 4 KiB pages costs a third of the bandwidth (docs/decisions.md), so planes live in blocks like
-    this one. Untouched memory is not resident.
+    Small pages cost bandwidth when weights are read once a token, so planes live in blocks like this one. Untouched
+    memory is not resident.
     """
     offsets = [0]
     for size in sizes:

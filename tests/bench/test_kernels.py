@@ -3,6 +3,7 @@ import torch
 
 from foveate.bench import bandwidth, kernels
 from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.threads import threads
 
 needs_compiler = pytest.mark.skipif(ensure_loaded().isa is None, reason="no compiled kernels here")
 
@@ -34,6 +35,6 @@ def test_copies_count_their_bytes():
 
 def test_threads_are_put_back():
     before = torch.get_num_threads()
-    with pytest.raises(RuntimeError), kernels._threads(1):
+    with pytest.raises(RuntimeError), threads(1):
         raise RuntimeError
     assert torch.get_num_threads() == before

@@ -12,8 +12,6 @@ half the tiles zero over 4 bits with none.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -27,6 +25,7 @@ from foveate.bench.result import Measured
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS
 from foveate.formats.packing import tile_grid
 from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.threads import threads
 from foveate.planes import PlaneTensor, from_codes, gathered, linear
 
 _NO_BIAS = torch.empty(0)
@@ -115,21 +114,11 @@ def _sets(sizes: Sizes) -> dict[str, Copies]:
     return {name: Copies.of(weight.kept(levels), min(sizes.set_bytes, room)) for name, levels in tiles.items()}
 
 
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def measure(sizes: Sizes | None = None) -> Measured:
     """Measure every level, and mixes of them, in interleaved rounds."""
     sizes = sizes or Sizes()
     ensure_loaded()
-    with _threads(sizes.threads), torch.inference_mode():
+    with threads(sizes.threads), torch.inference_mode():
         sets = _sets(sizes)
         x_MK = torch.randn(4, sizes.width)
         variant = fastest_variant(sets["b8"].blocks())

@@ -17,8 +17,7 @@ import os
 import sys
 import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from foveate.cli.models import transformers
 from foveate.errors import CheckpointError, DataError
+from foveate.kernels.threads import threads
 
 _VALUES = 256  # a byte is a token
 _SKIPPED = frozenset(
@@ -317,17 +317,6 @@ def _quickest(model: nn.Module, bytes_BS: Tensor) -> _Pace:
     for count in sorted({1, min(2, most), min(4, most)} - {most}):
         consider(_Pace(count, best.products))
     return best
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Compute with so many threads, and with as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
