@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,7 @@ class PlaneTensor:
         starts: int64 [NT, 6], see `formats.packing.tile_starts`.
         tags: uint8 [2, NT, G], the level each tile is read at, for each of two maps.
         rows, columns, group, reach: the shape, the inputs a group, and the reach of the residual planes (0, 1, 2).
+        tensors, form: the same as the ops take it, see kernels/reference.py.
     """
 
     planes: tuple[Tensor, ...]
@@ -58,6 +59,14 @@ class PlaneTensor:
     columns: int
     group: int
     reach: int
+    tensors: tuple[Tensor, ...] = field(init=False, repr=False)
+    form: tuple[int, int, int, int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # every product needs them, and a frozen value can keep them
+        tensors = (*self.planes, self.scales, self.gain, self.starts, self.resident, self.tags)
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "form", (self.rows, self.columns, self.group, self.reach))
 
     @property
     def shape(self) -> torch.Size:
@@ -71,21 +80,11 @@ class PlaneTensor:
 
     def nbytes(self) -> int:
         """Bytes in memory: planes, scales, gains, and the tile index with its two maps."""
-        tensors = (*self.planes, self.scales, self.gain, self.resident, self.starts, self.tags)
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def op_args(
-        self, which: int = 0
-    ) -> tuple[list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int, int, int]:
-        """The arguments that `plane_unpack` and `plane_embedding` take, in order."""
-        return (
-            list(self.planes), self.scales, self.gain, self.starts, self.resident, self.tags,
-            self.rows, self.columns, self.group, self.reach, which,
-        )  # fmt: skip
+        return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def dequantize(self, which: int = 0) -> Tensor:
         """The dense weight at its present levels, float32 [rows, columns]."""
-        dense: Tensor = torch.ops.foveate.plane_unpack(*self.op_args(which))
+        dense: Tensor = torch.ops.foveate.plane_unpack(self.tensors, self.form, which)
         return dense
 
     def kept(self, level_tiles: Tensor) -> PlaneTensor:
@@ -152,26 +151,18 @@ def linear(
     Raises:
         FoveateError: x does not have K columns.
     """
-    for w in weights:
-        if x.shape[-1] != w.columns:
-            raise FoveateError(f"x has {x.shape[-1]} columns, the weight {w.columns}")
-    outputs: list[Tensor] = torch.ops.foveate.plane_linear(
-        x if x.dtype != torch.float64 else x.float(),
-        [plane for w in weights for plane in w.planes],
-        [w.scales for w in weights],
-        [w.gain for w in weights],
-        [w.starts for w in weights],
-        [w.resident for w in weights],
-        [w.tags for w in weights],
-        biases,
-        [w.rows for w in weights],
-        weights[0].group,
-        [w.reach for w in weights],
-        input_level,
-        choice,
-        order,
-    )
-    return [y.to(x.dtype) for y in outputs]
+    tensors, forms = weights[0].tensors, weights[0].form
+    for w in weights[1:]:
+        tensors, forms = tensors + w.tensors, forms + w.form  # type: ignore[assignment]
+    if x.shape[-1] != forms[1]:
+        raise FoveateError(f"x has {x.shape[-1]} columns, the weight {forms[1]}")
+    op = torch.ops.foveate.plane_linear_no_grad
+    if torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in biases)):
+        op = torch.ops.foveate.plane_linear
+    if x.dtype == torch.float64:
+        return [y.double() for y in op(x.float(), tensors, biases, forms, input_level, choice, order)]
+    outputs: list[Tensor] = op(x, tensors, biases, forms, input_level, choice, order)
+    return outputs
 
 
 def arena(sizes: Sequence[int]) -> list[Tensor]:

@@ -53,12 +53,9 @@ class Call:
     order: Tensor | None = None
 
     def op_args(self) -> tuple[Any, ...]:
-        w = self.weights
-        return (
-            self.x, [p for one in w for p in one.planes], [one.scales for one in w], [one.gain for one in w],
-            [one.starts for one in w], [one.resident for one in w], [one.tags for one in w], self.biases,
-            [one.rows for one in w], w[0].group, [one.reach for one in w], self.input_level, self.choice, self.order,
-        )  # fmt: skip
+        tensors = [t for w in self.weights for t in w.tensors]
+        forms = [number for w in self.weights for number in w.form]
+        return self.x, tensors, self.biases, forms, self.input_level, self.choice, self.order
 
     def run(self) -> list[Tensor]:
         return linear(self.x, self.weights, self.biases, self.input_level, self.choice, self.order)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.errors import FoveateError
+from foveate.formats.levels import PLANES
 from foveate.kernels import reference
 from foveate.planes import linear
 from kernels.cases import Call, calls, forced, isas, simple
@@ -69,12 +70,12 @@ def test_unpack_and_embedding(rows: int, columns: int, group: int, reach: int, r
     w.tags.copy_(torch.stack([random_levels(w, seed + 1), random_levels(w, seed + 2)]))
     indices = torch.randint(0, rows, (3, 5), generator=generator(seed))
     for which in (0, 1):
-        expected = reference.plane_unpack(*w.op_args(which))
+        expected = reference.plane_unpack(w.tensors, w.form, which)
         for isa in ISAS:
             with forced(isa):
                 assert _same(w.dequantize(which), expected)
                 for kind in (torch.int64, torch.int32):
-                    got = torch.ops.foveate.plane_embedding(indices.to(kind), *w.op_args(which))
+                    got = torch.ops.foveate.plane_embedding(indices.to(kind), w.tensors, w.form, which)
                     assert _same(got, expected[indices])
 
 
@@ -183,47 +184,54 @@ def _replace(index: int, make: Callable[[object], object]) -> Callable[[Call], t
     return args
 
 
-def _first(make: Callable[[Tensor], Tensor]) -> Callable[[object], object]:
-    return lambda listed: [make(listed[0]), *listed[1:]]  # type: ignore[index]
+def _at(place: int, make: Callable[[Tensor], Tensor]) -> Callable[[Call], tuple[object, ...]]:
+    """Another tensor at a place of the weight."""
+    return _replace(1, lambda listed: [make(t) if i == place else t for i, t in enumerate(listed)])  # type: ignore[arg-type, var-annotated]
 
+
+PLANE, SCALES, GAIN, STARTS, RESIDENT, TAGS = 0, *range(PLANES, PLANES + 5)
 
 MALFORMED = {
-    "too few planes": _replace(1, lambda v: v[:-1]),  # type: ignore[index]
-    "a plane cut off": _replace(1, _first(lambda t: t[:-1])),
-    "a plane short by a tile": _replace(1, _first(lambda t: t[: -32 * 16 // 4])),
-    "a plane of another dtype": _replace(1, _first(lambda t: t.to(torch.int32))),
-    "a plane not contiguous": _replace(1, _first(lambda t: t.repeat_interleave(2)[::2])),
-    "no planes": _replace(1, lambda v: []),
-    "scales cut off": _replace(2, _first(lambda t: t[:-32])),
-    "scales in float32": _replace(2, _first(lambda t: t.float())),
-    "gains of another shape": _replace(3, _first(lambda t: t[:, :7].contiguous())),
-    "gains of one level": _replace(3, _first(lambda t: t[:1])),
-    "gains in float32": _replace(3, _first(lambda t: t.float())),
-    "starts past the end": _replace(4, _first(lambda t: t + 1)),
-    "starts below zero": _replace(4, _first(lambda t: t - 5)),
-    "starts far away": _replace(4, _first(lambda t: t + 2**40)),
-    "starts of another shape": _replace(4, _first(lambda t: t[:, :5])),
-    "resident of a level that does not exist": _replace(5, _first(lambda t: torch.full_like(t, 5))),
-    "resident of another grid": _replace(5, _first(lambda t: t[:, 1:])),
-    "tags of a level that does not exist": _replace(6, _first(lambda t: torch.full_like(t, 7))),
-    "tags of one map": _replace(6, _first(lambda t: t[:1])),
-    "a bias of another length": _replace(7, _first(lambda t: t[1:])),
-    "a bias in bfloat16": _replace(7, _first(lambda t: t.bfloat16())),
-    "no biases": _replace(7, lambda v: []),
-    "rows below zero": _replace(8, lambda v: [-1]),
-    "too many rows": _replace(8, lambda v: [400]),
-    "another group": _replace(9, lambda v: 128),
-    "a group that does not exist": _replace(9, lambda v: 48),
-    "a reach that does not exist": _replace(10, lambda v: [3]),
-    "an input level that does not exist": _replace(11, lambda t: torch.full((2,), 5, dtype=torch.uint8)),
-    "one input level": _replace(11, lambda t: t[:1]),  # type: ignore[index]
-    "input levels in int64": _replace(11, lambda t: t.long()),  # type: ignore[attr-defined]
-    "a choice of another length": _replace(12, lambda v: torch.zeros(3, dtype=torch.bool)),
-    "a choice in float": _replace(12, lambda v: torch.zeros(5)),
-    "an order of another length": _replace(13, lambda v: torch.arange(7)),
-    "an order in int32": _replace(13, lambda v: torch.arange(100, dtype=torch.int32)),
-    "an order outside": _replace(13, lambda v: torch.arange(100) + 1),
-    "an order below zero": _replace(13, lambda v: torch.arange(100) - 1),
+    "too few tensors": _replace(1, lambda v: v[:-1]),  # type: ignore[index]
+    "a plane cut off": _at(PLANE, lambda t: t[:-1]),
+    "a plane short by a tile": _at(PLANE, lambda t: t[: -32 * 16 // 4]),
+    "a plane of another dtype": _at(PLANE, lambda t: t.to(torch.int32)),
+    "a plane not contiguous": _at(PLANE, lambda t: t.repeat_interleave(2)[::2]),
+    "no weights": _replace(1, lambda v: []),
+    "scales cut off": _at(SCALES, lambda t: t[:-32]),
+    "scales in float32": _at(SCALES, lambda t: t.float()),
+    "gains of another shape": _at(GAIN, lambda t: t[:, :7].contiguous()),
+    "gains of one level": _at(GAIN, lambda t: t[:1]),
+    "gains in float32": _at(GAIN, lambda t: t.float()),
+    "starts past the end": _at(STARTS, lambda t: t + 1),
+    "starts below zero": _at(STARTS, lambda t: t - 5),
+    "starts far away": _at(STARTS, lambda t: t + 2**40),
+    "starts of another shape": _at(STARTS, lambda t: t[:, :5]),
+    "resident of a level that does not exist": _at(RESIDENT, lambda t: torch.full_like(t, 5)),
+    "resident of another grid": _at(RESIDENT, lambda t: t[:, 1:]),
+    "tags of a level that does not exist": _at(TAGS, lambda t: torch.full_like(t, 7)),
+    "tags of one map": _at(TAGS, lambda t: t[:1]),
+    "a bias of another length": _replace(2, lambda v: [v[0][1:]]),  # type: ignore[index]
+    "a bias in bfloat16": _replace(2, lambda v: [v[0].bfloat16()]),  # type: ignore[index]
+    "no biases": _replace(2, lambda v: []),
+    "a bias too many": _replace(2, lambda v: [*v, *v]),  # type: ignore[misc]
+    "no form": _replace(3, lambda v: []),
+    "a form cut off": _replace(3, lambda v: v[:3]),  # type: ignore[index]
+    "rows below zero": _replace(3, lambda v: [-1, *v[1:]]),  # type: ignore[index]
+    "too many rows": _replace(3, lambda v: [400, *v[1:]]),  # type: ignore[index]
+    "other columns": _replace(3, lambda v: [v[0], 99, *v[2:]]),  # type: ignore[index]
+    "another group": _replace(3, lambda v: [*v[:2], 128, v[3]]),  # type: ignore[index]
+    "a group that does not exist": _replace(3, lambda v: [*v[:2], 48, v[3]]),  # type: ignore[index]
+    "a reach that does not exist": _replace(3, lambda v: [*v[:3], 3]),  # type: ignore[index]
+    "an input level that does not exist": _replace(4, lambda t: torch.full((2,), 5, dtype=torch.uint8)),
+    "one input level": _replace(4, lambda t: t[:1]),  # type: ignore[index]
+    "input levels in int64": _replace(4, lambda t: t.long()),  # type: ignore[attr-defined]
+    "a choice of another length": _replace(5, lambda v: torch.zeros(3, dtype=torch.bool)),
+    "a choice in float": _replace(5, lambda v: torch.zeros(5)),
+    "an order of another length": _replace(6, lambda v: torch.arange(7)),
+    "an order in int32": _replace(6, lambda v: torch.arange(100, dtype=torch.int32)),
+    "an order outside": _replace(6, lambda v: torch.arange(100) + 1),
+    "an order below zero": _replace(6, lambda v: torch.arange(100) - 1),
     "x of integers": _replace(0, lambda v: torch.ones(5, 100, dtype=torch.int64)),
     "x without dimensions": _replace(0, lambda v: torch.tensor(1.0)),
     "x of other columns": _replace(0, lambda v: torch.ones(5, 300)),
@@ -244,7 +252,7 @@ def test_malformed_arguments_are_errors(what: str, level: int) -> None:
 def test_an_embedding_index_outside_is_an_error(index: int) -> None:
     w = coded(40, 50).planes
     with pytest.raises(IndexError, match=r"is not a row of the embedding, 0..39"):
-        torch.ops.foveate.plane_embedding(torch.tensor([0, index]), *w.op_args())
+        torch.ops.foveate.plane_embedding(torch.tensor([0, index]), w.tensors, w.form, 0)
 
 
 def test_columns_must_fit_the_weight_even_within_the_padding() -> None:

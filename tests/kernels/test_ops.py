@@ -98,12 +98,15 @@ def test_opcheck_linear(gradient: bool, extras: bool) -> None:
         call.weights.append(coded(17, 70, seed=3).planes)
         call.biases.append(torch.empty(0))
     torch.library.opcheck(torch.ops.foveate.plane_linear.default, call.op_args())
+    if not gradient:
+        torch.library.opcheck(torch.ops.foveate.plane_linear_no_grad.default, call.op_args())
 
 
 def test_opcheck_unpack_and_embedding() -> None:
     w = coded(24, 70, row_gains=True).planes
-    torch.library.opcheck(torch.ops.foveate.plane_unpack.default, w.op_args(1))
-    torch.library.opcheck(torch.ops.foveate.plane_embedding.default, (torch.tensor([[1, 23], [0, 7]]), *w.op_args()))
+    torch.library.opcheck(torch.ops.foveate.plane_unpack.default, (list(w.tensors), list(w.form), 1))
+    indices = torch.tensor([[1, 23], [0, 7]])
+    torch.library.opcheck(torch.ops.foveate.plane_embedding.default, (indices, list(w.tensors), list(w.form), 0))
 
 
 def test_float64_inputs_are_computed_in_float32() -> None:

@@ -9,14 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.kernels import reference
-from tiny import Coded, coded, generator, random_levels
+from tiny import coded, generator, random_levels
 
 GROUPS = (32, 64, 128)
 EPS = torch.finfo(torch.float32).eps
-
-
-def _args(w: Coded) -> tuple[object, ...]:
-    return w.planes.op_args()
 
 
 @given(
@@ -31,7 +27,7 @@ def test_unpack_is_the_formula(rows: int, columns: int, group: int, reach: int, 
     w = coded(rows, columns, group=group, reach=reach, row_gains=row_gains, seed=seed)
     levels = random_levels(w.planes, seed)
     w.planes.tags[0].copy_(levels)
-    got = reference.plane_unpack(*_args(w))
+    got = reference.plane_unpack(w.planes.tensors, w.planes.form)
     expected = w.dense(levels)
     # one rounding of scale x unit, one of the sum
     bound = 2 * EPS * (expected.abs() + 16 * float(w.scale.max()) + float(w.offset.abs().max()))
@@ -43,7 +39,7 @@ def test_a_tile_is_read_no_higher_than_it_is_stored() -> None:
     w = coded(32, 64)
     kept = w.planes.kept(torch.tensor([[3, 0], [8, 2]], dtype=torch.uint8))
     kept.tags.fill_(8)
-    got = reference.plane_unpack(*kept.op_args())
+    got = reference.plane_unpack(kept.tensors, kept.form)
     expected = w.dense(kept.resident)
     assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-7)
 
@@ -79,11 +75,8 @@ def test_linear_is_codes_times_weight(level: int) -> None:
     w.planes.tags.copy_(levels.expand(2, -1, -1))
     x = torch.randn(9, 150, generator=generator(4))
     bias = torch.randn(37, generator=generator(5))
-    p = w.planes
-    (y,) = reference.plane_linear(
-        x, p.planes, [p.scales], [p.gain], [p.starts], [p.resident], [p.tags], [bias], [37], 64, [0],
-        torch.full((2,), level, dtype=torch.uint8),
-    )  # fmt: skip
+    input_level = torch.full((2,), level, dtype=torch.uint8)
+    (y,) = reference.plane_linear(x, w.planes.tensors, [bias], w.planes.form, input_level)
     seen = x.double()
     if level != 32:
         codes, scale = reference.quantize_input(x, level)

@@ -4,6 +4,9 @@ Written to be read beside docs/format.md, not to be fast. The integer sums of a 
 and groups are added in ascending order with one rounding each, as the compiled kernels do it with a fused multiply-add.
 It also runs where no compiler is found.
 
+A weight is its ten tensors (five planes, scales, gain, starts, resident, tags) and its form, four numbers (rows,
+columns, inputs a group, reach); several weights are their tensors and forms one after the other.
+
 Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strips of 16 rows, G groups, T = NT * G
     tiles.
 """
@@ -11,6 +14,7 @@ Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strip
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +24,34 @@ from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, check_i
 from foveate.formats.packing import SCALE_VALUES, TILE_ROWS, tile_bytes, tiles_to_matrix, unpack_plane
 
 INPUT_RANGE = {4: 7.0, 8: 127.0, 16: 32512.0}
+WEIGHT_TENSORS = PLANES + 5
+FORM_NUMBERS = 4
+
+
+class Weight(NamedTuple):
+    """A weight as the ops take it; `PlaneTensor` has the meaning of each."""
+
+    planes: Sequence[Tensor]
+    scales: Tensor
+    gain: Tensor
+    starts: Tensor
+    resident: Tensor
+    tags: Tensor
+    rows: int
+    columns: int
+    group: int
+    reach: int
+
+
+def weights_of(tensors: Sequence[Tensor], forms: Sequence[int]) -> list[Weight]:
+    """The weights of a list of tensors and one of numbers."""
+    weights = []
+    for i in range(len(forms) // FORM_NUMBERS):
+        mine = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
+        scales, gain, starts, resident, tags = mine[PLANES:]
+        rows, columns, group, reach = forms[i * FORM_NUMBERS : (i + 1) * FORM_NUMBERS]
+        weights.append(Weight(mine[:PLANES], scales, gain, starts, resident, tags, rows, columns, group, reach))
+    return weights
 
 
 def _spread(stored: Tensor, has_it: Tensor) -> Tensor:
@@ -70,47 +102,23 @@ def _levels_read(tags: Tensor, resident: Tensor, which: int) -> Tensor:
     return torch.minimum(tags[which], resident)
 
 
-def plane_unpack(
-    planes: Sequence[Tensor],
-    scales: Tensor,
-    gain: Tensor,
-    starts: Tensor,
-    resident: Tensor,
-    tags: Tensor,
-    rows: int,
-    columns: int,
-    group: int,
-    reach: int,
-    which: int = 0,
-) -> Tensor:
+def plane_unpack(weight: Sequence[Tensor], form: Sequence[int], which: int = 0) -> Tensor:
     """The dense weight, float32 [rows, columns], at the levels of map `which`."""
-    del starts  # an index for kernels that do not scan
-    level_tiles = _levels_read(tags, resident, which)
-    centred = _centred_codes(planes, resident, level_tiles, group, reach)
-    scaled, offset = _scales(scales, gain, resident, level_tiles, reach)
+    (w,) = weights_of(weight, form)
+    return tiles_to_matrix(_dense_tiles(w, which), w.rows, w.columns).contiguous()
+
+
+def _dense_tiles(w: Weight, which: int) -> Tensor:
+    level_tiles = _levels_read(w.tags, w.resident, which)
+    centred = _centred_codes(w.planes, w.resident, level_tiles, w.group, w.reach)
+    scaled, offset = _scales(w.scales, w.gain, w.resident, level_tiles, w.reach)
     # one rounding, as a fused multiply-add has
-    w_tiles = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
-    return tiles_to_matrix(w_tiles, rows, columns).contiguous()
+    return (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
 
 
-def plane_embedding(
-    indices: Tensor,
-    planes: Sequence[Tensor],
-    scales: Tensor,
-    gain: Tensor,
-    starts: Tensor,
-    resident: Tensor,
-    tags: Tensor,
-    rows: int,
-    columns: int,
-    group: int,
-    reach: int,
-    which: int = 0,
-) -> Tensor:
+def plane_embedding(indices: Tensor, weight: Sequence[Tensor], form: Sequence[int], which: int = 0) -> Tensor:
     """Rows of the dense weight, float32 [*indices.shape, columns]."""
-    return F.embedding(
-        indices, plane_unpack(planes, scales, gain, starts, resident, tags, rows, columns, group, reach, which)
-    )
+    return F.embedding(indices, plane_unpack(weight, form, which))
 
 
 def quantize_input(x_MK: Tensor, level: int) -> tuple[Tensor, Tensor]:
@@ -150,46 +158,36 @@ def _product(x_MK: Tensor, centred: Tensor, scaled: Tensor, offset: Tensor, leve
 
 def plane_linear(
     x: Tensor,
-    planes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    gains: Sequence[Tensor],
-    starts: Sequence[Tensor],
-    resident: Sequence[Tensor],
-    tags: Sequence[Tensor],
+    weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    rows: Sequence[int],
-    group: int,
-    reach: Sequence[int],
+    forms: Sequence[int],
     input_level: Tensor,
     choice: Tensor | None = None,
     order: Tensor | None = None,
 ) -> list[Tensor]:
-    """x [..., K] times each weight of a list that shares it: one [..., rows[w]] a weight, in the dtype of x."""
-    del starts
+    """x [..., K] times each weight of a list that shares it: one [..., rows] a weight, in the dtype of x."""
     x_MK = x.reshape(-1, x.shape[-1]).float()
     if order is not None:
         x_MK = x_MK[:, order]
     chosen = torch.zeros(len(x_MK), dtype=torch.long) if choice is None else (choice.reshape(-1) != 0).long()
     outputs = []
-    for w in range(len(rows)):
-        y_MN = x_MK.new_empty(len(x_MK), resident[w].shape[0] * TILE_ROWS)
+    for w, bias in zip(weights_of(weights, forms), biases, strict=True):
+        y_MN = x_MK.new_empty(len(x_MK), w.resident.shape[0] * TILE_ROWS)
         for which in (0, 1):
             mine = chosen == which
             if which == 1 and not bool(mine.any()):
                 continue
             level = check_input_level(int(input_level[which]))
-            levels = _levels_read(tags[w], resident[w], which)
-            centred = _centred_codes(planes[w * PLANES : (w + 1) * PLANES], resident[w], levels, group, reach[w])
-            scaled, offset = _scales(scales[w], gains[w], resident[w], levels, reach[w])
             if level == 32:
-                w_tiles = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
-                strips = resident[w].shape[0]
-                dense = tiles_to_matrix(w_tiles, strips * TILE_ROWS, x_MK.shape[1])
+                dense = tiles_to_matrix(_dense_tiles(w, which), y_MN.shape[1], x_MK.shape[1])
                 y_MN[mine] = F.linear(x_MK[mine], dense)
             else:
+                levels = _levels_read(w.tags, w.resident, which)
+                centred = _centred_codes(w.planes, w.resident, levels, w.group, w.reach)
+                scaled, offset = _scales(w.scales, w.gain, w.resident, levels, w.reach)
                 y_MN[mine] = _product(x_MK[mine], centred, scaled, offset, level)
-        y_MN = y_MN[:, : rows[w]]
-        if biases[w].numel():
-            y_MN = y_MN + biases[w]
-        outputs.append(y_MN.to(x.dtype).reshape(*x.shape[:-1], rows[w]))
+        y_MN = y_MN[:, : w.rows]
+        if bias.numel():
+            y_MN = y_MN + bias
+        outputs.append(y_MN.to(x.dtype).reshape(*x.shape[:-1], w.rows))
     return outputs

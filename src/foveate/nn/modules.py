@@ -126,7 +126,8 @@ class PlaneEmbedding(PlaneModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] -> [..., K], in the dtype of the weight that was quantized."""
-        rows: Tensor = torch.ops.foveate.plane_embedding(input, *self.weight.value.op_args())
+        value = self.weight.value
+        rows: Tensor = torch.ops.foveate.plane_embedding(input, value.tensors, value.form, 0)
         return rows.to(self.weight.dtype)
 
 

@@ -61,14 +61,21 @@ void check_vector(const Tensor& t, at::ScalarType type, const char* name) {
   TORCH_CHECK(t.device().is_cpu(), name, " is on device (=", t.device(), "), not the CPU");
 }
 
-// A weight of the stored form, checked; its tags are those of `map`.
-Weight weight_of(TensorList planes, const Tensor& scales, const Tensor& gain, const Tensor& starts, const Tensor& resident,
-                 const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach, int64_t map) {
+constexpr size_t kTensors = kPlanes + 5;  // planes, scales, gain, starts, resident, tags
+constexpr size_t kForm = 4;               // rows, columns, inputs a group, reach
+
+// Weight number `i` of a list, checked; its tags are those of `map`.
+Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t map) {
+  TORCH_CHECK(weights.size() % kTensors == 0 && forms.size() == weights.size() / kTensors * kForm,
+              "a weight is ", kTensors, " tensors and ", kForm, " numbers, not ", weights.size(), " and ", forms.size());
+  TORCH_CHECK(map == 0 || map == 1, "map (=", map, ") is not 0 or 1");
+  const int64_t rows = forms[i * kForm], columns = forms[i * kForm + 1], group = forms[i * kForm + 2], reach = forms[i * kForm + 3];
   TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
   TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
-  TORCH_CHECK(map == 0 || map == 1, "map (=", map, ") is not 0 or 1");
   TORCH_CHECK(rows >= 0 && columns >= 0, "rows (=", rows, ") and columns (=", columns, ") must not be negative");
-  TORCH_CHECK(planes.size() == kPlanes, "a weight has 5 planes, not ", planes.size());
+  const Tensor* const planes = &weights[i * kTensors];
+  const Tensor &scales = planes[kPlanes], &gain = planes[kPlanes + 1], &starts = planes[kPlanes + 2],
+               &resident = planes[kPlanes + 3], &tags = planes[kPlanes + 4];
   Weight w{};
   w.rows = rows;
   w.columns = columns;
@@ -253,14 +260,12 @@ int input_level_of(const Tensor& input_level, int map) {
   return level;
 }
 
-std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList scales, TensorList gains, TensorList starts,
-                                 TensorList resident, TensorList tags, TensorList biases, at::IntArrayRef rows, int64_t group,
-                                 at::IntArrayRef reach, const Tensor& input_level, const std::optional<Tensor>& choice,
+std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList biases, at::IntArrayRef forms,
+                                 const Tensor& input_level, const std::optional<Tensor>& choice,
                                  const std::optional<Tensor>& order) {
-  const size_t count = rows.size();
-  TORCH_CHECK(planes.size() == kPlanes * count && scales.size() == count && gains.size() == count && starts.size() == count &&
-                  resident.size() == count && tags.size() == count && biases.size() == count && reach.size() == count,
-              "every list must have one entry a weight, and planes five: rows has ", count);
+  const size_t count = biases.size();
+  TORCH_CHECK(tensors.size() == count * kTensors, "there are ", count, " biases, and ", tensors.size(), " tensors of weights, not ",
+              kTensors, " a bias");
   TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
   type_of(x);
   const int64_t columns = x.size(-1);
@@ -276,14 +281,16 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList 
   outputs.reserve(count);
   auto shape = x.sizes().vec();
   for (size_t i = 0; i < count; ++i) {
-    weights.push_back(weight_of(planes.slice(kPlanes * i, kPlanes), scales[i], gains[i], starts[i], resident[i], tags[i],
-                                   rows[i], columns, group, reach[i], 0));
+    weights.push_back(weight_of(tensors, forms, i, 0));
+    Weight& w = weights.back();
+    TORCH_CHECK(w.columns == columns, "x has ", columns, " columns, the weight ", w.columns);
+    TORCH_CHECK(w.group == weights[0].group, "weights that share an input have groups of ", weights[0].group, " and of ", w.group);
     if (biases[i].numel()) {
       check_vector(biases[i], at::kFloat, "a bias");
-      TORCH_CHECK(biases[i].numel() == rows[i], "a bias has ", biases[i].numel(), " values, not ", rows[i]);
-      weights[i].bias = biases[i].const_data_ptr<float>();
+      TORCH_CHECK(biases[i].numel() == w.rows, "a bias has ", biases[i].numel(), " values, not ", w.rows);
+      w.bias = biases[i].const_data_ptr<float>();
     }
-    shape.back() = rows[i];
+    shape.back() = w.rows;
     outputs.push_back(at::empty(shape, x.options()));
   }
   const int64_t* order_data = nullptr;
@@ -309,7 +316,7 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList 
     }
   }
   std::vector<Tensor> flat;
-  for (size_t i = 0; i < count; ++i) flat.push_back(outputs[i].dim() == 2 ? outputs[i] : outputs[i].view({m, rows[i]}));
+  for (size_t i = 0; i < count; ++i) flat.push_back(outputs[i].dim() == 2 ? outputs[i] : outputs[i].view({m, weights[i].rows}));
   for (int map = 0; map < 2; ++map) {
     Pass pass{map ? m - split : split, nullptr, input_level_of(input_level, map)};
     if (pass.rows == 0) continue;
@@ -322,32 +329,31 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList planes, TensorList 
   return outputs;
 }
 
-Tensor plane_unpack(TensorList planes, const Tensor& scales, const Tensor& gain, const Tensor& starts, const Tensor& resident,
-                    const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach, int64_t map) {
-  const Weight w = weight_of(planes, scales, gain, starts, resident, tags, rows, columns, group, reach, map);
-  Tensor out = at::empty({rows, columns}, gain.options().dtype(at::kFloat));
+Tensor plane_unpack(TensorList weight, at::IntArrayRef form, int64_t map) {
+  TORCH_CHECK(weight.size() == kTensors, "a weight is ", kTensors, " tensors, not ", weight.size());
+  const Weight w = weight_of(weight, form, 0, map);
+  Tensor out = at::empty({w.rows, w.columns}, weight[0].options().dtype(at::kFloat));
   if (out.numel()) unpack_rows(w, out.data_ptr<float>(), 0, w.strips);
   return out;
 }
 
-Tensor plane_embedding(const Tensor& indices, TensorList planes, const Tensor& scales, const Tensor& gain, const Tensor& starts,
-                       const Tensor& resident, const Tensor& tags, int64_t rows, int64_t columns, int64_t group, int64_t reach,
-                       int64_t map) {
-  const Weight w = weight_of(planes, scales, gain, starts, resident, tags, rows, columns, group, reach, map);
+Tensor plane_embedding(const Tensor& indices, TensorList weight, at::IntArrayRef form, int64_t map) {
+  TORCH_CHECK(weight.size() == kTensors, "a weight is ", kTensors, " tensors, not ", weight.size());
+  const Weight w = weight_of(weight, form, 0, map);
   TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, "indices have dtype (=",
               indices.scalar_type(), "), not int64 or int32");
   const Tensor index = indices.to(at::kLong).contiguous();
   const int64_t* at = index.const_data_ptr<int64_t>();
   const int64_t count = index.numel();
   for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_INDEX(at[i] >= 0 && at[i] < rows, "index (=", at[i], ") is not a row of the embedding, 0..", rows - 1);
+    TORCH_CHECK_INDEX(at[i] >= 0 && at[i] < w.rows, "index (=", at[i], ") is not a row of the embedding, 0..", w.rows - 1);
   auto shape = indices.sizes().vec();
-  shape.push_back(columns);
-  Tensor out = at::empty(shape, gain.options().dtype(at::kFloat));
+  shape.push_back(w.columns);
+  Tensor out = at::empty(shape, weight[0].options().dtype(at::kFloat));
   if (out.numel() == 0) return out;
   float* to = out.data_ptr<float>();
   Faults faults;
-  share(count, 1, worth_threads(count * columns * 4), [&](int64_t begin, int64_t end) {
+  share(count, 1, worth_threads(count * w.columns * 4), [&](int64_t begin, int64_t end) {
     faults.note(kernels().embed(w, at, to, begin, end));
   });
   faults.raise();
@@ -359,6 +365,7 @@ Tensor plane_embedding(const Tensor& indices, TensorList planes, const Tensor& s
 
 TORCH_LIBRARY_IMPL(foveate, CPU, m) {
   m.impl("plane_linear", foveate::plane_linear);
+  m.impl("plane_linear_no_grad", foveate::plane_linear);
   m.impl("plane_unpack", foveate::plane_unpack);
   m.impl("plane_embedding", foveate::plane_embedding);
 }
