@@ -43,7 +43,12 @@ struct Avx2 {
   static Floats to_float(Ints v) { return (Floats)_mm256_cvtepi32_ps((__m256i)v); }
   static Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
-  typedef Ints Sums;
+  static constexpr int kInPlaceLanes = kLanes;
+  template <int>
+  using Sums = Ints;
+  static void split_pairs(Words pairs, Words (&field)[4]) {
+    for (int j = 0; j < 4; ++j) field[j] = (pairs >> (2 * j)) & 0x03030303u;
+  }
   static void split(const auto& nibbles, Words (&field)[4]) {
     field[0] = nibbles.even & 0x0F0F0F0Fu;
     field[1] = nibbles.odd & 0x0F0F0F0Fu;
@@ -55,12 +60,13 @@ struct Avx2 {
     std::memcpy(&quad, x, 4);
     return _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(quad));
   }
-  static void add_split(Sums& sums, const Words (&field)[4], const int8_t* x) {
+  static void add_split(Ints& sums, const Words (&field)[4], const int8_t* x) {
     const __m256i front = _mm256_add_epi16(products(field[0], x), products(field[1], x + 4));
     const __m256i back = _mm256_add_epi16(products(field[2], x + 8), products(field[3], x + 12));
     sums += (Ints)_mm256_madd_epi16(_mm256_add_epi16(front, back), _mm256_set1_epi16(1));
   }
-  static Ints total_split(Sums sums) { return sums; }
+  static Ints total_split(Ints sums) { return sums; }
+  static Ints total_pairs(Ints sums) { return sums; }
 };
 
 #include "driver.h"

@@ -56,22 +56,38 @@ struct Avx512 {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(quad));
   }
 
+  static constexpr int kInPlaceLanes = 4;
+  // Of fields in place (1, 4, 16 and 64 times too large); of nibbles (the second half 16 times too large); of bytes.
+  template <int CHAINS>
   struct Sums {
-    Ints low, high;  // of the low nibbles, and 16 times those of the high nibbles; of bytes: two halves of the sum
+    Ints part[CHAINS];
   };
+  static void split_pairs(Words pairs, Words (&field)[4]) {
+    for (int j = 0; j < 4; ++j) field[j] = pairs & (0x03030303u << (2 * j));
+  }
   static void split(const auto& nibbles, Words (&field)[4]) {
     field[0] = nibbles.even & 0x0F0F0F0Fu;
     field[1] = nibbles.odd & 0x0F0F0F0Fu;
     field[2] = nibbles.even & 0xF0F0F0F0u;
     field[3] = nibbles.odd & 0xF0F0F0F0u;
   }
-  static void add_split(Sums& sums, const Words (&field)[4], const int8_t* x) {
-    sums.low = multiply_add(multiply_add(sums.low, field[0], x), field[1], x + 4);
-    sums.high = multiply_add(multiply_add(sums.high, field[2], x + 8), field[3], x + 12);
+  template <int CHAINS>
+  static void add_split(Sums<CHAINS>& sums, const Words (&field)[4], const int8_t* x) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      Ints& part = sums.part[j * CHAINS / 4];
+      part = multiply_add(part, field[j], x + 4 * j);
+    }
   }
-  static void add_bytes(Sums& sums, const Words (&field)[4], const int8_t* x) { add_split(sums, field, x); }
-  static Ints total_split(const Sums& sums) { return sums.low + (sums.high >> 4); }
-  static Ints total_bytes(const Sums& sums) { return sums.low + sums.high; }
+  template <int CHAINS>
+  static void add_bytes(Sums<CHAINS>& sums, const Words (&field)[4], const int8_t* x) {
+    add_split(sums, field, x);
+  }
+  static Ints total_pairs(const Sums<4>& s) { return (s.part[0] + (s.part[1] >> 2)) + ((s.part[2] >> 4) + (s.part[3] >> 6)); }
+  static Ints total_split(const Sums<2>& s) { return s.part[0] + (s.part[1] >> 4); }
+  static Ints total_split(const Sums<4>& s) { return s.part[0] + s.part[1] + ((s.part[2] + s.part[3]) >> 4); }
+  static Ints total_bytes(const Sums<2>& s) { return s.part[0] + s.part[1]; }
+  static Ints total_bytes(const Sums<4>& s) { return (s.part[0] + s.part[1]) + (s.part[2] + s.part[3]); }
 };
 
 #include "driver.h"

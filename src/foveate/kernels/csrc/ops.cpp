@@ -166,53 +166,82 @@ Type type_of(const Tensor& x) {
   }
 }
 
-// The rows of x that one map serves.
+// The rows of x that one map serves, and the weights as that map reads them.
 struct Pass {
   int64_t rows;
   const int64_t* row_of;  // null: all of them
   int level;
+  std::vector<Weight> weights;
 };
 
-void integer_pass(const Pass& pass, const Tensor& x, const int64_t* order, const std::vector<Weight>& weights,
-                  const std::vector<Tensor>& outputs) {
+int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Quantized rows and the memory they lie in.
+class Quantized {
+ public:
+  Quantized(const Pass& pass, const Tensor& x, const int64_t* order)
+      : source_{x.const_data_ptr(), x.stride(0), x.size(1), pass.row_of, order, type_of(x)} {
+    const Weight& w = pass.weights[0];
+    inputs.rows = pass.rows;
+    inputs.wide = pass.level == 16;
+    inputs.lanes = inputs.wide ? 2 * pass.rows : pass.rows;
+    inputs.groups = w.groups;
+    inputs.group = w.group;
+    inputs.q_max = pass.level == 4 ? 7.0f : pass.level == 8 ? 127.0f : 32512.0f;
+    const int64_t code_bytes = in_lines(w.groups * inputs.lanes * w.group);
+    const int64_t sum_bytes = in_lines(w.groups * pass.rows * 4);
+    memory_.reset(new char[static_cast<size_t>(code_bytes + sum_bytes + pass.rows * 4 + 64)]);
+    char* const aligned = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+    inputs.codes = reinterpret_cast<int8_t*>(aligned);
+    inputs.sums = reinterpret_cast<float*>(aligned + code_bytes);
+    inputs.scales = reinterpret_cast<float*>(aligned + code_bytes + sum_bytes);
+    Faults faults;
+    const bool parallel = pass.rows > 1 && worth_threads(pass.rows * w.groups * w.group);
+    share(pass.rows, 1, parallel,
+          [&](int64_t row, int64_t row_end) { faults.note(kernels().quantize(source_, inputs, row, row_end)); });
+    faults.raise();
+  }
+
+  Inputs inputs{};
+
+ private:
+  Source source_;
+  std::unique_ptr<char[]> memory_;
+};
+
+// All passes go along the weights together: what one has read of a strip the next finds in the cache.
+void integer_passes(const std::vector<Pass>& passes, const Tensor& x, const int64_t* order, const std::vector<Tensor>& outputs) {
   const Kernels& isa = kernels();
-  const int group = weights[0].group;
-  const Source source{x.const_data_ptr(), x.stride(0), x.size(1), pass.row_of, order, type_of(x)};
-  Inputs q{};
-  q.rows = pass.rows;
-  q.wide = pass.level == 16;
-  q.lanes = q.wide ? 2 * q.rows : q.rows;
-  q.groups = weights[0].groups;
-  q.group = group;
-  q.q_max = pass.level == 4 ? 7.0f : pass.level == 8 ? 127.0f : 32512.0f;
-  const int64_t code_bytes = (q.groups * q.lanes * group + 63) / 64 * 64;
-  const int64_t sum_bytes = (q.groups * q.rows * 4 + 63) / 64 * 64;
-  const std::unique_ptr<char[]> memory(new char[static_cast<size_t>(code_bytes + sum_bytes + q.rows * 4 + 64)]);
-  char* const aligned = memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
-  q.codes = reinterpret_cast<int8_t*>(aligned);
-  q.sums = reinterpret_cast<float*>(aligned + code_bytes);
-  q.scales = reinterpret_cast<float*>(aligned + code_bytes + sum_bytes);
-
-  Faults faults;
-  const bool many_values = q.rows > 1 && worth_threads(q.rows * q.groups * group);
-  share(q.rows, 1, many_values, [&](int64_t row, int64_t row_end) { faults.note(isa.quantize(source, q, row, row_end)); });
-  faults.raise();
-
+  std::vector<Quantized> quantized;
+  int64_t rows = 0, lanes = 0;
+  for (const Pass& pass : passes) {
+    quantized.emplace_back(pass, x, order);
+    rows = std::max(rows, pass.rows);
+    lanes += quantized.back().inputs.lanes;
+  }
+  const std::vector<Weight>& weights = passes[0].weights;
   int64_t strips = 0;
   for (const Weight& w : weights) strips += w.strips;
   if (strips == 0) return;
-  const bool parallel = worth_threads(strips * kTileRows * q.groups * group * q.lanes);
-  int64_t chunk = std::min(kRowChunk, q.rows);
-  while (parallel && chunk > 32 && (q.rows + chunk - 1) / chunk * strips < 4 * at::get_num_threads()) chunk = (chunk + 1) / 2;
-  const int64_t chunks = (q.rows + chunk - 1) / chunk;
-  share(strips * chunks, q.lanes > isa.lean_lanes ? 2 : 1, parallel, [&](int64_t begin, int64_t end) {
+  const bool parallel = worth_threads(strips * kTileRows * weights[0].groups * weights[0].group * lanes);
+  int64_t chunk = std::min(kRowChunk, rows);
+  while (parallel && chunk > 32 && (rows + chunk - 1) / chunk * strips < 4 * at::get_num_threads()) chunk = (chunk + 1) / 2;
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const bool lean = lanes <= isa.lean_lanes;
+  Faults faults;
+  share(strips * chunks, lean ? 1 : 2, parallel, [&](int64_t begin, int64_t end) {
     while (begin < end && !faults.any()) {
       const int64_t c = begin / strips;
-      int64_t strip = begin % strips, w = 0;
+      int64_t strip = begin % strips;
+      size_t w = 0;
       while (strip >= weights[w].strips) strip -= weights[w++].strips;
-      const int64_t strip_end = std::min(weights[w].strips, strip + end - begin);
-      const Output y{outputs[w].data_ptr(), weights[w].rows, pass.row_of, type_of(x)};
-      faults.note(isa.product(weights[w], q, y, strip, strip_end, q.rows * c / chunks, q.rows * (c + 1) / chunks));
+      int64_t strip_end = std::min(weights[w].strips, strip + end - begin);
+      if (passes.size() > 1) strip_end = std::min(strip_end, strip + (lean ? 1 : 2));
+      for (size_t i = 0; i < passes.size(); ++i) {
+        const Inputs& q = quantized[i].inputs;
+        const Output y{outputs[w].data_ptr(), weights[w].rows, passes[i].row_of, type_of(x)};
+        faults.note(isa.product(passes[i].weights[w], q, y, strip, strip_end, q.rows * c / chunks, q.rows * (c + 1) / chunks));
+      }
       begin += strip_end - strip;
     }
   });
@@ -228,8 +257,7 @@ void unpack_rows(const Weight& w, float* out, int64_t strip, int64_t strip_end) 
 }
 
 // Inputs at 32 bits: the float32 product with the unpacked weight, a slab of rows at a time.
-void float_pass(const Pass& pass, const Tensor& x, const Tensor* order, const std::vector<Weight>& weights,
-                const std::vector<Tensor>& outputs) {
+void float_pass(const Pass& pass, const Tensor& x, const Tensor* order, const std::vector<Tensor>& outputs) {
   Tensor index;
   if (pass.row_of) {
     index = at::empty({pass.rows}, at::kLong);
@@ -238,8 +266,8 @@ void float_pass(const Pass& pass, const Tensor& x, const Tensor* order, const st
   Tensor x_MK = (pass.row_of ? x.index_select(0, index) : x).to(at::kFloat);
   if (order) x_MK = x_MK.index_select(1, *order);
   constexpr int64_t kSlab = 64;  // strips
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Weight& w = weights[i];
+  for (size_t i = 0; i < pass.weights.size(); ++i) {
+    const Weight& w = pass.weights[i];
     for (int64_t strip = 0; strip < w.strips; strip += kSlab) {
       const int64_t strip_end = std::min(w.strips, strip + kSlab);
       const int64_t first = strip * kTileRows, count = std::min(w.rows, strip_end * kTileRows) - first;
@@ -317,15 +345,16 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
   }
   std::vector<Tensor> flat;
   for (size_t i = 0; i < count; ++i) flat.push_back(outputs[i].dim() == 2 ? outputs[i] : outputs[i].view({m, weights[i].rows}));
+  std::vector<Pass> passes;
   for (int map = 0; map < 2; ++map) {
-    Pass pass{map ? m - split : split, nullptr, input_level_of(input_level, map)};
+    Pass pass{map ? m - split : split, row_of.empty() ? nullptr : row_of.data() + (map ? split : 0), input_level_of(input_level, map), weights};
     if (pass.rows == 0) continue;
-    if (!row_of.empty()) pass.row_of = row_of.data() + (map ? split : 0);
     if (map)
-      for (Weight& w : weights) w.tags += w.strips * w.groups;
-    if (pass.level == 32) float_pass(pass, x_MK, order ? &*order : nullptr, weights, flat);
-    else integer_pass(pass, x_MK, order_data, weights, flat);
+      for (Weight& w : pass.weights) w.tags += w.strips * w.groups;
+    if (pass.level == 32) float_pass(pass, x_MK, order ? &*order : nullptr, flat);
+    else passes.push_back(std::move(pass));
   }
+  if (!passes.empty()) integer_passes(passes, x_MK, order_data, flat);
   return outputs;
 }
 

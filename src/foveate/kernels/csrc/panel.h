@@ -92,9 +92,9 @@ Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
         const Fault fault = walks[s].next(group, tile);
         if (fault != Fault::kNone) return fault;
         if (tile.kind == 0) continue;
-        prefetch(tile.scales, kAhead / 2);
+        prefetch(tile.scales, kScalesAhead);
         unpack_tile<V>(tile, w.group, w.reach, panel.codes[live]);
-        panel.finish[live] = Finish<V>(w, tile, strip + s, 0, WIDE);
+        panel.finish[live] = Finish<V>(tile, 0, unit_of<V>(w, tile.kind, strip + s, 0), w.reach, WIDE);
         panel.place[live] = s;
         ++live;
       }

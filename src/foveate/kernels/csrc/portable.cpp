@@ -36,18 +36,24 @@ struct Portable {
     return c;
   }
 
-  typedef Ints Sums;
+  static constexpr int kInPlaceLanes = kLanes;
+  template <int>
+  using Sums = Ints;
+  static void split_pairs(Words pairs, Words (&field)[4]) {
+    for (int j = 0; j < 4; ++j) field[j] = (pairs >> (2 * j)) & 0x03030303u;
+  }
   static void split(const auto& nibbles, Words (&field)[4]) {
     field[0] = nibbles.even & 0x0F0F0F0Fu;
     field[1] = nibbles.odd & 0x0F0F0F0Fu;
     field[2] = (nibbles.even >> 4) & 0x0F0F0F0Fu;
     field[3] = (nibbles.odd >> 4) & 0x0F0F0F0Fu;
   }
-  static void add_split(Sums& sums, const Words (&field)[4], const int8_t* x) {
+  static void add_split(Ints& sums, const Words (&field)[4], const int8_t* x) {
     for (int j = 0; j < 4; ++j)
       for (int i = 0; i < 4; ++i) sums += (Ints)((field[j] >> (8 * i)) & 0xFFu) * static_cast<int32_t>(x[4 * j + i]);
   }
-  static Ints total_split(Sums sums) { return sums; }
+  static Ints total_split(Ints sums) { return sums; }
+  static Ints total_pairs(Ints sums) { return sums; }
 
  private:
   template <class T>

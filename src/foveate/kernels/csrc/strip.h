@@ -20,10 +20,10 @@ struct Finish {
   int shift;
 
   Finish() = default;
-  inline __attribute__((always_inline)) Finish(const Weight& w, const Tile& tile, int64_t strip, int row, bool wide) {
-    const TileScales<V> scale(w, tile, strip, row);
+  inline __attribute__((always_inline)) Finish(const Tile& tile, int row, typename V::Floats unit, int reach, bool wide) {
+    const TileScales<V> scale(tile.scales, row, unit);
     shift = kCodeShift[tile.kind];
-    range = code_range(tile.kind, w.reach);
+    range = code_range(tile.kind, reach);
     centre = 0.5f * static_cast<float>(range << shift);
     step = wide ? scale.step : scale.step * (2.0f / static_cast<float>(1 << shift));
     offset = scale.offset;
@@ -45,27 +45,34 @@ struct Finish {
   }
 };
 
-// sums[i] = sum(2^shift c x) of a tile's rows `part`.. and lane i.
+// sums[i] = sum(2^shift c x) of a tile's rows and lane i.
 template <class V, int KIND, bool REACHED, int LANES>
 inline __attribute__((always_inline)) void tile_sums(
-    const Tile& tile, int part, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
+    Reader<V, KIND>& reader, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
   using Words = typename V::Words;
-  typename V::Sums high[LANES] = {}, low[LANES] = {};
-  Reader<V, KIND> reader(tile, 4 * part);
+  // one lane alone would wait for its own sums: it has more of them
+  constexpr bool kInPlace = KIND == 1 && LANES <= V::kInPlaceLanes;
+  constexpr int kChains = kInPlace || LANES <= 2 ? 4 : 2;
+  typename V::template Sums<kChains> high[LANES] = {}, low[LANES] = {};
   auto step = [&](auto odd, int pair) __attribute__((always_inline)) {
-    const int8_t* x_step = x + 32 * pair + 16 * decltype(odd)::value;
-    const Nibbles<V> a = reader.template anchor<decltype(odd)::value>(pair);
+    constexpr int kOdd = decltype(odd)::value;
+    const int8_t* x_step = x + 32 * pair + 16 * kOdd;
     Words field[4];
-    if constexpr (KIND <= 3) {
-      V::split(a, field);
+    if constexpr (kInPlace) {
+      V::split_pairs(reader.pairs(2 * pair + kOdd), field);
+#pragma GCC unroll 8
+      for (int i = 0; i < LANES; ++i) V::add_split(high[i], field, x_step + i * group);
+    } else if constexpr (KIND <= 3) {
+      V::split(reader.template anchor<kOdd>(pair), field);
 #pragma GCC unroll 8
       for (int i = 0; i < LANES; ++i) V::add_split(high[i], field, x_step + i * group);
     } else if constexpr (V::kByteCodes) {
-      byte_fields<V, REACHED>(a, reader.template residual<decltype(odd)::value>(pair), reach, field);
+      const Nibbles<V> a = reader.template anchor<kOdd>(pair);
+      byte_fields<V, REACHED>(a, reader.template residual<kOdd>(pair), reach, field);
 #pragma GCC unroll 8
       for (int i = 0; i < LANES; ++i) V::add_bytes(high[i], field, x_step + i * group);
     } else {
-      const Nibbles<V> b = reader.template residual<decltype(odd)::value>(pair);
+      const Nibbles<V> a = reader.template anchor<kOdd>(pair), b = reader.template residual<kOdd>(pair);
       V::split(a, field);
 #pragma GCC unroll 8
       for (int i = 0; i < LANES; ++i) V::add_split(high[i], field, x_step + i * group);
@@ -81,53 +88,79 @@ inline __attribute__((always_inline)) void tile_sums(
   }
 #pragma GCC unroll 8
   for (int i = 0; i < LANES; ++i) {
-    if constexpr (KIND <= 3) sums[i] = V::total_split(high[i]);
+    if constexpr (kInPlace) sums[i] = V::total_pairs(high[i]);
+    else if constexpr (KIND <= 3) sums[i] = V::total_split(high[i]);
     else if constexpr (V::kByteCodes) sums[i] = V::total_bytes(high[i]);
     else sums[i] = (V::total_split(high[i]) << (4 - reach)) + V::total_split(low[i]);
   }
 }
 
-template <class V, int LANES>
-inline __attribute__((always_inline)) void any_tile_sums(
-    const Tile& tile, int part, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
-  switch (tile.kind) {
-    case 1: return tile_sums<V, 1, false>(tile, part, x, group, reach, sums);
-    case 2: return tile_sums<V, 2, false>(tile, part, x, group, reach, sums);
-    case 3: return tile_sums<V, 3, false>(tile, part, x, group, reach, sums);
-    case 4:
-      if (reach == 0) return tile_sums<V, 4, false>(tile, part, x, group, reach, sums);
-      return tile_sums<V, 4, true>(tile, part, x, group, reach, sums);
-    default:
-      if (reach == 0) return tile_sums<V, 5, false>(tile, part, x, group, reach, sums);
-      return tile_sums<V, 5, true>(tile, part, x, group, reach, sums);
+// Adds the tiles of one level from `group` to `end` to the rows' accumulators.
+template <class V, int KIND, bool REACHED, int LANES, bool WIDE>
+void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int64_t row, int64_t group, int64_t end,
+                 Scout* scout, typename V::Floats* to) {
+  constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
+  constexpr int kParts = kTileRows / V::kRows;
+  typename V::Floats acc[kParts][kRowsOfX], unit[kParts];
+  for (int part = 0; part < kParts; ++part) {
+    unit[part] = unit_of<V>(w, KIND, strip, part * V::kRows);
+    for (int i = 0; i < kRowsOfX; ++i) acc[part][i] = to[part * kRowsOfX + i];
   }
+  tile.kind = KIND;
+  const int64_t ahead = scout ? 0 : kAhead[KIND];
+  const int64_t lanes_apart = x.lanes * w.group;
+  const int8_t* codes = x.codes + group * lanes_apart + row * (WIDE ? 2 : 1) * w.group;
+  const float* x_sums = x.sums + group * x.rows + row;
+  for (; group < end; ++group) {
+    if (scout) scout->step();
+    else prefetch(tile.scales, kScalesAhead);
+    for (int part = 0; part < kParts; ++part) {
+      typename V::Ints sums[LANES];
+      Reader<V, KIND> reader(tile, 4 * part * V::kRows, ahead);
+      tile_sums<V, KIND, REACHED, LANES>(reader, codes, w.group, w.reach, sums);
+      const Finish<V> finish(tile, part * V::kRows, unit[part], w.reach, WIDE);
+#pragma GCC unroll 8
+      for (int i = 0; i < kRowsOfX; ++i) acc[part][i] = finish.template add<WIDE>(acc[part][i], sums, i, x_sums[i]);
+    }
+    for (int p = 0; p < KIND; ++p) tile.planes[p] += tile_bytes(p, w.group);
+    tile.scales += 2 * kTileRows;
+    codes += lanes_apart;
+    x_sums += x.rows;
+  }
+  for (int part = 0; part < kParts; ++part)
+    for (int i = 0; i < kRowsOfX; ++i) to[part * kRowsOfX + i] = acc[part][i];
 }
 
 // One strip times LANES lanes, from row `row` of x on. `walk` is at the strip's beginning.
 template <class V, int LANES, bool WIDE>
-Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& walk, int64_t strip, int64_t row) {
+Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& walk, Scout* scout, int64_t strip, int64_t row) {
   constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
   constexpr int kParts = kTileRows / V::kRows;
-  typename V::Floats acc[kParts][kRowsOfX] = {};
+  typename V::Floats acc[kParts * kRowsOfX] = {};
   Tile tile;
-  for (int64_t group = 0; group < w.groups; ++group) {
-    const Fault fault = walk.next(group, tile);
+  int64_t end;
+  for (int64_t group = 0; group < w.groups; group = end) {
+    const Fault fault = walk.run(group, tile, end);
     if (fault != Fault::kNone) return fault;
-    if (tile.kind == 0) continue;
-    const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
-    const float* x_sums = x.sums + group * x.rows + row;
-    prefetch(tile.scales, kAhead / 2);
-    for (int part = 0; part < kParts; ++part) {
-      typename V::Ints sums[LANES];
-      any_tile_sums<V, LANES>(tile, part * V::kRows, codes, w.group, w.reach, sums);
-      const Finish<V> finish(w, tile, strip, part * V::kRows, WIDE);
-#pragma GCC unroll 8
-      for (int i = 0; i < kRowsOfX; ++i) acc[part][i] = finish.template add<WIDE>(acc[part][i], sums, i, x_sums[i]);
+    switch (tile.kind) {
+      case 0:
+        for (; scout && group < end; ++group) scout->step();
+        break;
+      case 1: run_product<V, 1, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc); break;
+      case 2: run_product<V, 2, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc); break;
+      case 3: run_product<V, 3, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc); break;
+      case 4:
+        if (w.reach == 0) run_product<V, 4, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
+        else run_product<V, 4, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
+        break;
+      default:
+        if (w.reach == 0) run_product<V, 5, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
+        else run_product<V, 5, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
     }
   }
   for (int i = 0; i < kRowsOfX; ++i) {
     float line[kTileRows];
-    for (int part = 0; part < kParts; ++part) V::store_floats(line + part * V::kRows, acc[part][i]);
+    for (int part = 0; part < kParts; ++part) V::store_floats(line + part * V::kRows, acc[part * kRowsOfX + i]);
     store_row<V>(w, x, y, strip, row + i, line);
   }
   return Fault::kNone;
@@ -137,6 +170,13 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& wal
 template <class V, bool WIDE>
 Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t row, int64_t row_end) {
   Walk walk(w);
+  Scout ahead(w);
+  Scout* scout = nullptr;
+  walk.begin(strip);
+  if (walk.gaps) {
+    ahead.begin(strip);
+    scout = &ahead;
+  }
   constexpr int kEach = WIDE ? 2 : 1;
   while (row < row_end) {
     const int64_t left = (row_end - row) * kEach;
@@ -146,7 +186,7 @@ Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, int64_t stri
     switch (lanes) {
 #define FOVEATE_LANES(n) \
   case n:                \
-    if constexpr (n <= V::kLanes && n % kEach == 0) fault = strip_product<V, n, WIDE>(w, x, y, walk, strip, row); \
+    if constexpr (n <= V::kLanes && n % kEach == 0) fault = strip_product<V, n, WIDE>(w, x, y, walk, scout, strip, row); \
     break;
       FOVEATE_LANES(1)
       FOVEATE_LANES(2)

@@ -19,9 +19,13 @@
 constexpr uint8_t kPlanesOf[9] = {0, 0xFF, 1, 2, 3, 0xFF, 4, 0xFF, 5};
 constexpr uint8_t kFloors[6] = {1, 2, 3, 4, 6, 8};  // the least resident level that stores scales, plane 0, plane 1...
 constexpr int kCodeShift[6] = {0, 0, 1, 0, 2, 0};    // codes come out 2^shift too large where planes read are 2 and 4
-constexpr int64_t kAhead = 2048;                    // bytes that a stream is prefetched ahead
 
-inline void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(p) + ahead, 0, 3); }
+// How far ahead streams are prefetched, in bytes: fewer planes are fewer streams, which must be further ahead.
+constexpr int64_t kAhead[6] = {0, 6144, 4096, 3072, 2048, 2048};
+constexpr int64_t kScalesAhead = 1024;
+
+// To the second cache: six streams this far ahead would crowd the first.
+inline void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(p) + ahead, 0, 2); }
 
 // The greatest code of a level that reads `planes` planes.
 inline int32_t code_range(int planes, int reach) {
@@ -43,6 +47,7 @@ struct Tile {
 // Goes along a strip. Positions advance by one tile for each that stores the plane, read or not.
 struct Walk {
   const Weight& w;
+  bool gaps = false;  // whether the strip stores bytes, amid those that are read, that are not
   const uint8_t* resident = nullptr;
   const uint8_t* tags = nullptr;
   uint64_t bytes[6], limit[6], at[6];  // of the scales, then of each plane
@@ -58,6 +63,31 @@ struct Walk {
     resident = w.resident + strip * w.groups;
     tags = w.tags + strip * w.groups;
     for (int i = 0; i < 6; ++i) at[i] = bytes[i] * static_cast<uint64_t>(w.starts[strip * 6 + i]);
+    bool unread = false, mixed = false;
+    for (int64_t group = 0; group < w.groups; ++group) {
+      unread |= tags[group] < resident[group];
+      mixed |= tags[group] != tags[0];
+    }
+    gaps = unread && mixed;
+  }
+
+  // The tiles from `group` on that are alike: `tile` is the first, `end` is behind the last.
+  inline __attribute__((always_inline)) Fault run(int64_t group, Tile& tile, int64_t& end) {
+    const uint8_t stored = resident[group], tag = tags[group];
+    for (end = group + 1; end < w.groups && resident[end] == stored && tags[end] == tag;) ++end;
+    const uint64_t more = static_cast<uint64_t>(end - group - 1);
+    const uint8_t level = stored < tag ? stored : tag;
+    tile.kind = level < 9 ? kPlanesOf[level] : 0xFF;
+    if (tile.kind == 0xFF) return Fault::kLevel;
+    if (tile.kind > 0) {
+      bool outside = at[0] + more * bytes[0] >= limit[0];
+      for (int p = 0; p < tile.kind; ++p) outside |= at[p + 1] + more * bytes[p + 1] >= limit[p + 1];
+      if (outside) return Fault::kOutside;
+      tile.scales = w.scales + at[0] / 2;
+      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1];
+    }
+    for (int i = 0; i < 6; ++i) at[i] += stored >= kFloors[i] ? (more + 1) * bytes[i] : 0;
+    return Fault::kNone;
   }
 
   inline __attribute__((always_inline)) Fault next(int64_t group, Tile& tile) {
@@ -77,6 +107,40 @@ struct Walk {
   }
 };
 
+// Prefetches tiles that will be read, a few before they are. A stream with gaps cannot be followed by its address, and
+// the machine's own prefetching loses it.
+class Scout {
+ public:
+  explicit Scout(const Weight& w) : walk_(w) {}
+
+  void begin(int64_t strip) {
+    strip_ = strip;
+    group_ = 0;
+    walk_.begin(strip);
+    for (int i = 0; i < kTilesAhead; ++i) step();
+  }
+
+  // One tile on.
+  void step() {
+    const Weight& w = walk_.w;
+    if (group_ == w.groups) {
+      if (strip_ + 1 >= w.strips) return;
+      walk_.begin(++strip_);
+      group_ = 0;
+    }
+    Tile tile;
+    if (walk_.next(group_++, tile) != Fault::kNone || tile.kind == 0) return;
+    prefetch(tile.scales, 0);
+    for (int p = 0; p < tile.kind; ++p)
+      for (int64_t line = 0; line < tile_bytes(p, w.group); line += 64) prefetch(tile.planes[p], line);
+  }
+
+ private:
+  static constexpr int kTilesAhead = 12;
+  Walk walk_;
+  int64_t strip_ = 0, group_ = 0;
+};
+
 template <class V>
 struct Nibbles {
   typename V::Words even, odd;  // low nibbles: fields 0 and 1; high nibbles: fields 2 and 3
@@ -92,12 +156,16 @@ template <class V, int KIND>
 struct Reader {
   using Words = typename V::Words;
   const uint8_t* p[kPlanes];
-  const int byte;  // where its rows are in a chunk
-  Words one, two;  // the chunks of 1-bit planes, 32 columns
+  const int byte;       // where its rows are in a chunk
+  const int64_t ahead;  // how far to prefetch; 0: not
+  Words one, two;       // the chunks of 1-bit planes, 32 columns
 
-  inline __attribute__((always_inline)) Reader(const Tile& tile, int first) : byte(first) {
+  inline __attribute__((always_inline)) Reader(const Tile& tile, int first, int64_t bytes_ahead) : byte(first), ahead(bytes_ahead) {
     for (int i = 0; i < KIND; ++i) p[i] = tile.planes[i] + first;
   }
+
+  // A chunk of the first plane as it is: fields of two bits.
+  inline __attribute__((always_inline)) Words pairs(int chunk) { return load(0, chunk); }
 
   // Before the two steps of a pair of chunks.
   inline __attribute__((always_inline)) void begin_pair(int pair) {
@@ -127,7 +195,7 @@ struct Reader {
  private:
   inline __attribute__((always_inline)) Words load(int plane, int chunk) {
     const uint8_t* at = p[plane] + 64 * chunk;
-    if (byte == 0) prefetch(at, kAhead);
+    if (byte == 0) prefetch(at, ahead);
     return V::load(at);
   }
 };
@@ -161,7 +229,7 @@ inline void byte_fields(const Nibbles<V>& a, const Nibbles<V>& b, int reach, typ
 template <class V, int KIND, bool REACHED>
 void unpack_kind(const Tile& tile, int group, int reach, uint8_t* codes) {
   for (int part = 0; part < 64; part += 4 * V::kRows) {
-    Reader<V, KIND> reader(tile, part);
+    Reader<V, KIND> reader(tile, part, kAhead[KIND]);
     auto step = [&](auto odd, int pair) __attribute__((always_inline)) {
       typename V::Words field[4];
       const Nibbles<V> a = reader.template anchor<decltype(odd)::value>(pair);
@@ -188,20 +256,19 @@ void unpack_tile(const Tile& tile, int group, int reach, uint8_t* codes) {
   }
 }
 
+// What the scales of a strip's rows from `row` on are multiplied with at a level.
+template <class V>
+inline __attribute__((always_inline)) typename V::Floats unit_of(const Weight& w, int kind, int64_t strip, int row) {
+  const typename V::Floats unit = V::splat(w.units[kind - 1]);
+  if (w.gains && kind <= 2) return V::halves(w.gains + ((kind - 1) * w.strips + strip) * kTileRows + row) * unit;
+  return unit;
+}
+
 // The scales of a tile at its level, for rows from `row` on: s * unit (rounded) and m.
 template <class V>
 struct TileScales {
   typename V::Floats step, offset;
 
-  TileScales() = default;
-  inline __attribute__((always_inline)) TileScales(const Weight& w, const Tile& tile, int64_t strip, int row) {
-    const float unit = w.units[tile.kind - 1];
-    const typename V::Floats s = V::halves(tile.scales + row);
-    if (w.gains && tile.kind <= 2) {
-      step = s * (V::halves(w.gains + ((tile.kind - 1) * w.strips + strip) * kTileRows + row) * unit);
-    } else {
-      step = s * unit;
-    }
-    offset = V::halves(tile.scales + kTileRows + row);
-  }
+  inline __attribute__((always_inline)) TileScales(const uint16_t* scales, int row, typename V::Floats unit)
+      : step(V::halves(scales + row) * unit), offset(V::halves(scales + kTileRows + row)) {}
 };
