@@ -1,6 +1,6 @@
 import pytest
 
-from foveate.bench import load
+from foveate.bench import alone, load
 from foveate.errors import FoveateError
 
 
@@ -15,4 +15,4 @@ def test_small_model_in_fresh_processes():
 
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(FoveateError, match="not a folder"):
-        load._load_alone(tmp_path / "nothing", tmp_path / "map")
+        alone.run_alone("foveate.bench.load_child", str(tmp_path / "nothing"), str(tmp_path / "map"))

@@ -2,6 +2,9 @@
 
 Measured by a loop in C++ (`read.cpp`) that adds up memory on huge pages and does nothing else, with torch's threads.
 Torch's own reductions read at half that speed or less, so there is no substitute where nothing can be compiled.
+
+How best to write the loop depends on the machine, so several are tried and the fastest is the yardstick. Each takes its
+turn in every round and the medians are compared: a machine whose bandwidth changes in between changes it for all.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +28,27 @@ from foveate.kernels.cpu import cache_folder
 
 SOURCE = Path(__file__).with_name("read.cpp")
 FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
-#: (streams a thread, cache lines prefetched ahead)
-VARIANTS = tuple((streams, ahead) for streams in (1, 2, 4) for ahead in (0, 16, 64))
+
+
+class Loop(NamedTuple):
+    """One way to write the loop.
+
+    Attributes:
+        streams: places that a thread reads from in turn.
+        ahead: cache lines that are prefetched ahead of each; 0 for none.
+        cache: which cache they are prefetched into, 1 or 2.
+    """
+
+    streams: int
+    ahead: int = 0
+    cache: int = 1
+
+
+LOOPS = tuple(
+    Loop(streams, ahead, cache)
+    for streams in (1, 2, 4)
+    for ahead, cache in ((0, 1), (16, 1), (64, 1), (16, 2), (32, 2), (64, 2))
+)
 
 
 @functools.cache
@@ -49,26 +73,36 @@ def _library() -> ctypes.CDLL:
                 raise FoveateError(f"read bandwidth needs a C++ compiler to be measured: {first}") from error
             os.replace(Path(folder) / "foveate_read.so", target)
     library = ctypes.CDLL(str(target))
-    library.foveate_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+    library.foveate_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
     library.foveate_read.restype = ctypes.c_uint64
     return library
 
 
-def read(block: Tensor, streams: int = 1, ahead: int = 0) -> int:
-    """The sum of a block's 64-bit words modulo 2^64 (what does not fill 4 cache lines of every stream is left out)."""
-    total: int = _library().foveate_read(block.data_ptr(), block.numel() * block.element_size(), streams, ahead)
-    return total
+class Blocks:
+    """Blocks of memory, each from a cache line on, that are read one after the other in one call."""
+
+    def __init__(self, blocks: Sequence[Tensor]) -> None:
+        self._kept = tuple(blocks)
+        self._starts = (ctypes.c_void_p * len(blocks))(*(b.data_ptr() for b in blocks))
+        self._bytes = (ctypes.c_int64 * len(blocks))(*(b.numel() * b.element_size() for b in blocks))
+        self._read = _library().foveate_read
+
+    def sum(self, loop: Loop) -> int:
+        """The sum of the 64-bit words modulo 2^64 (what does not fill 4 cache lines of every stream is left out)."""
+        total: int = self._read(self._starts, self._bytes, len(self._kept), *loop)
+        return total
+
+    def bandwidth(self, loop: Loop) -> float:
+        """Bytes a second of reading them once."""
+        started = time.perf_counter()
+        self.sum(loop)
+        return sum(self._bytes) / (time.perf_counter() - started)
 
 
-def bandwidth(blocks: Sequence[Tensor], variant: tuple[int, int]) -> float:
-    """Bytes a second of reading the blocks once, one after the other."""
-    library = _library()
-    started = time.perf_counter()
-    for block in blocks:
-        library.foveate_read(block.data_ptr(), block.numel() * block.element_size(), *variant)
-    return sum(b.numel() * b.element_size() for b in blocks) / (time.perf_counter() - started)
-
-
-def fastest_variant(blocks: Sequence[Tensor], rounds: int = 3) -> tuple[int, int]:
-    """The variant that reads the blocks fastest, the best of several rounds each."""
-    return max(VARIANTS, key=lambda variant: max(bandwidth(blocks, variant) for _ in range(rounds)))
+def fastest_loop(blocks: Blocks, rounds: int) -> Loop:
+    """The loop that reads the blocks fastest, by the median of interleaved rounds."""
+    found: dict[Loop, list[float]] = {loop: [] for loop in LOOPS}
+    for _ in range(rounds):
+        for loop, seen in found.items():
+            seen.append(blocks.bandwidth(loop))
+    return max(LOOPS, key=lambda loop: median(found[loop]))

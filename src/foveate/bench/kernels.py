@@ -1,18 +1,25 @@
-"""How close one-token products come to the memory's own speed.
+"""How close products with few rows of x come to the memory's own speed, and how they compare with dense layers.
 
-A set of equal weights far larger than the caches is multiplied with one row of x, one weight after the other, so that
-every weight comes from memory. Bytes of planes and scales over time, over the read bandwidth of the same memory
-measured just before and after, is the share of the machine's bandwidth that the product reaches.
+A set of equal weights far larger than the caches is multiplied with x, one weight after the other, so that every weight
+comes from memory. Bytes of planes and scales over time, over the read bandwidth of the same memory measured just before
+and just after, is the share of the machine's bandwidth that the product reaches: `bandwidth_ratio_b<level>` for one row
+of x, `m<rows>_b<level>` for more, `bandwidth_ratio_b4_avx2` with the kernels forced to AVX2. Two reads and the product
+between them take some twenty milliseconds, and a ratio is made of each such three.
 
-`bandwidth_ratio_b<level>` and `m4_b4` are such shares, for one row of x and for four. The rest are ratios of times:
-2 bits over 8; a random mix of levels over the mean of the pure levels, weighted as the mix has them; and 4 bits with
-half the tiles zero over 4 bits with none.
+The rest are ratios of times, for one row of x: 2 bits over 8; a random mix of levels over the mean of the pure levels,
+weighted as the mix has them; and 4 bits with a random half of the tiles zero over 4 bits with none, where zero tiles
+are either not stored, as in a model that was saved or loaded by its map (`zero_tiles_ratio`), or stored and only tagged
+as zero, as in a live model after a switch (`zero_tags_ratio`).
+
+`dense.py` has the comparison with torch's own layers.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -20,15 +27,20 @@ import psutil
 import torch
 from torch import Tensor
 
-from foveate.bench.bandwidth import bandwidth, fastest_variant
+from foveate.bench import dense
+from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
 from foveate.bench.result import Measured
-from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS
+from foveate.formats.levels import NESTED_LEVELS
 from foveate.formats.packing import tile_grid
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.kernels.threads import threads
-from foveate.planes import PlaneTensor, from_codes, gathered, linear
+from foveate.planes import PlaneTensor, gathered, linear
+from foveate.progress import track
 
 _NO_BIAS = torch.empty(0)
+#: Rows of x for every level, and more for 4 bits.
+ROWS_OF_X = (1, 4)
+MORE_ROWS_OF_X = (2, 8)
 
 
 @dataclass(frozen=True)
@@ -41,13 +53,15 @@ class Sizes:
         threads: for kernels and bandwidth alike.
         set_bytes: bytes of each set of weights, far beyond the last cache; less where memory is short.
         rounds: interleaved rounds, of which the median is reported.
+        grid: what is compared with dense layers.
     """
 
     width: int = 4096
     group: int = 128
     threads: int = 2
-    set_bytes: int = 512 << 20
-    rounds: int = 15
+    set_bytes: int = 256 << 20
+    rounds: int = 61
+    grid: dense.Grid = field(default_factory=dense.Grid)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,8 +82,13 @@ class Copies:
         each = sum(p.numel() for p in weight.planes) + weight.scales.numel() * 2
         return cls(gathered([weight] * max(2, -(-set_bytes // each))), each)
 
+    def tagged(self, level_tiles: Tensor) -> Copies:
+        """The same memory, read at other levels (uint8 [NT, G]); `bytes_each` stays that of what is stored."""
+        tags = level_tiles.expand(2, -1, -1).clone()
+        return replace(self, weights=[replace(w, tags=tags) for w in self.weights])
+
     def blocks(self) -> list[Tensor]:
-        """The memory that the weights lie in, a block for the scales and for each plane."""
+        """The memory that the weights lie in: the scales, and each plane."""
         parts = [[w.scales.view(torch.uint8) for w in self.weights]]
         parts += [list(planes) for planes in zip(*(w.planes for w in self.weights), strict=True)]
         return [_span(p) for p in parts if p[0].numel()]
@@ -88,86 +107,142 @@ def _span(parts: list[Tensor]) -> Tensor:
     return torch.as_strided(parts[0], (size,), (1,))
 
 
-def random_weight(width: int, group: int) -> PlaneTensor:
-    """A weight of random codes, every plane of it."""
-    generator = torch.Generator().manual_seed(0)
-    groups = -(-width // group)
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One thing that is timed in every round.
 
-    def codes() -> Tensor:
-        return torch.randint(0, 16, (width, width), dtype=torch.uint8, generator=generator)
+    Attributes:
+        name: of its figures.
+        copies: the weights.
+        rows_of_x: M.
+        isa: the instruction set that is forced; empty for the one in use.
+    """
 
-    scales = (torch.rand(2, width, groups, generator=generator) * 0.01).half()
-    return from_codes(
-        codes(), codes(), scales[0], scales[1], torch.ones(len(GAINED_LEVELS), 1).half(), group=group, reach=0
-    )
+    name: str
+    copies: Copies
+    rows_of_x: int = 1
+    isa: str = ""
+
+    def seconds(self, x_MK: Tensor) -> float:
+        """Mean time of a product."""
+        with instructions(self.isa):
+            return self.copies.seconds(x_MK[: self.rows_of_x])
 
 
-def _sets(sizes: Sizes) -> dict[str, Copies]:
-    weight = random_weight(sizes.width, sizes.group)
-    grid = tile_grid(sizes.width, sizes.width, sizes.group)
+@contextmanager
+def instructions(isa: str) -> Iterator[None]:
+    before = torch.ops.foveate._cpu_isa("")
+    torch.ops.foveate._cpu_isa(isa)
+    try:
+        yield
+    finally:
+        torch.ops.foveate._cpu_isa(before)
+
+
+def _has_avx2() -> bool:
+    try:
+        with instructions("avx2"):
+            return True
+    except RuntimeError:  # what the library says of instructions that this machine does not have
+        return False
+
+
+def _runs(sizes: Sizes) -> list[list[Run]]:
+    """What is timed, memory by memory; what is compared stands close together."""
+    shape = (sizes.width, sizes.width)
+    weight = dense.random_planes(shape, sizes.group)
+    grid = tile_grid(*shape, sizes.group)
     generator = torch.Generator().manual_seed(1)
-    tiles = {f"b{level}": torch.full(grid, level, dtype=torch.uint8) for level in NESTED_LEVELS}
-    choice = torch.randint(0, len(NESTED_LEVELS), grid, generator=generator)
-    tiles["mixed"] = torch.tensor(NESTED_LEVELS, dtype=torch.uint8)[choice]
-    tiles["half_zero"] = tiles["b4"] * torch.randint(0, 2, grid, dtype=torch.uint8, generator=generator)
-    room = psutil.virtual_memory().available // 3 // len(tiles)
-    return {name: Copies.of(weight.kept(levels), min(sizes.set_bytes, room)) for name, levels in tiles.items()}
+    mix = torch.tensor(NESTED_LEVELS, dtype=torch.uint8)[
+        torch.randint(0, len(NESTED_LEVELS), grid, generator=generator)
+    ]
+    half = 4 * torch.randint(0, 2, grid, dtype=torch.uint8, generator=generator)
+    set_bytes = min(sizes.set_bytes, psutil.virtual_memory().available // 3 // (len(NESTED_LEVELS) + 2))
+
+    def level(level: int) -> list[Run]:
+        copies = Copies.of(weight.kept(torch.full(grid, level, dtype=torch.uint8)), set_bytes)
+        return [Run(f"b{level}" if m == 1 else f"m{m}_b{level}", copies, m) for m in ROWS_OF_X]
+
+    four = level(4)
+    copies = four[0].copies
+    four.insert(1, Run("zero_tags", copies.tagged(half)))
+    four += [Run(f"m{m}_b4", copies, m) for m in MORE_ROWS_OF_X]
+    if _has_avx2():
+        four.append(Run("b4_avx2", copies, isa="avx2"))
+    zero = [Run("zero_tiles", Copies.of(weight.kept(half), set_bytes))]
+    mixed = [Run("mixed", Copies.of(weight.kept(mix), set_bytes))]
+    return [level(8), level(2), level(3), mixed, level(6), four, zero]
 
 
 def measure(sizes: Sizes | None = None) -> Measured:
-    """Measure every level, and mixes of them, in interleaved rounds."""
+    """Measure every level, and mixes of them, in interleaved rounds; then beside dense layers."""
     sizes = sizes or Sizes()
     ensure_loaded()
     with threads(sizes.threads), torch.inference_mode():
-        sets = _sets(sizes)
-        x_MK = torch.randn(4, sizes.width)
-        variant = fastest_variant(sets["b8"].blocks())
-        rounds: list[dict[str, Any]] = []
-        _round(sets, x_MK, variant)  # not counted: pages, clocks and threads warm up
-        for _ in range(sizes.rounds):
-            rounds.append(_round(sets, x_MK, variant))
-    per_token = {name: s.bytes_each for name, s in sets.items()}
+        few = _few_rows(sizes)
+        beside = dense.measure(sizes.grid)
+    return Measured({**few.figures, **beside.figures}, [*few.rounds, *beside.rounds], [*few.notes, *beside.notes])
+
+
+def _few_rows(sizes: Sizes) -> Measured:
+    sets = _runs(sizes)
+    x_MK = torch.randn(max(*ROWS_OF_X, *MORE_ROWS_OF_X), sizes.width)
+    loop = fastest_loop(Blocks(sets[0][0].copies.blocks()), min(31, sizes.rounds))
+    _round(sets, x_MK, loop)  # not counted: pages, clocks and threads warm up
+    rounds = [_round(sets, x_MK, loop) for _ in track(range(sizes.rounds), "products with few rows of x")]
+    runs = {run.name: run for runs in sets for run in runs}
+    figures = _figures(runs, rounds)
+    streams, ahead, cache = loop
+    prefetch = f"prefetching {ahead} cache lines ahead into cache {cache}" if ahead else "prefetching nothing"
     notes = (
-        f"{sizes.threads} threads; {sizes.width} x {sizes.width}, group {sizes.group}, cold; "
-        + f"the bandwidth is that of {variant[0]} streams a thread, prefetching {variant[1]} cache lines ahead, "
-        + f"median {median(r['bandwidth_b8'] for r in rounds) / 1e9:.1f} GB/s",
-        f"bytes of planes and scales a product: {per_token}",
-        f"copies of each weight: { {name: len(s.weights) for name, s in sets.items()} }",
+        f"{sizes.threads} threads; {sizes.width} x {sizes.width}, group {sizes.group}, cold; the bandwidth is that of "
+        f"{streams} streams a thread, {prefetch}, median {figures['read_bandwidth_gb_s']:.1f} GB/s",
+        "bytes of planes and scales a product: " + _listed({n: r.copies.bytes_each for n, r in runs.items()}),
+        "copies of each weight: " + _listed({n: len(r.copies.weights) for n, r in runs.items()}),
     )
-    return Measured(_figures(sizes, sets, rounds), rounds, notes)
+    return Measured(figures, rounds, notes)
 
 
-def _round(sets: dict[str, Copies], x_MK: Tensor, variant: tuple[int, int]) -> dict[str, Any]:
+def _listed(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in numbers.items())
+
+
+def _round(sets: Sequence[Sequence[Run]], x_MK: Tensor, loop: Loop) -> dict[str, Any]:
+    """For each run its time, and the bandwidth between the reads before and after it."""
     found: dict[str, Any] = {}
-    for name, copies in sets.items():
-        before = bandwidth(copies.blocks(), variant)
-        found[f"seconds_{name}"] = copies.seconds(x_MK[:1])
-        found[f"bandwidth_{name}"] = (before + bandwidth(copies.blocks(), variant)) / 2
-        if name == "b4":
-            found["seconds_m4_b4"] = copies.seconds(x_MK)
+    for runs in sets:
+        blocks = Blocks(runs[0].copies.blocks())
+        before = blocks.bandwidth(loop)
+        for run in runs:
+            found[f"seconds_{run.name}"] = run.seconds(x_MK)
+            after = blocks.bandwidth(loop)
+            found[f"bandwidth_{run.name}"] = 2 / (1 / before + 1 / after)
+            before = after
     return found
 
 
-def _figures(sizes: Sizes, sets: dict[str, Copies], rounds: list[dict[str, Any]]) -> dict[str, float]:
+def _figures(runs: dict[str, Run], rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
     def over_rounds(value: Any) -> float:
         return float(median(value(r) for r in rounds))
 
-    figures = {}
-    for level in NESTED_LEVELS:
-        key, each = f"b{level}", sets[f"b{level}"].bytes_each
-        figures[f"bandwidth_ratio_{key}"] = over_rounds(
-            lambda r, key=key, each=each: each / r[f"seconds_{key}"] / r[f"bandwidth_{key}"]
-        )
-    four = sets["b4"].bytes_each
-    figures["m4_b4"] = over_rounds(lambda r: four / r["seconds_m4_b4"] / r["bandwidth_b4"])
-    figures["time_ratio_b2_over_b8"] = over_rounds(lambda r: r["seconds_b2"] / r["seconds_b8"])
-    tiles = sets["mixed"].weights[0].resident
+    def share(name: str) -> float:
+        each = runs[name].copies.bytes_each
+        return over_rounds(lambda r: each / r[f"seconds_{name}"] / r[f"bandwidth_{name}"])
+
+    def times(name: str, other: str) -> float:
+        return over_rounds(lambda r: r[f"seconds_{name}"] / r[f"seconds_{other}"])
+
+    figures = {f"bandwidth_ratio_{name}": share(name) for name in runs if name.startswith("b")}
+    figures |= {name: share(name) for name in sorted(runs) if name.startswith("m") and name != "mixed"}
+    figures["time_ratio_b2_over_b8"] = times("b2", "b8")
+    tiles = runs["mixed"].copies.weights[0].resident
     shares = {level: float((tiles == level).float().mean()) for level in NESTED_LEVELS}
     figures["mixed_tiles_overhead"] = over_rounds(
         lambda r: r["seconds_mixed"] / sum(share * r[f"seconds_b{level}"] for level, share in shares.items())
     )
-    figures["zero_tiles_ratio"] = over_rounds(lambda r: r["seconds_half_zero"] / r["seconds_b4"])
+    figures["zero_tiles_ratio"] = times("zero_tiles", "b4")
+    figures["zero_tags_ratio"] = times("zero_tags", "b4")
     figures["read_bandwidth_gb_s"] = over_rounds(lambda r: r["bandwidth_b8"] / 1e9)
-    for level in NESTED_LEVELS:
-        figures[f"microseconds_b{level}"] = over_rounds(lambda r, level=level: r[f"seconds_b{level}"] * 1e6)
+    for name in runs:
+        figures[f"microseconds_{name}"] = over_rounds(lambda r, name=name: r[f"seconds_{name}"] * 1e6)
     return figures

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
@@ -18,39 +16,19 @@ from typing import Any
 
 import torch
 
-import foveate
-from foveate.bench.cases import require
+from foveate.bench.alone import run_alone
+from foveate.bench.random_model import random_llama
 from foveate.bench.result import Measured
 from foveate.checkpoint import HEAD, Head, read_head
-from foveate.collect.kinds import find_weights, weight_matrix_shape
-from foveate.errors import FoveateError
-from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES
+from foveate.formats.levels import NESTED_LEVELS, PLANES
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Site, uniform
-from foveate.nn.install import install, site_of
-from foveate.nn.modules import PlaneWeight
 from foveate.nn.persist import save
-from foveate.nn.quantize import group_for
-from foveate.nn.registry import apply
-from foveate.planes import PlaneTensor, from_codes, shared_tags
-
-
-def _random_planes(rows: int, columns: int, generator: torch.Generator) -> PlaneTensor:
-    group = group_for(columns)
-
-    def codes() -> torch.Tensor:
-        return torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
-
-    scale = torch.full((rows, -(-columns // group)), 0.002, dtype=torch.float16)
-    return from_codes(
-        codes(), codes(), scale, torch.zeros_like(scale), torch.ones(len(GAINED_LEVELS), 1).half(), group=group, reach=0
-    )
 
 
 def write_model(path: Path, width: int, layers: int) -> None:
     """Save a Llama whose weights are random codes, with every plane."""
-    transformers = require("transformers")
-    config = transformers.LlamaConfig(
+    model = random_llama(
         vocab_size=4096,
         hidden_size=width,
         intermediate_size=width * 11 // 4,
@@ -58,19 +36,6 @@ def write_model(path: Path, width: int, layers: int) -> None:
         num_attention_heads=width // 64,
         tie_word_embeddings=True,
     )
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    generator = torch.Generator().manual_seed(0)
-    found = find_weights(model)
-    planes = shared_tags([_random_planes(*weight_matrix_shape(f.modules[0]), generator) for f in found])
-    sites = [site_of(f, p) for f, p in zip(found, planes, strict=True)]
-    weights = {s.name: PlaneWeight(p, torch.float32) for s, p in zip(sites, planes, strict=True)}
-    registry = install(model, found, sites, weights)
-    for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if "inv_freq" in n)):
-        tensor.data.fill_(1.0)
-    apply(model, uniform(registry.sites, 8, registry.other_bytes))
     save(model, path)
 
 
@@ -103,23 +68,6 @@ def _drop_from_cache(path: Path) -> bool:
     return True
 
 
-def _load_alone(path: Path, plan_file: Path) -> dict[str, Any]:
-    source = str(Path(foveate.__file__).parent.parent)
-    paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(
-        [sys.executable, "-m", "foveate.bench.load_child", str(path), str(plan_file)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths},
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        raise FoveateError(f"the process that loads the model ended with {done.returncode}: {last}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def measure(width: int = 1024, layers: int = 16, times: int = 3) -> Measured:
     """Load a model in fresh processes; figures are medians.
 
@@ -142,7 +90,7 @@ def measure(width: int = 1024, layers: int = 16, times: int = 3) -> Measured:
         for _ in range(times):
             for name, plan in plans.items():
                 dropped = _drop_from_cache(path) and dropped
-                found = _load_alone(path, Path(folder) / name)
+                found = run_alone("foveate.bench.load_child", str(path), str(Path(folder) / name))
                 rounds.append({"map": name, **found, "asked_for": _asked_for(path, head, plan)})
     return _figures(rounds, plans, dropped)
 

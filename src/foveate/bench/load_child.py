@@ -13,6 +13,7 @@ import psutil
 import torch
 
 import foveate
+from foveate.bench.alone import forget_peak, peak
 from foveate.bench.cases import require
 from foveate.kernels.dispatch import ensure_loaded
 
@@ -21,27 +22,6 @@ def _io() -> int | None:
     """Bytes this process has read from the disk so far, where the system says."""
     process = psutil.Process()
     return int(process.io_counters().read_bytes) if hasattr(process, "io_counters") else None
-
-
-def _peak() -> int:
-    """The process's highest resident size in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(v for v in status.read_text().splitlines() if v.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024
-
-
-def _forget_peak() -> bool:
-    """Let the highest size start from now; whether the system can."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 def measure(folder: Path, plan_file: Path) -> dict[str, Any]:
@@ -56,18 +36,18 @@ def measure(folder: Path, plan_file: Path) -> dict[str, Any]:
         require("transformers").LlamaForCausalLM(config)  # imports what building any model imports
     gc.collect()
     memory = psutil.Process().memory_info
-    _forget_peak()
+    forget_peak()
     before, read, started = memory().rss, _io(), time.perf_counter()
     model = foveate.load(folder, keep=plan)
     seconds = time.perf_counter() - started
-    peak, after_read = _peak() - before, _io()
+    highest, after_read = peak() - before, _io()
     gc.collect()
     resident = memory().rss - before
     names = len(list(model.modules()))
     return {
         "seconds": seconds,
         "read": None if read is None or after_read is None else after_read - read,
-        "peak": peak,
+        "peak": highest,
         "resident": resident,
         "modules": names,
     }
