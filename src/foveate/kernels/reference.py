@@ -13,6 +13,8 @@ Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strip
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -190,4 +192,36 @@ def plane_linear(
         if bias.numel():
             y_MN = y_MN + bias
         outputs.append(y_MN.to(x.dtype).reshape(*x.shape[:-1], w.rows))
+    return outputs
+
+
+_HELD: dict[int, tuple[Sequence[Tensor], Sequence[int]]] = {}
+_NUMBERS = itertools.count(1)
+
+
+def plane_handle(weight: Sequence[Tensor], form: Sequence[int]) -> Tensor:
+    """A tensor, int64 [1], that stands for the weight as long as it lives."""
+    number = next(_NUMBERS)
+    _HELD[number] = (tuple(weight), tuple(form))
+    handle = torch.tensor([number])
+    weakref.finalize(handle, _HELD.pop, number)
+    return handle
+
+
+def plane_linear_by_handle(
+    x: Tensor,
+    handles: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    rows: Sequence[int],
+    input_levels: Sequence[Tensor],
+) -> list[Tensor]:
+    """x [..., K] times each weight that a handle stands for, with its own input level [2]."""
+    outputs = []
+    for handle, bias, n, level in zip(handles, biases, rows, input_levels, strict=True):
+        if int(handle) not in _HELD:
+            raise RuntimeError(f"handle (={int(handle)}) stands for no weight of this process: its weight is gone")
+        tensors, form = _HELD[int(handle)]
+        if form[0] != n:
+            raise RuntimeError(f"rows (={n}) are not those of the weight, {form[0]}")
+        outputs += plane_linear(x, tensors, [bias], form, level)
     return outputs

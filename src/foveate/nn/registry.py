@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Profile, Site, tile_levels
-from foveate.nn.modules import PlaneModule, PlaneWeight
+from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight
+from foveate.nn.siblings import Siblings, families
 from foveate.planes import shared_tags
 
 _ATTRIBUTE = "_foveate"
@@ -67,6 +68,11 @@ class Registry:
         self._input_levels = torch.cat(levels) if levels else torch.empty(0, dtype=torch.uint8)
         for i, module in enumerate(self.inputs.values()):
             module.input_level = self._input_levels[2 * i : 2 * i + 2]
+        linears = {site.removesuffix(":input"): m for site, m in self.inputs.items() if isinstance(m, PlaneLinear)}
+        for layers in families(linears):
+            siblings = Siblings(layers)
+            for place, layer in enumerate(layers):
+                layer.siblings = (siblings, place)
 
     @property
     def profile(self) -> Profile | None:

@@ -20,6 +20,7 @@
 #include <string>
 #include <vector>
 
+#include "handles.h"
 #include "planes.h"
 #include "stored.h"
 
@@ -219,6 +220,17 @@ void float_pass(const Pass& pass, const Tensor& x, const Tensor* order, const st
   }
 }
 
+void check_input_level(const Tensor& input_level) {
+  check_vector(input_level, at::kByte, "input_level");
+  TORCH_CHECK(input_level.numel() == 2, "input_level has ", input_level.numel(), " values, not 2");
+}
+
+bool same_levels(const Tensor& a, const Tensor& b) {
+  check_input_level(a);
+  check_input_level(b);
+  return std::equal(a.const_data_ptr<uint8_t>(), a.const_data_ptr<uint8_t>() + 2, b.const_data_ptr<uint8_t>());
+}
+
 int input_level_of(const Tensor& input_level, int map) {
   const int level = input_level.const_data_ptr<uint8_t>()[map];
   TORCH_CHECK(level == 4 || level == 8 || level == 16 || level == 32, "input level (=", level, ") is not one of 4, 8, 16, 32");
@@ -237,8 +249,7 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
   const int64_t m = columns ? x.numel() / columns : c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
   Tensor x_MK = x.dim() == 2 ? x : x.reshape({m, columns});
   if (x_MK.stride(1) != 1) x_MK = x_MK.contiguous();
-  check_vector(input_level, at::kByte, "input_level");
-  TORCH_CHECK(input_level.numel() == 2, "input_level has ", input_level.numel(), " values, not 2");
+  check_input_level(input_level);
 
   std::vector<Weight> weights;
   std::vector<Tensor> outputs;
@@ -295,6 +306,33 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
   return outputs;
 }
 
+// The products of several modules with one x: those of one input level in one call.
+std::vector<Tensor> plane_linear_by_handle(const Tensor& x, TensorList handles, TensorList biases, at::IntArrayRef rows,
+                                           TensorList input_levels) {
+  const size_t count = handles.size();
+  TORCH_CHECK(biases.size() == count && rows.size() == count && input_levels.size() == count,
+              "every list must have one entry a weight: there are ", count, " handles");
+  std::vector<Tensor> outputs(count);
+  for (size_t first = 0; first < count; ++first) {
+    if (outputs[first].defined()) continue;
+    std::vector<Tensor> tensors, some_biases;
+    std::vector<int64_t> forms;
+    std::vector<size_t> places;
+    for (size_t i = first; i < count; ++i) {
+      if (outputs[i].defined() || !same_levels(input_levels[first], input_levels[i])) continue;
+      const std::shared_ptr<const Held> held = held_by(handles[i]);
+      TORCH_CHECK(held->form[0] == rows[i], "rows (=", rows[i], ") are not those of the weight, ", held->form[0]);
+      tensors.insert(tensors.end(), held->tensors.begin(), held->tensors.end());
+      forms.insert(forms.end(), held->form.begin(), held->form.end());
+      some_biases.push_back(biases[i]);
+      places.push_back(i);
+    }
+    std::vector<Tensor> some = plane_linear(x, tensors, some_biases, forms, input_levels[first], std::nullopt, std::nullopt);
+    for (size_t i = 0; i < places.size(); ++i) outputs[places[i]] = std::move(some[i]);
+  }
+  return outputs;
+}
+
 Tensor plane_unpack(TensorList weight, at::IntArrayRef form, int64_t map) {
   TORCH_CHECK(weight.size() == kTensors, "a weight is ", kTensors, " tensors, not ", weight.size());
   const Weight w = weight_of(weight, form, 0, map);
@@ -332,6 +370,8 @@ Tensor plane_embedding(const Tensor& indices, TensorList weight, at::IntArrayRef
 TORCH_LIBRARY_IMPL(foveate, CPU, m) {
   m.impl("plane_linear", foveate::plane_linear);
   m.impl("plane_linear_no_grad", foveate::plane_linear);
+  m.impl("plane_linear_by_handle", foveate::plane_linear_by_handle);
+  m.impl("plane_handle", foveate::plane_handle);
   m.impl("plane_unpack", foveate::plane_unpack);
   m.impl("plane_embedding", foveate::plane_embedding);
 }

@@ -7,7 +7,8 @@ meaning of the arguments.
 
 Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum
 of dy, planes get none. `plane_linear_no_grad` is `plane_linear` for calls that need none: autograd's part of a custom
-op is Python and takes longer than a small product.
+op is Python and takes longer than a small product. `plane_linear_by_handle` is that for modules: each weight is one
+small tensor, made by `plane_handle`, and has an input level of its own; those of one level share a call.
 """
 
 from __future__ import annotations
@@ -52,6 +53,22 @@ for _name in ("plane_linear", "plane_linear_no_grad"):
     )
     LIBRARY.impl(_name, reference.plane_linear, "CompositeExplicitAutograd")
     torch.library.register_fake(f"foveate::{_name}", _linear_fake, lib=LIBRARY)
+
+
+# Inference by handle: a compiled graph checks every tensor that goes into it, at each call, and a weight has ten.
+LIBRARY.define("plane_handle(Tensor[] weight, int[] form) -> Tensor")
+LIBRARY.define(
+    "plane_linear_by_handle(Tensor x, Tensor[] handles, Tensor[] biases, int[] rows, Tensor[] input_levels) -> Tensor[]"
+)
+LIBRARY.impl("plane_handle", reference.plane_handle, "CompositeExplicitAutograd")
+LIBRARY.impl("plane_linear_by_handle", reference.plane_linear_by_handle, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("foveate::plane_linear_by_handle", lib=LIBRARY)
+def _by_handle_fake(
+    x: Tensor, handles: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int], input_levels: Sequence[Tensor]
+) -> list[Tensor]:
+    return [x.new_empty(*x.shape[:-1], n) for n in rows]
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
