@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveate.kernels import dispatch
+from foveate.kernels import dispatch, reference
 from foveate.nn.modules import PlaneEmbedding, PlaneLinear, PlaneWeight
 from foveate.planes import linear
 from kernels.cases import Call, simple
@@ -171,3 +171,34 @@ def test_backends_says_which_one_runs() -> None:
     assert sum(b.runs for b in backends) == 1
     assert all(b.reason for b in backends)
     assert backends[-1].name == "reference"
+
+
+def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
+    call = simple(24, 70, 4)
+    w = call.weights[0]
+    op = torch.ops.foveate.plane_linear_by_handle
+    handle = torch.ops.foveate.plane_handle(w.tensors, w.form)
+    sixteen = torch.full((2,), 16, dtype=torch.uint8)
+    args = (call.x, [handle, handle], [call.biases[0], torch.empty(0)], [24, 24], [call.input_level, sixteen])
+    first, second = op(*args)
+    assert torch.equal(first, call.run()[0])
+    assert torch.equal(second, linear(call.x, [w], [torch.empty(0)], sixteen)[0])
+    torch.library.opcheck(op.default, args)
+    with pytest.raises(RuntimeError, match=r"rows \(=25\) are not those of the weight, 24"):
+        op(call.x, [handle], [torch.empty(0)], [25], [sixteen])
+    copied = handle.clone()
+    del handle, args
+    with pytest.raises(RuntimeError, match="stands for no weight of this process: its weight is gone"):
+        op(call.x, [copied], [torch.empty(0)], [24], [sixteen])
+
+
+def test_the_reference_has_handles_too() -> None:
+    call = simple(24, 70, 4)
+    w = call.weights[0]
+    handle = reference.plane_handle(w.tensors, w.form)
+    args = ([call.biases[0]], [24], [call.input_level])
+    assert torch.equal(reference.plane_linear_by_handle(call.x, [handle], *args)[0], call.by_reference()[0])
+    copied = handle.clone()
+    del handle
+    with pytest.raises(RuntimeError, match="its weight is gone"):
+        reference.plane_linear_by_handle(call.x, [copied], *args)

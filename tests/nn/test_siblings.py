@@ -1,0 +1,249 @@
+"""Layers with one input share a call, and nobody can tell but by the time it takes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import foveate as fv
+from foveate.kernels.dispatch import ensure_loaded
+from foveate.nn.registry import registry_of
+from tiny import generator, quantized_llama
+
+ensure_loaded()
+
+
+class Attention(nn.Module):
+    """Three layers of one input, or of two, and one of its own."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q_proj = nn.Linear(64, 48, bias=bias)
+        self.k_proj = nn.Linear(64, 16, bias=bias)
+        self.v_proj = nn.Linear(64, 16, bias=bias)
+        self.o_proj = nn.Linear(48, 64)
+
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+        other = x if other is None else other
+        scale = self.k_proj(other).sum(-1, keepdim=True) + self.v_proj(other).mean(-1, keepdim=True)
+        return self.o_proj(torch.tanh(self.q_proj(x) * scale))
+
+
+class Counted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func.name())] += 1
+        return func(*args, **(kwargs or {}))
+
+    def products(self) -> int:
+        return sum(n for name, n in self.calls.items() if name.startswith("foveate::plane_linear"))
+
+
+X = torch.randn(5, 64, generator=generator(0))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "biased"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    made = Attention(bias=request.param)
+    fv.quantize(made, [X], progress=False)
+    return made.requires_grad_(False)
+
+
+def _apart(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if hasattr(module, "siblings"):
+            module.siblings = None
+    return model
+
+
+def test_one_call_gives_what_three_give(model: nn.Module) -> None:
+    with Counted() as together:
+        got = model(X)
+    apart = _apart(model)
+    with Counted() as alone:
+        expected = apart(X)
+    assert torch.equal(got, expected)
+    assert (together.products(), alone.products()) == (2, 4)
+
+
+def test_input_levels_of_siblings_may_differ(model: nn.Module) -> None:
+    plan = fv.current_map(model).with_level("k_proj:input", 16).with_level("v_proj:input", 32)
+    fv.apply(model, plan)
+    got = model(X)
+    assert torch.equal(got, _apart(model)(X))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_level_that_changes_between_siblings_is_seen(model: Any, mode: Any) -> None:
+    with mode():
+        expected_2 = fv.current_map(model).with_level("*:weight", 2)
+        before = model.v_proj(X.clone())
+        q = model.q_proj(X)
+        fv.apply(model, expected_2)
+        got = model.v_proj(X)
+        assert not torch.equal(got, before)
+        assert torch.equal(got, model.v_proj(X.clone()))
+        assert not torch.equal(q, model.q_proj(X.clone()))
+
+
+def test_an_input_that_is_written_to_between_siblings_is_seen(model: Any) -> None:
+    x = X.clone()
+    model.q_proj(x)
+    x += 1
+    assert torch.equal(model.k_proj(x), model.k_proj(x.clone()))
+
+
+def test_every_order_and_every_part_is_right(model: Any) -> None:
+    alone = {name: getattr(model, name)(X.clone()) for name in ("q_proj", "k_proj", "v_proj")}
+    for names in (("v_proj", "q_proj"), ("k_proj", "k_proj"), ("q_proj", "v_proj", "k_proj", "q_proj"), ("v_proj",)):
+        x = X.clone()
+        for name in names:
+            assert torch.equal(getattr(model, name)(x), alone[name])
+
+
+def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
+    other = torch.randn(5, 64, generator=generator(1))
+    expected = copy.deepcopy(model)
+    _apart(expected)
+    for _ in range(2):
+        assert torch.equal(model(X, other), expected(X, other))
+    with Counted() as counted:
+        model(X, other)
+    assert counted.products() == 4
+    assert torch.equal(model(X), expected(X))
+
+
+def test_cross_attention_is_known_by_its_name() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder_attn = Attention()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder_attn(x, x + 1)
+
+    layer = Layer()
+    fv.quantize(layer, [X], progress=False)
+    assert layer.encoder_attn.q_proj.siblings is None
+
+
+def test_gradients_are_those_of_separate_layers(model: nn.Module) -> None:
+    x = X.clone().requires_grad_()
+    model(x).square().sum().backward()
+    alone = X.clone().requires_grad_()
+    _apart(model)(alone).square().sum().backward()
+    assert x.grad is not None
+    assert torch.equal(x.grad, alone.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_are_siblings_of_their_own(model: Any, copied: Any) -> None:
+    before = model(X)
+    other = copied(model)
+    assert other.q_proj.siblings[0].layers == (other.q_proj, other.k_proj, other.v_proj)
+    fv.apply(other, fv.current_map(other).with_level("*:weight", 2))
+    with Counted() as counted:
+        assert not torch.equal(other(X), before)
+    assert counted.products() == 2
+    assert torch.equal(model(X), before)
+
+
+def test_a_copy_of_one_layer_is_that_layer_alone(model: Any) -> None:
+    layer = copy.deepcopy(model.q_proj)
+    assert layer.siblings is None
+    assert torch.equal(layer(X), model.q_proj(X))
+
+
+def test_nothing_is_kept_when_the_input_is_gone(model: Any) -> None:
+    x = X.clone()
+    y = weakref.ref(model.k_proj(x))
+    assert x._foveate_waiting.results[0] is not None  # type: ignore[attr-defined]
+    waiting = weakref.ref(x._foveate_waiting.results[0])  # type: ignore[attr-defined]
+    del x
+    gc.collect()
+    assert y() is None
+    assert waiting() is None
+
+
+def test_threads_do_not_meet(model: nn.Module) -> None:
+    inputs = [torch.randn(3, 64, generator=generator(i)) for i in range(4)]
+    expected = [model(x) for x in inputs]
+    wrong = []
+
+    def run(i: int) -> None:
+        for _ in range(30):
+            if not torch.equal(model(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_llama_compiles_whole_and_a_switch_does_not_recompile() -> None:
+    torch._dynamo.reset()
+    llama, profile = quantized_llama()
+    ids = torch.randint(0, 50, (2, 7), generator=generator(3))
+    compiled = torch.compile(llama.forward, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(input_ids=ids, use_cache=False)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for level in (8, 2, 4):
+                fv.apply(llama, profile.uniform(level))
+                got = compiled(input_ids=ids, use_cache=False).logits
+                assert torch.equal(got, llama(input_ids=ids, use_cache=False).logits)
+    torch._dynamo.reset()
+
+
+def test_generate_with_a_compiled_model_and_a_static_cache() -> None:
+    torch._dynamo.reset()
+    llama, _ = quantized_llama()
+    ids = torch.randint(0, 50, (1, 5), generator=generator(3))
+    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = llama.generate(ids, **options)
+    llama.forward = torch.compile(llama.forward, backend="aot_eager", fullgraph=True)
+    assert torch.equal(llama.generate(ids, **options), expected)
+    torch._dynamo.reset()
+
+
+def test_a_token_takes_one_call_a_family() -> None:
+    llama, _ = quantized_llama()
+    ids = torch.tensor([[3]])
+    with torch.no_grad(), Counted() as counted:
+        llama(input_ids=ids, use_cache=False)
+    layers = llama.config.num_hidden_layers
+    assert counted.products() == 4 * layers + 1
+    assert len(registry_of(llama).inputs) == 7 * layers + 1
+
+
+def test_decoding_keeps_no_more_and_no_more_tensors() -> None:
+    llama, _ = quantized_llama()
+    ids = torch.randint(0, 50, (1, 5), generator=generator(3))
+
+    def alive() -> int:
+        gc.collect()
+        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
+
+    counts = []
+    with torch.no_grad():
+        for _ in range(4):
+            llama.generate(ids, max_new_tokens=8, do_sample=False)
+            counts.append(alive())
+    assert counts[1] == counts[2] == counts[3]
