@@ -29,7 +29,7 @@ from torch import Tensor
 
 from foveate.bench import dense
 from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
-from foveate.bench.result import Measured
+from foveate.bench.result import Measured, Neighbours
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.formats.packing import tile_grid
 from foveate.kernels.dispatch import ensure_loaded
@@ -131,6 +131,11 @@ class Run:
 
 @contextmanager
 def instructions(isa: str) -> Iterator[None]:
+    """Force an instruction set on the kernels for the length of a block; an empty name leaves them as they are.
+
+    Raises:
+        RuntimeError: this machine does not have it.
+    """
     before = torch.ops.foveate._cpu_isa("")
     torch.ops.foveate._cpu_isa(isa)
     try:
@@ -178,10 +183,11 @@ def measure(sizes: Sizes | None = None) -> Measured:
     """Measure every level, and mixes of them, in interleaved rounds; then beside dense layers."""
     sizes = sizes or Sizes()
     ensure_loaded()
-    with threads(sizes.threads), torch.inference_mode():
+    with Neighbours() as neighbours, threads(sizes.threads), torch.inference_mode():
         few = _few_rows(sizes)
         beside = dense.measure(sizes.grid)
-    return Measured({**few.figures, **beside.figures}, [*few.rounds, *beside.rounds], [*few.notes, *beside.notes])
+    notes = [*few.notes, neighbours.note(), *beside.notes]
+    return Measured({**few.figures, **beside.figures}, [*few.rounds, *beside.rounds], notes)
 
 
 def _few_rows(sizes: Sizes) -> Measured:

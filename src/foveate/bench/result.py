@@ -36,6 +36,40 @@ class Measured:
     notes: Sequence[str] = field(default=())
 
 
+class Neighbours:
+    """How much of the processors' time went elsewhere during a `with` block.
+
+    Attributes:
+        others: the share that other processes had, 0 to 1.
+        stolen: the share that the host of a virtual machine kept back.
+    """
+
+    others = 0.0
+    stolen = 0.0
+
+    def __enter__(self) -> Neighbours:
+        self._before = self._times()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        own, used, stolen, every = (now - then for now, then in zip(self._times(), self._before, strict=True))
+        if every > 0:
+            self.others = max(0.0, used - own) / every
+            self.stolen = stolen / every
+
+    @staticmethod
+    def _times() -> tuple[float, float, float, float]:
+        """Seconds since some past: of this process and its finished children, of all processes, of the host, of all."""
+        machine, process = psutil.cpu_times(), psutil.Process().cpu_times()
+        own = process.user + process.system + process.children_user + process.children_system
+        used, stolen = machine.user + machine.system, getattr(machine, "steal", 0.0)
+        return own, used, stolen, used + stolen + machine.idle + getattr(machine, "iowait", 0.0)
+
+    def note(self) -> str:
+        """A sentence for the reader of figures."""
+        return f"other processes had {self.others:.1%} of the processors' time, the host kept {self.stolen:.1%} back"
+
+
 def finished(name: str, measured: Measured) -> dict[str, Any]:
     """The JSON-able object of a benchmark."""
     return {

@@ -1,0 +1,303 @@
+"""A whole model, token by token: a Llama of 0.6 B random weights on planes, and the same in llama.cpp.
+
+Both sides choose the likeliest token after a short prompt and go on, with the same number of threads, in rounds that
+alternate. Ours is what a user calls: transformers' `generate` with a static cache and a compiled forward, and one model
+for all levels, switched by `foveate.apply`. Theirs is `llama_decode`, with every matrix in one type, the output layer
+included; a type has more bytes than its bits say, and so does a level, so
+
+    tokens_ratio_b4 = (our tokens/s over theirs) x (our bytes a token over theirs)
+
+and the bytes of both are figures too. `prefill512_ratio_b4` is not scaled: a long prompt waits for arithmetic.
+
+`non_kernel_share` is 1 - (time of foveate's ops / time of a token), at 4 bits. The calls that one pass of the model makes
+are recorded, with their arguments, and made again on their own, one after the other: so what the ops themselves take,
+with their call from Python and without the wait between them. The time of a token is measured in the same round.
+
+`peak_memory_over_computed` is of a fresh process that loads the model at 4 bits and decodes, not compiled (a compiler's
+own memory is no part of a model): its highest resident size beyond that before loading, over the bytes of the map, the
+cache, and what one token computes.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from foveate.bench.alone import run_alone
+from foveate.bench.bandwidth import Blocks, fastest_loop
+from foveate.bench.cases import require
+from foveate.bench.peers.child import SCRIPTS, Child
+from foveate.bench.peers.environments import ENVIRONMENTS
+from foveate.bench.random_model import random_llama
+from foveate.bench.result import Measured
+from foveate.formats.levels import NESTED_LEVELS
+from foveate.kernels.threads import threads
+from foveate.maps import uniform
+from foveate.nn.persist import save
+from foveate.nn.registry import apply, registry_of
+from foveate.planes import arena
+from foveate.progress import track
+
+#: llama.cpp's nearest type to each level.
+TYPES = {2: "Q2_K", 3: "Q3_K_S", 4: "Q4_K_S", 6: "Q6_K", 8: "Q8_0"}
+#: The level of prefill, of the kernels' share and of memory.
+MIDDLE = 4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the model; 0.59 B weights that a token reads."""
+
+    width: int = 2048
+    intermediate: int = 5632
+    layers: int = 12
+    heads: int = 32
+    kv_heads: int = 4
+    vocabulary: int = 32000
+
+    def config(self, positions: int) -> dict[str, Any]:
+        """As `transformers.LlamaConfig` takes it."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": positions,
+            "tie_word_embeddings": False,
+        }
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        shape: of the model.
+        threads: for both sides.
+        prompt, tokens: read before, and decoded in, each turn.
+        prefill: tokens of the long prompt.
+        rounds: interleaved; figures are medians.
+        compiled: whether ours runs under `torch.compile`.
+        read_bytes: of memory that the bandwidth is measured on.
+    """
+
+    shape: Shape = Shape()
+    threads: int = 2
+    prompt: int = 8
+    tokens: int = 48
+    prefill: int = 512
+    rounds: int = 7
+    compiled: bool = True
+    read_bytes: int = 512 << 20
+
+    @property
+    def positions(self) -> int:
+        """What the caches hold."""
+        return self.prefill + self.prompt + self.tokens
+
+
+class Clock:
+    """A streamer for `generate`: when each token was there, the prompt being the first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        """Called with the prompt, then with every token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called after the last."""
+
+
+def generate(model: Any, prompt: int, tokens: int, *, static: bool = True, compiled: bool = False) -> list[float]:
+    """Decode greedily after a prompt of so many tokens.
+
+    Args:
+        model: of transformers.
+        prompt, tokens: how many.
+        static: whether the cache has its size from the start. It keeps the greatest so far from call to call.
+        compiled: whether the pass of one token is compiled, which takes a static cache.
+
+    Returns:
+        The times at which the prompt and each token were there.
+    """
+    ids = (torch.arange(prompt)[None] * 7919 + 1) % model.config.vocab_size
+    clock = Clock()
+    options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    if compiled:
+        options["compile_config"] = require("transformers").CompileConfig(mode="default", fullgraph=False)
+        options["compile_config"]._compile_all_devices = True  # transformers compiles for GPUs only unless told so
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            streamer=clock,
+            **options,
+        )
+    return clock.times
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps the calls of foveate's ops: their levels are tensors, so made again they read what is then in force."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "foveate":
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Ours:
+    """The model on planes."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.model: Any = random_llama(**sizes.shape.config(sizes.positions))
+        registry = registry_of(self.model)
+        self.maps = {level: uniform(registry.sites, level, registry.other_bytes) for level in NESTED_LEVELS}
+        with torch.inference_mode(), _Recorder() as recorder:
+            self.model(torch.zeros(1, 1, dtype=torch.int64))
+        self._calls = recorder.calls
+
+    def decode(self, level: int, prompt: int | None = None) -> float:
+        """Seconds a token, after the first."""
+        apply(self.model, self.maps[level])
+        times = generate(self.model, prompt or self.sizes.prompt, self.sizes.tokens + 1, compiled=self.sizes.compiled)
+        return (times[-1] - times[1]) / self.sizes.tokens
+
+    def prefill(self, level: int) -> float:
+        """Seconds from the call to the first token after a long prompt."""
+        apply(self.model, self.maps[level])
+        started = time.perf_counter()
+        return generate(self.model, self.sizes.prefill, 1, static=False)[1] - started
+
+    def kernels(self, level: int) -> float:
+        """Seconds a token of foveate's ops alone."""
+        apply(self.model, self.maps[level])
+        with torch.inference_mode():
+            started = time.perf_counter()
+            for _ in range(self.sizes.tokens):
+                for op, args, kwargs in self._calls:
+                    op(*args, **kwargs)
+            return (time.perf_counter() - started) / self.sizes.tokens
+
+    def memory(self, level: int) -> dict[str, int]:
+        """Bytes that a process of its own takes to decode, and what it should."""
+        with tempfile.TemporaryDirectory() as folder:
+            save(self.model, Path(folder) / "model", keep=self.maps[level])
+            sizes = (self.sizes.threads, self.sizes.prompt, self.sizes.tokens)
+            return run_alone("foveate.bench.decode_child", str(Path(folder) / "model"), *map(str, sizes))
+
+
+class Theirs:
+    """The model in llama.cpp, in a process of its own."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        environment = ENVIRONMENTS["llama-cpp"]
+        self.sizes = sizes
+        self.child = Child("llama.cpp", environment.python, SCRIPTS / "llama_model.py")
+        self.bytes: dict[str, int] = self.child.ask(
+            "prepare", folder=str(environment.folder / "models"), shape=asdict(sizes.shape), types=list(TYPES.values())
+        )["bytes"]
+        for kind in TYPES.values():
+            self.about = self.child.ask("load", type=kind, context=sizes.positions, threads=sizes.threads)
+
+    def decode(self, level: int) -> float:
+        """Seconds a token, after the first."""
+        answer = self.child.ask("decode", type=TYPES[level], prompt=self.sizes.prompt, tokens=self.sizes.tokens)
+        return float(answer["seconds"])
+
+    def prefill(self, level: int) -> float:
+        """Seconds to the first token after a long prompt."""
+        return float(self.child.ask("prefill", type=TYPES[level], tokens=self.sizes.prefill)["seconds"])
+
+
+def measure(sizes: Sizes | None = None, peer: bool = True) -> Measured:
+    """Measure both sides in turns, or ours alone where there is no environment for llama.cpp.
+
+    Args:
+        sizes: how much is measured.
+        peer: whether llama.cpp is measured where there is an environment for it.
+    """
+    sizes = sizes or Sizes()
+    notes = []
+    with ExitStack() as stack, threads(sizes.threads):
+        theirs = None
+        if peer and ENVIRONMENTS["llama-cpp"].built:
+            theirs = Theirs(sizes)
+            stack.callback(theirs.child.close)
+            notes.append(f"llama.cpp: llama-cpp-python {theirs.about['version']}, {theirs.about['system'].strip(' |')}")
+        else:
+            notes.append("ours only: `make bench-peers` makes an environment for llama.cpp and measures it too")
+        ours = Ours(sizes)
+        memory = ours.memory(MIDDLE)
+        block = Blocks([arena([sizes.read_bytes])[0].fill_(1)])
+        loop = fastest_loop(block, rounds=3)
+        rounds = []
+        for number in track(range(sizes.rounds + 1), "rounds"):
+            found = {"round": number, **_round(ours, theirs), "bandwidth": block.bandwidth(loop)}
+            if number:  # the first compiles, and wakes everything up
+                rounds.append(found)
+    sizes_read = {f"b{level}": plan.bytes_read for level, plan in ours.maps.items()} | (theirs.bytes if theirs else {})
+    notes.append(f"memory of the fresh process, bytes: {', '.join(f'{k} {v}' for k, v in memory.items())}")
+    return Measured(_figures(rounds, sizes_read, memory, sizes), rounds, notes)
+
+
+def _round(ours: Ours, theirs: Theirs | None) -> dict[str, float]:
+    """Seconds of everything once."""
+    found = {}
+    for level, kind in TYPES.items():
+        found[f"b{level}"] = ours.decode(level)
+        if theirs:
+            found[kind] = theirs.decode(level)
+    found["prefill_ours"] = ours.prefill(MIDDLE)
+    if theirs:
+        found["prefill_theirs"] = theirs.prefill(MIDDLE)
+    found["token"] = ours.decode(MIDDLE, prompt=1)
+    found["kernels"] = ours.kernels(MIDDLE)
+    return found
+
+
+def _figures(
+    rounds: list[dict[str, float]], sizes_read: Mapping[str, int], memory: Mapping[str, int], sizes: Sizes
+) -> dict[str, float]:
+    seen: dict[str, list[float]] = defaultdict(list)
+    for r in rounds:
+        for level, kind in TYPES.items():
+            own = f"b{level}"
+            seen[f"read_share_{own}"].append(sizes_read[own] / r[own] / r["bandwidth"])
+            seen[f"tokens_per_second_{own}"].append(1 / r[own])
+            if kind in r:
+                scale = sizes_read[own] / sizes_read[kind]
+                seen[f"tokens_ratio_{own}"].append(r[kind] / r[own] * scale)
+                seen[f"tokens_per_second_{kind}"].append(1 / r[kind])
+        if "prefill_theirs" in r:
+            seen[f"prefill{sizes.prefill}_ratio_b{MIDDLE}"].append(r["prefill_theirs"] / r["prefill_ours"])
+            seen[f"prefill_tokens_per_second_{TYPES[MIDDLE]}"].append(sizes.prefill / r["prefill_theirs"])
+        seen[f"prefill_tokens_per_second_b{MIDDLE}"].append(sizes.prefill / r["prefill_ours"])
+        seen["non_kernel_share"].append(1 - r["kernels"] / r["token"])
+    figures = {name: median(values) for name, values in sorted(seen.items())}
+    figures |= {f"model_bytes_{name}": size for name, size in sizes_read.items()}
+    computed = memory["weights"] + memory["cache"] + memory["activations"]
+    return figures | {"peak_memory_over_computed": memory["peak"] / computed}

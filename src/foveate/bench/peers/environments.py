@@ -1,0 +1,133 @@
+"""A virtual environment for each peer, with pinned versions, built once and kept in the user's cache.
+
+An environment is named by what it was asked to hold, so a changed pin is a new one and nothing is ever stale. It is
+built under a name of its own and renamed when it is whole: a build that is killed leaves nothing that another run
+could take for an environment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from foveate.errors import FoveateError
+from foveate.kernels.cpu import cache_folder
+
+log = logging.getLogger("foveate")
+ABANDONED_AFTER_S = 7200.0
+# Theirs is the release of torch that ours is: the comparison is of their kernels, not of torch's.
+_TORCH = f"torch=={torch.__version__.partition('+')[0]}"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a peer needs.
+
+    Attributes:
+        name: what figures and commands call it.
+        requirements: pinned, as pip takes them.
+        from_source: packages of `requirements` to compile here, so that they use this machine's instructions.
+        variables: of the environment that pip runs in.
+    """
+
+    name: str
+    requirements: tuple[str, ...]
+    from_source: tuple[str, ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, or will be."""
+        held = repr((self.requirements, self.from_source, self.variables, sys.version_info[:2]))
+        return cache_folder() / "peers" / f"{self.name}-{hashlib.sha256(held.encode()).hexdigest()[:12]}"
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+    @property
+    def built(self) -> bool:
+        """Whether it is there."""
+        return self.python.exists()
+
+
+ENVIRONMENTS: dict[str, Environment] = {
+    e.name: e
+    for e in (
+        Environment(
+            "llama-cpp",
+            ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.2.6"),
+            from_source=("llama-cpp-python",),
+            variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DGGML_CUDA=OFF -DLLAVA_BUILD=OFF"),),
+        ),
+        Environment("torchao", ("torchao==0.18.0", _TORCH, "numpy==2.2.6")),
+        Environment("quanto", ("optimum-quanto==0.2.7", _TORCH, "numpy==2.2.6")),
+        Environment("hqq", ("hqq==0.2.8.post1", _TORCH, "numpy==2.2.6")),
+    )
+}
+
+
+def build(environment: Environment) -> None:
+    """Make the environment, unless it is there.
+
+    Raises:
+        FoveateError: pip failed; the message has its last line, and where the rest is.
+    """
+    if environment.built:
+        return
+    folder = environment.folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _clear_abandoned(folder.parent)
+    log.info("building the environment of %s%s", environment.name, ", minutes" if environment.from_source else "")
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder.parent, ignore_cleanup_errors=True) as made:
+        new = Path(made) / "environment"
+        output = folder.with_suffix(".log")
+        with output.open("w") as file:
+            for command in _steps(environment, new):
+                _run(command, environment, file.fileno(), output)
+        with suppress(OSError):  # another process was faster
+            os.replace(new, folder)
+
+
+def _steps(environment: Environment, new: Path) -> list[list[str]]:
+    """The commands that make it in the folder `new`."""
+    # without pip's cache, in which there may be a wheel that was compiled with other flags, or for another machine
+    source = ["--no-cache-dir", "--no-binary", ",".join(environment.from_source)] if environment.from_source else []
+    python = str(new / environment.python.relative_to(environment.folder))
+    return [
+        [sys.executable, "-m", "venv", str(new)],
+        [python, "-m", "pip", "install", "--disable-pip-version-check", *source, *environment.requirements],
+    ]
+
+
+def _run(command: list[str], environment: Environment, output: int, log_file: Path) -> None:
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **dict(environment.variables)},
+        check=False,
+    )
+    if done.returncode:
+        last = (log_file.read_text(errors="replace").strip().splitlines() or ["nothing was said"])[-1]
+        raise FoveateError(f"the environment of {environment.name} could not be built: {last} (all of it: {log_file})")
+
+
+def _clear_abandoned(folder: Path) -> None:
+    for old in folder.glob("build-*"):
+        with suppress(FileNotFoundError):  # another process may be clearing up too
+            if time.time() - old.stat().st_mtime > ABANDONED_AFTER_S:
+                shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Models on planes whose weights are random codes: what loading and decoding cost does not depend on their values.
+
+Nothing is quantized: planes are made directly, so a model of a billion weights takes seconds. Weights of one shape have
+the same codes, each in memory of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from foveate.bench.cases import require
+from foveate.collect.kinds import find_weights, weight_matrix_shape
+from foveate.formats.levels import GAINED_LEVELS
+from foveate.kernels.dispatch import ensure_loaded
+from foveate.maps import uniform
+from foveate.nn.install import install, site_of
+from foveate.nn.modules import PlaneWeight
+from foveate.nn.quantize import group_for
+from foveate.nn.registry import apply
+from foveate.planes import PlaneTensor, from_codes, gathered
+
+
+def _random_planes(rows: int, columns: int, generator: torch.Generator) -> PlaneTensor:
+    group = group_for(columns)
+
+    def codes() -> torch.Tensor:
+        return torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
+
+    scale = torch.full((rows, -(-columns // group)), 0.002, dtype=torch.float16)
+    return from_codes(
+        codes(), codes(), scale, torch.zeros_like(scale), torch.ones(len(GAINED_LEVELS), 1).half(), group=group, reach=0
+    )
+
+
+def _with_its_own_index(planes: PlaneTensor) -> PlaneTensor:
+    return replace(planes, gain=planes.gain.clone(), resident=planes.resident.clone(), starts=planes.starts.clone())
+
+
+def on_random_planes(model: nn.Module) -> nn.Module:
+    """Put a model without weights, on the meta device, on every plane of random codes, read at 8 bits.
+
+    What is no weight becomes ones. The model is changed in place and handed back.
+    """
+    ensure_loaded()
+    found = find_weights(model)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [weight_matrix_shape(f.modules[0]) for f in found]
+    by_shape = {shape: _random_planes(*shape, generator) for shape in sorted(set(shapes))}
+    planes = [_with_its_own_index(p) for p in gathered([by_shape[shape] for shape in shapes])]
+    sites = [site_of(f, p) for f, p in zip(found, planes, strict=True)]
+    weights = {s.name: PlaneWeight(p, torch.float32) for s, p in zip(sites, planes, strict=True)}
+    registry = install(model, found, sites, weights)
+    model.to_empty(device="cpu")
+    ours = {id(t) for weight in weights.values() for t in weight.buffers()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in ours and tensor.is_floating_point():
+            tensor.data.fill_(1.0)
+    apply(model, uniform(registry.sites, 8, registry.other_bytes))
+    return model.eval()
+
+
+def random_llama(**config: Any) -> nn.Module:
+    """A Llama on random planes.
+
+    Args:
+        config: of `transformers.LlamaConfig`.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = require("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+    return on_random_planes(model)

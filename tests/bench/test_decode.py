@@ -1,0 +1,93 @@
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from foveate.bench import decode
+from foveate.bench.peers.environments import Environment
+from foveate.bench.random_model import on_random_planes, random_llama
+from foveate.maps import uniform
+from foveate.nn.registry import apply, current_map, registry_of
+
+SHAPE = decode.Shape(width=64, intermediate=96, layers=1, heads=2, kv_heads=1, vocabulary=128)
+TINY = decode.Sizes(
+    shape=SHAPE, threads=1, prompt=4, tokens=3, prefill=16, rounds=2, compiled=False, read_bytes=1 << 20
+)
+#: A script that speaks as `scripts/llama_model.py` does, and takes a second a token.
+PEER = """
+import json, sys
+for line in sys.stdin:
+    request = json.loads(line)
+    answer = {
+        "prepare": lambda: {"bytes": {kind: 1000 for kind in request["types"]}},
+        "load": lambda: {"system": "CPU : FAKE = 1 | ", "version": "0"},
+        "decode": lambda: {"seconds": 1.0},
+        "prefill": lambda: {"seconds": 2.0},
+    }[request["do"]]()
+    print(json.dumps(answer), flush=True)
+"""
+
+pytest.importorskip("transformers")
+
+
+def test_ours_alone_says_how_to_measure_the_other_side():
+    measured = decode.measure(TINY, peer=False)
+    assert not any("ratio" in name for name in measured.figures)
+    assert {"non_kernel_share", "peak_memory_over_computed", "model_bytes_b4"} <= set(measured.figures)
+    assert {f"tokens_per_second_b{b}" for b in (2, 3, 4, 6, 8)} <= set(measured.figures)
+    assert 0 < measured.figures["non_kernel_share"] < 1
+    assert all(math.isfinite(v) for v in measured.figures.values())
+    assert len(measured.rounds) == 2
+    assert "`make bench-peers`" in measured.notes[0]
+
+
+def test_both_sides_are_compared_at_equal_bytes(monkeypatch, tmp_path):
+    (tmp_path / "llama_model.py").write_text(PEER)
+    monkeypatch.setattr(decode, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(Environment, "python", property(lambda self: Path(sys.executable)))
+    monkeypatch.setattr(
+        decode.Ours, "memory", lambda self, level: {"weights": 4, "cache": 3, "activations": 1, "peak": 8}
+    )
+    figures = decode.measure(TINY).figures
+    assert {f"tokens_ratio_b{b}" for b in (2, 3, 4, 6, 8)} | {"prefill16_ratio_b4"} <= set(figures)
+    for bits, kind in decode.TYPES.items():
+        assert figures[f"model_bytes_{kind}"] == 1000
+        assert figures[f"tokens_per_second_{kind}"] == 1
+        wanted = figures[f"tokens_per_second_b{bits}"] * figures[f"model_bytes_b{bits}"] / 1000
+        assert figures[f"tokens_ratio_b{bits}"] == pytest.approx(wanted, rel=1e-6)
+    assert figures["peak_memory_over_computed"] == 1
+
+
+def test_bytes_of_a_token_are_what_the_map_reads():
+    ours = decode.Ours(TINY)
+    for level in (2, 8):
+        apply(ours.model, ours.maps[level])
+        assert current_map(ours.model).bytes_read == ours.maps[level].bytes_read
+    assert ours.maps[2].bytes_read < ours.maps[8].bytes_read
+
+
+def test_times_are_those_of_the_prompt_and_of_every_token():
+    model = random_llama(**SHAPE.config(32))
+    times = decode.generate(model, prompt=4, tokens=5)
+    assert len(times) == 1 + 5
+    assert times == sorted(times)
+
+
+def test_a_random_model_computes_and_switches():
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        layers = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(2)))
+    on_random_planes(layers)
+    registry = registry_of(layers)
+    x_MK = torch.randn(3, 64)
+    outputs = []
+    for level in (2, 8):
+        apply(layers, uniform(registry.sites, level))
+        outputs.append(layers(x_MK))
+    assert all(bool(torch.isfinite(y).all()) for y in outputs)
+    assert not torch.equal(*outputs)
+    first, second = (w.value for w in registry.weights.values())
+    assert torch.equal(first.planes[0], second.planes[0])
+    assert first.planes[0].data_ptr() != second.planes[0].data_ptr()
