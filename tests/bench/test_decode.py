@@ -1,5 +1,6 @@
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -32,8 +33,9 @@ for line in sys.stdin:
 pytest.importorskip("transformers")
 
 
-def test_ours_alone_says_how_to_measure_the_other_side():
-    measured = decode.measure(TINY, peer=False)
+def test_ours_alone_says_how_to_measure_the_other_side(monkeypatch):
+    monkeypatch.setattr(Environment, "built", property(lambda self: False))
+    measured = decode.measure(TINY)
     assert not any("ratio" in name for name in measured.figures)
     assert {"non_kernel_share", "peak_memory_over_computed", "model_bytes_b4"} <= set(measured.figures)
     assert {f"tokens_per_second_b{b}" for b in (2, 3, 4, 6, 8)} <= set(measured.figures)
@@ -58,6 +60,16 @@ def test_both_sides_are_compared_at_equal_bytes(monkeypatch, tmp_path):
         wanted = figures[f"tokens_per_second_b{bits}"] * figures[f"model_bytes_b{bits}"] / 1000
         assert figures[f"tokens_ratio_b{bits}"] == pytest.approx(wanted, rel=1e-6)
     assert figures["peak_memory_over_computed"] == 1
+
+
+def test_a_peer_that_fails_is_a_note(monkeypatch, tmp_path):
+    (tmp_path / "llama_model.py").write_text("raise RuntimeError('no such instruction')")
+    monkeypatch.setattr(decode, "SCRIPTS", tmp_path)
+    monkeypatch.setattr(Environment, "python", property(lambda self: Path(sys.executable)))
+    notes = []
+    with ExitStack() as stack:
+        assert decode._theirs(TINY, stack, notes) is None
+    assert notes == ["ours only: llama.cpp ended with 1 on 'prepare': RuntimeError: no such instruction"]
 
 
 def test_bytes_of_a_token_are_what_the_map_reads():

@@ -156,8 +156,8 @@ def test_figures_of_ours_and_of_torch_itself():
     assert any("torch float32: 2." in note for note in measured.notes)
 
 
-def test_a_peer_without_an_environment_or_that_fails_is_a_note(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_a_peer_without_an_environment_or_that_fails_is_a_note(monkeypatch):
+    monkeypatch.setattr(Environment, "built", property(lambda self: False))
     monkeypatch.setattr(products, "Ours", _NoLayers)
     measured = peers.measure(TINY, {"hqq": ("hqq 4",), None: ("torch int5",)})
     missing, failed = measured.notes

@@ -14,9 +14,12 @@ from torch import Tensor
 from foveate.kernels import reference
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.planes import PlaneTensor, linear
-from tiny import coded, generator, random_levels
+from tiny import LEVELS, coded, generator, random_levels
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+KNOWN_ISAS = ("avx512_vnni", "avx2", "portable")
 
 
 def isas() -> list[str]:
@@ -24,7 +27,7 @@ def isas() -> list[str]:
     if ensure_loaded().isa is None:
         return []
     have = []
-    for name in ("avx512_vnni", "avx2", "portable"):
+    for name in KNOWN_ISAS:
         try:
             with forced(name):
                 have.append(name)
@@ -64,24 +67,41 @@ class Call:
         return reference.plane_linear(*self.op_args())
 
 
+def sizes(least: int, greatest: int, *edges: int) -> st.SearchStrategy[int]:
+    """Any size of a range, every other one of them at the edge of a strip, a group, a chunk or a block of lanes."""
+    return st.sampled_from((least, *edges, greatest)) | st.integers(least, greatest)
+
+
+ROWS = sizes(1, 300, 15, 16, 17, 31, 32, 33, 48, 64, 65)
+COLUMNS = sizes(1, 300, 3, 31, 32, 33, 64, 127, 128, 129, 160, 256, 257)
+ROWS_OF_X = sizes(0, 40, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 24, 25)
+
+
+def _levels(draw: st.DrawFn, w: PlaneTensor, seed: int) -> Tensor:
+    """A level for each tile: one for all, or any, alone or in runs along a strip."""
+    uniform = draw(st.sampled_from((None, None, *LEVELS)))
+    if uniform is not None:
+        return torch.full_like(w.resident, uniform)
+    run = draw(st.sampled_from((1, 1, 2, 3, 5)))
+    return random_levels(w, seed)[:, torch.arange(w.resident.shape[1]) // run]
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> Call:
     """Any number of weights, odd shapes, tiles missing or at any level, every kind of x."""
     seed = draw(st.integers(0, 10**6))
-    columns = draw(st.sampled_from((1, 3, 31, 32, 33, 64, 100, 127, 128, 129, 200, 257, 300)))
-    rows_of_x = draw(st.sampled_from((0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 40)))
+    columns = draw(COLUMNS)
+    rows_of_x = draw(ROWS_OF_X)
     group = draw(st.sampled_from((32, 64, 128)))
     weights, biases = [], []
     for i in range(draw(st.integers(1, 3))):
-        n = draw(st.sampled_from((1, 2, 15, 16, 17, 48, 63, 65, 100)))
+        n = draw(ROWS)
         reach = draw(st.integers(0, 2))
         w = coded(n, columns, group=group, reach=reach, row_gains=draw(st.booleans()), seed=seed + i).planes
         if draw(st.booleans()):
-            w = w.kept(random_levels(w, seed + 10 + i))
+            w = w.kept(_levels(draw, w, seed + 10 + i))
         for which in (0, 1):
-            uniform = draw(st.sampled_from((None, 0, 2, 3, 4, 6, 8)))
-            levels = random_levels(w, seed + 20 + i + which) if uniform is None else torch.full_like(w.tags[0], uniform)
-            w.tags[which].copy_(levels)
+            w.tags[which].copy_(_levels(draw, w, seed + 20 + i + which))
         weights.append(w)
         biases.append(torch.randn(n, generator=generator(seed + 30 + i)) if draw(st.booleans()) else torch.empty(0))
     g = generator(seed + 40)

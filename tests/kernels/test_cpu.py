@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +17,7 @@ from foveate.errors import FoveateError
 from foveate.formats.levels import PLANES
 from foveate.kernels import reference
 from foveate.planes import linear
-from kernels.cases import Call, calls, forced, isas, simple
+from kernels.cases import COLUMNS, KNOWN_ISAS, ROWS, Call, calls, forced, isas, simple
 from tiny import coded, generator, random_levels
 
 ISAS = isas()
@@ -27,7 +30,34 @@ def _same(got: Tensor, expected: Tensor) -> bool:
     return got.dtype == expected.dtype and bool(((got == expected) | (got.isnan() & expected.isnan())).all())
 
 
-@settings(max_examples=150)
+@pytest.mark.parametrize("isa", KNOWN_ISAS)
+def test_an_instruction_set_that_is_not_here_is_skipped_loudly(isa: str) -> None:
+    """And one that is here can be forced, by the op and by the environment."""
+    if isa not in ISAS:
+        pytest.skip(f"this machine does not have {isa}: its kernels are not tested here")
+    with forced(isa):
+        assert torch.ops.foveate._cpu_isa("") == isa
+    code = "from foveate.kernels.dispatch import ensure_loaded; print(ensure_loaded().isa)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "FOVEATE_CPU": isa}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == isa
+
+
+def test_the_environment_cannot_force_what_does_not_exist() -> None:
+    code = "from foveate.kernels.dispatch import ensure_loaded; ensure_loaded()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FOVEATE_CPU": "mmx"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "instruction set (=mmx) is not one of" in done.stderr
+
+
+@settings(max_examples=200)
 @given(calls())
 def test_every_instruction_set_gives_the_bits_of_the_reference(call: Call) -> None:
     expected = call.by_reference()
@@ -56,8 +86,8 @@ def test_float_inputs_are_a_float_product(call: Call, levels: tuple[int, int]) -
 
 @settings(max_examples=60)
 @given(
-    rows=st.integers(1, 100),
-    columns=st.integers(1, 300),
+    rows=ROWS,
+    columns=COLUMNS,
     group=st.sampled_from((32, 64, 128)),
     reach=st.integers(0, 2),
     row_gains=st.booleans(),

@@ -9,9 +9,9 @@ included; a type has more bytes than its bits say, and so does a level, so
 
 and the bytes of both are figures too. `prefill512_ratio_b4` is not scaled: a long prompt waits for arithmetic.
 
-`non_kernel_share` is 1 - (time of foveate's ops / time of a token), at 4 bits. The calls that one pass of the model makes
-are recorded, with their arguments, and made again on their own, one after the other: so what the ops themselves take,
-with their call from Python and without the wait between them. The time of a token is measured in the same round.
+`non_kernel_share` is 1 - (time of foveate's ops / time of a token), at 4 bits. The calls that one pass of the model
+makes are recorded, with their arguments, and made again on their own, one after the other: what the ops themselves
+take, with their call from Python, and without what comes between them. The time of a token is of the same round.
 
 `peak_memory_over_computed` is of a fresh process that loads the model at 4 bits and decodes, not compiled (a compiler's
 own memory is no part of a model): its highest resident size beyond that before loading, over the bytes of the map, the
@@ -20,6 +20,7 @@ cache, and what one token computes.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections import defaultdict
@@ -37,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from foveate.bench.alone import run_alone
 from foveate.bench.bandwidth import Blocks, fastest_loop
 from foveate.bench.cases import require
-from foveate.bench.peers.child import SCRIPTS, Child
+from foveate.bench.peers.child import SCRIPTS, Child, PeerError
 from foveate.bench.peers.environments import ENVIRONMENTS
 from foveate.bench.random_model import random_llama
 from foveate.bench.result import Measured
@@ -49,6 +50,7 @@ from foveate.nn.registry import apply, registry_of
 from foveate.planes import arena
 from foveate.progress import track
 
+log = logging.getLogger("foveate")
 #: llama.cpp's nearest type to each level.
 TYPES = {2: "Q2_K", 3: "Q3_K_S", 4: "Q4_K_S", 6: "Q6_K", 8: "Q8_0"}
 #: The level of prefill, of the kernels' share and of memory.
@@ -159,7 +161,7 @@ class _Recorder(TorchDispatchMode):
     """Keeps the calls of foveate's ops: their levels are tensors, so made again they read what is then in force."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -213,13 +215,13 @@ class Ours:
 class Theirs:
     """The model in llama.cpp, in a process of its own."""
 
-    def __init__(self, sizes: Sizes) -> None:
-        environment = ENVIRONMENTS["llama-cpp"]
-        self.sizes = sizes
-        self.child = Child("llama.cpp", environment.python, SCRIPTS / "llama_model.py")
-        self.bytes: dict[str, int] = self.child.ask(
-            "prepare", folder=str(environment.folder / "models"), shape=asdict(sizes.shape), types=list(TYPES.values())
-        )["bytes"]
+    def __init__(self, sizes: Sizes, child: Child) -> None:
+        folder = ENVIRONMENTS["llama-cpp"].folder / "models"
+        self.sizes, self.child = sizes, child
+        if not folder.exists():
+            log.info("writing the model for llama.cpp in %d types, about two minutes", len(TYPES))
+        answer = child.ask("prepare", folder=str(folder), shape=asdict(sizes.shape), types=list(TYPES.values()))
+        self.bytes: dict[str, int] = answer["bytes"]
         for kind in TYPES.values():
             self.about = self.child.ask("load", type=kind, context=sizes.positions, threads=sizes.threads)
 
@@ -241,15 +243,9 @@ def measure(sizes: Sizes | None = None, peer: bool = True) -> Measured:
         peer: whether llama.cpp is measured where there is an environment for it.
     """
     sizes = sizes or Sizes()
-    notes = []
+    notes: list[str] = []
     with ExitStack() as stack, threads(sizes.threads):
-        theirs = None
-        if peer and ENVIRONMENTS["llama-cpp"].built:
-            theirs = Theirs(sizes)
-            stack.callback(theirs.child.close)
-            notes.append(f"llama.cpp: llama-cpp-python {theirs.about['version']}, {theirs.about['system'].strip(' |')}")
-        else:
-            notes.append("ours only: `make bench-peers` makes an environment for llama.cpp and measures it too")
+        theirs = _theirs(sizes, stack, notes) if peer else None
         ours = Ours(sizes)
         memory = ours.memory(MIDDLE)
         block = Blocks([arena([sizes.read_bytes])[0].fill_(1)])
@@ -262,6 +258,22 @@ def measure(sizes: Sizes | None = None, peer: bool = True) -> Measured:
     sizes_read = {f"b{level}": plan.bytes_read for level, plan in ours.maps.items()} | (theirs.bytes if theirs else {})
     notes.append(f"memory of the fresh process, bytes: {', '.join(f'{k} {v}' for k, v in memory.items())}")
     return Measured(_figures(rounds, sizes_read, memory, sizes), rounds, notes)
+
+
+def _theirs(sizes: Sizes, stack: ExitStack, notes: list[str]) -> Theirs | None:
+    """llama.cpp with its models loaded, or None and a note of why not."""
+    environment = ENVIRONMENTS["llama-cpp"]
+    if not environment.built:
+        notes.append("ours only: `make bench-peers` makes an environment for llama.cpp and measures it too")
+        return None
+    try:
+        child = stack.enter_context(Child("llama.cpp", environment.python, SCRIPTS / "llama_model.py"))
+        theirs = Theirs(sizes, child)
+    except PeerError as error:
+        notes.append(f"ours only: {error}")
+        return None
+    notes.append(f"llama.cpp: llama-cpp-python {theirs.about['version']}, {theirs.about['system'].strip(' |')}")
+    return theirs
 
 
 def _round(ours: Ours, theirs: Theirs | None) -> dict[str, float]:

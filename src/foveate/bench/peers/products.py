@@ -66,7 +66,7 @@ class Sizes:
     rows: tuple[int, ...] = (1, 16, 256)
     threads: int = 2
     set_bytes: int = 192 << 20
-    rounds: int = 7
+    rounds: int = 5
     passes: int = 3
     many: int = 256
 
