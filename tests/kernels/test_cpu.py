@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -32,29 +31,26 @@ def _same(got: Tensor, expected: Tensor) -> bool:
 
 @pytest.mark.parametrize("isa", KNOWN_ISAS)
 def test_an_instruction_set_that_is_not_here_is_skipped_loudly(isa: str) -> None:
-    """And one that is here can be forced, by the op and by the environment."""
     if isa not in ISAS:
         pytest.skip(f"this machine does not have {isa}: its kernels are not tested here")
     with forced(isa):
         assert torch.ops.foveate._cpu_isa("") == isa
-    code = "from foveate.kernels.dispatch import ensure_loaded; print(ensure_loaded().isa)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "FOVEATE_CPU": isa}, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == isa
 
 
-def test_the_environment_cannot_force_what_does_not_exist() -> None:
-    code = "from foveate.kernels.dispatch import ensure_loaded; ensure_loaded()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FOVEATE_CPU": "mmx"},
-        capture_output=True,
-        text=True,
-        check=False,
+def test_the_environment_can_force_an_instruction_set_that_is_here_and_no_other() -> None:
+    code = (
+        "import os\n"
+        "from foveate.kernels.dispatch import ensure_loaded\n"
+        "os.environ['FOVEATE_CPU'] = 'mmx'\n"
+        "try: ensure_loaded()\n"
+        "except RuntimeError as error: print(error)\n"
+        "os.environ['FOVEATE_CPU'] = 'portable'\n"
+        "print(ensure_loaded().isa)\n"
     )
-    assert done.returncode != 0
-    assert "instruction set (=mmx) is not one of" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, *_, last = done.stdout.splitlines()
+    assert first.startswith("instruction set (=mmx) is not one of avx512_vnni, avx2, portable")
+    assert last == "portable"
 
 
 @settings(max_examples=200)
@@ -123,6 +119,17 @@ def test_a_row_does_not_depend_on_its_batch_or_on_threads(level: int, dtype: tor
     for row in range(0, 70, 23):
         call_1 = Call(call.x[row : row + 1], call.weights, call.biases, call.input_level)
         assert torch.equal(call_1.run()[0], alone[row : row + 1])
+
+
+@pytest.mark.parametrize("level", [8, 16])
+def test_a_row_does_not_depend_on_hundreds_of_others(level: int) -> None:
+    call = simple(40, 100, 520, level=level)
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        (y,) = call.run()
+        for row in (0, 255, 256, 257, 511, 512, 519):
+            alone = Call(call.x[row : row + 1], call.weights, call.biases, call.input_level)
+            assert torch.equal(alone.run()[0], y[row : row + 1]), (threads, row)
 
 
 def test_a_row_does_not_depend_on_what_shares_its_call() -> None:
@@ -276,6 +283,18 @@ def test_malformed_arguments_are_errors(what: str, level: int) -> None:
     for isa in ISAS:
         with forced(isa), pytest.raises((RuntimeError, IndexError)):
             torch.ops.foveate.plane_linear(*MALFORMED[what](call))
+
+
+@pytest.mark.parametrize(("strip", "start"), [(0, -1), (0, -3), (-1, 1), (1, 2**40), (1, -(2**40))])
+@pytest.mark.parametrize("level", [2, 8])
+def test_a_run_of_tiles_from_a_bad_start_is_an_error(strip: int, start: int, level: int) -> None:
+    call = simple(level=8, columns=300)
+    w = call.weights[0]
+    w.tags.fill_(level)
+    w.starts[strip] += start
+    for isa in ISAS:
+        with forced(isa), pytest.raises(RuntimeError, match="starts and resident say"):
+            call.run()
 
 
 @pytest.mark.parametrize("index", [-1, 40, 2**40])

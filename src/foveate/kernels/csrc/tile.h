@@ -80,8 +80,8 @@ struct Walk {
     tile.kind = level < 9 ? kPlanesOf[level] : 0xFF;
     if (tile.kind == 0xFF) return Fault::kLevel;
     if (tile.kind > 0) {
-      bool outside = at[0] + more * bytes[0] >= limit[0];
-      for (int p = 0; p < tile.kind; ++p) outside |= at[p + 1] + more * bytes[p + 1] >= limit[p + 1];
+      bool outside = false;  // the first or the last: a sum alone may wrap around
+      for (int i = 0; i <= tile.kind; ++i) outside |= at[i] >= limit[i] || at[i] + more * bytes[i] >= limit[i];
       if (outside) return Fault::kOutside;
       tile.scales = w.scales + at[0] / 2;
       for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1];
