@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,7 +40,7 @@ from foveate.progress import track
 #: What `scripts/linear_layers.py` knows, by the environment that has it; None is the one that runs this.
 FORMS: dict[str | None, tuple[str, ...]] = {
     None: ("torch float32", "torch bfloat16", "torch dynamic int8"),
-    "torchao": ("torchao int8", "torchao dynamic int8", "torchao int4"),
+    "torchao": ("torchao int8", "torchao dynamic int8", "torchao int4", "torchao dynamic int4"),
     "quanto": ("quanto qint8", "quanto qint4", "quanto qint2"),
     "hqq": ("hqq 8", "hqq 4", "hqq 3", "hqq 2"),
 }
@@ -119,6 +120,11 @@ class Peer:
     child: Child
     about: Mapping[str, Any]
 
+    def seconds(self, rows: int, few: bool, sizes: Sizes) -> float:
+        """Time of a product."""
+        answer = self.child.ask("time", rows=rows, passes=sizes.passes, stacks=1 if few else None)
+        return float(answer["seconds"])
+
 
 def _start(form: str, environment: str | None, sizes: Sizes) -> Peer:
     python = ENVIRONMENTS[environment].python if environment else Path(sys.executable)
@@ -161,32 +167,29 @@ def measure(sizes: Sizes | None = None, forms: Mapping[str | None, Sequence[str]
         memory = Blocks([arena([sizes.set_bytes])[0].fill_(1)])
         loop = fastest_loop(memory, rounds=3)
         for number in track(range(sizes.rounds + 1), "rounds"):
-            found = _round(ours, peers, sizes, lambda: memory.bandwidth(loop))
+            found = list(_round(ours, peers, sizes, lambda: median(memory.bandwidth(loop) for _ in range(3))))
             if number:
-                rounds += [{"round": number, **row} for row in found]
+                rounds += [{"round": number, **turn} for turn in found]
     notes += [f"{p.form}: {p.about['version']}, {p.about['dtype']}{', compiled' * p.about['compiled']}" for p in peers]
     return Measured(_figures(rounds), rounds, notes)
 
 
-def _round(ours: Ours, peers: Sequence[Peer], sizes: Sizes, read: Any) -> list[dict[str, Any]]:
-    """Everyone once, at every number of rows."""
-    found = []
+def _round(ours: Ours, peers: Sequence[Peer], sizes: Sizes, bandwidth: Callable[[], float]) -> Iterator[dict[str, Any]]:
+    """Everyone once, at every number of rows, with the bandwidth of just before and just after."""
     for rows in sizes.rows:
         few = rows >= sizes.many
-        before = read()
-        turns: list[dict[str, Any]] = []
+        turns: list[tuple[str, int, int, Callable[[], float]]] = []
         for level in NESTED_LEVELS:
             size = ours.bytes_each(level)
-            seconds = ours.seconds(level, rows, _FEW * size if few else sizes.set_bytes, sizes.passes)
-            turns.append({"form": f"foveate {level}", "bits": level, "bytes": size, "seconds": seconds})
+            part = _FEW * size if few else sizes.set_bytes
+            turns.append((f"foveate {level}", level, size, partial(ours.seconds, level, rows, part, sizes.passes)))
         for peer in peers:
-            seconds = peer.child.ask("time", rows=rows, passes=sizes.passes, stacks=1 if few else None)["seconds"]
-            turns.append(
-                {"form": peer.form, "bits": peer.about["bits"], "bytes": peer.about["bytes"], "seconds": seconds}
-            )
-        speed = (before + read()) / 2
-        found += [{"rows": rows, **t, "bandwidth": speed, "share": t["bytes"] / t["seconds"] / speed} for t in turns]
-    return found
+            turns.append((peer.form, peer.about["bits"], peer.about["bytes"], partial(peer.seconds, rows, few, sizes)))
+        for form, bits, size, seconds in turns:
+            before, took, after = bandwidth(), seconds(), bandwidth()
+            speed = (before + after) / 2
+            turn = {"form": form, "bits": bits, "bytes": size, "rows": rows, "seconds": took}
+            yield turn | {"bandwidth": speed, "share": size / took / speed}
 
 
 def _figures(rounds: Sequence[Mapping[str, Any]]) -> dict[str, float]:

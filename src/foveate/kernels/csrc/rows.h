@@ -109,15 +109,25 @@ Fault quantize(const Source& x, const Inputs& q, int64_t row, int64_t row_end) {
   return Fault::kNone;
 }
 
-// y = acc * scale (+ bias) for 16 rows of the weight and row `row` of x, in the type of y.
+// y = acc * scale (+ bias) for 16 rows of the weight and row `row` of x, in the type of y. Whole strips in float32 go
+// straight to y, and others by copies whose size the compiler knows: at many rows of x this is a tenth of the time.
 template <class V>
 void store_row(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t row, const float* acc) {
   const int64_t first = strip * kTileRows;
   const int64_t left = w.rows - first;
   const int count = static_cast<int>(left < kTileRows ? left : kTileRows);
   const int64_t offset = (y.row_of ? y.row_of[row] : row) * y.row_stride + first;
+  const typename V::Floats scale = V::splat(x.scales[row]);
+  if (count == kTileRows && y.type == Type::kFloat32) {
+    float* const to = static_cast<float*>(y.data) + offset;
+    for (int n = 0; n < kTileRows; n += V::kRows) {
+      const typename V::Floats scaled = V::floats(acc + n) * scale;
+      V::store_floats(to + n, w.bias ? scaled + V::floats(w.bias + first + n) : scaled);
+    }
+    return;
+  }
   float line[kTileRows];
-  for (int n = 0; n < kTileRows; ++n) line[n] = acc[n] * x.scales[row];
+  for (int n = 0; n < kTileRows; n += V::kRows) V::store_floats(line + n, V::floats(acc + n) * scale);
   if (w.bias)
     for (int n = 0; n < count; ++n) line[n] += w.bias[first + n];
   if (y.type == Type::kFloat32) {
@@ -129,7 +139,9 @@ void store_row(const Weight& w, const Inputs& x, const Output& y, int64_t strip,
     for (int n = 0; n < kTileRows; ++n) half[n] = to_bfloat16(line[n]);
   else
     for (int n = 0; n < kTileRows; n += V::kRows) V::store_halves(half + n, V::floats(line + n));
-  std::memcpy(static_cast<uint16_t*>(y.data) + offset, half, static_cast<size_t>(count) * sizeof(uint16_t));
+  uint16_t* const to = static_cast<uint16_t*>(y.data) + offset;
+  if (count == kTileRows) std::memcpy(to, half, sizeof(half));
+  else std::memcpy(to, half, static_cast<size_t>(count) * sizeof(uint16_t));
 }
 
 // One row of one unpacked tile: w = fma(2c - C, step, offset).

@@ -73,6 +73,15 @@ def _torchao_int4(layer: nn.Linear) -> nn.Module:
     return made
 
 
+def _torchao_dynamic_int4(layer: nn.Linear) -> nn.Module:
+    from torchao.prototype.quantization.int4 import Int8DynamicActivationInt4WeightConfig  # not in every wheel
+    from torchao.quantization import quantize_
+
+    made = layer.to(torch.bfloat16)
+    quantize_(made, Int8DynamicActivationInt4WeightConfig(group_size=128))
+    return made
+
+
 def _quanto(name: str) -> Callable[[nn.Linear], nn.Module]:
     def make(layer: nn.Linear) -> nn.Module:
         from optimum import quanto
@@ -109,6 +118,7 @@ FORMS: dict[str, Form] = {
     "torchao int8": Form("torchao", 8, _torchao_int8, torch.bfloat16, compiled=True, constant=True),
     "torchao dynamic int8": Form("torchao", 8, _torchao_dynamic_int8, torch.bfloat16, compiled=True, constant=True),
     "torchao int4": Form("torchao", 4, _torchao_int4, torch.bfloat16),
+    "torchao dynamic int4": Form("torchao", 4, _torchao_dynamic_int4, torch.bfloat16, compiled=True, constant=True),
     "quanto qint8": Form("optimum-quanto", 8, _quanto("qint8"), torch.bfloat16),
     "quanto qint4": Form("optimum-quanto", 4, _quanto("qint4"), torch.bfloat16),
     "quanto qint2": Form("optimum-quanto", 2, _quanto("qint2"), torch.bfloat16),
