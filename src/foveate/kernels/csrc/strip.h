@@ -95,6 +95,36 @@ inline __attribute__((always_inline)) void tile_sums(
   }
 }
 
+// Adds one tile of any level to the rows' accumulators: where levels differ from tile to tile, all that is inline.
+template <class V, int LANES, bool WIDE>
+inline __attribute__((always_inline)) void tile_product(const Weight& w, const Tile& tile, int64_t strip, int64_t ahead,
+                                                        const int8_t* codes, const float* x_sums, typename V::Floats* acc) {
+  constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
+  for (int part = 0; part < kTileRows / V::kRows; ++part) {
+    const int first = part * V::kRows;
+    typename V::Ints sums[LANES];
+    auto read = [&](auto kind, auto reached) __attribute__((always_inline)) {
+      Reader<V, decltype(kind)::value> reader(tile, 4 * first, ahead);
+      tile_sums<V, decltype(kind)::value, decltype(reached)::value, LANES>(reader, codes, w.group, w.reach, sums);
+    };
+    switch (tile.kind) {
+      case 1: read(std::integral_constant<int, 1>{}, std::false_type{}); break;
+      case 2: read(std::integral_constant<int, 2>{}, std::false_type{}); break;
+      case 3: read(std::integral_constant<int, 3>{}, std::false_type{}); break;
+      case 4:
+        if (w.reach == 0) read(std::integral_constant<int, 4>{}, std::false_type{});
+        else read(std::integral_constant<int, 4>{}, std::true_type{});
+        break;
+      default:
+        if (w.reach == 0) read(std::integral_constant<int, 5>{}, std::false_type{});
+        else read(std::integral_constant<int, 5>{}, std::true_type{});
+    }
+    const Finish<V> finish(tile, first, unit_of<V>(w, tile.kind, strip, first), w.reach, WIDE);
+#pragma GCC unroll 8
+    for (int i = 0; i < kRowsOfX; ++i) acc[part * kRowsOfX + i] = finish.template add<WIDE>(acc[part * kRowsOfX + i], sums, i, x_sums[i]);
+  }
+}
+
 // Adds the tiles of one level from `group` to `end` to the rows' accumulators.
 template <class V, int KIND, bool REACHED, int LANES, bool WIDE>
 void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int64_t row, int64_t group, int64_t end,
@@ -140,6 +170,17 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& wal
   Tile tile;
   int64_t end;
   for (int64_t group = 0; group < w.groups; group = end) {
+    if (!walk.at_run(group)) {
+      end = group + 1;
+      const Fault fault = walk.next(group, tile);
+      if (fault != Fault::kNone) return fault;
+      if (scout) scout->step();
+      if (tile.kind == 0) continue;
+      if (!scout) prefetch(tile.scales, kScalesAhead);
+      const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
+      tile_product<V, LANES, WIDE>(w, tile, strip, scout ? 0 : kAhead[tile.kind], codes, x.sums + group * x.rows + row, acc);
+      continue;
+    }
     const Fault fault = walk.run(group, tile, end);
     if (fault != Fault::kNone) return fault;
     switch (tile.kind) {

@@ -71,6 +71,15 @@ struct Walk {
     gaps = unread && mixed;
   }
 
+  // Whether a run is worth its own loop: the next few tiles are alike.
+  inline __attribute__((always_inline)) bool at_run(int64_t group) const {
+    uint32_t stored, tag;
+    if (group + 4 > w.groups) return false;
+    std::memcpy(&stored, resident + group, 4);
+    std::memcpy(&tag, tags + group, 4);
+    return stored == resident[group] * 0x01010101u && tag == tags[group] * 0x01010101u;
+  }
+
   // The tiles from `group` on that are alike: `tile` is the first, `end` is behind the last.
   inline __attribute__((always_inline)) Fault run(int64_t group, Tile& tile, int64_t& end) {
     const uint8_t stored = resident[group], tag = tags[group];
