@@ -128,7 +128,7 @@ inline __attribute__((always_inline)) void tile_product(const Weight& w, const T
 // Adds the tiles of one level from `group` to `end` to the rows' accumulators.
 template <class V, int KIND, bool REACHED, int LANES, bool WIDE>
 void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int64_t row, int64_t group, int64_t end,
-                 Scout* scout, typename V::Floats* to) {
+                 Scout* scout, int64_t ahead, typename V::Floats* to) {
   constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
   constexpr int kParts = kTileRows / V::kRows;
   typename V::Floats acc[kParts][kRowsOfX], unit[kParts];
@@ -137,7 +137,6 @@ void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int
     for (int i = 0; i < kRowsOfX; ++i) acc[part][i] = to[part * kRowsOfX + i];
   }
   tile.kind = KIND;
-  const int64_t ahead = scout ? 0 : kAhead[KIND];
   const int64_t lanes_apart = x.lanes * w.group;
   const int8_t* codes = x.codes + group * lanes_apart + row * (WIDE ? 2 : 1) * w.group;
   const float* x_sums = x.sums + group * x.rows + row;
@@ -178,25 +177,26 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& wal
       if (tile.kind == 0) continue;
       if (!scout) prefetch(tile.scales, kScalesAhead);
       const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
-      tile_product<V, LANES, WIDE>(w, tile, strip, scout ? 0 : kAhead[tile.kind], codes, x.sums + group * x.rows + row, acc);
+      tile_product<V, LANES, WIDE>(w, tile, strip, scout ? 0 : kAheadMixed, codes, x.sums + group * x.rows + row, acc);
       continue;
     }
     const Fault fault = walk.run(group, tile, end);
     if (fault != Fault::kNone) return fault;
+    const int64_t ahead = scout ? 0 : walk.ahead(tile.kind);
     switch (tile.kind) {
       case 0:
         for (; scout && group < end; ++group) scout->step();
         break;
-      case 1: run_product<V, 1, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc); break;
-      case 2: run_product<V, 2, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc); break;
-      case 3: run_product<V, 3, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc); break;
+      case 1: run_product<V, 1, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc); break;
+      case 2: run_product<V, 2, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc); break;
+      case 3: run_product<V, 3, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc); break;
       case 4:
-        if (w.reach == 0) run_product<V, 4, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
-        else run_product<V, 4, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
+        if (w.reach == 0) run_product<V, 4, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
+        else run_product<V, 4, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
         break;
       default:
-        if (w.reach == 0) run_product<V, 5, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
-        else run_product<V, 5, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, acc);
+        if (w.reach == 0) run_product<V, 5, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
+        else run_product<V, 5, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
     }
   }
   for (int i = 0; i < kRowsOfX; ++i) {

@@ -21,7 +21,9 @@ constexpr uint8_t kFloors[6] = {1, 2, 3, 4, 6, 8};  // the least resident level 
 constexpr int kCodeShift[6] = {0, 0, 1, 0, 2, 0};    // codes come out 2^shift too large where planes read are 2 and 4
 
 // How far ahead streams are prefetched, in bytes: fewer planes are fewer streams, which must be further ahead.
+// A strip keeps to one distance: were it another from tile to tile, bytes between would never be asked for.
 constexpr int64_t kAhead[6] = {0, 6144, 4096, 3072, 2048, 2048};
+constexpr int64_t kAheadMixed = 2048;
 constexpr int64_t kScalesAhead = 1024;
 
 // To the second cache: six streams this far ahead would crowd the first.
@@ -47,7 +49,8 @@ struct Tile {
 // Goes along a strip. Positions advance by one tile for each that stores the plane, read or not.
 struct Walk {
   const Weight& w;
-  bool gaps = false;  // whether the strip stores bytes, amid those that are read, that are not
+  bool mixed = false;  // whether the strip's levels differ
+  bool gaps = false;   // whether the strip stores bytes, amid those that are read, that are not
   const uint8_t* resident = nullptr;
   const uint8_t* tags = nullptr;
   uint64_t bytes[6], limit[6], at[6];  // of the scales, then of each plane
@@ -63,13 +66,17 @@ struct Walk {
     resident = w.resident + strip * w.groups;
     tags = w.tags + strip * w.groups;
     for (int i = 0; i < 6; ++i) at[i] = bytes[i] * static_cast<uint64_t>(w.starts[strip * 6 + i]);
-    bool unread = false, mixed = false;
+    bool unread = false, tags_differ = false, stored_differ = false;
     for (int64_t group = 0; group < w.groups; ++group) {
       unread |= tags[group] < resident[group];
-      mixed |= tags[group] != tags[0];
+      tags_differ |= tags[group] != tags[0];
+      stored_differ |= resident[group] != resident[0];
     }
-    gaps = unread && mixed;
+    mixed = tags_differ || stored_differ;
+    gaps = unread && tags_differ;
   }
+
+  int64_t ahead(int kind) const { return mixed ? kAheadMixed : kAhead[kind]; }
 
   // Whether a run is worth its own loop: the next few tiles are alike.
   inline __attribute__((always_inline)) bool at_run(int64_t group) const {
