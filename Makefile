@@ -32,7 +32,8 @@ bench: $(VENV)/.installed
 bench-peers: $(VENV)/.installed
 	-$(BIN)/python -m foveate.bench.peers
 	mkdir -p bench-out
-	for name in peers decode; do $(BIN)/foveate bench $$name --out bench-out/$$name.json || exit 1; done
+	$(BIN)/foveate bench peers --out bench-out/peers.json --plot bench-out/peers.svg
+	$(BIN)/foveate bench decode --out bench-out/decode.json
 
 clean:
 	rm -rf $(VENV) demo-out bench-out

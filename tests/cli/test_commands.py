@@ -252,6 +252,18 @@ def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert run("bench", "switch", "--out", tmp_path / "no" / "b.json").exit_code == 2
 
 
+def test_bench_draws_peers_and_nothing_else(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turn = {"bits": 8, "bytes": 10, "rows": 1, "seconds": 1.0, "bandwidth": 12.0}
+    rounds = [turn | {"form": form} for form in ("foveate 4", "foveate 8", "a peer")]
+    monkeypatch.setattr("foveate.bench.run", lambda name: {"name": name, "figures": {}, "rounds": rounds})
+    file = tmp_path / "speed.svg"
+    assert run("bench", "peers", "--plot", file).exit_code == 0
+    assert "a peer" in file.read_text()
+    refused = run("bench", "switch", "--plot", file)
+    assert refused.exit_code == 2
+    assert "the benchmark peers measures, not switch" in refused.stderr
+
+
 def test_bench_lists_its_names(run: Run) -> None:
     result = run("bench", "nothing")
     assert result.exit_code == 2

@@ -203,8 +203,8 @@ def _few_rows(sizes: Sizes) -> Measured:
     notes = (
         f"{sizes.threads} threads; {sizes.width} x {sizes.width}, group {sizes.group}, cold; the bandwidth is that of "
         f"{streams} streams a thread, {prefetch}, median {figures['read_bandwidth_gb_s']:.1f} GB/s",
-        "bytes of planes and scales a product: " + _listed({n: r.copies.bytes_each for n, r in runs.items()}),
-        "copies of each weight: " + _listed({n: len(r.copies.weights) for n, r in runs.items()}),
+        "bytes of planes and scales of a weight: " + _listed({r[0].name: r[0].copies.bytes_each for r in sets}),
+        "copies of each weight: " + _listed({r[0].name: len(r[0].copies.weights) for r in sets}),
     )
     return Measured(figures, rounds, notes)
 

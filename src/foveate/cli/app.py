@@ -106,15 +106,24 @@ def demo(
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark; a wrong name lists them.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the object to this file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Of the benchmark peers: also draw time against bits, an SVG file.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Run a benchmark and print its figures, the machine and the raw rounds."""
     from foveate import bench as benchmarks
+    from foveate.report.speed import speed_plot
 
-    if out is not None and not out.absolute().parent.is_dir():
-        raise CheckpointError(f"{out.parent} is not a folder to write {out.name} into")
+    for file in (out, plot):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise CheckpointError(f"{file.parent} is not a folder to write {file.name} into")
+    if plot is not None and name != "peers":
+        raise FoveateError(f"--plot draws what the benchmark peers measures, not {name}")
     found = benchmarks.run(name)
     text = emit(found, out)
+    if plot is not None:
+        plot.write_text(speed_plot(found["rounds"]), encoding="utf-8")
     if json_output:
         print(text)
     else:

@@ -41,23 +41,25 @@ def _drawable(mark: Mark) -> bool:
     return mark.loss > 0 and math.isfinite(mark.loss) and math.isfinite(mark.bits)
 
 
-class _Axes:
-    """From (bits, loss) to pixels."""
+class Axes:
+    """From (bits, value) to pixels, the value on a logarithmic scale."""
 
-    def __init__(self, bits: Sequence[float], losses: Sequence[float]) -> None:
+    def __init__(self, bits: Sequence[float], values: Sequence[float]) -> None:
         self.left, self.right = math.floor(min(bits) - 0.2), math.ceil(max(bits) + 0.2)
-        low, high = math.log10(min(losses)), math.log10(max(losses))
+        low, high = math.log10(min(values)), math.log10(max(values))
         room = max(0.06 * (high - low), 0.12)
         self.low, self.high = low - room, high + room
 
     def x(self, bits: float) -> float:
+        """Pixels from the left."""
         return LEFT + (bits - self.left) / (self.right - self.left) * (WIDTH - LEFT - RIGHT)
 
-    def y(self, loss: float) -> float:
-        share = (math.log10(loss) - self.low) / (self.high - self.low)
+    def y(self, value: float) -> float:
+        """Pixels from the top."""
+        share = (math.log10(value) - self.low) / (self.high - self.low)
         return TOP + (1 - min(max(share, 0.0), 1.0)) * (HEIGHT - TOP - BOTTOM)
 
-    def loss_ticks(self) -> list[float]:
+    def ticks(self) -> list[float]:
         """Powers of ten; with 2 and 5 between where there are few."""
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
         factors = (1, 2, 5) if self.high - self.low < 3 else (1,)
@@ -65,25 +67,26 @@ class _Axes:
         return [t for t in ticks if self.low <= math.log10(t) <= self.high]
 
 
-def _grid(axes: _Axes, loss_name: str) -> str:
+def grid(axes: Axes, bits_name: str, value_name: str) -> str:
+    """The lines behind the plot, and what stands beside its axes."""
     parts = []
     step = max(1, round((axes.right - axes.left) / 8))
     for bits in range(axes.left, axes.right + 1, step):
         x = axes.x(bits)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{bits}</text>')
-    for loss in axes.loss_ticks():
-        y = axes.y(loss)
+    for value in axes.ticks():
+        y = axes.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{loss:g}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     parts.append(
         f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">'
-        "average bits a weight, scales included</text>"
+        f"{escape(bits_name)}</text>"
     )
     middle = (TOP + HEIGHT - BOTTOM) / 2
     parts.append(
         f'<text class="axis" transform="translate(16 {middle:.0f}) rotate(-90)" text-anchor="middle">'
-        f"{escape(loss_name)}, log scale</text>"
+        f"{escape(value_name)}, log scale</text>"
     )
     return "".join(parts)
 
@@ -96,7 +99,7 @@ def _shape(mark: Mark, x: float, y: float) -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{RADIUS}"/>'
 
 
-def _mark(mark: Mark, axes: _Axes) -> str:
+def _mark(mark: Mark, axes: Axes) -> str:
     x, y = axes.x(mark.bits), axes.y(mark.loss)
     whisker = ""
     if mark.error > 0:
@@ -125,12 +128,12 @@ def plot(line: Sequence[tuple[float, float]], marks: Sequence[Mark], loss_name: 
     marks = [mark for mark in marks if _drawable(mark)]
     if not line and not marks:
         return ""
-    axes = _Axes([b for b, _ in line] + [m.bits for m in marks], [v for _, v in line] + [m.loss for m in marks])
+    axes = Axes([b for b, _ in line] + [m.bits for m in marks], [v for _, v in line] + [m.loss for m in marks])
     path = " ".join(f"{axes.x(bits):.1f},{axes.y(loss):.1f}" for bits, loss in line)
     drawn = "".join(_mark(mark, axes) for mark in marks)
     size = f"0 0 {WIDTH} {HEIGHT}"
     curve = f'<polyline class="frontier" points="{path}"/>' if len(line) > 1 else ""
     return (
         f'<svg class="plot chart" viewBox="{size}" role="img" aria-label="loss against average bits a weight">'
-        f"{_grid(axes, loss_name)}{curve}{drawn}</svg>"
+        f"{grid(axes, 'average bits a weight, scales included', loss_name)}{curve}{drawn}</svg>"
     )
