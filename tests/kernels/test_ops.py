@@ -177,28 +177,46 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
     call = simple(24, 70, 4)
     w = call.weights[0]
     op = torch.ops.foveate.plane_linear_by_handle
-    handle = torch.ops.foveate.plane_handle(w.tensors, w.form)
-    sixteen = torch.full((2,), 16, dtype=torch.uint8)
-    args = (call.x, [handle, handle], [call.biases[0], torch.empty(0)], [24, 24], [call.input_level, sixteen])
-    first, second = op(*args)
-    assert torch.equal(first, call.run()[0])
-    assert torch.equal(second, linear(call.x, [w], [torch.empty(0)], sixteen)[0])
+    none = torch.empty(0)
+    levels = [call.input_level.clone() for _ in range(3)]
+    handle = torch.ops.foveate.plane_handle([*w.tensors] * 3, [*w.form] * 3, levels)
+    rows = [24] * 3
+    args = (call.x, handle, [call.biases[0], none, none], rows)
+    for level in (8, 16, 4):  # seen through the handle
+        levels[1].fill_(level)
+        first, second, third = op(*args)
+        assert torch.equal(first, call.run()[0])
+        assert torch.equal(second, linear(call.x, [w], [none], levels[1])[0])
+        assert torch.equal(third, op(call.x, handle, [], rows)[0])
     torch.library.opcheck(op.default, args)
     with pytest.raises(RuntimeError, match=r"rows \(=25\) are not those of the weight, 24"):
-        op(call.x, [handle], [torch.empty(0)], [25], [sixteen])
+        op(call.x, handle, [], [24, 24, 25])
+    with pytest.raises(RuntimeError, match="there are 3 weights, and rows of 1"):
+        op(call.x, handle, [], [24])
+    with pytest.raises(RuntimeError, match="there are 3 weights, and 1 biases"):
+        op(call.x, handle, [none], rows)
+    with pytest.raises(RuntimeError, match="there are 2 input levels, and 4 numbers of forms, not 4 an input level"):
+        torch.ops.foveate.plane_handle(w.tensors, w.form, levels[:2])
     copied = handle.clone()
+    assert torch.equal(op(call.x, copied, [], rows)[0], third)
     del handle, args
     with pytest.raises(RuntimeError, match="stands for no weight of this process: its weight is gone"):
-        op(call.x, [copied], [torch.empty(0)], [24], [sixteen])
+        op(call.x, copied, [], rows)
 
 
 def test_the_reference_has_handles_too() -> None:
     call = simple(24, 70, 4)
     w = call.weights[0]
-    handle = reference.plane_handle(w.tensors, w.form)
-    args = ([call.biases[0]], [24], [call.input_level])
-    assert torch.equal(reference.plane_linear_by_handle(call.x, [handle], *args)[0], call.by_reference()[0])
+    levels = [torch.full((2,), level, dtype=torch.uint8) for level in (8, 16)]
+    handle = reference.plane_handle([*w.tensors] * 2, [*w.form] * 2, levels)
+    args = ([call.biases[0], torch.empty(0)], [24, 24])
+    first, second = reference.plane_linear_by_handle(call.x, handle, *args)
+    assert torch.equal(first, call.by_reference()[0])
+    assert torch.equal(second, reference.plane_linear(call.x, w.tensors, [torch.empty(0)], w.form, levels[1])[0])
+    assert torch.equal(reference.plane_linear_by_handle(call.x, handle, [], [24, 24])[1], second)
+    with pytest.raises(RuntimeError, match=r"rows \(=\[24\]\) are not those of the weights, \[24, 24\]"):
+        reference.plane_linear_by_handle(call.x, handle, [], [24])
     copied = handle.clone()
     del handle
     with pytest.raises(RuntimeError, match="its weight is gone"):
-        reference.plane_linear_by_handle(call.x, [copied], *args)
+        reference.plane_linear_by_handle(call.x, copied, *args)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
+import re
+import sys
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -119,12 +125,28 @@ def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
     other = torch.randn(5, 64, generator=generator(1))
     expected = copy.deepcopy(model)
     _apart(expected)
-    for _ in range(2):
-        assert torch.equal(model(X, other), expected(X, other))
+    for _ in range(6):
+        assert torch.equal(model(X.clone(), other.clone()), expected(X, other))
     with Counted() as counted:
         model(X, other)
     assert counted.products() == 4
     assert torch.equal(model(X), expected(X))
+
+
+def test_siblings_of_which_some_are_not_used_part(model: Any) -> None:
+    y = model.q_proj(X.clone())
+    for _ in range(6):
+        assert torch.equal(model.q_proj(X.clone()), y)
+    assert not model.q_proj.siblings.together
+
+
+def test_siblings_that_are_used_stay_together(model: nn.Module) -> None:
+    for _ in range(20):
+        model(X)
+    model.q_proj(X)
+    with Counted() as counted:
+        model(X.clone())
+    assert counted.products() == 2
 
 
 def test_cross_attention_is_known_by_its_name() -> None:
@@ -154,7 +176,7 @@ def test_gradients_are_those_of_separate_layers(model: nn.Module) -> None:
 def test_copies_are_siblings_of_their_own(model: Any, copied: Any) -> None:
     before = model(X)
     other = copied(model)
-    assert other.q_proj.siblings[0].layers == (other.q_proj, other.k_proj, other.v_proj)
+    assert other.q_proj.siblings is other.v_proj.siblings is not model.q_proj.siblings
     fv.apply(other, fv.current_map(other).with_level("*:weight", 2))
     with Counted() as counted:
         assert not torch.equal(other(X), before)
@@ -170,13 +192,66 @@ def test_a_copy_of_one_layer_is_that_layer_alone(model: Any) -> None:
 
 def test_nothing_is_kept_when_the_input_is_gone(model: Any) -> None:
     x = X.clone()
-    y = weakref.ref(model.k_proj(x))
-    assert x._foveate_waiting.results[0] is not None  # type: ignore[attr-defined]
+    model.k_proj(x)
     waiting = weakref.ref(x._foveate_waiting.results[0])  # type: ignore[attr-defined]
+    assert waiting() is not None
     del x
-    gc.collect()
-    assert y() is None
     assert waiting() is None
+
+
+def test_nothing_is_left_on_the_input(model: nn.Module) -> None:
+    x = X.clone()
+    model(x)
+    assert not x.__dict__
+    buffer = io.BytesIO()
+    torch.save(x, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=True), x)
+
+
+def test_planes_are_freed_with_the_model() -> None:
+    made = Attention()
+    fv.quantize(made, [X], progress=False)
+    made(X)
+    plane = weakref.ref(made.q_proj.weight.plane0)  # type: ignore[union-attr]
+    gc.collect()
+    gc.disable()
+    try:
+        del made
+        assert plane() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_hooks_of_siblings_do_what_they_did(model: Any, mode: Any) -> None:
+    seen = []
+
+    def change(_: nn.Module, args: tuple[Tensor]) -> None:
+        args[0].add_(1)
+
+    model.k_proj.register_forward_pre_hook(change)
+    model.v_proj.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    model.q_proj.register_forward_hook(lambda *_: seen.append("q"))
+    with mode():
+        got = model(X.clone())
+        assert torch.equal(got, _apart(model)(X.clone()))
+    assert seen == ["q", "q"]
+
+
+def test_a_hook_that_raises_leaves_nothing_behind(model: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("stop")
+
+    expected = model(X.clone())
+    x = X.clone()
+    hook = model.v_proj.register_forward_pre_hook(fail)
+    with pytest.raises(ValueError, match="stop"):
+        model(x)
+    hook.remove()
+    x += 1
+    assert torch.equal(model(x), model(x.clone()))
+    assert torch.equal(model(X), expected)
 
 
 def test_threads_do_not_meet(model: nn.Module) -> None:
@@ -197,8 +272,79 @@ def test_threads_do_not_meet(model: nn.Module) -> None:
     assert not wrong
 
 
-def test_a_llama_compiles_whole_and_a_switch_does_not_recompile() -> None:
+class Graphs:
+    """A backend for torch.compile that keeps the graphs it was given."""
+
+    def __init__(self) -> None:
+        self.made: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
+        self.made.append(graph)
+        return graph
+
+    def products(self) -> list[int]:
+        return [sum("plane_linear" in str(node.target) for node in graph.graph.nodes) for graph in self.made]
+
+
+@pytest.fixture(autouse=True)
+def _compiled_afresh() -> Iterator[None]:
     torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_graph_has_one_call_a_family_and_is_made_once(model: nn.Module, mode: Any) -> None:
+    expected, moved = model(X), model(X + 1)
+    graphs = Graphs()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    with mode():
+        x = X.clone()
+        for _ in range(2):  # the very same tensor again
+            assert torch.equal(compiled(x), expected)
+        assert torch.equal(compiled(X + 1), moved)
+        assert torch.equal(model(x), expected)
+    assert graphs.products() == [2]
+    assert not hasattr(x, "_foveate_waiting")
+
+
+def test_a_graph_may_break_between_siblings(model: Any) -> None:
+    def broken(x: Tensor) -> Tensor:
+        q = model.q_proj(x)
+        torch._dynamo.graph_break()
+        return q[:, :16] * model.k_proj(x) + model.v_proj(x)
+
+    expected = [broken(X), broken(X + 1)]
+    graphs = Graphs()
+    compiled = torch.compile(broken, backend=graphs)
+    for _ in range(2):
+        assert [torch.equal(compiled(x), y) for x, y in zip((X, X + 1), expected, strict=True)] == [True, True]
+    assert sum(graphs.products()) == 1
+
+
+def test_a_graph_of_some_siblings_is_right(model: Any) -> None:
+    compiled = torch.compile(lambda x: model.q_proj(x).sum() + model.k_proj(x).sum(), backend="eager", fullgraph=True)
+    for x in (X, X + 1, X):
+        assert torch.equal(compiled(x), model.q_proj(x.clone()).sum() + model.k_proj(x.clone()).sum())
+    assert torch.equal(model.v_proj(X), model.v_proj(X.clone()))
+
+
+def test_gradients_of_a_compiled_model(model: nn.Module) -> None:
+    x, alone = X.clone().requires_grad_(), X.clone().requires_grad_()
+    torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
+    model(alone).square().sum().backward()
+    assert torch.equal(x.grad, alone.grad)  # type: ignore[arg-type]
+
+
+def test_a_model_can_be_exported(model: nn.Module) -> None:
+    x = X.clone()
+    exported = torch.export.export(model, (x,))
+    fv.apply(model, fv.current_map(model).with_level("*:weight", 4))
+    assert torch.equal(exported.module()(X + 1), model(X + 1))
+    assert not hasattr(x, "_foveate_waiting")
+
+
+def test_a_llama_compiles_whole_and_a_switch_does_not_recompile() -> None:
     llama, profile = quantized_llama()
     ids = torch.randint(0, 50, (2, 7), generator=generator(3))
     compiled = torch.compile(llama.forward, backend="aot_eager", fullgraph=True)
@@ -206,21 +352,42 @@ def test_a_llama_compiles_whole_and_a_switch_does_not_recompile() -> None:
         compiled(input_ids=ids, use_cache=False)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for level in (8, 2, 4):
-                fv.apply(llama, profile.uniform(level))
+                plan = profile.uniform(level).with_level("*.k_proj:input", 32 // level)  # unlike its siblings'
+                fv.apply(llama, plan)
                 got = compiled(input_ids=ids, use_cache=False).logits
                 assert torch.equal(got, llama(input_ids=ids, use_cache=False).logits)
-    torch._dynamo.reset()
+
+
+def _generated(model: Any, **options: Any) -> Tensor:
+    ids = torch.randint(0, 50, (1, 5), generator=generator(3))
+    tokens: Tensor = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="static", **options)
+    return tokens
 
 
 def test_generate_with_a_compiled_model_and_a_static_cache() -> None:
-    torch._dynamo.reset()
     llama, _ = quantized_llama()
-    ids = torch.randint(0, 50, (1, 5), generator=generator(3))
-    options = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
-    expected = llama.generate(ids, **options)
+    expected = _generated(llama)
     llama.forward = torch.compile(llama.forward, backend="aot_eager", fullgraph=True)
-    assert torch.equal(llama.generate(ids, **options), expected)
-    torch._dynamo.reset()
+    assert torch.equal(_generated(llama), expected)
+
+
+def test_generate_compiles_as_documented_and_runs_on_one_pool_of_threads() -> None:
+    from transformers import CompileConfig
+
+    llama, profile = quantized_llama(num_hidden_layers=1)
+    fv.apply(llama, profile.uniform(4))
+    expected = [_generated(llama)]
+    compiled = CompileConfig(fullgraph=True, mode="default")
+    compiled._compile_all_devices = True
+    with torch.inference_mode():
+        assert torch.equal(_generated(llama, compile_config=compiled), expected[0])
+        fv.apply(llama, profile.uniform(2))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            got = _generated(llama, compile_config=compiled)
+    assert torch.equal(got, _generated(llama))
+    if sys.platform == "linux":
+        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+        assert len({path for path in mapped if re.search(r"lib(gomp|iomp|omp)[^/]*\.so", path)}) == 1
 
 
 def test_a_token_takes_one_call_a_family() -> None:
@@ -233,7 +400,7 @@ def test_a_token_takes_one_call_a_family() -> None:
     assert len(registry_of(llama).inputs) == 7 * layers + 1
 
 
-def test_decoding_keeps_no_more_and_no_more_tensors() -> None:
+def test_decoding_keeps_no_more_tensors_and_no_more_memory() -> None:
     llama, _ = quantized_llama()
     ids = torch.randint(0, 50, (1, 5), generator=generator(3))
 
@@ -241,9 +408,11 @@ def test_decoding_keeps_no_more_and_no_more_tensors() -> None:
         gc.collect()
         return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
-    counts = []
+    counts, resident = [], []
     with torch.no_grad():
-        for _ in range(4):
-            llama.generate(ids, max_new_tokens=8, do_sample=False)
+        for _ in range(6):
+            llama.generate(ids, max_new_tokens=50, do_sample=False, cache_implementation="static", eos_token_id=None)
             counts.append(alive())
-    assert counts[1] == counts[2] == counts[3]
+            resident.append(psutil.Process().memory_info().rss)
+    assert len(set(counts[1:])) == 1
+    assert resident[-1] - resident[2] < 1 << 20  # 150 tokens of 14 products each

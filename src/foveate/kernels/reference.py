@@ -195,33 +195,34 @@ def plane_linear(
     return outputs
 
 
-_HELD: dict[int, tuple[Sequence[Tensor], Sequence[int]]] = {}
+_HELD: dict[int, tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor]]] = {}
 _NUMBERS = itertools.count(1)
 
 
-def plane_handle(weight: Sequence[Tensor], form: Sequence[int]) -> Tensor:
-    """A tensor, int64 [1], that stands for the weight as long as it lives."""
+def plane_handle(weights: Sequence[Tensor], forms: Sequence[int], input_levels: Sequence[Tensor]) -> Tensor:
+    """A tensor, int64 [1], that stands for weights which share an input, and the input level [2] of each, as long as it
+    lives.
+    """
     number = next(_NUMBERS)
-    _HELD[number] = (tuple(weight), tuple(form))
+    _HELD[number] = (tuple(weights), tuple(forms), tuple(input_levels))
     handle = torch.tensor([number])
     weakref.finalize(handle, _HELD.pop, number)
     return handle
 
 
-def plane_linear_by_handle(
-    x: Tensor,
-    handles: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    rows: Sequence[int],
-    input_levels: Sequence[Tensor],
-) -> list[Tensor]:
-    """x [..., K] times each weight that a handle stands for, with its own input level [2]."""
+def plane_linear_by_handle(x: Tensor, handle: Tensor, biases: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    """x [..., K] times each weight that a handle stands for, each with its own input level.
+
+    `biases` is empty, or has one for each weight, which may itself be empty; `rows` are those of the weights.
+    """
+    if int(handle) not in _HELD:
+        raise RuntimeError(f"handle (={int(handle)}) stands for no weight of this process: its weight is gone")
+    tensors, forms, levels = _HELD[int(handle)]
+    if list(rows) != list(forms[::FORM_NUMBERS]):
+        raise RuntimeError(f"rows (={list(rows)}) are not those of the weights, {list(forms[::FORM_NUMBERS])}")
     outputs = []
-    for handle, bias, n, level in zip(handles, biases, rows, input_levels, strict=True):
-        if int(handle) not in _HELD:
-            raise RuntimeError(f"handle (={int(handle)}) stands for no weight of this process: its weight is gone")
-        tensors, form = _HELD[int(handle)]
-        if form[0] != n:
-            raise RuntimeError(f"rows (={n}) are not those of the weight, {form[0]}")
-        outputs += plane_linear(x, tensors, [bias], form, level)
+    for i, level in enumerate(levels):
+        weight = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
+        form = forms[i * FORM_NUMBERS : (i + 1) * FORM_NUMBERS]
+        outputs += plane_linear(x, weight, [biases[i] if biases else torch.empty(0)], form, level)
     return outputs

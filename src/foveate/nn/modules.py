@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from foveate.collect.kinds import Kind, kind_of, patches
 from foveate.errors import FoveateError
 from foveate.kernels.dispatch import ensure_loaded
-from foveate.nn.siblings import NO_BIAS, Siblings, products
+from foveate.nn.siblings import NO_BIAS, Products, Siblings
 from foveate.planes import PlaneTensor, linear
 
 _TENSORS = ("scales", "gain", "resident", "starts", "tags")
@@ -32,10 +32,7 @@ class PlaneWeight(nn.Module):
 
     def set(self, planes: PlaneTensor) -> None:
         """Take other planes of the same weight (after they moved, or were dropped)."""
-        ensure_loaded()
         self.value = planes
-        #: Stands for the planes in calls without gradients.
-        self.handle: Tensor = torch.ops.foveate.plane_handle(planes.tensors, planes.form)
         for i, plane in enumerate(planes.planes):
             self.register_buffer(f"plane{i}", plane)
         for name in _TENSORS:
@@ -70,13 +67,6 @@ class PlaneWeight(nn.Module):
         # always into the tensors that are there, which `value` holds, also where the caller asks for an exchange
         super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "handle"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.set(self.value)  # a copied handle would stand for the weight that was copied
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
@@ -105,7 +95,7 @@ class PlaneModule(nn.Module):
         self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8), persistent=False)
 
     def _needs_gradient(self, x: Tensor) -> bool:
-        return torch.is_grad_enabled() and (x.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def _product(self, x: Tensor) -> Tensor:
         bias = NO_BIAS if self.bias is None else self.bias.float()
@@ -122,26 +112,39 @@ class PlaneLinear(PlaneModule):
     """`nn.Linear`, or transformers' Conv1D, on planes.
 
     Attributes:
-        siblings: the layers that share its input, itself among them, and its place there; see `foveate.nn.siblings`.
+        alone: its product without gradients.
+        siblings: the layers that share its input, itself among them; see `foveate.nn.siblings`.
+        place: its place among them.
     """
 
     def __init__(self, weight: PlaneWeight, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         self.out_features, self.in_features = weight.shape
-        self.siblings: tuple[Siblings, int] | None = None
+        self.introduce()
+
+    def introduce(self) -> None:
+        """Begin anew without siblings, with the planes and the `input_level` that are there now."""
+        ensure_loaded()
+        self.alone = Products((self,))
+        self.siblings: Siblings | None = None
+        self.place = 0
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], in the dtype of the input."""
-        if self._needs_gradient(input) or torch.compiler.is_exporting():
+        if (torch.is_grad_enabled() and self._needs_gradient(input)) or torch.compiler.is_exporting():
             return self._product(input)
-        if self.siblings is not None and self.siblings[0].together:
-            siblings, place = self.siblings
-            return siblings.product(place, input)
-        return products(input, (self,))[0]
+        siblings = self.siblings
+        if siblings is None or not siblings.together:
+            return self.alone.of(input)[0]
+        return siblings.product(self.place, input)
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy of one layer is not to be a copy of all; a model's registry introduces the copies to each other
-        return {**self.__dict__, "siblings": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("alone", "siblings", "place")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # a copy of one layer is not to be a copy of all; a model's registry makes the copies siblings again
+        self.introduce()
 
 
 class PlaneEmbedding(PlaneModule):

@@ -16,7 +16,7 @@ from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Profile, Site, tile_levels
 from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight
-from foveate.nn.siblings import Siblings, families
+from foveate.nn.siblings import Household, Siblings, families
 from foveate.planes import shared_tags
 
 _ATTRIBUTE = "_foveate"
@@ -48,6 +48,7 @@ class Registry:
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
+        self._household = Household()
         self._bind()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,10 +70,12 @@ class Registry:
         for i, module in enumerate(self.inputs.values()):
             module.input_level = self._input_levels[2 * i : 2 * i + 2]
         linears = {site.removesuffix(":input"): m for site, m in self.inputs.items() if isinstance(m, PlaneLinear)}
+        for layer in linears.values():
+            layer.introduce()
         for layers in families(linears):
-            siblings = Siblings(layers)
+            siblings = Siblings(layers, self._household)
             for place, layer in enumerate(layers):
-                layer.siblings = (siblings, place)
+                layer.siblings, layer.place = siblings, place
 
     @property
     def profile(self) -> Profile | None:
@@ -116,6 +119,7 @@ class Registry:
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
         self.applied = (plan, second)
+        self._household.switches += 1
 
     def _check_sites(self, plan: PrecisionMap) -> None:
         if plan.sites != self.sites:

@@ -2,11 +2,13 @@
 
 The first of them that is called computes all, which quantizes the input once and costs one call. Its siblings' results
 wait on the input itself, as an attribute of that very tensor, until they are asked for: so nothing outlives the input,
-no other tensor can be mistaken for it, two threads do not meet, and a compiled graph sees plain calls. A result is only
-taken while the input and the levels are what they were.
+no other tensor can be mistaken for it, and two threads do not meet. A result is only taken while the input and the
+levels are what they were. While a graph is traced, results wait on the siblings instead, within the trace: the graph
+sees plain calls, and nothing is left when it is done.
 
 Siblings are found by name, at one parent; cross-attention, whose query has another input than its keys, is told from
-the names too, or else from the first forward pass: where another layer than usual has to begin, they part for good.
+the names too. Where results are left lying, because a name misled or because some layers are not used, they part for
+good.
 """
 
 from __future__ import annotations
@@ -37,78 +39,118 @@ FAMILIES = (
 APART = ("cross", "encoder_attn", "encdec", "encoder_attention")
 NO_BIAS = torch.empty(0)
 _WAITING = "_foveate_waiting"
+#: So many more results made for siblings and left lying than taken, and they part.
+_WASTE = 8
+
+
+class Products:
+    """x times the weights of layers that share it, in one call and without gradients.
+
+    Weights and input levels go by handle (see the op `plane_linear_by_handle`), for a compiled graph checks every
+    tensor that it is given, at every call. Where a layer's planes or its `input_level` become other tensors, another
+    one is needed; `Registry` sees to that.
+    """
+
+    def __init__(self, layers: Sequence[PlaneLinear]) -> None:
+        weights = [layer.weight.value for layer in layers]
+        tensors = [t for w in weights for t in w.tensors]
+        forms = [n for w in weights for n in w.form]
+        self.handle: Tensor = torch.ops.foveate.plane_handle(tensors, forms, [layer.input_level for layer in layers])
+        self.rows = tuple(w.rows for w in weights)
+        self.columns = weights[0].columns
+        # where biases are, for they may be exchanged; not the layers: what leads back to itself is freed late
+        self._biases = (
+            tuple(layer._parameters for layer in layers) if any(layer.bias is not None for layer in layers) else ()
+        )
+
+    def of(self, x: Tensor) -> list[Tensor]:
+        """x [..., K] -> [..., N] for each layer, in the dtype of x; raises `FoveateError` if x does not fit."""
+        # the op checks too, and a graph has one thing less to check at every call
+        if not torch.compiler.is_dynamo_compiling() and x.shape[-1] != self.columns:
+            raise FoveateError(f"x has {x.shape[-1]} columns, the weight {self.columns}")
+        biases = [NO_BIAS if bias is None else bias.float() for bias in (p.get("bias") for p in self._biases)]
+        if x.dtype == torch.float64:
+            return [y.double() for y in _multiplied(x.float(), self.handle, biases, self.rows)]
+        return _multiplied(x, self.handle, biases, self.rows)
+
+
+def _multiplied(x: Tensor, handle: Tensor, biases: list[Tensor], rows: tuple[int, ...]) -> list[Tensor]:
+    outputs: list[Tensor] = torch.ops.foveate.plane_linear_by_handle(x, handle, biases, rows)
+    return outputs
+
+
+class Household:
+    """What all siblings of a model have in common.
+
+    Attributes:
+        switches: how often levels were switched.
+        traced: within a trace, the results that wait: for whom, of which input, and for each place that is left.
+    """
+
+    def __init__(self) -> None:
+        self.switches = 0
+        self.traced: tuple[Siblings, Tensor, dict[int, Tensor]] | None = None
 
 
 class Siblings:
     """Layers that share their input.
 
     Attributes:
-        layers: in order.
-        together: whether they do; once seen not to, they never do again.
-        first: which of them begins.
+        together: whether they do; once they part, they never do again.
     """
 
-    def __init__(self, layers: tuple[PlaneLinear, ...]) -> None:
-        self.layers = layers
+    def __init__(self, layers: Sequence[PlaneLinear], household: Household) -> None:
         self.together = True
-        self.first: int | None = None
+        self._all = Products(layers)
+        self._alone = tuple(layer.alone for layer in layers)
+        self._hooks = tuple(h for layer in layers for h in (layer._forward_pre_hooks, layer._forward_hooks))
+        self._household = household
+        self._wasted = 0
 
     def product(self, place: int, x: Tensor) -> Tensor:
         """x [..., K] times the weight of the layer at `place`, without gradients."""
-        state = self._state(x)
+        if torch.compiler.is_dynamo_compiling():
+            return self._product_in_trace(place, x)
+        version = -1 if x.is_inference() else x._version
+        state = (self, version, self._household.switches)
         waiting: _Waiting | None = getattr(x, _WAITING, None)
-        if waiting is not None and waiting.of is self and waiting.state == state:
-            y = waiting.results[place]
+        if waiting is not None and waiting.state == state:
+            y = waiting.results.pop(place, None)
             if y is not None:
-                waiting.results[place] = None
+                self._wasted -= 1
+                if not waiting.results:
+                    x.__dict__.pop(_WAITING, None)  # x may be the user's, to be saved or copied
                 return y
-        if not torch.compiler.is_compiling():
-            self.together = self.first is None or self.first == place
-            self.first = place
-            if not self.together:
-                return products(x, self.layers[place : place + 1])[0]
-        results: list[Tensor | None] = [*products(x, self.layers)]
-        y, results[place] = results[place], None
-        setattr(x, _WAITING, _Waiting(self, state, results))
-        assert y is not None
+        if self._wasted > _WASTE:
+            self.together = False
+        if not self.together or (version < 0 and any(self._hooks)):
+            # an inference tensor does not tell that it was changed: a hook may have done so
+            return self._alone[place].of(x)[0]
+        results = dict(enumerate(self._all.of(x)))
+        y = results.pop(place)
+        self._wasted += len(results)
+        setattr(x, _WAITING, _Waiting(state, results))
         return y
 
-    def _state(self, x: Tensor) -> tuple[int, ...]:
-        """What changes when x or a level is written to: the levels of a model are one block each.
-
-        Inference tensors do not tell, and in a graph that is being compiled nothing is written between siblings that
-        the graph would not show.
-        """
-        if torch.compiler.is_compiling():
-            return ()
-        layer = self.layers[0]
-        watched = (x, layer.weight.value.tags, layer.input_level)
-        return tuple(-1 if t.is_inference() else t._version for t in watched)
+    def _product_in_trace(self, place: int, x: Tensor) -> Tensor:
+        """The same while torch.compile traces, which can neither read versions nor delete a tensor's attribute."""
+        traced = self._household.traced
+        if traced is not None and traced[0] is self and traced[1] is x:
+            results = traced[2]
+            y = results.pop(place, None)
+            if not results:
+                self._household.traced = None
+            return self._alone[place].of(x)[0] if y is None else y
+        results = dict(enumerate(self._all.of(x)))
+        y = results.pop(place)
+        self._household.traced = (self, x, results)
+        return y
 
 
 class _Waiting:
-    def __init__(self, of: Siblings, state: tuple[int, ...], results: list[Tensor | None]) -> None:
-        self.of = of
+    def __init__(self, state: tuple[Siblings, int, int], results: dict[int, Tensor]) -> None:
         self.state = state
         self.results = results
-
-
-def products(x: Tensor, layers: Sequence[PlaneLinear]) -> list[Tensor]:
-    """x [..., K] times the weight of each layer, in one call, without gradients.
-
-    Raises:
-        FoveateError: x does not have K columns.
-    """
-    if x.shape[-1] != layers[0].in_features:
-        raise FoveateError(f"x has {x.shape[-1]} columns, the weight {layers[0].in_features}")
-    y: list[Tensor] = torch.ops.foveate.plane_linear_by_handle(
-        x if x.dtype != torch.float64 else x.float(),
-        [layer.weight.handle for layer in layers],
-        [NO_BIAS if layer.bias is None else layer.bias.float() for layer in layers],
-        [layer.out_features for layer in layers],
-        [layer.input_level for layer in layers],
-    )
-    return y if x.dtype != torch.float64 else [one.double() for one in y]
 
 
 def families(names: Mapping[str, PlaneLinear]) -> Iterator[tuple[PlaneLinear, ...]]:

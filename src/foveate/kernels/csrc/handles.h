@@ -1,12 +1,15 @@
-// Weights by handle: a small tensor that stands for the ten tensors and the form of a weight.
+// Weights by handle: a small tensor that stands for all that a call takes besides x and biases.
 //
 // A graph that torch has compiled checks each tensor that goes into it, at every call: ten a weight are a millisecond for
-// a small model. A handle is a number that is never used again. The weight is kept until the handle's storage is freed; a
-// copy of a handle stands for the same weight as long as the first one lives, and then for none, which is an error.
+// a small model. A handle is a number that is never used again. The weights are kept, checked once, until the handle's
+// storage is freed; a copy of a handle stands for the same weights as long as the first one lives, and then for none,
+// which is an error. Levels are read through the tensors that are kept, so a switch is seen.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
+
+#include "stored.h"
 
 #include <memory>
 #include <mutex>
@@ -18,8 +21,9 @@ namespace foveate {
 namespace {
 
 struct Held {
-  std::vector<at::Tensor> tensors;
-  std::vector<int64_t> form;
+  std::vector<at::Tensor> tensors;       // what `weights` points into
+  std::vector<Weight> weights;           // with the tags of map 0
+  std::vector<at::Tensor> input_levels;  // one a weight
 };
 
 struct Shelf {
@@ -34,8 +38,15 @@ Shelf& shelf() {
   return *one;
 }
 
-at::Tensor plane_handle(at::TensorList weight, at::IntArrayRef form) {
-  auto held = std::make_shared<const Held>(Held{weight.vec(), form.vec()});
+at::Tensor plane_handle(at::TensorList weights, at::IntArrayRef forms, at::TensorList input_levels) {
+  Held made{weights.vec(), {}, input_levels.vec()};
+  TORCH_CHECK(forms.size() == input_levels.size() * kForm, "there are ", input_levels.size(), " input levels, and ", forms.size(),
+              " numbers of forms, not ", kForm, " an input level");
+  for (size_t i = 0; i < input_levels.size(); ++i) {
+    check_input_level(input_levels[i]);
+    made.weights.push_back(weight_of(weights, forms, i, 0));
+  }
+  auto held = std::make_shared<const Held>(std::move(made));
   Shelf& all = shelf();
   const std::unique_lock<std::shared_mutex> lock(all.mutex);
   const int64_t number = ++all.last;

@@ -220,14 +220,7 @@ void float_pass(const Pass& pass, const Tensor& x, const Tensor* order, const st
   }
 }
 
-void check_input_level(const Tensor& input_level) {
-  check_vector(input_level, at::kByte, "input_level");
-  TORCH_CHECK(input_level.numel() == 2, "input_level has ", input_level.numel(), " values, not 2");
-}
-
 bool same_levels(const Tensor& a, const Tensor& b) {
-  check_input_level(a);
-  check_input_level(b);
   return std::equal(a.const_data_ptr<uint8_t>(), a.const_data_ptr<uint8_t>() + 2, b.const_data_ptr<uint8_t>());
 }
 
@@ -237,35 +230,30 @@ int input_level_of(const Tensor& input_level, int map) {
   return level;
 }
 
-std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList biases, at::IntArrayRef forms,
-                                 const Tensor& input_level, const std::optional<Tensor>& choice,
-                                 const std::optional<Tensor>& order) {
-  const size_t count = biases.size();
-  TORCH_CHECK(tensors.size() == count * kTensors, "there are ", count, " biases, and ", tensors.size(), " tensors of weights, not ",
-              kTensors, " a bias");
+void set_bias(Weight& w, const Tensor& bias) {
+  if (bias.numel() == 0) return;
+  check_vector(bias, at::kFloat, "a bias");
+  TORCH_CHECK(bias.numel() == w.rows, "a bias has ", bias.numel(), " values, not ", w.rows);
+  w.bias = bias.const_data_ptr<float>();
+}
+
+// x times weights that share it, with their biases set and the tags of map 0.
+std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights, const Tensor& input_level,
+                             const std::optional<Tensor>& choice, const std::optional<Tensor>& order) {
+  const size_t count = weights.size();
   TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
   type_of(x);
   const int64_t columns = x.size(-1);
   const int64_t m = columns ? x.numel() / columns : c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
   Tensor x_MK = x.dim() == 2 ? x : x.reshape({m, columns});
   if (x_MK.stride(1) != 1) x_MK = x_MK.contiguous();
-  check_input_level(input_level);
 
-  std::vector<Weight> weights;
   std::vector<Tensor> outputs;
-  weights.reserve(count);
   outputs.reserve(count);
   auto shape = x.sizes().vec();
-  for (size_t i = 0; i < count; ++i) {
-    weights.push_back(weight_of(tensors, forms, i, 0));
-    Weight& w = weights.back();
+  for (const Weight& w : weights) {
     TORCH_CHECK(w.columns == columns, "x has ", columns, " columns, the weight ", w.columns);
     TORCH_CHECK(w.group == weights[0].group, "weights that share an input have groups of ", weights[0].group, " and of ", w.group);
-    if (biases[i].numel()) {
-      check_vector(biases[i], at::kFloat, "a bias");
-      TORCH_CHECK(biases[i].numel() == w.rows, "a bias has ", biases[i].numel(), " values, not ", w.rows);
-      w.bias = biases[i].const_data_ptr<float>();
-    }
     shape.back() = w.rows;
     outputs.push_back(at::empty(shape, x.options()));
   }
@@ -306,29 +294,50 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
   return outputs;
 }
 
-// The products of several modules with one x: those of one input level in one call.
-std::vector<Tensor> plane_linear_by_handle(const Tensor& x, TensorList handles, TensorList biases, at::IntArrayRef rows,
-                                           TensorList input_levels) {
-  const size_t count = handles.size();
-  TORCH_CHECK(biases.size() == count && rows.size() == count && input_levels.size() == count,
-              "every list must have one entry a weight: there are ", count, " handles");
+std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList biases, at::IntArrayRef forms,
+                                 const Tensor& input_level, const std::optional<Tensor>& choice,
+                                 const std::optional<Tensor>& order) {
+  const size_t count = biases.size();
+  TORCH_CHECK(tensors.size() == count * kTensors, "there are ", count, " biases, and ", tensors.size(), " tensors of weights, not ",
+              kTensors, " a bias");
+  check_input_level(input_level);
+  std::vector<Weight> weights;
+  weights.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    weights.push_back(weight_of(tensors, forms, i, 0));
+    set_bias(weights.back(), biases[i]);
+  }
+  return multiply(x, weights, input_level, choice, order);
+}
+
+// The products of the weights of a handle with one x: those of one input level in one go.
+std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle, TensorList biases, at::IntArrayRef rows) {
+  const std::shared_ptr<const Held> held = held_by(handle);
+  std::vector<Weight> weights = held->weights;
+  const std::vector<Tensor>& levels = held->input_levels;
+  const size_t count = weights.size();
+  TORCH_CHECK(rows.size() == count, "there are ", count, " weights, and rows of ", rows.size());
+  TORCH_CHECK(biases.empty() || biases.size() == count, "there are ", count, " weights, and ", biases.size(), " biases");
+  bool alike = true;
+  for (size_t i = 0; i < count; ++i) {
+    TORCH_CHECK(weights[i].rows == rows[i], "rows (=", rows[i], ") are not those of the weight, ", weights[i].rows);
+    if (!biases.empty()) set_bias(weights[i], biases[i]);
+    alike = alike && same_levels(levels[0], levels[i]);
+  }
+  if (count == 0) return {};
+  if (alike) return multiply(x, weights, levels[0], std::nullopt, std::nullopt);
   std::vector<Tensor> outputs(count);
   for (size_t first = 0; first < count; ++first) {
     if (outputs[first].defined()) continue;
-    std::vector<Tensor> tensors, some_biases;
-    std::vector<int64_t> forms;
+    std::vector<Weight> some;
     std::vector<size_t> places;
     for (size_t i = first; i < count; ++i) {
-      if (outputs[i].defined() || !same_levels(input_levels[first], input_levels[i])) continue;
-      const std::shared_ptr<const Held> held = held_by(handles[i]);
-      TORCH_CHECK(held->form[0] == rows[i], "rows (=", rows[i], ") are not those of the weight, ", held->form[0]);
-      tensors.insert(tensors.end(), held->tensors.begin(), held->tensors.end());
-      forms.insert(forms.end(), held->form.begin(), held->form.end());
-      some_biases.push_back(biases[i]);
+      if (outputs[i].defined() || !same_levels(levels[first], levels[i])) continue;
+      some.push_back(weights[i]);
       places.push_back(i);
     }
-    std::vector<Tensor> some = plane_linear(x, tensors, some_biases, forms, input_levels[first], std::nullopt, std::nullopt);
-    for (size_t i = 0; i < places.size(); ++i) outputs[places[i]] = std::move(some[i]);
+    std::vector<Tensor> found = multiply(x, some, levels[first], std::nullopt, std::nullopt);
+    for (size_t i = 0; i < places.size(); ++i) outputs[places[i]] = std::move(found[i]);
   }
   return outputs;
 }

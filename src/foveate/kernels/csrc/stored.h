@@ -21,6 +21,11 @@ void check_vector(const Tensor& t, at::ScalarType type, const char* name) {
   TORCH_CHECK(t.device().is_cpu(), name, " is on device (=", t.device(), "), not the CPU");
 }
 
+void check_input_level(const Tensor& input_level) {
+  check_vector(input_level, at::kByte, "input_level");
+  TORCH_CHECK(input_level.numel() == 2, "input_level has ", input_level.numel(), " values, not 2");
+}
+
 constexpr size_t kTensors = kPlanes + 5;  // planes, scales, gain, starts, resident, tags
 constexpr size_t kForm = 4;               // rows, columns, inputs a group, reach
 

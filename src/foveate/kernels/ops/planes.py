@@ -7,8 +7,8 @@ meaning of the arguments.
 
 Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum
 of dy, planes get none. `plane_linear_no_grad` is `plane_linear` for calls that need none: autograd's part of a custom
-op is Python and takes longer than a small product. `plane_linear_by_handle` is that for modules: each weight is one
-small tensor, made by `plane_handle`, and has an input level of its own; those of one level share a call.
+op is Python and takes longer than a small product. `plane_linear_by_handle` is that for modules: weights that
+share an input, and the input level of each, are one small tensor, made by `plane_handle`.
 """
 
 from __future__ import annotations
@@ -56,18 +56,14 @@ for _name in ("plane_linear", "plane_linear_no_grad"):
 
 
 # Inference by handle: a compiled graph checks every tensor that goes into it, at each call, and a weight has ten.
-LIBRARY.define("plane_handle(Tensor[] weight, int[] form) -> Tensor")
-LIBRARY.define(
-    "plane_linear_by_handle(Tensor x, Tensor[] handles, Tensor[] biases, int[] rows, Tensor[] input_levels) -> Tensor[]"
-)
+LIBRARY.define("plane_handle(Tensor[] weights, int[] forms, Tensor[] input_levels) -> Tensor")
+LIBRARY.define("plane_linear_by_handle(Tensor x, Tensor handle, Tensor[] biases, int[] rows) -> Tensor[]")
 LIBRARY.impl("plane_handle", reference.plane_handle, "CompositeExplicitAutograd")
 LIBRARY.impl("plane_linear_by_handle", reference.plane_linear_by_handle, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("foveate::plane_linear_by_handle", lib=LIBRARY)
-def _by_handle_fake(
-    x: Tensor, handles: Sequence[Tensor], biases: Sequence[Tensor], rows: Sequence[int], input_levels: Sequence[Tensor]
-) -> list[Tensor]:
+def _by_handle_fake(x: Tensor, handle: Tensor, biases: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], n) for n in rows]
 
 
