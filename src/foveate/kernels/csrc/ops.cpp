@@ -3,10 +3,8 @@
 //
 // Shapes are checked as a call comes in (stored.h), what the tile index says by the kernels as they read it.
 //
-// Work is (weight, strip) pairs of all weights of the list, times chunks of rows where strips are few. Threads take runs
-// of them from one counter, long runs first: streams stay long, and a thread that the machine holds up holds up nobody.
+// Work is (weight, strip) pairs of all weights of the list, times chunks of rows where strips are few; share.h hands it out.
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -22,6 +20,7 @@
 
 #include "handles.h"
 #include "planes.h"
+#include "share.h"
 #include "stored.h"
 
 namespace foveate {
@@ -31,7 +30,6 @@ using at::Tensor;
 using at::TensorList;
 
 constexpr int64_t kRowChunk = 256;
-constexpr int64_t kParallelFrom = 1 << 17;  // products of a weight and an input below which one thread is faster
 
 const Kernels* find_kernels(const std::string& name) {
   const Kernels* const all[] = {avx512_kernels(), avx2_kernels(), portable_kernels()};
@@ -71,29 +69,6 @@ struct Faults {
     TORCH_CHECK_INDEX(fault != Fault::kOrder, "order has an index outside the columns of x");
   }
 };
-
-// Calls run(begin, end) for runs of [0, count), whose ends are multiples of `least`, until all are taken.
-template <class Run>
-void share(int64_t count, int64_t least, bool parallel, const Run& run) {
-  if (!parallel) {
-    run(0, count);
-    return;
-  }
-  const int64_t threads = at::get_num_threads();
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    int64_t begin = next.load(std::memory_order_relaxed);
-    while (begin < count) {
-      const int64_t fair = (count - begin) / (2 * threads) / least * least;
-      const int64_t end = std::min(count, begin + std::max(least, fair));
-      if (!next.compare_exchange_weak(begin, end)) continue;
-      run(begin, end);
-      begin = next.load(std::memory_order_relaxed);
-    }
-  });
-}
-
-bool worth_threads(int64_t work) { return work >= kParallelFrom && at::get_num_threads() > 1 && !at::in_parallel_region(); }
 
 Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {

@@ -65,7 +65,12 @@ struct Walk {
   void begin(int64_t strip) {
     resident = w.resident + strip * w.groups;
     tags = w.tags + strip * w.groups;
-    for (int i = 0; i < 6; ++i) at[i] = bytes[i] * static_cast<uint64_t>(w.starts[strip * 6 + i]);
+    const int64_t* starts = w.starts + strip * 6;
+    for (int i = 0; i < 6; ++i) at[i] = bytes[i] * static_cast<uint64_t>(starts[i]);
+    // the next strips' index: little, but each line of it would be waited for
+    prefetch(resident, 64 + 2 * w.groups);
+    prefetch(tags, 64 + 2 * w.groups);
+    prefetch(starts, 64 + 2 * 48);
     bool unread = false, tags_differ = false, stored_differ = false;
     for (int64_t group = 0; group < w.groups; ++group) {
       unread |= tags[group] < resident[group];

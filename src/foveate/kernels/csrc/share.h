@@ -1,0 +1,95 @@
+// One call's work, shared among threads.
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace foveate {
+namespace {
+
+constexpr int64_t kParallelFrom = 1 << 17;  // products of a weight and an input below which one thread is faster
+
+// Runs of [0, count), one a thread. A thread takes a little at a time from the front of its own, so that its stream from
+// memory goes on; when that is done, it takes the back half of the longest that is left: one that the machine holds up
+// holds up nobody. A run is one word, begin and end, so that both change at once.
+class Runs {
+ public:
+  Runs(int64_t count, int64_t least, int64_t threads) : least_(least), runs_(static_cast<size_t>(threads)) {
+    int64_t begin = 0;
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t end = i + 1 == threads ? count : count / least * (i + 1) / threads * least;
+      runs_[static_cast<size_t>(i)].word = word(begin, end);
+      begin = end;
+    }
+  }
+
+  // The next piece for a thread; false when nothing is left.
+  bool take(int64_t thread, int64_t& begin, int64_t& end) {
+    std::atomic<uint64_t>& own = runs_[static_cast<size_t>(thread)].word;
+    for (;;) {
+      uint64_t now = own.load(std::memory_order_relaxed);
+      while (left(now) > 0) {
+        begin = first(now);
+        end = std::min(last(now), begin + std::max(least_, left(now) / 8 / least_ * least_));
+        if (own.compare_exchange_weak(now, word(end, last(now)))) return true;
+      }
+      if (!steal(own)) return false;
+    }
+  }
+
+ private:
+  struct alignas(64) Run {  // a cache line each
+    std::atomic<uint64_t> word{0};
+  };
+
+  static uint64_t word(int64_t begin, int64_t end) { return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end); }
+  static int64_t first(uint64_t word) { return static_cast<int64_t>(word >> 32); }
+  static int64_t last(uint64_t word) { return static_cast<int64_t>(word & 0xFFFFFFFFu); }
+  static int64_t left(uint64_t word) { return last(word) - first(word); }
+
+  // What was taken of a run is never in a run again, so a word that is still there is still true.
+  bool steal(std::atomic<uint64_t>& own) {
+    for (;;) {
+      Run* longest = nullptr;
+      uint64_t most = 0;
+      for (Run& run : runs_) {
+        const uint64_t seen = run.word.load(std::memory_order_relaxed);
+        if (left(seen) > left(most)) longest = &run, most = seen;
+      }
+      if (!longest) return false;
+      const int64_t middle = first(most) + left(most) / 2 / least_ * least_;
+      if (!longest->word.compare_exchange_strong(most, word(first(most), middle))) continue;
+      own.store(word(middle, last(most)), std::memory_order_relaxed);
+      return true;
+    }
+  }
+
+  const int64_t least_;
+  std::vector<Run> runs_;
+};
+
+// Calls run(begin, end) for pieces of [0, count), which begin at multiples of `least`, until all are done.
+template <class Each>
+void share(int64_t count, int64_t least, bool parallel, const Each& run) {
+  if (!parallel) {
+    run(0, count);
+    return;
+  }
+  const int64_t threads = at::get_num_threads();
+  TORCH_CHECK(count < int64_t{1} << 32, "a weight's strips times chunks of rows (=", count, ") are more than 2^32");
+  Runs runs(count, least, threads);
+  at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t thread_end) {
+    int64_t begin, end;
+    for (; thread < thread_end; ++thread)
+      while (runs.take(thread, begin, end)) run(begin, end);
+  });
+}
+
+bool worth_threads(int64_t work) { return work >= kParallelFrom && at::get_num_threads() > 1 && !at::in_parallel_region(); }
+
+}  // namespace
+}  // namespace foveate
