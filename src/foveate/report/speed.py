@@ -82,10 +82,12 @@ def speed_plot(turns: Sequence[Mapping[str, Any]], rows: int = 1) -> str:
     values = [p.time for p in every] + [p.limit for p in ours]
     axes = Axes([1.9, TOP_BITS + 0.9], values)
     parts = [grid(axes, "bits a weight", f"time with {rows} row{'s' * (rows != 1)} of x (memory at 8 bits: 1)")]
-    for p in across:
+    lowest = float("inf")
+    for p in sorted(across, key=lambda p: p.time):
         y = axes.y(p.time)
+        lowest = min(y - 5, lowest - _LABEL_HEIGHT)
         parts.append(f'<line class="across" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_name("across-name", WIDTH - RIGHT, y - 5, p.name, "end"))
+        parts.append(_name("across-name", WIDTH - RIGHT, lowest, p.name, "end"))
     parts.append(_line("limit", [(axes.x(p.bits), axes.y(p.limit)) for p in ours]))
     parts.append(_line("ours", [(axes.x(p.bits), axes.y(p.time)) for p in ours]))
     parts += [_dot(axes, p) for p in ours]

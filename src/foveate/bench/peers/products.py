@@ -6,7 +6,7 @@ round, with ours at every level and the machine's read bandwidth beside it.
 
 `time_over_<form>_m<M>` is our time over theirs, at our level of as many bits (at 8 bits where theirs has more): under
 one, ours is faster. `share_<form>` is bytes of weights over time over bandwidth, for one row. Each library stores what
-it stores: bytes of a product are in the rounds.
+it stores: bytes of a product are in the rounds. Our inputs have 8 bits, as those of dynamic int8; all others are exact.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Ours:
             layers = nn.Sequential(*(nn.Linear(sizes.width, sizes.width, bias=False) for _ in range(count)))
         self.layers = layers
         registry = registry_of(on_random_planes(layers))
-        self.maps = {level: uniform(registry.sites, level) for level in NESTED_LEVELS}
+        self.maps = {level: uniform(registry.sites, level, input_level=8) for level in NESTED_LEVELS}
         self.count = count
 
     def bytes_each(self, level: int) -> int:
