@@ -34,7 +34,7 @@ from foveate.formats.levels import GAINED_LEVELS, code_range, code_step
 from foveate.formats.packing import check_group
 
 # Inputs from which each row has gains of its own.
-_ROW_GAINS_FROM = 256
+_ROW_GAINS_FROM = 1024
 
 CLIP = 4.0 + 96.0  # the weight of the error at 6 bits and at 8 bits, where that of 4 bits is 1
 NOISE = (4.0 / 4**2 + 96.0 / 4**4) / 12
@@ -103,9 +103,43 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         _round_rows(w_NK[part].float(), importance_K, group, codes[:, part], grids[:, part], gain_2N[:, part])
-    if columns < _ROW_GAINS_FROM:
-        gain_2N = gain_2N.float().square().mean(1, keepdim=True).sqrt().half()
-    return Rounded(codes[0], codes[1], grids[0], grids[1], gain_2N, group)
+    return Rounded(codes[0], codes[1], grids[0], grids[1], _one_if_narrow(gain_2N, columns), group)
+
+
+def restoring_gains(w_NK: Tensor, anchor_NK: Tensor, rounded: Rounded, input_energy_K: Tensor) -> Tensor:
+    """The gains that other codes on the same grids need, float16 [2, N] or [2, 1] as `Rounded` has them.
+
+    Args:
+        w_NK: the weight, floating point [N, K].
+        anchor_NK: the 4-bit codes.
+        rounded: whose grids they are on.
+        input_energy_K: as `round_weight` takes it.
+    """
+    rows, columns = w_NK.shape
+    importance_K = _importance(input_energy_K, w_NK)
+    gain_2N = w_NK.new_empty(len(GAINED_LEVELS), rows, dtype=torch.float16)
+    chunk = max(1, _CHUNK // columns)
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        w_gR, root_gR = _in_groups(w_NK[part].float(), importance_K, rounded.group)
+        anchor_gR, _ = _in_groups(anchor_NK[part].float(), importance_K, rounded.group)
+        scale_R, offset_R = (t[part].float().view(-1) for t in (rounded.scale, rounded.offset))
+        gain_2N[:, part] = _gains(w_gR - offset_R, anchor_gR, scale_R, root_gR, len(w_NK[part]))
+    return _one_if_narrow(gain_2N, columns)
+
+
+def _one_if_narrow(gain_2N: Tensor, columns: int) -> Tensor:
+    return gain_2N if columns >= _ROW_GAINS_FROM else gain_2N.float().square().mean(1, keepdim=True).sqrt().half()
+
+
+def _in_groups(t_nK: Tensor, importance_K: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Rows with a group as a column, [g, R], so that rows are long and vectorize; and the root of each importance.
+
+    Padding repeats a weight, and has no importance.
+    """
+    missing = -t_nK.shape[1] % group
+    t_gR = functional.pad(t_nK, (0, missing), mode="replicate").view(-1, group).t().contiguous()
+    return t_gR, functional.pad(importance_K.sqrt(), (0, missing)).view(-1, group).t().repeat(1, len(t_nK))
 
 
 def _check_weight(w_NK: Tensor) -> None:
@@ -139,10 +173,7 @@ def _importance(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
 def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_2n: Tensor) -> None:
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
-    missing = -columns % group
-    # A group is a column, so that rows are long and vectorize. Padding repeats a weight, and has no importance.
-    w_gR = functional.pad(w_nK, (0, missing), mode="replicate").view(-1, group).t().contiguous()
-    root_gR = functional.pad(importance_K.sqrt(), (0, missing)).view(-1, group).t().repeat(1, rows)
+    w_gR, root_gR = _in_groups(w_nK, importance_K, group)
     scale_R, offset_R = _search(w_gR, root_gR)
 
     from_offset_gR = w_gR - offset_R

@@ -3,9 +3,9 @@
     S_tile(level) = 1/2 sum over the tile's weights of F_ij (w_ij - w_ij(level))^2
 
 in the objective's unit for one sample (nats a token for a language model), so that the sum over a map's tiles predicts
-its KL. See `foveate.collect.statistics` for F. Where the covariance H of the inputs is known, the tiles of a weight are
-scaled together so that their sum is the whole quadratic form, 1/2 sum_i G_i dW_i H dW_i^T: rounding with error feedback
-makes errors that cancel each other, which a sum of squares does not see.
+its KL. See `foveate.collect.statistics` for F. Where the covariance H of the inputs is known, the groups of each row
+are scaled together so that their sum is the row's whole quadratic form, 1/2 G_i dW_i H dW_i^T: rounding with error
+feedback makes errors that cancel each other, which a sum of squares does not see.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
     energies_NG = torch.einsum("ngk,gk->ng", grouped(squares_NK), grouped(fisher.energy_K)).double()
     losses_NG = energies_NG * fisher.gradient_N.double()[:, None]
     if fisher.covariance_KK is not None:
-        together_N = (error_NK @ fisher.covariance_KK).mul_(error_NK).sum(1, dtype=torch.float64)
-        whole = (together_N.clamp_min(0) * fisher.gradient_N.double()).sum()
-        losses_NG = losses_NG * (whole / losses_NG.sum().clamp_min(torch.finfo(torch.float64).tiny))
+        together_N = (error_NK @ fisher.covariance_KK).mul_(error_NK).sum(1, dtype=torch.float64).clamp_min(0)
+        apart_N = losses_NG.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        losses_NG = losses_NG * (together_N * fisher.gradient_N.double() / apart_N)[:, None]
     return losses_NG
 
 
