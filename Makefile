@@ -27,13 +27,14 @@ bench: $(VENV)/.installed
 	mkdir -p bench-out
 	for name in $(BENCHES); do $(BIN)/foveate bench $$name --out bench-out/$$name.json || exit 1; done
 
-# Other libraries, each in an environment of its own (about 5 GB under ~/.cache/foveate; llama.cpp is compiled: ten
+# Other libraries, each in an environment of its own (about 8 GB under ~/.cache/foveate; llama.cpp is compiled: ten
 # minutes the first time). One that cannot be made is left out, and the results say so.
 bench-peers: $(VENV)/.installed
 	-$(BIN)/python -m foveate.bench.peers
 	mkdir -p bench-out
 	$(BIN)/foveate bench peers --out bench-out/peers.json --plot bench-out/peers.svg
 	$(BIN)/foveate bench decode --out bench-out/decode.json
+	$(BIN)/foveate bench quality --peers --out bench-out/quality_peers.json
 
 clean:
 	rm -rf $(VENV) demo-out bench-out

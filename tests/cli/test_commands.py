@@ -241,7 +241,7 @@ def test_a_folder_that_is_missing_or_damaged(run: Run, folder: Path, tmp_path: P
 
 
 def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(name: str) -> dict[str, Any]:
+    def fake(name: str, peers: bool) -> dict[str, Any]:
         return {"name": name, "figures": {"bytes_moved": 0.0, "unknown": float("nan")}}
 
     monkeypatch.setattr("foveate.bench.run", fake)
@@ -255,7 +255,7 @@ def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.M
 def test_bench_draws_peers_and_nothing_else(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = {"bits": 8, "bytes": 10, "rows": 1, "seconds": 1.0, "bandwidth": 12.0}
     rounds = [turn | {"form": form} for form in ("foveate 4", "foveate 8", "a peer")]
-    monkeypatch.setattr("foveate.bench.run", lambda name: {"name": name, "figures": {}, "rounds": rounds})
+    monkeypatch.setattr("foveate.bench.run", lambda name, peers: {"name": name, "figures": {}, "rounds": rounds})
     file = tmp_path / "speed.svg"
     assert run("bench", "peers", "--plot", file).exit_code == 0
     assert "a peer" in file.read_text()

@@ -16,22 +16,26 @@ from foveate.bench.result import as_table as as_table
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "quality", "decode", "peers")
+NAMES = ("kernels", "switch", "load", "quality", "inputs", "decode", "peers")
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, peers: bool = False) -> dict[str, Any]:
     """Run one benchmark with its default sizes.
 
     Args:
         name: one of `NAMES`.
+        peers: of quality, whether to measure other libraries beside ours at equal bytes instead.
 
     Returns:
         The object described at the head of this file.
 
     Raises:
-        FoveateError: there is no such benchmark.
+        FoveateError: there is no such benchmark, or it has no peers.
         MissingExtraError: it needs a package that is not installed; the message says what to install.
     """
     if name not in NAMES:
         raise FoveateError(f"benchmark (={name!r}) is not one of {', '.join(NAMES)}")
-    return finished(name, import_module(f"foveate.bench.{name}").measure())
+    if peers and name != "quality":
+        raise FoveateError(f"peers of {name}: only quality is measured beside other libraries on request")
+    module = "quality_peers" if peers else name
+    return finished(module, import_module(f"foveate.bench.{module}").measure())

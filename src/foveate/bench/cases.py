@@ -184,11 +184,13 @@ def babyllama105(folder: Path, share: float = 1.0) -> Case:
     return _llama("babyllama105", path, seen, held_out)
 
 
-def mixed_llama(folder: Path, share: float = 1.0) -> Case:
-    """A Llama of 7 M weights, width 256, on five kinds of text."""
+def mixed_llama(
+    folder: Path, share: float = 1.0, calibration: Sequence[str] = TEXTS, evaluation: Sequence[str] = TEXTS
+) -> Case:
+    """A Llama of 7 M weights, width 256, on five kinds of text, or some of them."""
     path = folder / "lm"
-    seen = _windows([path / f"calibration_{t}_tokens.npy" for t in TEXTS], 256, _some(16, share), 8)
-    held_out = _windows([path / f"eval_{t}_tokens.npy" for t in TEXTS], 256, _some(8, share), 8)
+    seen = _windows([path / f"calibration_{t}_tokens.npy" for t in calibration], 256, _some(16, share), 8)
+    held_out = _windows([path / f"eval_{t}_tokens.npy" for t in evaluation], 256, _some(8, share), 8)
     return _llama("lm", path, seen, held_out)
 
 

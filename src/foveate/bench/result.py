@@ -128,6 +128,8 @@ def as_table(result: Mapping[str, Any]) -> list[list[str]]:
     """A benchmark's result for a person: rows of cells, the header first."""
     if result["name"] == "quality":
         return _quality_table(result["rounds"])
+    if result["name"] == "quality_peers":
+        return _peers_table(result)
     return [["figure", "value"], *([name, f"{value:.4g}"] for name, value in result["figures"].items())]
 
 
@@ -148,4 +150,16 @@ def _quality_table(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
                 f"{r['agreement']:.2%}",
             ]
         )
+    return rows
+
+
+def _peers_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """Every peer's setting beside ours at its bytes, then the figures."""
+    header = ["model", "point", "peer", "bits", "its divergence", "ours", "ours over its"]
+    rows = [header]
+    for r in (r for r in result["rounds"] if "peer" in r):
+        setting = f"{r['peer']} {r['setting']}"
+        numbers = [f"{r['bits']:.2f}", f"{r['divergence']:.3g}", f"{r['ours_divergence']:.3g}", f"{r['ratio']:.2f}"]
+        rows.append([r["model"], r["point"], setting, *numbers])
+    rows += [[name, "", "", "", "", "", f"{value:.4g}"] for name, value in result["figures"].items()]
     return rows

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from foveate.cli import allocate, evaluate, generate, inspect, quantize, report
+from foveate.cli import allocate, audit, evaluate, generate, inspect, quantize, report
 from foveate.cli.console import emit, figures_table, show
 from foveate.cli.options import Json
 from foveate.errors import CheckpointError, FoveateError
@@ -84,6 +84,7 @@ app.command("quantize")(quantize.quantize)
 app.command("allocate")(allocate.allocate)
 app.command("inspect")(inspect.inspect)
 app.command("eval")(evaluate.evaluate)
+app.command("audit")(audit.audit)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 
@@ -109,6 +110,9 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Of the benchmark peers: also draw time against bits, an SVG file.")
     ] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Of the benchmark quality: other libraries beside ours at equal bytes.")
+    ] = False,
     json_output: Json = False,
 ) -> None:
     """Run a benchmark and print its figures, the machine and the raw rounds."""
@@ -120,7 +124,7 @@ def bench(
             raise CheckpointError(f"{file.parent} is not a folder to write {file.name} into")
     if plot is not None and name != "peers":
         raise FoveateError(f"--plot draws what the benchmark peers measures, not {name}")
-    found = benchmarks.run(name)
+    found = benchmarks.run(name, peers)
     text = emit(found, out)
     if plot is not None:
         plot.write_text(speed_plot(found["rounds"]), encoding="utf-8")

@@ -38,6 +38,7 @@ class Environment:
         name: what figures and commands call it.
         requirements: pinned, as pip takes them.
         from_source: packages of `requirements` to compile here, so that they use this machine's instructions.
+        alone: pinned, installed last and without what they ask for: they would bring another torch, for GPUs.
         variables: of the environment that pip runs in.
     """
 
@@ -45,11 +46,13 @@ class Environment:
     requirements: tuple[str, ...]
     from_source: tuple[str, ...] = ()
     variables: tuple[tuple[str, str], ...] = ()
+    alone: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
         """Where it is, or will be."""
-        held = repr((self.requirements, self.from_source, self.variables, sys.version_info[:2]))
+        asked = (self.requirements, self.from_source, self.variables, sys.version_info[:2])
+        held = repr((*asked, self.alone) if self.alone else asked)
         return cache_folder() / "peers" / f"{self.name}-{hashlib.sha256(held.encode()).hexdigest()[:12]}"
 
     @property
@@ -75,6 +78,33 @@ ENVIRONMENTS: dict[str, Environment] = {
         Environment("torchao", ("torchao==0.18.0", _TORCH, "numpy==2.2.6")),
         Environment("quanto", ("optimum-quanto==0.2.7", _TORCH, "numpy==2.2.6")),
         Environment("hqq", ("hqq==0.2.8.post1", _TORCH, "numpy==2.2.6")),
+        Environment("auto-round", ("auto-round==0.16.1", _TORCH, "transformers==5.23.0", "numpy==2.4.6")),
+        Environment(
+            "gptqmodel",
+            (
+                _TORCH,
+                "torchao==0.18.0",
+                "transformers==5.23.0",
+                "accelerate==1.15.0",
+                "datasets==5.2.0",
+                "numpy==2.4.6",
+                "setuptools==84.2.1",
+                "wheel==0.48.0",
+                "threadpoolctl==3.8.0",
+                "device-smi==0.5.7",
+                "protobuf==7.36.2",
+                "pillow==13.0.0",
+                "pypcre==0.6.4",
+                "tokenicer==0.0.14",
+                "logbar==0.4.15",
+                "defuser==0.0.28",
+                "ninja==1.13.2",
+                "requests==2.34.2",
+                "maturin==1.16.0",
+            ),
+            variables=(("BUILD_CUDA_EXT", "0"),),
+            alone=("gptqmodel==7.7.0",),
+        ),
     )
 }
 
@@ -106,10 +136,11 @@ def _steps(environment: Environment, new: Path) -> list[list[str]]:
     # without pip's cache, in which there may be a wheel that was compiled with other flags, or for another machine
     source = ["--no-cache-dir", "--no-binary", ",".join(environment.from_source)] if environment.from_source else []
     python = str(new / environment.python.relative_to(environment.folder))
-    return [
-        [sys.executable, "-m", "venv", str(new)],
-        [python, "-m", "pip", "install", "--disable-pip-version-check", *source, *environment.requirements],
-    ]
+    install = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    steps = [[sys.executable, "-m", "venv", str(new)], [*install, *source, *environment.requirements]]
+    if environment.alone:
+        steps.append([*install, "--no-build-isolation", "--no-deps", *environment.alone])
+    return steps
 
 
 def _run(command: list[str], environment: Environment, output: int, log_file: Path) -> None:

@@ -1,0 +1,119 @@
+"""The layers that are compared: their weights, second moments of their inputs, and how weights get into a model.
+
+Legend: N rows and K inputs of a weight; M rows of inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from foveate.collect.kinds import Found, Kind, find_weights, kind_of, patches, weight_matrix
+from foveate.collect.objectives import Objective, run
+from foveate.formats.levels import TOP_LEVEL
+from foveate.nn.quantize import group_for
+from foveate.planes import from_codes
+from foveate.rounding import round_weight
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The weights that are compared, by the name of their module.
+
+    Attributes:
+        weights: float32 [N, K].
+        moments: E[x x^T] of their inputs over the calibration data, float32 [K, K].
+        left: names of modules that neither side quantizes.
+    """
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    left: tuple[str, ...]
+
+    @property
+    def count(self) -> int:
+        """Weights in all."""
+        return sum(w.numel() for w in self.weights.values())
+
+
+def share_embeddings(model: nn.Module) -> list[Found]:
+    """Put embeddings at our 8 bits, in place, as both sides have them; returns the weights that are to be compared."""
+    compared = []
+    for found in find_weights(model):
+        if any(kind_of(m) is Kind.EMBEDDING for m in found.modules):
+            weight = cast(nn.Parameter, found.modules[0].weight)
+            group = group_for(weight.shape[1])
+            r = round_weight(weight, group=group)
+            planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=group, reach=r.reach)
+            planes.tags.fill_(TOP_LEVEL)
+            weight.data.copy_(planes.dequantize())
+        else:
+            compared.append(found)
+    return compared
+
+
+def look(model: nn.Module, compared: Sequence[Found], batches: Sequence[Any], objective: Objective) -> Layers:
+    """Run the calibration data and keep the second moments of the inputs of every layer that the output depends on."""
+    sums: dict[str, Tensor] = {}
+    rows: dict[str, int] = {}
+
+    def hook(name: str) -> Any:
+        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].detach()
+            if kind_of(module) is Kind.CONV:
+                x_MK = patches(cast(nn.Conv2d, module), x)[:, 0].transpose(1, 2).flatten(0, 1)
+            else:
+                x_MK = x.flatten(0, -2)
+            seen = x_MK.t() @ x_MK
+            sums[name] = sums[name] + seen.double() if name in sums else seen.double()
+            rows[name] = rows.get(name, 0) + len(x_MK)
+
+        return see
+
+    matters = _that_matter(model, compared, batches[0], objective)
+    usable = [f for f in matters if getattr(f.modules[0], "groups", 1) == 1]
+    hooks = [f.modules[0].register_forward_pre_hook(hook(f.names[0])) for f in usable]
+    with torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    for handle in hooks:
+        handle.remove()
+    reached = [f for f in usable if f.names[0] in sums]
+    return Layers(
+        {f.names[0]: weight_matrix(f.modules[0]).clone() for f in reached},
+        {name: (total / rows[name]).float() for name, total in sums.items()},
+        tuple(f.names[0] for f in compared if f.names[0] not in sums),
+    )
+
+
+def _that_matter(model: nn.Module, compared: Sequence[Found], batch: Any, objective: Objective) -> list[Found]:
+    """The weights that the output depends on: a transformer may have a pooler whose output nobody takes."""
+    weights = [cast(nn.Parameter, f.modules[0].weight).requires_grad_() for f in compared]
+    with torch.enable_grad():
+        total = objective.outcome(run(model, batch), batch).square().sum()
+    gradients = torch.autograd.grad(total, weights, allow_unused=True)
+    return [f for f, gradient in zip(compared, gradients, strict=True) if gradient is not None]
+
+
+def nearest_alone(w_NK: Tensor, level: int, group: int) -> Tensor:
+    """Nearest codes of one level between each group's minimum and maximum, as float32 weights."""
+    rows, columns = w_NK.shape
+    padded = functional.pad(w_NK, (0, -columns % group), mode="replicate").view(rows, -1, group)
+    low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
+    step = ((high - low) / (2**level - 1)).clamp_min(torch.finfo(torch.float16).tiny)
+    dense: Tensor = ((padded - low) / step).round() * step + low
+    return dense.view(rows, -1)[:, :columns]
+
+
+def put(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
+    """Give the named modules these weights, [N, K]."""
+    for name, w_NK in dense.items():
+        module = model.get_submodule(name)
+        weight = cast(nn.Parameter, module.weight)
+        turned = w_NK.t() if kind_of(module) is Kind.LINEAR_TRANSPOSED else w_NK
+        weight.data.copy_(turned.reshape(weight.shape))

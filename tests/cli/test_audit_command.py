@@ -1,0 +1,31 @@
+"""`foveate audit`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from test_commands import FAST, Run
+
+
+def test_audit_compares_measured_with_predicted(run: Run, folder: Path, text_file: Path) -> None:
+    words = ("audit", folder, "--data", text_file, *FAST, "--sites", "*.down_proj", "--levels", "2,4")
+    result = run(*words, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [(e["site"], e["level"]) for e in found["sites"]] == [
+        (f"model.layers.{i}.mlp.down_proj:weight", level) for i in (0, 1) for level in (2, 4)
+    ]
+    assert found["unit"] == "KL, nats"
+    for two, four in (found["sites"][:2], found["sites"][2:]):
+        assert two["measured"] > 4 * four["measured"] > 0
+        assert two["predicted"] > 4 * four["predicted"] > 0
+    table = run(*words).stdout
+    assert "model.layers.1.mlp.down_proj:weight" in table
+    assert f"geometric mean: {found['ratio']:.2f}" in table
+
+
+def test_a_pattern_of_nothing_is_refused_in_one_line(run: Run, folder: Path, text_file: Path) -> None:
+    result = run("audit", folder, "--data", text_file, *FAST, "--sites", "nothing")
+    assert result.exit_code == 2
+    assert "pattern 'nothing:weight' matches none" in result.stderr
