@@ -18,11 +18,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("formats", "sizes"),
     ("kernels",),
     ("planes",),
+    ("sites",),
     ("maps",),
     ("collect", "rounding", "activations"),
     ("sensitivity", "allocate", "checkpoint", "memory"),
     ("nn",),
     ("verify", "inputs", "importance", "runtime"),
+    ("audit",),
     ("serve", "bench", "report"),
     ("cli",),
 )

@@ -8,7 +8,11 @@ A weight is stored once as bit planes, most significant first; its precision is 
 """
 
 from foveate.allocate import allocate as allocate
+from foveate.allocate import by_variance as by_variance
 from foveate.allocate import frontier as frontier
+from foveate.audit import Audit as Audit
+from foveate.audit import Perturbation as Perturbation
+from foveate.audit import audit as audit
 from foveate.checkpoint import Head as Head
 from foveate.checkpoint import load_profile as load_profile
 from foveate.checkpoint import read_head as read_head
@@ -25,6 +29,7 @@ from foveate.errors import MissingExtraError as MissingExtraError
 from foveate.errors import PlaneNotResidentError as PlaneNotResidentError
 from foveate.errors import SiteError as SiteError
 from foveate.errors import WeightError as WeightError
+from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kernels.dispatch import backends as backends
 from foveate.maps import Budget as Budget
 from foveate.maps import Frontier as Frontier
@@ -32,12 +37,14 @@ from foveate.maps import PrecisionMap as PrecisionMap
 from foveate.maps import Profile as Profile
 from foveate.maps import Site as Site
 from foveate.maps import uniform_of_bytes as uniform_of_bytes
+from foveate.nn.fold import fold_batchnorm as fold_batchnorm
 from foveate.nn.persist import load as load
 from foveate.nn.persist import save as save
 from foveate.nn.quantize import quantize as quantize
 from foveate.nn.registry import apply as apply
 from foveate.nn.registry import current_map as current_map
 from foveate.nn.registry import profile_of as profile_of
+from foveate.nn.registry import use_static_scales as use_static_scales
 from foveate.verify import Outcome as Outcome
 from foveate.verify import Verification as Verification
 from foveate.verify import measure as measure

@@ -8,78 +8,26 @@ says exactly the bytes that takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError, LevelError, SiteError
-from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
-from foveate.formats.packing import TILE_ROWS, tile_grid
-from foveate.planes import resident_bytes
+from foveate.formats.levels import (
+    INPUT_LEVELS,
+    WEIGHT_LEVELS,
+    check_input_level,
+    check_weight_level,
+    input_bits_of,
+)
+from foveate.sites import Site as Site
+from foveate.sites import find_sites as find_sites
 from foveate.sizes import format_bytes, parse_bytes
-
-
-@dataclass(frozen=True)
-class Site:
-    """A named place whose precision can be chosen.
-
-    Attributes:
-        name: dotted module path and what it is, as in `model.layers.3.mlp.up_proj:weight`.
-        kind: `weight` or `input`.
-        rows, columns, group: the weight's shape and the inputs a group; an input has 0 rows and its width.
-        row_gains: whether gains are kept for each row.
-        rows_read: rows of the weight that one token (or image, or sentence position) reads: 1 for an embedding.
-        aliases: other names of the same weight (tied weights are one site).
-    """
-
-    name: str
-    kind: str
-    rows: int
-    columns: int
-    group: int = 128
-    row_gains: bool = False
-    rows_read: int = 0
-    aliases: tuple[str, ...] = ()
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(NT, G): strips of 16 rows, groups of inputs."""
-        return tile_grid(self.rows, self.columns, self.group)
-
-    @property
-    def tiles(self) -> int:
-        """Tiles of the weight; 0 for an input."""
-        strips, groups = self.grid
-        return strips * groups if self.kind == "weight" else 0
-
-    @property
-    def weights(self) -> int:
-        """Numbers of the weight, padding not counted; 0 for an input."""
-        return self.rows * self.columns if self.kind == "weight" else 0
-
-    def matches(self, pattern: str) -> bool:
-        """Whether a shell pattern names this site or one of its aliases."""
-        return any(fnmatchcase(name, pattern) for name in (self.name, *self.aliases))
-
-    def tile_costs(self) -> list[int]:
-        """Bytes of planes and scales that one tile takes at each of WEIGHT_LEVELS."""
-        return [resident_bytes(level, 1, self.group) for level in WEIGHT_LEVELS]
-
-    def stored_overhead(self) -> int:
-        """Bytes in the file besides planes and scales: gains and the level each tile is stored for."""
-        gain_rows = self.grid[0] * TILE_ROWS if self.row_gains else 1
-        return self.tiles + 2 * len(GAINED_LEVELS) * gain_rows
-
-    def resident_overhead(self) -> int:
-        """Bytes in memory besides planes and scales: gains, the tile index and both maps."""
-        return self.stored_overhead() + 2 * self.tiles + 48 * self.grid[0]
-
 
 Levels = int | bytes
 
@@ -219,10 +167,6 @@ class PrecisionMap:
         return cls(tuple(sites), levels, other_bytes, predicted)
 
 
-def _examples(sites: Sequence[Site]) -> str:
-    return ", ".join(s.name for s in sites[:3]) + (", ..." if len(sites) > 3 else "")
-
-
 def _checked_levels(site: Site, levels: Levels) -> Levels:
     if site.kind == "input":
         if not isinstance(levels, int):
@@ -319,12 +263,14 @@ class Profile:
     Attributes:
         sites: every site of the model.
         losses: for each weight, float32 [T, 6]: the loss each tile costs at each of WEIGHT_LEVELS, in the objective's
-            unit.
+            unit; for each input, float32 [1, 4], at each of INPUT_LEVELS (profiles of foveate 0.1 have none).
         other_bytes: bytes of everything that is no site.
         samples: tokens, images or sentences that the loss is a mean over.
         objective: which loss: see `foveate.collect.objectives`.
         statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
-            `output_range` float32 [2].
+            `output_range` float32 [2]. For each input, float32: `mean`, `variance` [1], `range` [2] (least, greatest),
+            `entropy` [1] (bits a value, of 8-bit codes), `values` [1] (read by the product, a sample),
+            `batch_moments` [2, 2] (the least and the greatest mean and variance of a batch), `batch_values` [1].
         notes: things the user should know, a sentence each.
     """
 
@@ -337,14 +283,15 @@ class Profile:
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
-        weights = sum(s.weights for s in self.weight_sites())
-        return f"Profile({weights:,} weights at {len(self.losses)} sites, {self.objective}, {self.samples:,} samples)"
+        sites = self.weight_sites()
+        weights = sum(s.weights for s in sites)
+        return f"Profile({weights:,} weights at {len(sites)} sites, {self.objective}, {self.samples:,} samples)"
 
     def predict(self, plan: PrecisionMap) -> float:
-        """The loss that the profile expects of a map: the sum over tiles. Nested levels only interact through it, so it
-        is low where errors add up (docs/concepts.md).
+        """The loss that the profile expects of a map: the sum over tiles and inputs. Nested levels only interact
+        through it, so it is low where errors add up (docs/concepts.md).
         """
-        total = 0.0
+        total = self.predict_inputs(plan.levels)
         for site in self.weight_sites():
             levels, table = plan.levels[site.name], self.losses[site.name]
             if isinstance(levels, int):
@@ -360,9 +307,36 @@ class Profile:
                 total += float(table.gather(1, index[:, None]).double().sum())
         return total
 
+    def predict_inputs(self, levels: Mapping[str, Levels]) -> float:
+        """The part of it that the levels of inputs cost; 0 where it was not measured."""
+        return sum(
+            float(self.losses[s.name][0, INPUT_LEVELS.index(cast(int, levels[s.name]))])
+            for s in self.input_sites()
+            if s.name in self.losses
+        )
+
     def weight_sites(self) -> list[Site]:
         """The sites that hold weights."""
         return [s for s in self.sites if s.kind == "weight"]
+
+    def input_sites(self) -> list[Site]:
+        """The sites that are inputs."""
+        return [s for s in self.sites if s.kind == "input"]
+
+    def values_read(self, site: Site) -> float:
+        """How many values of an input its product reads, a sample: what averages over inputs are weighted by. Its width
+        where it was not measured.
+        """
+        kept = self.statistics.get(site.name, {}).get("values")
+        return float(site.columns) if kept is None else float(kept)
+
+    def input_bits(self, plan: PrecisionMap) -> float:
+        """The average bits of a map's inputs (`input_bits_of` each level), over the values that products read."""
+        read = {s.name: self.values_read(s) for s in self.input_sites()}
+        total = sum(read.values())
+        return (
+            sum(input_bits_of(cast(int, plan.levels[name])) * n for name, n in read.items()) / total if total else 0.0
+        )
 
     def uniform(self, level: int, input_level: int | None = None) -> PrecisionMap:
         """The map with every weight at one level."""
@@ -384,12 +358,3 @@ class Frontier:
 
     def __iter__(self) -> Iterator[PrecisionMap]:
         return iter(self.maps)
-
-
-def find_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
-    """The sites that a shell pattern names; raises `SiteError` if there are none."""
-    listed = tuple(sites)
-    hits = [s for s in listed if s.matches(pattern)]
-    if not hits:
-        raise SiteError(f"pattern {pattern!r} matches none of {len(listed)} sites, which are like {_examples(listed)}")
-    return hits

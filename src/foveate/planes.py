@@ -145,6 +145,7 @@ def linear(
     input_level: Tensor,
     choice: Tensor | None = None,
     order: Tensor | None = None,
+    input_range: Tensor | None = None,
 ) -> list[Tensor]:
     """x [..., K] times each of the weights that share it; see the op `plane_linear`.
 
@@ -160,8 +161,8 @@ def linear(
     if torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in biases)):
         op = torch.ops.foveate.plane_linear
     if x.dtype == torch.float64:
-        return [y.double() for y in op(x.float(), tensors, biases, forms, input_level, choice, order)]
-    outputs: list[Tensor] = op(x, tensors, biases, forms, input_level, choice, order)
+        return [y.double() for y in op(x.float(), tensors, biases, forms, input_level, choice, order, input_range)]
+    outputs: list[Tensor] = op(x, tensors, biases, forms, input_level, choice, order, input_range)
     return outputs
 
 

@@ -130,7 +130,7 @@ def measure(
     before = registry.applied
     if objective is None and registry.profile is not None:
         objective = named(registry.profile.objective)
-    highest = _highest(model)
+    highest = highest_map(model)
     sums = [_Sums() for _ in range(len(plans) + 1)]
     reference_model = model if reference is None else reference
     modes = {m: m.training for root in {model, reference_model} for m in root.modules()}
@@ -199,7 +199,7 @@ def verify(
     )
 
 
-def _highest(model: nn.Module) -> PrecisionMap:
+def highest_map(model: nn.Module) -> PrecisionMap:
     """Every tile at the level it is loaded for."""
     registry = registry_of(model)
     plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))

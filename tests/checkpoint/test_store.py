@@ -27,7 +27,12 @@ def test_everything_comes_back(saved: tuple[Path, nn.Module, fv.Profile]) -> Non
         assert torch.equal(at(loaded, plan), at(model, plan))
     back = fv.profile_of(loaded)
     assert back.sites == profile.sites
-    assert (back.samples, back.objective, back.notes, back.other_bytes) == (64, "logits", (), profile.other_bytes)
+    assert (back.samples, back.objective, back.notes, back.other_bytes) == (
+        64,
+        "logits",
+        profile.notes,
+        profile.other_bytes,
+    )
     assert all(torch.equal(t, back.losses[n]) for n, t in profile.losses.items())
     assert all(torch.equal(t, back.statistics[n][k]) for n, kept in profile.statistics.items() for k, t in kept.items())
     assert fv.load_profile(folder).uniform(3) == profile.uniform(3)
@@ -68,8 +73,8 @@ def _tensor_bytes(folder: Path, parts: Callable[[str], bool] = lambda part: part
 
 def test_bytes_stored_are_the_bytes_of_the_files(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path) -> None:
     _, model, profile = saved
-    # the levels of inputs are two bytes in memory each, and part of the map in the file
-    inputs = 2 * sum(s.kind == "input" for s in profile.sites)
+    # an input's levels and range are ten bytes in memory, and no tensor in the file
+    inputs = 10 * sum(s.kind == "input" for s in profile.sites)
     for i, plan in enumerate((profile.uniform(8), profile.uniform(3), mixed(profile))):
         fv.save(model, tmp_path / str(i), keep=plan)
         assert _tensor_bytes(tmp_path / str(i)) == plan.bytes_stored - inputs

@@ -16,6 +16,7 @@ from foveate.kernels.dispatch import ensure_loaded
 from foveate.planes import PlaneTensor, linear
 from tiny import LEVELS, coded, generator, random_levels
 
+NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,14 +55,15 @@ class Call:
     input_level: Tensor
     choice: Tensor | None = None
     order: Tensor | None = None
+    input_range: Tensor | None = None
 
     def op_args(self) -> tuple[Any, ...]:
         tensors = [t for w in self.weights for t in w.tensors]
         forms = [number for w in self.weights for number in w.form]
-        return self.x, tensors, self.biases, forms, self.input_level, self.choice, self.order
+        return self.x, tensors, self.biases, forms, self.input_level, self.choice, self.order, self.input_range
 
     def run(self) -> list[Tensor]:
-        return linear(self.x, self.weights, self.biases, self.input_level, self.choice, self.order)
+        return linear(self.x, self.weights, self.biases, self.input_level, self.choice, self.order, self.input_range)
 
     def by_reference(self) -> list[Tensor]:
         return reference.plane_linear(*self.op_args())
@@ -121,7 +123,12 @@ def calls(draw: st.DrawFn) -> Call:
     order = torch.randperm(columns, generator=g) if draw(st.booleans()) else None
     level = torch.tensor([draw(st.sampled_from((4, 8, 16))) for _ in range(2)], dtype=torch.uint8)
     assert choice is None or choice.numel() == count
-    return Call(x, weights, biases, level, choice, order)
+    size = 10.0 ** draw(st.sampled_from((-3, 0, 2)))
+    bounds = draw(
+        st.sampled_from((None, (-1.0, 2.0), (0.0, 3.0), (-2.5, 0.0), (1.0, 2.0), (0.0, 0.0), (float("nan"), 1.0)))
+    )
+    input_range = None if bounds is None else torch.tensor(bounds) * size
+    return Call(x, weights, biases, level, choice, order, input_range)
 
 
 def simple(

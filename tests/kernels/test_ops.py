@@ -179,7 +179,7 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
     op = torch.ops.foveate.plane_linear_by_handle
     none = torch.empty(0)
     levels = [call.input_level.clone() for _ in range(3)]
-    handle = torch.ops.foveate.plane_handle([*w.tensors] * 3, [*w.form] * 3, levels)
+    handle = torch.ops.foveate.plane_handle([*w.tensors] * 3, [*w.form] * 3, levels, [])
     rows = [24] * 3
     args = (call.x, handle, [call.biases[0], none, none], rows)
     for level in (8, 16, 4):  # seen through the handle
@@ -196,7 +196,7 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
     with pytest.raises(RuntimeError, match="there are 3 weights, and 1 biases"):
         op(call.x, handle, [none], rows)
     with pytest.raises(RuntimeError, match="there are 2 input levels, and 4 numbers of forms, not 4 an input level"):
-        torch.ops.foveate.plane_handle(w.tensors, w.form, levels[:2])
+        torch.ops.foveate.plane_handle(w.tensors, w.form, levels[:2], [])
     copied = handle.clone()
     assert torch.equal(op(call.x, copied, [], rows)[0], third)
     del handle, args
@@ -208,7 +208,7 @@ def test_the_reference_has_handles_too() -> None:
     call = simple(24, 70, 4)
     w = call.weights[0]
     levels = [torch.full((2,), level, dtype=torch.uint8) for level in (8, 16)]
-    handle = reference.plane_handle([*w.tensors] * 2, [*w.form] * 2, levels)
+    handle = reference.plane_handle([*w.tensors] * 2, [*w.form] * 2, levels, [])
     args = ([call.biases[0], torch.empty(0)], [24, 24])
     first, second = reference.plane_linear_by_handle(call.x, handle, *args)
     assert torch.equal(first, call.by_reference()[0])

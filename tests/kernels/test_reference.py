@@ -49,7 +49,7 @@ def _codes(x: Tensor, q_max: float) -> tuple[Tensor, Tensor]:
     return torch.round(x.double() * q_max / top.double()), top.double() / q_max
 
 
-@pytest.mark.parametrize(("level", "q_max"), [(4, 7.0), (8, 127.0), (16, 32512.0)])
+@pytest.mark.parametrize(("level", "q_max"), [(8, 127.0), (16, 32512.0)])
 def test_quantized_inputs(level: int, q_max: float) -> None:
     x = torch.randn(20, 77, generator=generator(3))
     codes, scale = reference.quantize_input(x, level)
@@ -60,6 +60,58 @@ def test_quantized_inputs(level: int, q_max: float) -> None:
     assert float((codes != expected).double().mean()) < 1e-2
     assert torch.allclose(scale.double(), expected_scale, rtol=2 * EPS)
     assert float((codes * scale - x).abs().max()) <= float(scale.max()) * (0.5 + q_max * 2 * EPS)
+
+
+def test_four_bits_have_sixteen_codes_a_block() -> None:
+    x = torch.randn(200, 77, generator=generator(3)) * torch.logspace(-3, 2, 200)[:, None]
+    x[:, :40] += torch.randn(200, 1, generator=generator(4))
+    x[:, 70:] *= 100
+    codes, scale = reference.quantize_input(x, 4)
+    assert bool((codes == codes.round()).all())
+    assert float(codes.abs().max()) <= 15 * 8
+    for at in range(0, 77, 32):
+        part, q = x[:, at : at + 32], codes[:, at : at + 32]
+        span = (part.amax(1, keepdim=True).clamp_min(0) - part.amin(1, keepdim=True).clamp_max(0)).double()
+        step = span / 15 + scale.double()  # the next whole number of units
+        assert bool((q.amax(1) * scale[:, 0] - q.amin(1) * scale[:, 0] <= 15 * step[:, 0] * (1 + 10 * EPS)).all())
+        assert all(len(row.unique()) <= 16 for row in q)
+        # half a step for rounding, and half a step more at an end that the zero point's own rounding moved
+        assert bool(((q * scale - part).abs() <= step * (1 + 100 * EPS)).all())
+        inner = (q > q.amin(1, keepdim=True)) & (q < q.amax(1, keepdim=True))
+        assert bool(((q * scale - part).abs() <= step * (0.5 + 100 * EPS))[inner].all())
+
+
+def test_rows_above_zero_use_all_sixteen_codes() -> None:
+    x = torch.rand(50, 300, generator=generator(4))
+    codes, scale = reference.quantize_input(x, 4)
+    assert codes.amin() == 0
+    assert torch.allclose(codes.amax(1, keepdim=True) * scale, x.amax(1, keepdim=True))
+
+
+def test_an_outlier_is_its_blocks_own_affair() -> None:
+    x = torch.randn(20, 128, generator=generator(5))
+    x[:, 3] = 50.0
+    codes, scale = reference.quantize_input(x, 4)
+    error = codes * scale - x
+    assert float(error[:, 32:].abs().max()) < 0.5 * 50 / 15 / 8 * 1.6  # one or two units of eight
+    assert float(error[:, :32].abs().max()) > 0.5 * 50 / 15 * 0.8
+
+
+@pytest.mark.parametrize(("level", "steps"), [(4, 15), (8, 127)])
+def test_a_range_is_every_rows_scale_and_cuts_off_what_is_beyond(level: int, steps: int) -> None:
+    x = torch.tensor([[0.1, 0.5, 2.0, 9.0], [0.0, 0.0, 0.01, -9.0]])
+    codes, scale = reference.quantize_input(x, level, torch.tensor([0.0, 3.0]))
+    assert torch.allclose(scale, torch.full((2, 1), 3 / steps))
+    assert codes[0].tolist() == [round(v * steps / 3) for v in (0.1, 0.5, 2.0)] + [steps]
+    assert float(codes[1, 3]) == (0 if level == 4 else -127)
+    nan = torch.tensor([0.0, torch.nan])
+    assert torch.equal(reference.quantize_input(x, level, nan)[0], reference.quantize_input(x, level)[0])
+
+
+def test_sixteen_bits_keep_their_own_scale() -> None:
+    x = torch.randn(5, 7)
+    limits = torch.tensor([-0.1, 0.1])
+    assert torch.equal(reference.quantize_input(x, 16, limits)[0], reference.quantize_input(x, 16)[0])
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.5, 0.0), (1.5, 2.0), (2.5, 2.0), (-0.5, 0.0), (-1.5, -2.0)])

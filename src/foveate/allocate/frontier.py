@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from foveate.allocate.inputs import levels_of_inputs
 from foveate.allocate.problem import build
 from foveate.allocate.solve import ordered_steps, take
 from foveate.errors import BudgetError
@@ -23,6 +24,8 @@ def frontier(
     per_tile: bool = True,
     tie: Sequence[Sequence[str]] = (),
     input_level: int | None = None,
+    input_bits: float | None = None,
+    input_levels: Sequence[int] = (4, 8, 16),
 ) -> Frontier:
     """A chain of at most `points` maps, evenly spread over bytes. Being prefixes of one order of steps they are nested:
     a cheaper map is nowhere above a dearer one.
@@ -31,7 +34,7 @@ def frontier(
     """
     if points < 2:
         raise BudgetError(f"points (={points}) must be at least 2")
-    problem = build(profile, levels, per_tile, tie, input_level)
+    problem = build(profile, levels, per_tile, tie, levels_of_inputs(profile, input_level, input_bits, input_levels))
     steps = ordered_steps(problem)
     spent = steps.cost.cumsum(0)
     total = float(spent[-1]) if len(spent) else 0.0

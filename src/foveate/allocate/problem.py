@@ -6,7 +6,7 @@ A unit is what gets one level: a tile, a whole weight, or several weights that a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +26,7 @@ class Problem:
         loss_UL, cost_UL: float64; cost in bytes, ascending along L.
         unit_of: for each weight site, int64 [tiles]: the unit of each tile.
         profile: where the numbers come from.
-        input_level: the level every input gets; None: each what `input_level_for` says of its weight.
+        input_levels: the level of each input; None: each what `input_level_for` says of its weight.
     """
 
     levels: tuple[int, ...]
@@ -34,7 +34,7 @@ class Problem:
     cost_UL: Tensor
     unit_of: dict[str, Tensor]
     profile: Profile
-    input_level: int | None
+    input_levels: Mapping[str, int] | None
 
     def to_map(self, choice_U: Tensor) -> PrecisionMap:
         """The map of a choice: an index into `levels` for each unit."""
@@ -48,13 +48,18 @@ class Problem:
         for site in self.profile.sites:
             if site.kind == "input":
                 weight = f"{site.name.removesuffix(':input')}:weight"
-                levels[site.name] = input_level_for(mean[weight]) if self.input_level is None else self.input_level
-        loss = float(self.loss_UL.gather(1, choice_U[:, None]).sum())
+                given = self.input_levels
+                levels[site.name] = input_level_for(mean[weight]) if given is None else given[site.name]
+        loss = float(self.loss_UL.gather(1, choice_U[:, None]).sum()) + self.profile.predict_inputs(levels)
         return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss)
 
 
 def build(
-    profile: Profile, levels: Sequence[int], per_tile: bool, tie: Sequence[Sequence[str]], input_level: int | None
+    profile: Profile,
+    levels: Sequence[int],
+    per_tile: bool,
+    tie: Sequence[Sequence[str]],
+    input_levels: Mapping[str, int] | None,
 ) -> Problem:
     """Lay out the problem; see `foveate.allocate` for the arguments."""
     levels = tuple(sorted({check_weight_level(level) for level in levels}))
@@ -94,4 +99,4 @@ def build(
     loss_UL = summed(losses)
     if not bool(torch.isfinite(loss_UL).all()):
         raise BudgetError("the profile holds losses that are not finite")
-    return Problem(levels, loss_UL, summed(costs), unit_of, profile, input_level)
+    return Problem(levels, loss_UL, summed(costs), unit_of, profile, input_levels)

@@ -8,18 +8,13 @@ steps that still fit.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from foveate.allocate.problem import Problem, build
+from foveate.allocate.problem import Problem
 from foveate.errors import BudgetError
-from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import Budget, PrecisionMap, Profile
-from foveate.sizes import format_bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,15 +103,17 @@ def solve_bytes(problem: Problem, room: float, least_note: str) -> Tensor:
     return min([spent, *uniform], key=lambda c: float(problem.loss_UL.gather(1, c[:, None]).sum()))
 
 
-def solve_loss(problem: Problem, limit: float) -> Tensor:
-    """The fewest bytes whose loss is at most `limit`."""
+def solve_loss(problem: Problem, limit: float, inputs: float = 0.0) -> Tensor:
+    """The fewest bytes whose loss, with what inputs lose, is at most `limit`."""
     steps = ordered_steps(problem)
     start = float(problem.loss_UL[:, 0].sum())
     least = float(problem.loss_UL[:, -1].sum())
     left = least + steps.gain.flip(0).cumsum(0).flip(0) - steps.gain  # added up from the end, where it is least
     limit *= 1 + 1e-9  # a map's own loss, given back as a limit, must not fail by the last place of a float
+    limit -= inputs
     if least > limit:
-        raise BudgetError(f"no map loses as little as {limit:g}: the least predicted loss is {least:g}")
+        total = limit + inputs
+        raise BudgetError(f"no map loses as little as {total:g}: the least predicted loss is {least + inputs:g}")
     if start <= limit:
         return take(problem, steps, 0)
     count = int((left > limit).sum()) + 1
@@ -133,53 +130,3 @@ def solve_loss(problem: Problem, limit: float) -> Tensor:
             choice[unit] = below[unit]
             slack -= float(rise[unit])
     return choice
-
-
-def allocate(
-    profile: Profile,
-    budget: Budget,
-    *,
-    levels: Sequence[int] = NESTED_LEVELS,
-    per_tile: bool = True,
-    tie: Sequence[Sequence[str]] = (),
-    input_level: int | None = None,
-) -> PrecisionMap:
-    """Choose the level of every weight, or of every tile of it, under a budget.
-
-    Args:
-        profile: what `foveate.quantize` measured.
-        budget: bytes, bits or loss.
-        levels: the levels to choose among; add 0 to let tiles be dropped.
-        per_tile: whether tiles may differ within a weight.
-        tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight",
-            "*.k_proj:weight")]`.
-        input_level: the level of every input, 4, 8, 16 or 32; chosen by its weight's level if not given.
-
-    Returns:
-        A map within the budget: everything is counted, scales, embeddings, index and what is not quantized.
-
-    Raises:
-        BudgetError: no map meets the budget; the message says the least possible.
-        SiteError: a pattern in `tie` names no weight.
-    """
-    problem = build(profile, levels, per_tile, tie, input_level)
-    lowest = problem.to_map(torch.zeros(len(problem.loss_UL), dtype=torch.long))
-    tiles_at_least = float(problem.cost_UL[:, 0].sum())
-    if budget.loss is not None:
-        return problem.to_map(solve_loss(problem, budget.loss))
-    if budget.bytes is not None:
-        assert isinstance(budget.bytes, int)
-        room = budget.bytes - (lowest.bytes_resident - tiles_at_least)
-        least = lowest.bytes_resident
-        note = f"no map fits in {format_bytes(budget.bytes)}: the least is {format_bytes(least)} ({least} bytes)"
-    else:
-        assert budget.bits is not None
-        weights = sum(s.weights for s in profile.weight_sites())
-        # bytes are whole: a map's own bits, given back as a budget, must not fail by the last place of a float
-        fixed = lowest.bytes_stored - lowest.other_bytes - tiles_at_least
-        room = math.floor(budget.bits * weights / 8 + 1e-6) - fixed
-        note = (
-            f"no map averages {budget.bits:g} bits a weight: "
-            f"the least possible is {lowest.bits:.4f} (scales and padding count)"
-        )
-    return problem.to_map(solve_bytes(problem, room, note))

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from foveate.errors import CheckpointError, FoveateError
 
+_OPEN_FOR = 16 << 20
+
 
 @contextmanager
 def writing(folder: Path) -> Iterator[list[Path]]:
@@ -86,16 +88,30 @@ def _bytes_of(tensor: Tensor) -> Any:
     return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
 
 
-def read_tensor(file: Path, name: str, sha256: str | None) -> Tensor:
-    """One tensor, checked against its checksum. Its memory is the file's: copy what is to be kept."""
-    try:
-        # opened anew for each tensor: pages of a file count as memory for as long as it is mapped
-        with safe_open(file, "pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing") from error
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if checksum(tensor) != sha256:
-        raise CheckpointError(f"{file} is damaged: the checksum of {name!r} does not match")
-    return tensor
+class Reader:
+    """Reads tensors from files, each checked against its checksum.
+
+    A file stays open for the next tensor, since opening one lists all that is in it. It is opened anew after every
+    `_OPEN_FOR` bytes, for its pages count as memory while it is mapped. Nothing stays open when the reader is gone.
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[Path, tuple[Any, int]] = {}
+
+    def tensor(self, file: Path, name: str, sha256: str | None) -> Tensor:
+        """One tensor. Its memory is the file's: copy what is to be kept."""
+        try:
+            opened, done = self._open.pop(file, (None, 0))
+            if opened is None:
+                opened = safe_open(file, "pt")
+            tensor: Tensor = opened.get_tensor(name)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{file} is missing") from error
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+        done += tensor.numel() * tensor.element_size()
+        if done < _OPEN_FOR:
+            self._open[file] = (opened, done)
+        if checksum(tensor) != sha256:
+            raise CheckpointError(f"{file} is damaged: the checksum of {name!r} does not match")
+        return tensor

@@ -124,6 +124,12 @@ def read_head(path: PathLike) -> Head:
         raise CheckpointError(f"{file} is malformed: {error}") from error
 
 
+def _names_and_hashes(found: Any) -> dict[str, str]:
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError("the checksums of a file are not listed by name")
+    return found
+
+
 def _parse_head(data: Mapping[str, Any]) -> Head:
     sites, reach, dtype = [], {}, {}
     for entry in data["sites"]:
@@ -154,7 +160,7 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         reach=reach,
         dtype=dtype,
         files=files,
-        checksums={part: dict(entry["sha256"]) for part, entry in data["files"].items()},
+        checksums={part: _names_and_hashes(entry["sha256"]) for part, entry in data["files"].items()},
         model=dict(data["model"]),
         profile=None if data["profile"] is None else dict(data["profile"]),
         written_by=str(data["written_by"]),

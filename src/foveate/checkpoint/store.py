@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.checkpoint.files import checksum, read_tensor, write_bytes, write_tensors, writing
+from foveate.checkpoint.files import Reader, checksum, write_bytes, write_tensors, writing
 from foveate.checkpoint.head import DATA_FILE, HEAD, Head, PathLike, encoded, read_head
 from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
-from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
+from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_VALUES, TILE_ROWS, tile_bytes, tile_starts
 from foveate.maps import Levels, PrecisionMap, Profile, Site, tile_levels
 from foveate.planes import PlaneTensor, arena, shared_tags
@@ -96,14 +96,17 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
         write_bytes(folder / HEAD, encoded(replace(head, plan=plan)), made)
 
 
-def _read(folder: Path, head: Head, part: str, name: str) -> Tensor:
-    return read_tensor(folder / head.files[part], name, head.checksums[part].get(name))
+def _reader(folder: Path, head: Head) -> Callable[[str, str], Tensor]:
+    """What reads the tensor of a part (`scales`, `plane0`, ...) by its name."""
+    files = Reader()
+    return lambda part, name: files.tensor(folder / head.files[part], name, head.checksums[part].get(name))
 
 
 def _stored_levels(folder: Path, head: Head) -> dict[str, Tensor]:
     stored = {}
+    read = _reader(folder, head)
     for site in head.weight_sites():
-        resident = _read(folder, head, "scales", f"{site.name}|resident").clone()
+        resident = read("scales", f"{site.name}|resident").clone()
         valid = torch.tensor(WEIGHT_LEVELS, dtype=torch.uint8)
         if resident.dtype != torch.uint8 or resident.shape != site.grid or not bool(torch.isin(resident, valid).all()):
             raise CheckpointError(f"{folder}: the tile levels of {site.name} are malformed")
@@ -143,6 +146,7 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
     folder = Path(path)
     sites = head.weight_sites()
     stored = _stored_levels(folder, head)
+    read = _reader(folder, head)
     wanted = {
         s.name: stored[s.name] if keep is None else _wanted(s, stored[s.name], keep.levels[s.name]) for s in sites
     }
@@ -153,7 +157,7 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
         for site, target in zip(sites, targets, strict=True):
             if not target.numel():
                 continue
-            tensor = _read(folder, head, part, site.name + suffix)
+            tensor = read(part, site.name + suffix)
             have = (stored[site.name] >= floor).view(-1)
             if tensor.dtype != dtype or tensor.numel() * tensor.element_size() != int(have.sum()) * width[site.group]:
                 raise CheckpointError(f"{folder}: {part} of {site.name} is malformed")
@@ -169,7 +173,7 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
     ]
     made = []
     for i, site in enumerate(sites):
-        gain = _read(folder, head, "scales", f"{site.name}|gain").clone()
+        gain = read("scales", f"{site.name}|gain").clone()
         gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
         if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
             raise CheckpointError(f"{folder}: the gains of {site.name} are malformed")
@@ -193,7 +197,8 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
 
 def read_rest(path: PathLike, head: Head) -> dict[str, Tensor]:
     """Every tensor that is not on planes, copied into memory."""
-    return {name: _read(Path(path), head, "rest", name).clone() for name in head.checksums["rest"]}
+    read = _reader(Path(path), head)
+    return {name: read("rest", name).clone() for name in head.checksums["rest"]}
 
 
 def load_profile(path: PathLike) -> Profile:
@@ -209,15 +214,18 @@ def load_profile(path: PathLike) -> Profile:
     losses: dict[str, Tensor] = {}
     statistics: dict[str, dict[str, Tensor]] = {}
     tiles = {s.name: s.tiles for s in head.weight_sites()}
+    read = _reader(folder, head)
     for key in head.checksums["profile"]:
         name, _, what = key.rpartition("|")
-        tensor = _read(folder, head, "profile", key).clone()
+        tensor = read("profile", key).clone()
         if what == "losses":
             losses[name] = tensor
         else:
             statistics.setdefault(name, {})[what] = tensor
-    for name, count in tiles.items():
-        if name not in losses or losses[name].shape != (count, len(WEIGHT_LEVELS)):
+    shapes = {s.name: (1, len(INPUT_LEVELS)) for s in head.sites if s.kind == "input" and s.name in losses}
+    shapes.update({name: (count, len(WEIGHT_LEVELS)) for name, count in tiles.items()})
+    for name, shape in shapes.items():
+        if name not in losses or losses[name].shape != shape:
             raise CheckpointError(f"{folder}: the profile does not fit its sites ({name})")
     about = head.profile
     return Profile(

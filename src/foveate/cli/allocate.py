@@ -28,6 +28,10 @@ def allocate(
     levels: options.Levels = options.ALL_LEVELS,
     per_weight: options.PerWeight = False,
     tie: options.Tie = None,
+    input_bits: Annotated[
+        float | None,
+        typer.Option(help="Choose inputs' levels too, so many bits on average; under 8 saves no time on a CPU."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATTERN=LEVEL", help="Fix a level within the budget; repeatable."),
@@ -44,6 +48,8 @@ def allocate(
     head = fv.read_head(out)
     if budget is None and not fixed:
         raise BudgetError("what may the map cost? give --bits, --bytes or --loss, or levels with --set PATTERN=LEVEL")
+    if budget is None and input_bits is not None:
+        raise BudgetError("--input-bits goes with a budget: give --bits, --bytes or --loss")
     profile = fv.load_profile(out)
     weights, inputs = _settings(head.sites, fixed)
     if budget is None:
@@ -52,7 +58,7 @@ def allocate(
         chosen, ties = options.levels_of(levels), options.ties_of(tie)
 
         def solve(part: Profile, room: fv.Budget) -> PrecisionMap:
-            return fv.allocate(part, room, levels=chosen, per_tile=not per_weight, tie=ties)
+            return fv.allocate(part, room, levels=chosen, per_tile=not per_weight, tie=ties, input_bits=input_bits)
 
         plan = within(profile, budget, weights, solve)
     plan = replace(plan, levels={**plan.levels, **inputs})
@@ -131,7 +137,7 @@ def within(
     pinned = PrecisionMap(tuple(own), levels)
     if not any(s.kind == "weight" for s in rest):
         return _met(budget, profile, replace(uniform(profile.sites, 0, profile.other_bytes), levels=levels))
-    losses = {s.name: profile.losses[s.name] for s in rest if s.kind == "weight"}
+    losses = {s.name: profile.losses[s.name] for s in rest if s.name in profile.losses}
     part = replace(profile, sites=rest, losses=losses, other_bytes=profile.other_bytes + pinned.bytes_resident)
     if budget.bits is not None:
         total = sum(s.weights for s in profile.weight_sites())

@@ -12,7 +12,8 @@ is accumulated as the squared gradient of each sample. An embedding's F is its r
 energy in each column.
 
 Memory: the factored statistics take N + K numbers a weight, the others N x K; covariances of inputs, which rounding
-with error feedback needs, K x K.
+with error feedback needs, K x K. What inputs cost at each level is measured in the same pass, see
+`foveate.collect.inputs`; for that the inputs of one batch are kept from its forward to its backward.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.kinds import Found, Kind, kind_of, patches, weight_matrix_shape
+from foveate.collect.inputs import InputStatistics
+from foveate.collect.kinds import Found, Kind, kind_of, patches, weight_matrix, weight_matrix_shape
 from foveate.collect.objectives import Objective, run
 from foveate.errors import DataError
 
@@ -59,6 +61,7 @@ class WeightStatistics:
         frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
         rows: rows of x seen.
         output_range: least and greatest output.
+        inputs: what its input is like and what its levels cost; None for an embedding.
     """
 
     def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool, covariance: bool) -> None:
@@ -68,6 +71,7 @@ class WeightStatistics:
             "rows": torch.zeros((), dtype=torch.float64),
             "output_range": torch.tensor([float("inf"), float("-inf")]),
         }
+        self.inputs = None if kind is Kind.EMBEDDING else InputStatistics()
         if kind is Kind.EMBEDDING:
             self.tensors["frequency_N"] = torch.zeros(rows, dtype=torch.float64)
             self.tensors["gradient_K"] = torch.zeros(columns, dtype=torch.float64)
@@ -96,18 +100,40 @@ class WeightStatistics:
             self.tensors["energy_K"] += columns.square().sum((0, 1, 3))
             self.tensors["rows"] += columns.shape[0] * columns.shape[1] * columns.shape[3]
             self._see_covariance(columns.permute(0, 1, 3, 2))
-            return lambda g: self._see_conv_gradient(columns, g)
-        # a copy where it is needed in backward: nothing keeps a model from changing x in place meanwhile
-        x_float = x.detach().to(torch.float32, copy=not self.factored)
+            return self._see_conv_inputs(cast(nn.Conv2d, module), x.detach(), columns)
+        # a copy, for it is needed in backward: nothing keeps a model from changing x in place meanwhile
+        x_float = x.detach().to(torch.float32, copy=True)
         x_BTK = x_float.reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
         self.tensors["energy_K"] += x_BTK.square().sum((0, 1))
         self.tensors["rows"] += x_BTK.shape[0] * x_BTK.shape[1]
         self._see_covariance(x_BTK)
-        if self.factored:
-            return self._see_gradient
-        return lambda g: self._see_sample_gradients(
-            x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2)
-        )
+        inputs = cast(InputStatistics, self.inputs)
+        inputs.see(x_BTK, x_BTK)
+        w_NK = weight_matrix(module)
+
+        def after(g: Tensor) -> None:
+            g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
+            inputs.score(x_BTK, g_BTN, w_NK, self.factored)
+            if self.factored:
+                self._see_gradient(g)
+            else:
+                self._see_sample_gradients(x_BTK.transpose(1, 2), g_BTN.transpose(1, 2))
+
+        return after
+
+    def _see_conv_inputs(self, conv: nn.Conv2d, x: Tensor, columns_BgKP: Tensor) -> Callable[[Tensor], None]:
+        inputs = cast(InputStatistics, self.inputs)
+        x_BPK = columns_BgKP[:, 0].transpose(1, 2)
+        inputs.see(x, columns_BgKP.transpose(2, 3))
+        w_NK = weight_matrix(conv)
+
+        def after(g: Tensor) -> None:
+            self._see_conv_gradient(columns_BgKP, g)
+            # a grouped convolution is computed from its inputs as they are
+            if conv.groups == 1:
+                inputs.score(x_BPK, g.float().reshape(len(x_BPK), -1, x_BPK.shape[1]).transpose(1, 2), w_NK, False)
+
+        return after
 
     def _see_covariance(self, x: Tensor) -> None:
         if "covariance_KK" in self.tensors:
@@ -220,6 +246,8 @@ class Collector:
                     output = output + spark
                 if not output.requires_grad:
                     raise DataError(f"{name} runs without gradients (torch.no_grad in the model): name it in skip")
+                if not output.numel():  # an empty batch, or a layer that no row came by
+                    return output
                 x = args[0] if args else kwargs["input"]
                 output.register_hook(self.by_module[name].see(module, x, output))
                 return output
@@ -241,6 +269,9 @@ class Collector:
         """Everything needed to go on later."""
         counts = {"samples": self.samples, "batches": self.batches}
         flat = {f"{name}|{key}": t for name, s in self.by_module.items() for key, t in s.tensors.items()}
+        for name, s in self.by_module.items():
+            if s.inputs is not None:
+                flat.update({f"{name}|input {key}": t for key, t in s.inputs.tensors.items()})
         return {**{k: torch.tensor(v, dtype=torch.float64) for k, v in counts.items()}, **flat}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -251,3 +282,5 @@ class Collector:
         self.samples, self.batches = int(state["samples"]), int(state["batches"])
         for name, s in self.by_module.items():
             s.tensors = {key: state[f"{name}|{key}"].clone() for key in s.tensors}
+            if s.inputs is not None:
+                s.inputs.tensors = {key: state[f"{name}|input {key}"].clone() for key in s.inputs.tensors}

@@ -48,6 +48,13 @@ def check_input_level(level: int) -> int:
     raise LevelError(f"input level (={level}) is not one of {_listing(INPUT_LEVELS)}")
 
 
+def input_bits_of(level: int) -> float:
+    """Bits a value of an input level takes: at 4 also a byte for each block of 32, of its step and its zero point. The
+    scale of a row is not counted.
+    """
+    return 4.25 if level == 4 else float(level)
+
+
 def planes_of(level: int) -> int:
     """How many planes a weight level reads: 0, 1, 2, 3, 4, 5 for levels 0, 2, 3, 4, 6, 8."""
     return _PLANES_OF[check_weight_level(level)]

@@ -25,7 +25,14 @@ from torch import Tensor
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, check_input_level, code_range, code_step
 from foveate.formats.packing import SCALE_VALUES, TILE_ROWS, tile_bytes, tiles_to_matrix, unpack_plane
 
-INPUT_RANGE = {4: 7.0, 8: 127.0, 16: 32512.0}
+#: The greatest code of symmetric levels; a block of level 4 has 0..15 around a zero point.
+INPUT_RANGE = {8: 127.0, 16: 32512.0}
+LEVEL_4_CODES = 15
+#: Inputs of level 4 that share a step and a zero point, and the most units that a step has.
+BLOCK = 32
+BLOCK_UNITS = 8
+#: Levels at which a range that was given stands for each row's own.
+STATIC_LEVELS = (4, 8)
 WEIGHT_TENSORS = PLANES + 5
 FORM_NUMBERS = 4
 
@@ -123,31 +130,104 @@ def plane_embedding(indices: Tensor, weight: Sequence[Tensor], form: Sequence[in
     return F.embedding(indices, plane_unpack(weight, form, which))
 
 
-def quantize_input(x_MK: Tensor, level: int) -> tuple[Tensor, Tensor]:
-    """Symmetric codes of each row.
+class Grid(NamedTuple):
+    """How values become codes: code = round(x * inverse) within least..most, and x ~ code * step."""
+
+    inverse: Tensor
+    step: Tensor
+    least: Tensor
+    most: Tensor
+
+
+def _step(low: Tensor, high: Tensor) -> Tensor:
+    """The step that 16 codes need from `low` (at most 0) to `high` (at least 0)."""
+    return high / LEVEL_4_CODES - low / LEVEL_4_CODES
+
+
+def _grid_from(low: Tensor, inverse: Tensor, step: Tensor) -> Grid:
+    """16 codes around a zero point."""
+    zero = torch.round(-low * inverse).clamp_max(LEVEL_4_CODES)
+    return Grid(inverse, step, -zero, LEVEL_4_CODES - zero)
+
+
+def _grid(low: Tensor, high: Tensor, level: int) -> Grid:
+    """One grid for values from `low` to `high`."""
+    if level == 4:
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        step = _step(low, high)
+        return _grid_from(low, torch.tensor(1.0) / step, step)
+    # a number divided by a tensor would round twice
+    q_max = torch.tensor(INPUT_RANGE[level])
+    largest = torch.maximum(low.abs(), high.abs())
+    return Grid(q_max / largest, largest / INPUT_RANGE[level], -q_max, q_max)
+
+
+def _codes(x: Tensor, grid: Grid) -> Tensor:
+    return torch.minimum(torch.maximum(torch.round(x * grid.inverse), grid.least), grid.most)
+
+
+def block_codes(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of level 4 in units of the row [M, K], and the unit [M, 1]: each block has a zero point, and a step of 1 to
+    8 units. For finite rows; NaN where all is zero.
+    """
+    rows, columns = x_MK.shape
+    blocks = -(-columns // BLOCK)
+    x_MBb = F.pad(x_MK, (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
+    low, high = x_MBb.amin(2, keepdim=True).clamp_max(0), x_MBb.amax(2, keepdim=True).clamp_min(0)
+    step = _step(low, high)
+    unit = step.amax(1, keepdim=True) / BLOCK_UNITS
+    inverse = torch.tensor(1.0) / unit
+    times = torch.ceil(step * inverse).clamp(1, BLOCK_UNITS)
+    codes = _codes(x_MBb, _grid_from(low, inverse / times, unit)) * times
+    return codes.view(rows, blocks * BLOCK)[:, :columns], unit[:, :, 0]
+
+
+def quantize_input(x_MK: Tensor, level: int, input_range: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes of each row: symmetric at 8 and 16 bits; at 4 bits with a zero point and a step for each block of 32.
 
     Args:
         x_MK: float32 [M, K].
         level: 4, 8 or 16 bits.
+        input_range: float32 [2], the least and greatest value that codes of levels 4 and 8 reach, beyond which values
+            are cut off. Where it is not given, holds NaN or Inf, or nothing but zero, each row has its own; and always
+            at 16.
 
     Returns:
-        Codes float64 [M, K] (integers), and the scale of each row float32 [M, 1]: NaN where the row has a value that is
-        not finite, 0 where it is all zeros.
+        Codes float32 [M, K], integers of at most 127 (32512 at 16 bits), 0 for 0; and the scale of each row float32
+        [M, 1]: NaN where the row has a value that is not finite, 0 where it is all zeros.
     """
-    q_max = INPUT_RANGE[level]
-    largest = x_MK.abs().amax(1, keepdim=True) if x_MK.shape[1] else x_MK.new_zeros(len(x_MK), 1)
-    inverse = torch.tensor(q_max) / largest  # a number divided by a tensor would round twice
-    usable = torch.isfinite(inverse) & torch.isfinite(largest)
-    codes = torch.where(usable, torch.round(x_MK * inverse), 0.0).double()
-    scale = torch.where(usable, largest / q_max, 0.0)
-    return codes, torch.where(torch.isfinite(largest), scale, torch.nan)
+    finite = torch.isfinite(x_MK).all(1, keepdim=True)
+    fixed = _fixed_grid(level, input_range)
+    if fixed is not None:
+        codes, scale = _codes(x_MK, fixed), fixed.step.expand(len(x_MK), 1)
+        usable = finite
+    elif not x_MK.shape[1]:
+        return x_MK, x_MK.new_zeros(len(x_MK), 1)
+    elif level == 4:
+        codes, scale = block_codes(x_MK)
+        usable = finite & torch.isfinite(torch.tensor(1.0) / scale)
+    else:
+        grid = _grid(x_MK.amin(1, keepdim=True), x_MK.amax(1, keepdim=True), level)
+        codes, scale = _codes(x_MK, grid), grid.step
+        usable = finite & torch.isfinite(grid.inverse)
+    return torch.where(usable, codes, 0.0), torch.where(finite, torch.where(usable, scale, 0.0), torch.nan)
 
 
-def _product(x_MK: Tensor, centred: Tensor, scaled: Tensor, offset: Tensor, level: int) -> Tensor:
+def _fixed_grid(level: int, input_range: Tensor | None) -> Grid | None:
+    """The grid of all rows, if a range that is one was given."""
+    if input_range is None or level not in STATIC_LEVELS or not bool(torch.isfinite(input_range).all()):
+        return None
+    grid = _grid(input_range[0].view(1, 1), input_range[1].view(1, 1), level)
+    return grid if bool(torch.isfinite(grid.inverse)) else None
+
+
+def _product(
+    x_MK: Tensor, centred: Tensor, scaled: Tensor, offset: Tensor, level: int, input_range: Tensor | None
+) -> Tensor:
     """[M, NT * 16] outputs of quantized inputs, by exact group sums added in order."""
     strips, groups, _, group = centred.shape
-    codes, x_scale = quantize_input(x_MK, level)
-    x_GMg = F.pad(codes, (0, groups * group - codes.shape[1])).view(-1, groups, group).transpose(0, 1)
+    codes, x_scale = quantize_input(x_MK, level, input_range)
+    x_GMg = F.pad(codes.double(), (0, groups * group - codes.shape[1])).view(-1, groups, group).transpose(0, 1)
     w_GgN = centred.permute(1, 3, 0, 2).reshape(groups, group, strips * TILE_ROWS).double()
     acc = torch.zeros(len(x_MK), strips * TILE_ROWS)
     for gi in range(groups):
@@ -166,6 +246,7 @@ def plane_linear(
     input_level: Tensor,
     choice: Tensor | None = None,
     order: Tensor | None = None,
+    input_range: Tensor | None = None,
 ) -> list[Tensor]:
     """x [..., K] times each weight of a list that shares it: one [..., rows] a weight, in the dtype of x."""
     x_MK = x.reshape(-1, x.shape[-1]).float()
@@ -187,7 +268,7 @@ def plane_linear(
                 levels = _levels_read(w.tags, w.resident, which)
                 centred = _centred_codes(w.planes, w.resident, levels, w.group, w.reach)
                 scaled, offset = _scales(w.scales, w.gain, w.resident, levels, w.reach)
-                y_MN[mine] = _product(x_MK[mine], centred, scaled, offset, level)
+                y_MN[mine] = _product(x_MK[mine], centred, scaled, offset, level, input_range)
         y_MN = y_MN[:, : w.rows]
         if bias.numel():
             y_MN = y_MN + bias
@@ -195,34 +276,40 @@ def plane_linear(
     return outputs
 
 
-_HELD: dict[int, tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor]]] = {}
+_HELD: dict[int, tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor], Sequence[Tensor]]] = {}
 _NUMBERS = itertools.count(1)
 
 
-def plane_handle(weights: Sequence[Tensor], forms: Sequence[int], input_levels: Sequence[Tensor]) -> Tensor:
-    """A tensor, int64 [1], that stands for weights which share an input, and the input level [2] of each, as long as it
-    lives.
+def plane_handle(
+    weights: Sequence[Tensor],
+    forms: Sequence[int],
+    input_levels: Sequence[Tensor],
+    input_ranges: Sequence[Tensor],
+) -> Tensor:
+    """A tensor, int64 [1], that stands for weights which share an input, and the input level [2] and range [2] of each,
+    as long as it lives. Without ranges each row has its own.
     """
     number = next(_NUMBERS)
-    _HELD[number] = (tuple(weights), tuple(forms), tuple(input_levels))
+    _HELD[number] = (tuple(weights), tuple(forms), tuple(input_levels), tuple(input_ranges))
     handle = torch.tensor([number])
     weakref.finalize(handle, _HELD.pop, number)
     return handle
 
 
 def plane_linear_by_handle(x: Tensor, handle: Tensor, biases: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
-    """x [..., K] times each weight that a handle stands for, each with its own input level.
+    """x [..., K] times each weight that a handle stands for, each with its own input level and range.
 
     `biases` is empty, or has one for each weight, which may itself be empty; `rows` are those of the weights.
     """
     if int(handle) not in _HELD:
         raise RuntimeError(f"handle (={int(handle)}) stands for no weight of this process: its weight is gone")
-    tensors, forms, levels = _HELD[int(handle)]
+    tensors, forms, levels, ranges = _HELD[int(handle)]
     if list(rows) != list(forms[::FORM_NUMBERS]):
         raise RuntimeError(f"rows (={list(rows)}) are not those of the weights, {list(forms[::FORM_NUMBERS])}")
     outputs = []
     for i, level in enumerate(levels):
         weight = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
         form = forms[i * FORM_NUMBERS : (i + 1) * FORM_NUMBERS]
-        outputs += plane_linear(x, weight, [biases[i] if biases else torch.empty(0)], form, level)
+        bias = biases[i] if biases else torch.empty(0)
+        outputs += plane_linear(x, weight, [bias], form, level, input_range=ranges[i] if ranges else None)
     return outputs

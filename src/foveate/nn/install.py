@@ -13,8 +13,8 @@ from foveate.nn.registry import Registry, attach
 from foveate.planes import PlaneTensor
 
 
-def site_of(entry: Found, planes: PlaneTensor) -> Site:
-    """The site of a weight."""
+def site_of(entry: Found, planes: PlaneTensor, share: float = 1.0) -> Site:
+    """The site of a weight, of which one token reads `share` (an expert is not routed every token)."""
     return Site(
         name=f"{entry.names[0]}:weight",
         kind="weight",
@@ -22,7 +22,7 @@ def site_of(entry: Found, planes: PlaneTensor) -> Site:
         columns=planes.columns,
         group=planes.group,
         row_gains=planes.gain.shape[1] > 1,
-        rows_read=1 if entry.is_embedding_only else planes.rows,
+        rows_read=1 if entry.is_embedding_only else round(share * planes.rows),
         aliases=tuple(f"{name}:weight" for name in entry.names[1:]),
     )
 

@@ -83,28 +83,31 @@ class PlaneWeight(nn.Module):
 
 
 class PlaneModule(nn.Module):
-    """What the modules below share: a weight of planes, and the level of its input."""
+    """What the modules below share: a weight of planes, and the level and range of its input."""
 
     weight: PlaneWeight
     input_level: Tensor
+    input_range: Tensor
 
     def __init__(self, weight: PlaneWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)
         self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8), persistent=False)
+        # nothing but zero: each row of the input has a scale of its own
+        self.register_buffer("input_range", torch.zeros(2), persistent=False)
 
     def _needs_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
     def _product(self, x: Tensor) -> Tensor:
         bias = NO_BIAS if self.bias is None else self.bias.float()
-        return linear(x, [self.weight.value], [bias], self.input_level)[0]
+        return linear(x, [self.weight.value], [bias], self.input_level, input_range=self.input_range)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
-        level = self.input_level
+        level, limits = self.input_level, self.input_range
         nn.Module._apply(self, fn, recurse)
-        self.input_level = level  # a view that `foveate.apply` writes through
+        self.input_level, self.input_range = level, limits  # views that `foveate.apply` and others write through
         return self
 
 
@@ -123,7 +126,7 @@ class PlaneLinear(PlaneModule):
         self.introduce()
 
     def introduce(self) -> None:
-        """Begin anew without siblings, with the planes and the `input_level` that are there now."""
+        """Begin anew without siblings, with the planes, `input_level` and `input_range` that are there now."""
         ensure_loaded()
         self.alone = Products((self,))
         self.siblings: Siblings | None = None

@@ -24,6 +24,8 @@ from foveate.errors import CheckpointError, MissingExtraError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, tile_levels, uniform
+from foveate.nn.experts import taken_apart
+from foveate.nn.fold import fold_skeleton, folded_of
 from foveate.nn.install import install
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.registry import quantized_part, registry_of
@@ -75,7 +77,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         rest=_rest(model),
         plan=plan,
         profile=registry.profile,
-        model=about,
+        model={**about, "folded": folded_of(model)} if folded_of(model) else about,
         extra_files=companions,
         written_by=written_by or f"foveate {__version__}",
     )
@@ -115,10 +117,13 @@ def load(
         raise SiteError(f"the map is of another model than {path}")
     if model is None:
         model = _skeleton(Path(path), head)
+    fold_skeleton(model, head.model.get("folded", ()))
     planes = checkpoint.read_planes(path, head, keep)
     weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
     sites = head.weight_sites()
-    registry = install(model, [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites], sites, weights)
+    with taken_apart(model, _stacks(head)):
+        found = [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites]
+        registry = install(model, found, sites, weights)
     _fill(model, checkpoint.read_rest(path, head))
     if registry.sites != head.sites:
         raise CheckpointError(f"{path} is not of this model: its sites differ")
@@ -212,8 +217,15 @@ def _plain(config: Any) -> Any:
         return [_plain(entry) for entry in config]
     if not isinstance(config, dict):
         return config
+    if set(config) == {"__float__"}:  # how transformers writes what JSON has no numbers for
+        return float(config["__float__"])
     odd = {"attn_implementation", "experts_implementation", "quantization_config", "auto_map", "trust_remote_code"}
     return {key: _plain(v) for key, v in config.items() if key.lstrip("_").removesuffix("_internal") not in odd}
+
+
+def _stacks(head: Head) -> frozenset[str]:
+    """Layers of which the checkpoint has single experts: `a.b` of a site `a.b.5.down_proj:weight`."""
+    return frozenset(s.name.rpartition(".")[0].rpartition(".")[0] for s in head.weight_sites())
 
 
 def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: int) -> Found:

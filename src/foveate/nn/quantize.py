@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from foveate.collect.kinds import Found, find_weights, weight_matrix
+from foveate.collect.kinds import Found, Kind, find_weights, weight_matrix
 from foveate.collect.objectives import Custom, Objective, infer, run
 from foveate.collect.statistics import Collector, Factored, WeightStatistics
 from foveate.errors import DataError, SiteError, WeightError
@@ -30,11 +30,14 @@ from foveate.formats.levels import TOP_LEVEL
 from foveate.formats.packing import GROUPS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Profile, Site
+from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.install import install, site_of
 from foveate.nn.modules import PlaneModule, PlaneWeight
+from foveate.nn.routing import Routing
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
 from foveate.rounding import round_weight, with_feedback
+from foveate.rounding.feedback import SHORTFALL, SHORTFALL_LOOKED_UP
 from foveate.sensitivity import tile_losses
 
 _SAVE_EVERY = 16  # batches between two writes of the resume file
@@ -65,7 +68,8 @@ def quantize(
     """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
 
     Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts;
-    tied weights stay one weight. Afterwards every weight is read at 8 bits.
+    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. Afterwards
+    every weight is read at 8 bits.
 
     Args:
         model: any module, in memory, on the CPU.
@@ -90,12 +94,28 @@ def quantize(
         SiteError: a pattern in `skip` matches nothing.
     """
     ensure_loaded()
+    with taken_apart(model):
+        return _quantized(model, batches, objective, loss, group, skip, Path(resume) if resume else None, progress)
+
+
+def _quantized(
+    model: nn.Module,
+    batches: Iterable[Any],
+    objective: Objective | None,
+    loss: Callable[[Any, Any], Tensor] | None,
+    group: int | None,
+    skip: Sequence[str],
+    resume: Path | None,
+    progress: bool,
+) -> Profile:
     found, notes = _chosen(model, skip)
     for entry in found:
         if not bool(torch.isfinite(cast(Tensor, entry.modules[0].weight)).all()):
             raise WeightError(f"{entry.names[0]}.weight holds NaN or Inf")
-    collector = _collect(model, batches, found, objective, loss, Path(resume) if resume else None, progress)
-    unseen = collector.unseen()
+    collector = _collect(model, batches, found, objective, loss, resume, progress)
+    routing = Routing(model, collector)
+    notes += routing.notes()
+    unseen = [name for name in collector.unseen() if name not in routing]
     if unseen:
         listed = ", ".join(unseen[:5]) + (" and others" if len(unseen) > 5 else "")
         notes.append(f"calibration never reached {listed}: their bits are chosen blindly")
@@ -104,6 +124,12 @@ def quantize(
     if collector.without_covariance:
         count = len(collector.without_covariance)
         notes.append(f"{count} weights were rounded without error feedback, for want of memory for their covariances")
+    few = [f.names[0] for f in found if _saw_too_little([collector.by_module[name] for name in f.names])]
+    if few:
+        listed = ", ".join(few[:5]) + (" and others" if len(few) > 5 else "")
+        notes.append(
+            f"{listed} had fewer rows of input than columns: rounded to nearest, for feedback would fit those few rows"
+        )
 
     sites: list[Site] = []
     losses: dict[str, Tensor] = {}
@@ -113,16 +139,21 @@ def quantize(
         seen = [collector.by_module[name] for name in entry.names]
         w_NK = weight_matrix(entry.modules[0])
         planes = _on_planes(entry, w_NK, seen, group)
-        site = site_of(entry, planes)
+        site = site_of(entry, planes, routing.share(entry.names[0]))
         sites.append(site)
-        losses[site.name] = _losses(w_NK, planes, [s.fisher(collector.samples) for s in seen])
-        statistics[site.name] = _kept_statistics(seen[0], planes)
+        losses[site.name] = _losses(w_NK, planes, [routing.fisher(name) for name in entry.names])
+        statistics[site.name] = {**_kept_statistics(seen[0], planes), **routing.statistics(entry.names[0])}
         weights[site.name] = PlaneWeight(planes, cast(Tensor, entry.modules[0].weight).dtype)
     for weight, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         weight.set(value)
     registry = install(model, found, sites, weights)
+    for name in registry.inputs:
+        node = collector.by_module.get(name.removesuffix(":input"))
+        if node is not None and node.inputs is not None:
+            losses[name] = node.inputs.losses(collector.samples)
+            statistics[name] = node.inputs.summary(collector.samples)
     if resume:
-        Path(resume).unlink(missing_ok=True)
+        resume.unlink(missing_ok=True)
     profile = Profile(
         registry.sites,
         losses,
@@ -155,10 +186,12 @@ def _chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[st
                 f"pattern {pattern!r} in skip matches none of {len(names)} modules, "
                 f"which are like {', '.join(names[:3])}"
             )
-    kept = [f for f in found if not any(fnmatchcase(name, pattern) for name in f.names for pattern in skip)]
+    left = [any(fnmatchcase(name, pattern) for name in f.names for pattern in skip) for f in found]
+    kept = [f for f, out in zip(found, left, strict=True) if not out]
     if not kept:
         raise WeightError("skip leaves no weight to quantize")
-    return kept, [f"{f.names[0]} was left as it is" for f in found if f not in kept]
+    skipped = [f.names[0] for f, out in zip(found, left, strict=True) if out]
+    return kept, [*(f"{name} was left as it is" for name in merged(model, skipped)), *left_notes(model)]
 
 
 @contextmanager
@@ -242,11 +275,19 @@ def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], gro
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
     covariances = [c for c in (s.covariance() for s in seen) if c is not None]
-    if covariances:
-        rounded = with_feedback(w_NK, rounded, torch.stack(covariances).sum(0) if covariances[1:] else covariances[0])
+    if covariances and not _saw_too_little(seen):
+        covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
+        looked_up = any(s.kind is Kind.EMBEDDING for s in seen)
+        rounded = with_feedback(w_NK, rounded, covariance, shortfall=SHORTFALL_LOOKED_UP if looked_up else SHORTFALL)
     return from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )
+
+
+def _saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
+    """Whether a weight's covariance is of fewer rows than it has columns."""
+    with_one = [s.tensors for s in seen if "covariance_KK" in s.tensors]
+    return bool(with_one) and 0 < sum(float(t["rows"]) for t in with_one) < len(with_one[0]["energy_K"])
 
 
 def _losses(w_NK: Tensor, planes: PlaneTensor, fishers: Sequence[Tensor | Factored]) -> Tensor:

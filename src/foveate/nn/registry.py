@@ -20,6 +20,7 @@ from foveate.nn.siblings import Household, Siblings, families
 from foveate.planes import shared_tags
 
 _ATTRIBUTE = "_foveate"
+_NO_RANGE = (0.0, 0.0)
 
 
 class Registry:
@@ -69,6 +70,10 @@ class Registry:
         self._input_levels = torch.cat(levels) if levels else torch.empty(0, dtype=torch.uint8)
         for i, module in enumerate(self.inputs.values()):
             module.input_level = self._input_levels[2 * i : 2 * i + 2]
+        ranges = [m.input_range for m in self.inputs.values()]
+        self._input_ranges = torch.cat(ranges) if ranges else torch.empty(0)
+        for i, module in enumerate(self.inputs.values()):
+            module.input_range = self._input_ranges[2 * i : 2 * i + 2]
         linears = {site.removesuffix(":input"): m for site, m in self.inputs.items() if isinstance(m, PlaneLinear)}
         for layer in linears.values():
             layer.introduce()
@@ -119,6 +124,21 @@ class Registry:
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
         self.applied = (plan, second)
+        self._household.switches += 1
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The input sites whose rows share one scale, and the range of each."""
+        found = zip(self.inputs, self._input_ranges.view(-1, 2).tolist(), strict=True)
+        return {name: (low, high) for name, (low, high) in found if (low, high) != _NO_RANGE}
+
+    def set_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        """Give the inputs named one scale for all rows, and all others a scale for each."""
+        unknown = set(ranges) - set(self.inputs)
+        if unknown:
+            raise SiteError(f"ranges name inputs that the model does not have: {', '.join(sorted(unknown)[:5])}")
+        if self.inputs:
+            self._input_ranges.copy_(torch.tensor([ranges.get(name, _NO_RANGE) for name in self.inputs]).view(-1))
         self._household.switches += 1
 
     def _check_sites(self, plan: PrecisionMap) -> None:
@@ -186,6 +206,33 @@ def apply(model: nn.Module, plan: PrecisionMap, second: PrecisionMap | None = No
         PlaneNotResidentError: a level whose planes were not loaded or not kept; nothing was changed.
     """
     registry_of(model).apply(plan, plan if second is None else second)
+
+
+def use_static_scales(model: nn.Module, on: bool = True) -> None:
+    """Quantize inputs at levels 4 and 8 by the range that calibration saw at each node, not by each row's own.
+
+    What a static scale saves is finding each row's greatest value, which the CPU's kernels do not notice; other
+    machines do. It is worse than a scale a row wherever rows differ, and cuts off what calibration did not see:
+    `foveate.watch_inputs` finds that out. At levels 16 and 32 every row keeps its own. A folder does not keep the
+    choice.
+
+    Args:
+        model: a quantized model, with its profile.
+        on: False goes back to a scale for each row, which is what models begin with.
+
+    Raises:
+        FoveateError: the profile is missing, or was made by a foveate that did not measure inputs.
+    """
+    registry = registry_of(model)
+    ranges: dict[str, tuple[float, float]] = {}
+    if on:
+        for name, kept in profile_of(model).statistics.items():
+            if name in registry.inputs and "range" in kept:
+                low, high = kept["range"].tolist()
+                ranges[name] = (low, high)
+        if registry.inputs and not ranges:
+            raise FoveateError("the profile has no ranges of inputs: quantize the original again")
+    registry.set_ranges(ranges)
 
 
 def profile_of(model: nn.Module) -> Profile:

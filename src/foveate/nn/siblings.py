@@ -46,16 +46,17 @@ _WASTE = 8
 class Products:
     """x times the weights of layers that share it, in one call and without gradients.
 
-    Weights and input levels go by handle (see the op `plane_linear_by_handle`), for a compiled graph checks every
-    tensor that it is given, at every call. Where a layer's planes or its `input_level` become other tensors, another
-    one is needed; `Registry` sees to that.
+    Weights, input levels and ranges go by handle (see the op `plane_linear_by_handle`), for a compiled graph checks
+    every tensor that it is given, at every call. Where a layer's planes, `input_level` or `input_range` become other
+    tensors, another one is needed; `Registry` sees to that.
     """
 
     def __init__(self, layers: Sequence[PlaneLinear]) -> None:
         weights = [layer.weight.value for layer in layers]
         tensors = [t for w in weights for t in w.tensors]
         forms = [n for w in weights for n in w.form]
-        self.handle: Tensor = torch.ops.foveate.plane_handle(tensors, forms, [layer.input_level for layer in layers])
+        levels, ranges = [layer.input_level for layer in layers], [layer.input_range for layer in layers]
+        self.handle: Tensor = torch.ops.foveate.plane_handle(tensors, forms, levels, ranges)
         self.rows = tuple(w.rows for w in weights)
         self.columns = weights[0].columns
         # where biases are, for they may be exchanged; not the layers: what leads back to itself is freed late

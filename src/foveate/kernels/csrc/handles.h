@@ -3,7 +3,7 @@
 // A graph that torch has compiled checks each tensor that goes into it, at every call: ten a weight are a millisecond for
 // a small model. A handle is a number that is never used again. The weights are kept, checked once, until the handle's
 // storage is freed; a copy of a handle stands for the same weights as long as the first one lives, and then for none,
-// which is an error. Levels are read through the tensors that are kept, so a switch is seen.
+// which is an error. Levels and ranges are read through the tensors that are kept, so a switch is seen.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -24,6 +24,7 @@ struct Held {
   std::vector<at::Tensor> tensors;       // what `weights` points into
   std::vector<Weight> weights;           // with the tags of map 0
   std::vector<at::Tensor> input_levels;  // one a weight
+  std::vector<at::Tensor> input_ranges;  // one a weight, or none
 };
 
 struct Shelf {
@@ -38,10 +39,13 @@ Shelf& shelf() {
   return *one;
 }
 
-at::Tensor plane_handle(at::TensorList weights, at::IntArrayRef forms, at::TensorList input_levels) {
-  Held made{weights.vec(), {}, input_levels.vec()};
+at::Tensor plane_handle(at::TensorList weights, at::IntArrayRef forms, at::TensorList input_levels, at::TensorList input_ranges) {
+  Held made{weights.vec(), {}, input_levels.vec(), input_ranges.vec()};
   TORCH_CHECK(forms.size() == input_levels.size() * kForm, "there are ", input_levels.size(), " input levels, and ", forms.size(),
               " numbers of forms, not ", kForm, " an input level");
+  TORCH_CHECK(input_ranges.empty() || input_ranges.size() == input_levels.size(), "there are ", input_levels.size(),
+              " input levels, and ", input_ranges.size(), " input ranges");
+  for (const at::Tensor& range : input_ranges) check_input_range(range);
   for (size_t i = 0; i < input_levels.size(); ++i) {
     check_input_level(input_levels[i]);
     made.weights.push_back(weight_of(weights, forms, i, 0));

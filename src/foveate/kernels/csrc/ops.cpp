@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -84,6 +86,7 @@ struct Pass {
   int64_t rows;
   const int64_t* row_of;  // null: all of them
   int level;
+  const float* range;  // least and greatest of all rows of x, or null
   std::vector<Weight> weights;
 };
 
@@ -100,7 +103,9 @@ class Quantized {
     inputs.lanes = inputs.wide ? 2 * pass.rows : pass.rows;
     inputs.groups = w.groups;
     inputs.group = w.group;
-    inputs.q_max = pass.level == 4 ? 7.0f : pass.level == 8 ? 127.0f : 32512.0f;
+    inputs.level = pass.level;
+    inputs.low = pass.range ? pass.range[0] : std::numeric_limits<float>::quiet_NaN();
+    inputs.high = pass.range ? pass.range[1] : inputs.low;
     const int64_t code_bytes = in_lines(w.groups * inputs.lanes * w.group);
     const int64_t sum_bytes = in_lines(w.groups * pass.rows * 4);
     memory_.reset(new char[static_cast<size_t>(code_bytes + sum_bytes + pass.rows * 4 + 64)]);
@@ -195,8 +200,12 @@ void float_pass(const Pass& pass, const Tensor& x, const Tensor* order, const st
   }
 }
 
-bool same_levels(const Tensor& a, const Tensor& b) {
-  return std::equal(a.const_data_ptr<uint8_t>(), a.const_data_ptr<uint8_t>() + 2, b.const_data_ptr<uint8_t>());
+// Whether two weights of a handle quantize their input alike: levels and ranges are the same, bit by bit.
+bool same_inputs(const Held& held, size_t a, size_t b) {
+  const auto same = [a, b](const std::vector<Tensor>& of, size_t bytes) {
+    return of.empty() || std::memcmp(of[a].const_data_ptr(), of[b].const_data_ptr(), bytes) == 0;
+  };
+  return same(held.input_levels, 2) && same(held.input_ranges, 2 * sizeof(float));
 }
 
 int input_level_of(const Tensor& input_level, int map) {
@@ -214,7 +223,7 @@ void set_bias(Weight& w, const Tensor& bias) {
 
 // x times weights that share it, with their biases set and the tags of map 0.
 std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights, const Tensor& input_level,
-                             const std::optional<Tensor>& choice, const std::optional<Tensor>& order) {
+                             const std::optional<Tensor>& choice, const std::optional<Tensor>& order, const float* range) {
   const size_t count = weights.size();
   TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
   type_of(x);
@@ -258,7 +267,7 @@ std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights
   for (size_t i = 0; i < count; ++i) flat.push_back(outputs[i].dim() == 2 ? outputs[i] : outputs[i].view({m, weights[i].rows}));
   std::vector<Pass> passes;
   for (int map = 0; map < 2; ++map) {
-    Pass pass{map ? m - split : split, row_of.empty() ? nullptr : row_of.data() + (map ? split : 0), input_level_of(input_level, map), weights};
+    Pass pass{map ? m - split : split, row_of.empty() ? nullptr : row_of.data() + (map ? split : 0), input_level_of(input_level, map), range, weights};
     if (pass.rows == 0) continue;
     if (map)
       for (Weight& w : pass.weights) w.tags += w.strips * w.groups;
@@ -271,25 +280,27 @@ std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights
 
 std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList biases, at::IntArrayRef forms,
                                  const Tensor& input_level, const std::optional<Tensor>& choice,
-                                 const std::optional<Tensor>& order) {
+                                 const std::optional<Tensor>& order, const std::optional<Tensor>& input_range) {
   const size_t count = biases.size();
   TORCH_CHECK(tensors.size() == count * kTensors, "there are ", count, " biases, and ", tensors.size(), " tensors of weights, not ",
               kTensors, " a bias");
   check_input_level(input_level);
+  if (input_range) check_input_range(*input_range);
   std::vector<Weight> weights;
   weights.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     weights.push_back(weight_of(tensors, forms, i, 0));
     set_bias(weights.back(), biases[i]);
   }
-  return multiply(x, weights, input_level, choice, order);
+  return multiply(x, weights, input_level, choice, order, input_range ? input_range->const_data_ptr<float>() : nullptr);
 }
 
-// The products of the weights of a handle with one x: those of one input level in one go.
+// The products of the weights of a handle with one x: those that quantize it alike in one go.
 std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle, TensorList biases, at::IntArrayRef rows) {
   const std::shared_ptr<const Held> held = held_by(handle);
   std::vector<Weight> weights = held->weights;
   const std::vector<Tensor>& levels = held->input_levels;
+  const auto range = [&](size_t i) { return held->input_ranges.empty() ? nullptr : held->input_ranges[i].const_data_ptr<float>(); };
   const size_t count = weights.size();
   TORCH_CHECK(rows.size() == count, "there are ", count, " weights, and rows of ", rows.size());
   TORCH_CHECK(biases.empty() || biases.size() == count, "there are ", count, " weights, and ", biases.size(), " biases");
@@ -297,21 +308,21 @@ std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK(weights[i].rows == rows[i], "rows (=", rows[i], ") are not those of the weight, ", weights[i].rows);
     if (!biases.empty()) set_bias(weights[i], biases[i]);
-    alike = alike && same_levels(levels[0], levels[i]);
+    alike = alike && same_inputs(*held, 0, i);
   }
   if (count == 0) return {};
-  if (alike) return multiply(x, weights, levels[0], std::nullopt, std::nullopt);
+  if (alike) return multiply(x, weights, levels[0], std::nullopt, std::nullopt, range(0));
   std::vector<Tensor> outputs(count);
   for (size_t first = 0; first < count; ++first) {
     if (outputs[first].defined()) continue;
     std::vector<Weight> some;
     std::vector<size_t> places;
     for (size_t i = first; i < count; ++i) {
-      if (outputs[i].defined() || !same_levels(levels[first], levels[i])) continue;
+      if (outputs[i].defined() || !same_inputs(*held, first, i)) continue;
       some.push_back(weights[i]);
       places.push_back(i);
     }
-    std::vector<Tensor> found = multiply(x, some, levels[first], std::nullopt, std::nullopt);
+    std::vector<Tensor> found = multiply(x, some, levels[first], std::nullopt, std::nullopt, range(first));
     for (size_t i = 0; i < places.size(); ++i) outputs[places[i]] = std::move(found[i]);
   }
   return outputs;

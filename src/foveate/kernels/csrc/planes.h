@@ -56,8 +56,9 @@ struct Inputs {
   float* scales;   // [rows]
   int64_t rows, lanes, groups;
   int group;
-  float q_max;     // 7, 127 or 32512
-  bool wide;       // two lanes a row
+  int level;        // 4, 8 or 16
+  float low, high;  // the range of all rows; zeros or NaN: each row has its own
+  bool wide;        // two lanes a row
 };
 
 struct Output {

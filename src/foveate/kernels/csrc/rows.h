@@ -1,9 +1,12 @@
 // What happens to rows of x and y, and to rows of the dense weight: quantize, store, unpack, embed.
 //
-// Quantization is defined to the bit: inv = q_max / max|x| in float32, code = round_half_even(x * inv), scale =
-// max|x| / q_max. Where inv overflows (max|x| is 0, or nearly) the row is zeros with scale 0; where max|x| is not
-// finite the codes are zeros and the scale NaN. Rounding adds 1.5 * 2^23 in float32, where the last place is 1: half to
-// even, on every machine. Compile with -ffp-contract=off: a fused product would round once where this rounds twice.
+// Quantization is defined to the bit, in float32 (docs/format.md, "Inputs"). At 8 and 16 bits: inv = q_max / max|x|,
+// code = round_half_even(x * inv), scale = max|x| / q_max. At 4 bits each block of 32 has a zero point and a step of 1 to
+// 8 units, the unit being the row's scale, and codes are counted in units: products take them as they are. A range given
+// for all rows stands, at 4 and 8 bits, for each row's own: codes are held within it, and blocks are alike. Where the
+// inverse overflows (all zeros, or nearly) the row is zeros with scale 0; where a value is not finite the codes are zeros
+// and the scale NaN. Rounding adds 1.5 * 2^23 in float32, where the last place is 1: half to even, on every machine.
+// Compile with -ffp-contract=off: a fused product would round once where this rounds twice.
 //
 // Included after tile.h, see there.
 
@@ -48,13 +51,50 @@ void load_row(const Source& x, int64_t row, float* line) {
   for (int64_t i = k; i < x.columns; ++i) line[i] = wide[i - k];
 }
 
+// How values become codes: code = round(x * inverse) within least..most, x ~ code * step.
+struct Grid {
+  float inverse, step, least, most;
+  bool usable() const { return bits_of(inverse) < 0x7F800000u; }
+};
+
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+constexpr int kBlock = 32;             // inputs of level 4 that share a step and a zero point
+
+// The step that 16 codes need from `low` (at most 0) to `high` (at least 0).
+inline float step_of(float low, float high) { return high / 15.0f - low / 15.0f; }
+
+// 16 codes around a zero point.
+inline Grid grid_from(float low, float inverse, float step) {
+  const float from = -low * inverse;
+  const float zero = from < 15.0f ? from + kRound - kRound : 15.0f;
+  return {inverse, step, -zero, 15.0f - zero};
+}
+
+// One grid for values from `low` to `high`, both finite.
+inline Grid grid_of(int level, float low, float high) {
+  if (level == 4) {
+    low = low < 0.0f ? low : 0.0f;
+    high = high > 0.0f ? high : 0.0f;
+    const float step = step_of(low, high);
+    return grid_from(low, 1.0f / step, step);
+  }
+  const float below = low < 0.0f ? -low : low, above = high < 0.0f ? -high : high;
+  const float largest = below > above ? below : above;
+  const float q_max = level == 8 ? 127.0f : 32512.0f;
+  return {q_max / largest, largest / q_max, -q_max, q_max};
+}
+
 // One group of one row: codes of 8 bits, or of 16 in two lanes, and their sum.
-template <bool WIDE>
-int32_t quantize_group(const float* line, float inverse, int group, int8_t* codes) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23
+template <bool WIDE, bool HELD>
+int32_t quantize_group(const float* line, const Grid& grid, int group, int8_t* codes) {
   int32_t sum = 0;
   for (int k = 0; k < group; ++k) {
-    const int32_t code = static_cast<int32_t>(bits_of(line[k] * inverse + kRound)) - 0x4B400000;
+    float value = line[k] * grid.inverse;
+    if constexpr (HELD) {
+      value = value > grid.least ? value : grid.least;
+      value = value < grid.most ? value : grid.most;
+    }
+    const int32_t code = static_cast<int32_t>(bits_of(value + kRound)) - 0x4B400000;
     sum += code;
     if constexpr (WIDE) {
       const int8_t low = static_cast<int8_t>(code);
@@ -67,11 +107,64 @@ int32_t quantize_group(const float* line, float inverse, int group, int8_t* code
   return sum;
 }
 
+// The least and the greatest of a row and 0; false where a value is not finite. Floats are compared as integers, which
+// order as they do once the negative ones are turned over, and which compilers find least and greatest of in lanes.
+inline bool extremes(const float* line, int64_t count, float& low, float& high) {
+  int32_t least = 0, most = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const int32_t bits = static_cast<int32_t>(bits_of(line[k]));
+    const int32_t key = bits ^ ((bits >> 31) & 0x7FFFFFFF);
+    least = key < least ? key : least;
+    most = key > most ? key : most;
+  }
+  low = float_of(static_cast<uint32_t>(least ^ ((least >> 31) & 0x7FFFFFFF)));
+  high = float_of(static_cast<uint32_t>(most));
+  return most < 0x7F800000 && (bits_of(low) & 0x7FFFFFFFu) < 0x7F800000u;
+}
+
+// A row at level 4: each block's extremes, then the row's unit, then the codes. `limits` holds two floats a block.
+// Returns the row's scale.
+inline float quantize_blocks(const float* line, const Inputs& q, int64_t row, float* limits) {
+  const int64_t blocks = q.groups * q.group / kBlock;
+  float largest = 0.0f;
+  bool finite = true;
+  for (int64_t block = 0; block < blocks; ++block) {
+    float* const at = limits + 2 * block;
+    finite &= extremes(line + block * kBlock, kBlock, at[0], at[1]);
+    const float step = step_of(at[0], at[1]);
+    largest = step > largest ? step : largest;
+  }
+  const float unit = 0.125f * largest, inverse = 1.0f / unit;
+  const bool usable = finite && bits_of(inverse) < 0x7F800000u;
+  for (int64_t group = 0; group < q.groups; ++group) {
+    int8_t* codes = q.codes + (group * q.lanes + row) * q.group;
+    int32_t sum = 0;
+    if (!usable) std::memset(codes, 0, static_cast<size_t>(q.group));
+    else
+      for (int k = 0; k < q.group; k += kBlock) {
+        const int64_t block = (group * q.group + k) / kBlock;
+        const float low = limits[2 * block], units = step_of(low, limits[2 * block + 1]) * inverse;
+        int32_t times = static_cast<int32_t>(units);
+        times += static_cast<float>(times) < units;
+        times = times < 1 ? 1 : times > 8 ? 8 : times;
+        const Grid grid = grid_from(low, inverse / static_cast<float>(times), unit);
+        sum += times * quantize_group<false, true>(line + block * kBlock, grid, kBlock, codes + k);
+        for (int i = k; i < k + kBlock; ++i) codes[i] = static_cast<int8_t>(codes[i] * times);
+      }
+    q.sums[group * q.rows + row] = static_cast<float>(sum);
+  }
+  return usable ? unit : finite ? 0.0f : float_of(0x7FC00000u);
+}
+
 template <class V>
 Fault quantize(const Source& x, const Inputs& q, int64_t row, int64_t row_end) {
   const int64_t padded = q.groups * q.group;
-  std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * padded)]);
+  std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * padded + 2 * padded / kBlock)]);
   float* line = scratch.get();
+  // a range that holds nothing, or is not finite, is none
+  const bool finite_range = q.low - q.low == 0.0f && q.high - q.high == 0.0f;
+  const Grid fixed = finite_range && q.level != 16 ? grid_of(q.level, q.low, q.high) : Grid{float_of(0x7FC00000u), 0.0f, 0.0f, 0.0f};
+  const bool is_fixed = fixed.usable();
   for (; row < row_end; ++row) {
     float* ordered = line;
     load_row<V>(x, row, line);
@@ -83,27 +176,24 @@ Fault quantize(const Source& x, const Inputs& q, int64_t row, int64_t row_end) {
       }
     }
     for (int64_t k = x.columns; k < padded; ++k) ordered[k] = 0.0f;
-    int32_t top = 0;  // of |x| as integers, which order as the floats do, NaN last
-    for (int64_t k = 0; k < padded; ++k) {
-      const int32_t bits = static_cast<int32_t>(bits_of(ordered[k]) & 0x7FFFFFFFu);
-      top = bits > top ? bits : top;
+    if (q.level == 4 && !is_fixed) {
+      q.scales[row] = quantize_blocks(ordered, q, row, line + 2 * padded);
+      continue;
     }
-    const float largest = float_of(static_cast<uint32_t>(top));
-    const bool finite = top < 0x7F800000;
-    const float inverse = q.q_max / largest;
-    const bool usable = finite && bits_of(inverse) < 0x7F800000u;
-    q.scales[row] = usable ? largest / q.q_max : finite ? 0.0f : float_of(0x7FC00000u);
+    float low, high;
+    const bool finite = extremes(ordered, padded, low, high);
+    const Grid grid = is_fixed ? fixed : grid_of(q.level, low, high);
+    const bool usable = finite && grid.usable();
+    q.scales[row] = usable ? grid.step : finite ? 0.0f : float_of(0x7FC00000u);
     for (int64_t group = 0; group < q.groups; ++group) {
       int8_t* codes = q.codes + (group * q.lanes + row * (q.wide ? 2 : 1)) * q.group;
-      float& sum = q.sums[group * q.rows + row];
-      if (!usable) {
-        std::memset(codes, 0, static_cast<size_t>(q.wide ? 2 * q.group : q.group));
-        sum = 0.0f;
-      } else if (q.wide) {
-        sum = static_cast<float>(quantize_group<true>(ordered + group * q.group, inverse, q.group, codes));
-      } else {
-        sum = static_cast<float>(quantize_group<false>(ordered + group * q.group, inverse, q.group, codes));
-      }
+      const float* from = ordered + group * q.group;
+      int32_t sum = 0;
+      if (!usable) std::memset(codes, 0, static_cast<size_t>(q.wide ? 2 * q.group : q.group));
+      else if (q.wide) sum = quantize_group<true, false>(from, grid, q.group, codes);
+      else if (is_fixed) sum = quantize_group<false, true>(from, grid, q.group, codes);
+      else sum = quantize_group<false, false>(from, grid, q.group, codes);
+      q.sums[group * q.rows + row] = static_cast<float>(sum);
     }
   }
   return Fault::kNone;

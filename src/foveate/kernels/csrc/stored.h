@@ -26,6 +26,11 @@ void check_input_level(const Tensor& input_level) {
   TORCH_CHECK(input_level.numel() == 2, "input_level has ", input_level.numel(), " values, not 2");
 }
 
+void check_input_range(const Tensor& input_range) {
+  check_vector(input_range, at::kFloat, "input_range");
+  TORCH_CHECK(input_range.numel() == 2, "input_range has ", input_range.numel(), " values, not 2");
+}
+
 constexpr size_t kTensors = kPlanes + 5;  // planes, scales, gain, starts, resident, tags
 constexpr size_t kForm = 4;               // rows, columns, inputs a group, reach
 

@@ -8,7 +8,8 @@ meaning of the arguments.
 Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum
 of dy, planes get none. `plane_linear_no_grad` is `plane_linear` for calls that need none: autograd's part of a custom
 op is Python and takes longer than a small product. `plane_linear_by_handle` is that for modules: weights that
-share an input, and the input level of each, are one small tensor, made by `plane_handle`.
+share an input, and the input level and range of each, are one small tensor, made by `plane_handle`. `input_range` [2]
+(least, greatest) gives all rows of x one scale at levels 4 and 8; zeros, NaN, or none give each its own.
 """
 
 from __future__ import annotations
@@ -49,14 +50,14 @@ def _linear_fake(
 for _name in ("plane_linear", "plane_linear_no_grad"):
     LIBRARY.define(
         f"{_name}(Tensor x, Tensor[] weights, Tensor[] biases, int[] forms, Tensor input_level, Tensor? choice,"
-        " Tensor? order) -> Tensor[]"
+        " Tensor? order, Tensor? input_range) -> Tensor[]"
     )
     LIBRARY.impl(_name, reference.plane_linear, "CompositeExplicitAutograd")
     torch.library.register_fake(f"foveate::{_name}", _linear_fake, lib=LIBRARY)
 
 
 # Inference by handle: a compiled graph checks every tensor that goes into it, at each call, and a weight has ten.
-LIBRARY.define("plane_handle(Tensor[] weights, int[] forms, Tensor[] input_levels) -> Tensor")
+LIBRARY.define("plane_handle(Tensor[] weights, int[] forms, Tensor[] input_levels, Tensor[] input_ranges) -> Tensor")
 LIBRARY.define("plane_linear_by_handle(Tensor x, Tensor handle, Tensor[] biases, int[] rows) -> Tensor[]")
 LIBRARY.impl("plane_handle", reference.plane_handle, "CompositeExplicitAutograd")
 LIBRARY.impl("plane_linear_by_handle", reference.plane_linear_by_handle, "CompositeExplicitAutograd")
@@ -68,7 +69,7 @@ def _by_handle_fake(x: Tensor, handle: Tensor, biases: Sequence[Tensor], rows: S
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, forms, _, choice, order = inputs
+    x, weights, biases, forms, _, choice, order, _ = inputs
     # levels may be switched between forward and backward: backward must see the weight that forward used
     tags = WEIGHT_TENSORS - 1
     kept = [t.clone() if i % WEIGHT_TENSORS == tags else t for i, t in enumerate(weights)]
@@ -100,7 +101,7 @@ def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
         if order is not None:
             grad_x = torch.zeros_like(grad_x).index_add_(1, order, grad_x)
         grad_x = grad_x.reshape(x_shape).to(x_dtype)
-    return (grad_x, [None] * len(weights), grad_biases, *[None] * 4)
+    return (grad_x, [None] * len(weights), grad_biases, *[None] * 5)
 
 
 torch.library.register_autograd("foveate::plane_linear", _linear_backward, setup_context=_linear_setup, lib=LIBRARY)

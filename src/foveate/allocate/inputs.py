@@ -1,0 +1,88 @@
+"""Levels of inputs under an average of bits: the same solver as for weights, with bits of values in place of bytes.
+
+An average is over the values that products read: a convolution reads each pixel as often as its kernel covers it, q, k
+and v read their input three times. What a level costs is in the profile; `by_variance` replaces it by what the spread
+of the activations alone says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from foveate.allocate.problem import Problem
+from foveate.allocate.solve import solve_bytes
+from foveate.errors import BudgetError
+from foveate.formats.levels import INPUT_LEVELS, check_input_level, input_bits_of
+from foveate.maps import Profile
+
+
+def levels_of_inputs(
+    profile: Profile, level: int | None, bits: float | None, levels: Sequence[int]
+) -> dict[str, int] | None:
+    """The level of each input: one for all, or chosen for an average; None if neither is asked for."""
+    if bits is not None:
+        if level is not None:
+            raise BudgetError("give input_level or input_bits, not both")
+        return choose_inputs(profile, bits, levels)
+    return None if level is None else {s.name: level for s in profile.input_sites()}
+
+
+def choose_inputs(profile: Profile, bits: float, levels: Sequence[int]) -> dict[str, int]:
+    """The level of every input: the least loss whose bits average at most `bits` over the values read.
+
+    Raises:
+        BudgetError: no level is low enough, or the profile does not say what inputs cost.
+    """
+    allowed = tuple(sorted({check_input_level(level) for level in levels}))
+    if not allowed:
+        raise BudgetError("input_levels is empty: give at least one of 4, 8, 16, 32")
+    if isinstance(bits, bool) or not 0 < bits < float("inf"):
+        raise BudgetError(f"input_bits (={bits}) must be a positive finite number")
+    sites = profile.input_sites()
+    if not sites:
+        return {}
+    measured = [s for s in sites if s.name in profile.losses]
+    if not measured:
+        raise BudgetError("the profile does not say what inputs cost: quantize the original again")
+    columns = torch.tensor([INPUT_LEVELS.index(level) for level in allowed])
+    nothing = torch.zeros(1, len(INPUT_LEVELS))
+    losses = torch.cat([profile.losses.get(s.name, nothing) for s in sites]).double()[:, columns]
+    read = torch.tensor([profile.values_read(s) for s in sites], dtype=torch.float64)
+    if not bool(torch.isfinite(losses).all()):
+        raise BudgetError("the profile holds losses of inputs that are not finite")
+    cost = torch.tensor([input_bits_of(level) for level in allowed], dtype=torch.float64) * read[:, None]
+    problem = Problem(allowed, losses.cummin(1).values, cost, {}, profile, None)
+    note = f"no input levels average {bits:g} bits: the least is {input_bits_of(allowed[0]):g}"
+    # an average that is a map's own must not fail by the last place of a float
+    choice = solve_bytes(problem, bits * float(read.sum()) * (1 + 1e-9), note)
+    return {s.name: allowed[i] for s, i in zip(sites, choice.tolist(), strict=True)}
+
+
+def by_variance(profile: Profile) -> Profile:
+    """The same profile with inputs' losses guessed from the variance of their activations alone, without gradients.
+
+    A node whose activations spread by v is taken to lose v 4^-b at b bits for each value that a product reads: the
+    error of a uniform quantizer, in the units of the activation, so that sums over nodes mean little and only their
+    order counts. That is the second of the two rules of the design this follows (12265905: gradient magnitude, or
+    "a proxy, like the variance of activation values"); what it costs against the first is in docs/decisions.md. Maps
+    allocated by it predict the loss of weights alone.
+
+    Raises:
+        BudgetError: the profile has no statistics of inputs.
+    """
+    guessed = _guesses(profile)
+    if profile.input_sites() and not guessed:
+        raise BudgetError("the profile has no statistics of inputs: quantize the original again")
+    return replace(profile, losses={**profile.losses, **guessed})
+
+
+def _guesses(profile: Profile) -> Mapping[str, torch.Tensor]:
+    noise = torch.tensor([[4.0**-level if level < 32 else 0.0 for level in INPUT_LEVELS]])
+    return {
+        s.name: float(profile.statistics[s.name]["variance"]) * profile.values_read(s) * noise
+        for s in profile.input_sites()
+        if "variance" in profile.statistics.get(s.name, {})
+    }

@@ -1,0 +1,58 @@
+"""`foveate audit`: what single weights truly cost at single levels, beside what the profile predicted."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+import foveate as fv
+from foveate.cli import options
+from foveate.cli.console import emit, log, plain_table, show
+from foveate.cli.data import Request, batches, describe, windows
+from foveate.cli.models import config_of, load_planes
+from foveate.report.page import figure
+
+Sites = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="Sites to lower, each alone; repeatable. All weights.")
+]
+
+
+def audit(
+    out: options.Folder,
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    samples: options.Samples = 8,
+    length: options.Length = None,
+    batch: options.Batch = 4,
+    sites: Sites = None,
+    levels: Annotated[str, typer.Option(help="Levels to lower each to, as 2,3,4.")] = "3",
+    json_output: options.Json = False,
+) -> None:
+    """Lower one weight at a time, measure what that costs, and compare it with what the profile predicted.
+
+    It takes a pass over the data for each weight and level: name some weights where there are many.
+    """
+    found = windows(Request(data, tokens, samples, length, batch), str(out), config_of(str(out)))
+    log.info("measuring on %s", describe(found))
+    patterns = [options.weight_pattern(p) for p in sites] if sites else "*:weight"
+    wanted = options.levels_of(levels)
+    got = fv.audit(load_planes(out).float(), batches(found, batch), sites=patterns, levels=wanted)
+    if json_output:
+        entries = [{**asdict(e), "ratio": e.ratio} for e in got.entries]
+        print(
+            emit({"folder": str(out), "unit": got.unit, "samples": got.samples, "ratio": got.ratio, "sites": entries})
+        )
+        return
+    table = plain_table("site", "level", "predicted", f"measured, {got.unit}", "measured / predicted")
+    for e in got.entries:
+        table.add_row(
+            Text(e.site),
+            str(e.level),
+            figure(e.predicted),
+            f"{figure(e.measured)} ± {figure(e.standard_error)}",
+            f"{e.ratio:.2f}",
+        )
+    show(table, f"measured / predicted, geometric mean: {got.ratio:.2f}")

@@ -1,0 +1,258 @@
+"""PlaneExperts: a mixture's experts, each a weight of its own.
+
+transformers keeps all experts of a layer in two parameters of three dimensions, `gate_up_proj` and `down_proj`. Here
+the stack is taken apart: each expert has its two projections as linear layers (views, as long as they are float), so
+that every expert is measured, rounded, allocated and stored by itself, under names like
+`model.layers.3.mlp.experts.5.down_proj`, and a token multiplies the experts it is routed to and no others.
+
+What the stacks of the many families have in common is the contract of transformers' `use_experts_implementation`:
+[E, out, in] or [E, in, out], with or without biases, with or without a gate (the layer's own `_apply_gate`), with or
+without a norm after each expert. Llama 4, which hands every expert its rows instead of indices, is the one exception
+that is held too.
+
+Shapes: T tokens, k experts a token, S = T * k rows, E experts, H model width.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+
+from foveate.nn.modules import PlaneModule
+
+#: The flags that `use_experts_implementation` sets on a layer.
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+_UP = ("gate_up_proj", "up_proj")
+_DOWN = "down_proj"
+
+# Which experts a token goes to is data, which no graph can branch on: to a graph, a layer of experts is one op, and the
+# layer is found by its number. The numbers are never used again.
+_LAYERS: WeakValueDictionary[int, PlaneExperts] = WeakValueDictionary()
+_NUMBERS = itertools.count()
+_FRAGMENT = torch.library.Library("foveate", "FRAGMENT")
+_FRAGMENT.define("plane_experts(Tensor x, Tensor index, Tensor weights, int layer) -> Tensor")
+
+
+def _plane_experts(x: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
+    return _LAYERS[layer].routed(x, index, weights)
+
+
+_FRAGMENT.impl("plane_experts", _plane_experts, "CompositeExplicitAutograd")
+
+
+def _plane_experts_fake(x: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
+    return torch.empty_like(x)
+
+
+torch.library.register_fake("foveate::plane_experts", _plane_experts_fake, lib=_FRAGMENT)
+
+
+class PlaneExperts(nn.Module):
+    """The experts of one layer: `experts.0.gate_up_proj`, `experts.0.down_proj`, `experts.1.gate_up_proj` and so on.
+
+    Called as the layer it replaces is.
+
+    Attributes:
+        origin: that layer without its weights: the gate, the activation, a norm.
+        up: what the first projection is called, `gate_up_proj` or `up_proj`.
+        routes: experts a token, as the last call had it; None before the first.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.up = _UP[0] if layer._parameters.get(_UP[0]) is not None else _UP[1]
+        transposed = bool(getattr(layer, "is_transposed", _is_llama4(layer)))
+        self.routes: float | None = None
+        self.num_experts = cast(Tensor, getattr(layer, _DOWN)).shape[0]
+        self.origin = _emptied(layer)
+        for i in range(self.num_experts):
+            parts = {name: _linear_of(layer, name, i, transposed) for name in (self.up, _DOWN)}
+            self.add_module(str(i), nn.ModuleDict(cast("dict[str, nn.Module]", parts)))
+        self.train(layer.training)
+        self._enlist()
+
+    def _enlist(self) -> None:
+        self._number = next(_NUMBERS)
+        _LAYERS[self._number] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._enlist()  # a copy is another layer
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """Send each token through its experts and add up what they answer.
+
+        Args:
+            hidden_states: [T, H]; without indices [E * T, H], the rows of the first expert first.
+            top_k_index: integers [T, k]; a number beyond the last expert is nobody.
+            top_k_weights: [T, k].
+
+        Returns:
+            [T, H] (without indices [E * T, H]), in the dtype of `hidden_states`.
+        """
+        if top_k_index is None:
+            return self._sorted(hidden_states)
+        assert top_k_weights is not None
+        if torch.compiler.is_dynamo_compiling() and not torch.is_grad_enabled():
+            out: Tensor = torch.ops.foveate.plane_experts(hidden_states, top_k_index, top_k_weights, self._number)
+            return out
+        return self.routed(hidden_states, top_k_index, top_k_weights)
+
+    def routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`forward` with indices."""
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        ids_S = top_k_index.reshape(-1)
+        each = top_k_index.shape[-1]
+        self.routes = float(each)
+        counts = torch.bincount(ids_S.clamp(max=self.num_experts), minlength=self.num_experts + 1)
+        counts_E = counts[: self.num_experts].tolist()
+        order_S = ids_S.argsort(stable=True)[: sum(counts_E)]
+        y_SH = self._answers(x_TH[order_S // each], counts_E)
+        y_SH = y_SH * top_k_weights.reshape(-1)[order_S, None]
+        spread_SH = y_SH.new_zeros(len(ids_S), y_SH.shape[-1]).index_copy(0, order_S, y_SH)
+        # one sum a token, in the order of its experts' ranks: it does not depend on the other tokens
+        out_TH = spread_SH.view(len(x_TH), each, y_SH.shape[-1]).sum(1)
+        return out_TH.to(hidden_states.dtype).reshape(hidden_states.shape)
+
+    def _sorted(self, x: Tensor) -> Tensor:
+        """Llama 4: rows come in E equal parts, and those that are not routed to an expert are zeros."""
+        own = x.reshape(self.num_experts, -1, x.shape[-1])
+        routed_ET = own.detach().ne(0).any(-1)
+        counts_E = routed_ET.sum(1).tolist()
+        self.routes = sum(counts_E) / max(own.shape[1], 1)
+        y = self._answers(own[routed_ET], counts_E)
+        return y.new_zeros(x.shape).index_copy(0, routed_ET.reshape(-1).nonzero()[:, 0], y)
+
+    def _answers(self, x_SH: Tensor, counts_E: list[int]) -> Tensor:
+        """Rows of x, those of the first expert first -> what each expert makes of its rows, [S, H]."""
+        parts = [self._answer(i, x) for i, x in enumerate(x_SH.split(counts_E)) if len(x)]
+        return torch.cat(parts) if parts else x_SH
+
+    def _answer(self, number: int, x: Tensor) -> Tensor:
+        expert = cast(nn.ModuleDict, self._modules[str(number)])
+        origin: Any = self.origin
+        y = expert[self.up](x)
+        if self.up != _UP[0]:
+            y = origin.act_fn(y)
+        elif hasattr(origin, "_apply_gate"):
+            y = origin._apply_gate(y)
+        else:
+            gate, up = y.chunk(2, dim=-1)
+            y = up * origin.act_fn(gate)
+        y = cast(Tensor, expert[_DOWN](y))
+        return cast(Tensor, origin.post_expert_norm(y)) if getattr(origin, "has_post_expert_norm", False) else y
+
+    def extra_repr(self) -> str:
+        """How many experts."""
+        return f"{self.num_experts} experts"
+
+
+def _emptied(layer: nn.Module) -> nn.Module:
+    """A copy that shares everything with `layer` but does not hold its weights."""
+    made = copy.copy(layer)
+    gone = {name for base in (*_UP, _DOWN) for name in (base, f"{base}_bias")}
+    state = made.__dict__
+    state.update({key: dict(state[key]) for key in ("_parameters", "_buffers", "_modules")})
+    state["_parameters"] = {name: p for name, p in state["_parameters"].items() if name not in gone}
+    return made
+
+
+def _linear_of(layer: nn.Module, name: str, number: int, transposed: bool) -> nn.Linear:
+    """One expert's projection, its weight a view of the stack."""
+    stack: nn.Parameter = getattr(layer, name)
+    bias: nn.Parameter | None = getattr(layer, f"{name}_bias", None)
+    weight_NK = stack.data[number].t() if transposed else stack.data[number]
+    made = nn.Linear(1, 1, bias=False, device="meta")
+    made.out_features, made.in_features = weight_NK.shape
+    made.weight = nn.Parameter(weight_NK, requires_grad=stack.requires_grad)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.data[number], requires_grad=bias.requires_grad)
+    return made
+
+
+def _is_llama4(layer: nn.Module) -> bool:
+    kind = type(layer)
+    return kind.__name__ == "Llama4TextExperts" and kind.__module__.startswith("transformers.")
+
+
+def _can_hold(layer: nn.Module) -> bool:
+    """Whether a layer's stacks of weights can be taken apart."""
+    up = layer._parameters.get(_UP[0])
+    up = up if up is not None else layer._parameters.get(_UP[1])
+    down = layer._parameters.get(_DOWN)
+    if up is None or down is None or up.dim() != 3 or down.dim() != 3 or len(up) != len(down):
+        return False
+    if not up.is_floating_point() or not down.is_floating_point():
+        return False
+    if _is_llama4(layer):
+        return True
+    follows = all(isinstance(getattr(layer, flag, None), bool) for flag in _FLAGS)
+    # a subclass with a forward of its own does something else; the contract's wraps the layer's
+    wrapped = hasattr(type(layer).forward, "__wrapped__")
+    gated = getattr(layer, "has_gate", None) is (layer._parameters.get(_UP[0]) is not None)
+    return follows and wrapped and gated and not getattr(layer, "_is_expert_parallel", False)
+
+
+def left_notes(model: nn.Module) -> list[str]:
+    """A sentence for each layer that looks like a stack of experts and is of no layout known here."""
+    return [
+        f"{name} ({type(module).__name__}) was left as it is: a layout of experts that is not known here"
+        for name, module in model.named_modules()
+        if "expert" in type(module).__name__.lower()
+        and not isinstance(module, PlaneExperts)
+        and any(p.dim() == 3 for p in module.parameters(recurse=False))
+    ]
+
+
+def merged(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Names of modules, with the layer's in place of its experts' where all of them are named."""
+    listed = set(names)
+    for layer, module in model.named_modules():
+        if isinstance(module, PlaneExperts):
+            own = {f"{layer}.{i}.{part}" for i in range(module.num_experts) for part in (module.up, _DOWN)}
+            if own <= listed:
+                listed = listed - own | {layer}
+    return [name for name in names if name in listed] + sorted(listed - set(names))
+
+
+@contextmanager
+def taken_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterator[None]:
+    """Take a model's stacks of experts apart, and put back together whatever holds no planes at the end.
+
+    Args:
+        model: any module.
+        only: names of the layers to take apart; all that can be held if not given.
+    """
+    held = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name and _can_hold(module) and (only is None or name in only)
+    ]
+    made = {id(module): PlaneExperts(module) for _, module in held}
+    for name, module in held:
+        _put(model, name, made[id(module)])
+    try:
+        yield
+    finally:
+        for name, module in held:
+            apart = made[id(module)]
+            if not any(isinstance(m, PlaneModule) for m in apart.modules()):
+                _put(model, name, module)
+                continue
+            for layer in apart.modules():
+                if isinstance(layer, nn.Linear):  # skipped: its view must not keep the whole stack in memory
+                    layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=layer.weight.requires_grad)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,216 @@
+"""Fold BatchNorm into the layer before it: in evaluation it is a scale and a shift of each channel.
+
+    norm(W x + b) = s (W x + b - mean) + beta,    s = gamma / sqrt(variance + eps)
+
+so W' = s W and b' = s (b - mean) + beta.
+
+Which norm follows which layer is in the model's code, not in its modules. One batch is run and every operation is
+watched: a layer's output that goes into one norm and nowhere else may be folded into it, anything else is left as it
+is. A norm that was folded becomes an `nn.Identity`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from foveate.collect.kinds import Kind, kind_of
+from foveate.collect.objectives import run
+from foveate.errors import CheckpointError, WeightError
+from foveate.nn.modules import PlaneModule
+
+_ATTRIBUTE = "_foveate_folded"
+
+
+def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
+    """Merge every BatchNorm that directly follows a convolution or a linear layer into it, in place.
+
+    Do it before `foveate.quantize`, which then has no norm to store and no product to rescale. The model's output stays
+    what it is, to the rounding of floats; a model whose code takes other ways for other inputs must not be folded.
+
+    Args:
+        model: any module, in evaluation mode.
+        batch: one batch, as for `foveate.quantize`; it only shows the order of the layers.
+
+    Returns:
+        The names of the norms that were folded.
+
+    Raises:
+        WeightError: the model is in training mode, where a norm's scale is that of each batch, or is quantized already.
+    """
+    modules = dict(model.named_modules())
+    if any(isinstance(m, PlaneModule) for m in modules.values()):
+        raise WeightError("the model is quantized already: fold BatchNorm first, then quantize")
+    training = [n or type(m).__name__ for n, m in modules.items() if m.training and (not n or _is_norm(m))]
+    if training:
+        raise WeightError(f"{training[0]} is in training mode, where BatchNorm follows each batch: call model.eval()")
+    watch = _Watch()
+    with torch.no_grad(), _watching(watch, modules), watch:
+        output = run(model, batch)
+    watch.used(tree_leaves(output))
+    owners = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
+    pairs: list[tuple[str, str]] = []
+    for layer_name, uses in watch.uses.items():
+        layer, norm_name = modules[layer_name], next(iter(uses), None)
+        if len(uses) != 1 or norm_name is None or watch.calls[layer_name] != 1 or watch.calls[norm_name] != 1:
+            continue
+        norm = modules[norm_name]
+        alone = all(owners[id(p)] == 1 for m in (layer, norm) for p in m.parameters(recurse=False))
+        if alone and watch.outputs[layer_name] is watch.inputs[norm_name] and _fits(layer, norm, watch, layer_name):
+            _fold(layer, norm)
+            pairs.append((layer_name, norm_name))
+    _exchange_norms(model, pairs)
+    model.__dict__[_ATTRIBUTE] = (*folded_of(model), *pairs)
+    return tuple(norm for _, norm in pairs)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).forward is nn.BatchNorm2d.forward and isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+class _Watch(TorchDispatchMode):
+    """Who uses the outputs of layers, told by the memory they lie in.
+
+    Attributes:
+        uses: for each layer, the norms that its output goes into; None stands for anything else.
+        calls: how often each layer and norm was called.
+        outputs, inputs: the last output of each layer, and input of each norm.
+        norm: the norm that runs now.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.uses: dict[str, set[str | None]] = {}
+        self.calls: Counter[str] = Counter()
+        self.outputs: dict[str, Tensor] = {}
+        self.inputs: dict[str, Tensor] = {}
+        self.norm: str | None = None
+        self._layers: dict[int, str] = {}
+
+    def made(self, name: str, y: Tensor) -> None:
+        """A layer has made y."""
+        self.calls[name] += 1
+        self.outputs[name] = y  # kept, so that its memory is nobody else's
+        self._layers[y.untyped_storage().data_ptr()] = name
+        self.uses.setdefault(name, set())
+
+    def used(self, values: Sequence[Any]) -> None:
+        """Some operation takes these values."""
+        for value in values:
+            layer = self._layers.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
+            if layer is not None:
+                self.uses[layer].add(self.norm)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Every operation of the model comes by here."""
+        self.used(tree_leaves((args, kwargs)))
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _watching(watch: _Watch, modules: dict[str, nn.Module]) -> Iterator[None]:
+    def after_layer(name: str) -> Any:
+        return lambda module, args, output: watch.made(name, output)
+
+    def before_norm(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            watch.calls[name] += 1
+            watch.inputs[name] = args[0] if args else kwargs["input"]
+            watch.norm = name
+
+        return hook
+
+    def after_norm(module: nn.Module, args: Any, output: Any) -> None:
+        watch.norm = None
+
+    handles = []
+    for name, module in modules.items():
+        # a hook of the user's sees what the model's code does not tell
+        if module._forward_hooks or module._forward_pre_hooks:
+            continue
+        if _is_norm(module):
+            handles.append(module.register_forward_pre_hook(before_norm(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after_norm, always_call=True))
+        elif kind_of(module) in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED, Kind.CONV):
+            handles.append(module.register_forward_hook(after_layer(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fits(layer: nn.Module, norm: nn.Module, watch: _Watch, name: str) -> bool:
+    """Whether the norm's channels are the layer's outputs, and its statistics are those of training."""
+    is_conv = kind_of(layer) is Kind.CONV
+    channels = watch.outputs[name].shape[1] if watch.outputs[name].dim() > 1 else 0
+    plain = is_conv or watch.outputs[name].dim() == 2  # of [B, T, N] a norm takes T for the channels
+    return plain and channels == norm.num_features and isinstance(norm.running_mean, Tensor)
+
+
+def _fold(layer: nn.Module, norm: nn.Module) -> None:
+    made_by: Any = norm
+    weight = cast(nn.Parameter, layer.weight)
+    bias = cast("nn.Parameter | None", layer.bias)
+    with torch.no_grad():
+        scale_N = torch.rsqrt(made_by.running_var.double() + made_by.eps)
+        if made_by.weight is not None:
+            scale_N = scale_N * made_by.weight.double()
+        shift_N = -made_by.running_mean.double() if bias is None else bias.double() - made_by.running_mean.double()
+        shift_N = shift_N * scale_N
+        if made_by.bias is not None:
+            shift_N = shift_N + made_by.bias.double()
+        rows = 1 if kind_of(layer) is Kind.LINEAR_TRANSPOSED else 0
+        shape = [-1 if i == rows else 1 for i in range(weight.dim())]
+        weight.copy_(weight.double() * scale_N.view(shape))
+        if bias is None:
+            layer.bias = nn.Parameter(shift_N.to(weight.dtype), requires_grad=weight.requires_grad)
+        else:
+            bias.copy_(shift_N)
+
+
+def _exchange_norms(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
+    gone = {id(model.get_submodule(norm)) for _, norm in pairs}
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in gone:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, nn.Identity().train(module.training))
+
+
+def folded_of(model: nn.Module) -> tuple[tuple[str, str], ...]:
+    """(layer, norm) of each norm that was folded into a layer of this model."""
+    return tuple(model.__dict__.get(_ATTRIBUTE, ()))
+
+
+def fold_skeleton(model: nn.Module, pairs: Any) -> None:
+    """Give a model that is yet to be filled the modules that a folded one has.
+
+    Args:
+        model: the skeleton.
+        pairs: what `folded_of` said of the model that was saved, as JSON has it.
+
+    Raises:
+        CheckpointError: the pairs are malformed, or not of this model.
+    """
+    try:
+        named = tuple((str(layer), str(norm)) for layer, norm in pairs)
+        for layer_name, norm_name in named:
+            layer, norm = model.get_submodule(layer_name), model.get_submodule(norm_name)
+            if kind_of(layer) not in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED, Kind.CONV):
+                raise AttributeError(f"{layer_name} is a {type(layer).__name__}")
+            if not isinstance(norm, nn.Identity) and not _is_norm(norm):
+                raise AttributeError(f"{norm_name} is a {type(norm).__name__}")
+            if layer.bias is None:
+                rows = layer.out_channels if kind_of(layer) is Kind.CONV else cast(Any, norm).num_features
+                layer.bias = nn.Parameter(torch.empty(rows, device="meta"))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"the checkpoint has norms folded that the model does not have: {error}") from error
+    _exchange_norms(model, named)
+    model.__dict__[_ATTRIBUTE] = named

@@ -1,0 +1,99 @@
+"""What calibration learned of a mixture's experts beyond what it learns of every weight: how often each was routed to.
+
+An expert's rows are those routed to it, so its statistics count it as often as it is used. One that was never routed to
+has none, and would look as if it were worth nothing. It is taken for an expert like the others of its layer that was
+met half a time: cheap, but not free, and cheaper the more data there were (the rule that `collect.statistics` has for
+tokens that were never met). Its rounding has no inputs to go by, and is to the nearest.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from foveate.collect.statistics import Collector, Factored
+from foveate.nn.experts import PlaneExperts
+
+#: How often an expert that was never met counts as met.
+_HALF = 0.5
+
+
+class Routing:
+    """How often each expert was routed to, and what stands in for those that never were.
+
+    `in` asks whether a module is a projection of an expert.
+    """
+
+    def __init__(self, model: nn.Module, collector: Collector) -> None:
+        self._collector = collector
+        # for each projection of an expert: the layer, the expert's number, and the same projection of all of them
+        self._places: dict[str, tuple[str, int, list[str]]] = {}
+        self._routes: dict[str, float | None] = {}
+        self._average: dict[tuple[str, str], Factored | Tensor | None] = {}
+        for layer, module in model.named_modules():
+            if not isinstance(module, PlaneExperts):
+                continue
+            self._routes[layer] = module.routes
+            for part in (module.up, "down_proj"):
+                names = [f"{layer}.{i}.{part}" for i in range(module.num_experts)]
+                known = [name for name in names if name in collector.by_module]
+                self._places.update({n: (layer, i, known) for i, n in enumerate(names) if n in collector.by_module})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def _rows(self, name: str) -> float:
+        return float(self._collector.by_module[name].tensors["rows"])
+
+    def share(self, name: str) -> float:
+        """The share of tokens that multiply this module's weight: 1 for what is no expert."""
+        if name not in self._places:
+            return 1.0
+        layer, _, known = self._places[name]
+        routes, total = self._routes[layer], sum(map(self._rows, known))
+        return min(1.0, self._rows(name) * routes / total) if routes and total else 1.0
+
+    def fisher(self, name: str) -> Tensor | Factored:
+        """F of a module for one sample, or what stands in for that of an expert that was never routed to."""
+        samples = self._collector.samples
+        own = self._collector.by_module[name].fisher(samples)
+        if name not in self._places or self._rows(name):
+            return own
+        layer, _, known = self._places[name]
+        key = (layer, name.rpartition(".")[2])
+        if key not in self._average:
+            self._average[key] = self._average_of([n for n in known if self._rows(n)])
+        average = self._average[key]
+        return own if average is None else average
+
+    def _average_of(self, met: list[str]) -> Factored | Tensor | None:
+        """F of the average expert met half a time; None if none was met."""
+        samples = self._collector.samples
+        others = [(self._collector.by_module[n].fisher(samples), _HALF / self._rows(n)) for n in met]
+        whole = [f * weight for f, weight in others if isinstance(f, Tensor)]
+        factors = [(f, weight) for f, weight in others if isinstance(f, Factored)]
+        if whole:
+            return torch.stack(whole).mean(0)
+        if not factors:
+            return None
+        return Factored(
+            torch.stack([f.gradient_N * weight for f, weight in factors]).mean(0),
+            torch.stack([f.energy_K for f, _ in factors]).mean(0),
+        )
+
+    def statistics(self, name: str) -> dict[str, Tensor]:
+        """`routing_frequency`, float32 [1]: the share of tokens routed to an expert; nothing for other modules."""
+        return {"routing_frequency": torch.tensor([self.share(name)])} if name in self._places else {}
+
+    def notes(self) -> list[str]:
+        """A sentence for each layer with experts that were never routed to."""
+        missed: dict[str, set[int]] = {}
+        for name, (layer, number, _) in self._places.items():
+            if not self._rows(name):
+                missed.setdefault(layer, set()).add(number)
+        return [
+            f"calibration never routed to {'expert' if len(numbers) == 1 else 'experts'} "
+            f"{', '.join(map(str, sorted(numbers)))} of {layer}: rounded to nearest, their bits chosen as if they were "
+            "the average expert and met half a time"
+            for layer, numbers in missed.items()
+        ]
