@@ -191,14 +191,13 @@ def test_ours_takes_at_most_the_bytes_of_a_peer(stub):
         "tiny: idle is left float on both sides: the output does not depend on it, or it is grouped" in measured.notes
     )
     maps = {r["map"]: r for r in measured.rounds if "map" in r}
-    assert {f"uniform {b}" for b in (2, 3, 4, 6, 8)} | {"nearest alone 4", "nearest alone 3"} <= set(maps)
+    assert {f"uniform {b}" for b in (2, 3, 4, 6, 8)} | {"alone 4", "alone 3"} <= set(maps)
     assert maps["uniform 8"]["divergence"] < maps["uniform 4"]["divergence"] < maps["uniform 2"]["divergence"]
     for point, bits in POINTS.items():
         assert maps[f"allocated {point}"]["bits"] <= bits
     wanted = {"kl_over_best_peer_b4_25", "kl_over_best_peer_b3_25", "kl_over_best_peer_worst", "kl_b6_over_b4"}
     wanted |= {"kl_b8_over_b4", "predicted_over_measured_b3_25"}
-    assert not any(name.startswith("nested_penalty") for name in measured.figures)
-    assert any("nested penalties are not figures" in note for note in measured.notes)
+    wanted |= {"nested_penalty_b4", "nested_penalty_b3"}
     assert wanted <= set(measured.figures)
     assert all(math.isfinite(v) for v in measured.figures.values())
     table = as_table(finished("quality_peers", measured))
@@ -236,9 +235,8 @@ def test_convolutions_have_a_stand_in():
     dense, size = quality_peers.alone_at(layers, offers[0])
     assert dense["0"].shape == (8, 27)
     assert size == 8 * 27 // 2 + 4 * 8
-    w_NK = layers.weights["0"]
-    step_N1 = (w_NK.amax(1, keepdim=True) - w_NK.amin(1, keepdim=True)) / 15
-    assert bool(((dense["0"] - w_NK).abs() <= step_N1 * 0.5001).all())
+    relative = (dense["0"] - layers.weights["0"]).square().sum() / layers.weights["0"].square().sum()
+    assert 0 < float(relative) < 0.05
     assert max(len(row.unique()) for row in dense["0"]) <= 16
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -200,10 +201,10 @@ def test_no_worse_than_the_plain_grid(tails: str, group: int) -> None:
 
 def test_search_never_costs_more_than_the_whole_range() -> None:
     w_gR, root_gR = torch.randn(128, 300) ** 3, torch.rand(128, 300)
-    scale_R, offset_R = nearest._search(w_gR, root_gR)
+    noise_R = nearest.NOISE * root_gR.square().sum(0)
+    scale_R, offset_R = nearest.search(w_gR, root_gR, partial(nearest._cost, w_gR, root_gR, noise_R))
     low, high = torch.aminmax(w_gR, dim=0)
     whole = (((high - low) / 15).half().float(), ((low + high) / 2).half().float())
-    noise_R = nearest.NOISE * root_gR.square().sum(0)
     cost_R = nearest._cost(w_gR, root_gR, noise_R, scale_R, offset_R)
     assert bool((cost_R <= nearest._cost(w_gR, root_gR, noise_R, *whole) * 1.01).all())
     assert float(cost_R.sum()) < 0.8 * float(nearest._cost(w_gR, root_gR, noise_R, *whole).sum())
@@ -258,7 +259,7 @@ def test_refit_is_least_squares() -> None:
     code_gR = torch.randint(-8, 8, (64, 10)) + 0.5
     scale_R, offset_R = 0.5 + torch.rand(10), torch.randn(10)
     w_gR, root_gR = offset_R + scale_R * code_gR, torch.rand(64, 10)
-    step_R, middle_R = nearest._refit(w_gR, root_gR, scale_R * 1.02, offset_R + 0.03)
+    step_R, middle_R = nearest._refit(w_gR, root_gR, scale_R * 1.02, offset_R + 0.03, 8)
     torch.testing.assert_close(step_R, scale_R)
     torch.testing.assert_close(middle_R, offset_R)
 

@@ -27,8 +27,8 @@ from foveate.allocate import allocate
 from foveate.bench.cases import VARIABLE, Case, cases, data_folder
 from foveate.bench.peers.child import PeerError
 from foveate.bench.peers.figures import figures
-from foveate.bench.peers.layers import Layers, look, nearest_alone, put, share_embeddings
-from foveate.bench.peers.offers import OFFERS, POINTS, WINDOW, Offer
+from foveate.bench.peers.layers import Layers, look, put, share_embeddings
+from foveate.bench.peers.offers import OFFERS, POINTS, STAND_IN, WINDOW, Offer
 from foveate.bench.peers.rounded import Peers, Work
 from foveate.bench.result import Measured
 from foveate.collect.kinds import Kind, find_weights, kind_of
@@ -39,12 +39,10 @@ from foveate.maps import Budget, PrecisionMap, Profile
 from foveate.nn.quantize import group_for, quantize
 from foveate.nn.registry import apply, registry_of
 from foveate.progress import log
+from foveate.rounding import round_alone
 
 EXACT_INPUTS = 32
 ALONE = (4, 3)
-#: One level alone, without search or feedback: no yardstick for nested codes, so it is kept apart from `STAND_IN`,
-#: whose figures need a rounding as good as that of the planes.
-NEAREST = "nearest alone"
 
 
 def measure(offers: Sequence[Offer] = OFFERS) -> Measured:
@@ -134,8 +132,7 @@ def measure_case(case: Case, offers: Sequence[Offer], peers: Peers) -> tuple[lis
     names = {n for f in find_weights(base) for n in f.names}
     ours = Ours(base, sorted(names - set(layers.weights)), case, judge)
     rows = [{"model": case.name, **row} for row in own_rows(ours, layers, base, judge)]
-    notes = ["one level alone is nearest codes only: nested penalties are not figures of this run"]
-    notes += [
+    notes = [
         f"{name} is left float on both sides: the output does not depend on it, or it is grouped"
         for name in layers.left
     ]
@@ -143,7 +140,7 @@ def measure_case(case: Case, offers: Sequence[Offer], peers: Peers) -> tuple[lis
         work = Work(Path(scratch), case, base, layers)
         for offer in (*offers, *stand_ins(base)):
             try:
-                dense, size = alone_at(layers, offer) if offer.peer == NEAREST else peers.round(offer, work)
+                dense, size = alone_at(layers, offer) if offer.peer == STAND_IN else peers.round(offer, work)
             except PeerError as error:
                 notes.append(f"{offer.peer} {offer.name}: not measured: {error}")
                 continue
@@ -177,14 +174,15 @@ def own_rows(ours: Ours, layers: Layers, base: nn.Module, judge: Judge) -> list[
     for level in ALONE:
         model = copy.deepcopy(base)
         put(model, {name: alone(layers, name, level) for name in layers.weights})
-        rows.append({"map": f"{NEAREST} {level}", "bits": float(level), "divergence": judge.divergence(model)})
+        rows.append({"map": f"{STAND_IN} {level}", "bits": float(level), "divergence": judge.divergence(model)})
     return rows
 
 
 def alone(layers: Layers, name: str, level: int, group: int | None = None) -> Tensor:
     """A weight rounded for one level only."""
-    w_NK = layers.weights[name]
-    return nearest_alone(w_NK, level, group_for(w_NK.shape[1]) if group is None else group)
+    w_NK, moments_KK = layers.weights[name], layers.moments[name]
+    group = group_for(w_NK.shape[1]) if group is None else group
+    return round_alone(w_NK, level, group=group, input_energy_K=moments_KK.diagonal(), covariance_KK=moments_KK)
 
 
 def stand_ins(model: nn.Module) -> list[Offer]:
@@ -192,7 +190,7 @@ def stand_ins(model: nn.Module) -> list[Offer]:
     if not any(kind_of(m) is Kind.CONV for m in model.modules()):
         return []
     chosen = (("b4_25", 4, 128), ("b3_25", 3, 128), ("b2_5", 2, 64))
-    return [Offer(NEAREST, "", point, {"bits": level, "group": group}) for point, level, group in chosen]
+    return [Offer(STAND_IN, "", point, {"bits": level, "group": group}) for point, level, group in chosen]
 
 
 def alone_at(layers: Layers, offer: Offer) -> tuple[dict[str, Tensor], int]:

@@ -17,13 +17,14 @@ Legend: N rows and K inputs of a weight; n rows of a chunk; C candidates for a c
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from foveate.formats.levels import NESTED_LEVELS, code_range, code_step
-from foveate.rounding.nearest import Rounded, restoring_gains
+from foveate.rounding.nearest import Rounded, inverse, restoring_gains
 
 #: Of the mean of H's diagonal, added to the diagonal: what GPTQ uses against inputs that calibration never varied.
 DAMPING = 0.01
@@ -54,80 +55,106 @@ def with_feedback(w_NK: Tensor, rounded: Rounded, covariance_KK: Tensor, *, shor
         `rounded` with other codes and gains; `rounded` itself if the covariance is of no use (zero, or not positive
         definite even after damping).
     """
-    order_K = torch.argsort(covariance_KK.diagonal(), descending=True, stable=True)
-    factor_KK = _feedback_factor(covariance_KK[order_K][:, order_K])
+    order_K = order_of(covariance_KK)
+    factor_KK = feedback_factor(covariance_KK[order_K][:, order_K])
     if factor_KK is None:
         return rounded
     rows, columns = w_NK.shape
-    anchor_NK = torch.empty(rows, columns, dtype=torch.uint8)
-    residual_NK = torch.empty_like(anchor_NK)
-    group_K = order_K // rounded.group
-    chunk = max(16, _CHUNK_BYTES // (4 * len(NESTED_LEVELS) * columns))
-    for start in range(0, rows, chunk):
-        part = slice(start, start + chunk)
-        gain = rounded.gain if rounded.gain.shape[1] == 1 else rounded.gain[:, part]
-        streams = _Streams(w_NK[part].float()[:, order_K].t(), factor_KK, shortfall)
-        codes_2Kn = streams.round(rounded.scale[part].float(), rounded.offset[part].float(), gain.float(), group_K)
-        anchor_NK[part, order_K] = codes_2Kn[0].t()
-        residual_NK[part, order_K] = codes_2Kn[1].t()
-    gain = restoring_gains(w_NK, anchor_NK, rounded, covariance_KK.diagonal())
-    return replace(rounded, anchor=anchor_NK, residual=residual_NK, gain=gain)
-
-
-class _Streams:
-    """A chunk of rows, columns in the order of feedback, as each level's errors have left them so far."""
-
-    def __init__(self, w_Kn: Tensor, factor_KK: Tensor, shortfall: float) -> None:
-        self._factor_KK, self._shortfall = factor_KK, shortfall
-        self._left = {level: w_Kn.clone(memory_format=torch.contiguous_format) for level in NESTED_LEVELS}
-
-    def round(self, scale_nG: Tensor, offset_nG: Tensor, gain: Tensor, group_K: Tensor) -> Tensor:
-        """Anchor and residual codes, uint8 [2, K, n]."""
-        columns, rows = self._left[NESTED_LEVELS[0]].shape
-        scale_Gn, offset_Gn = scale_nG.t().contiguous(), offset_nG.t().contiguous()
-        inverse_Gn = torch.where(scale_Gn > 0, 1 / scale_Gn, 0.0)
-        flat_G = (scale_Gn == 0).any(1).tolist()
-        codes_2Kn = torch.empty(2, columns, rows, dtype=torch.uint8)
+    codes_2NK = torch.empty(2, rows, columns, dtype=torch.uint8)
+    for part, w_Kn, grid in columns_of(w_NK, rounded.scale, rounded.offset, rounded.group, order_K):
+        gain = rounded.gain.float() if rounded.gain.shape[1] == 1 else rounded.gain[:, part].float()
         gains = {2: gain[0], 3: gain[1], 4: torch.ones(())}
-        for start in range(0, columns, _BLOCK):
-            stop = min(start + _BLOCK, columns)
-            errors = {level: torch.empty(stop - start, rows) for level in NESTED_LEVELS}
-            for j in range(start, stop):
-                group = int(group_K[j])
-                scale_n = scale_Gn[group]
-                # in 4-bit steps, 0 being the first code's value
-                wanted = {k: (w[j] - offset_Gn[group]) * inverse_Gn[group] + 7.5 for k, w in self._left.items()}
-                anchor_n, missed = _anchor(wanted, gains, self._shortfall)
-                residual_n, missed_above = _residual({k: v - anchor_n for k, v in wanted.items() if k > 4})
-                codes_2Kn[0, j], codes_2Kn[1, j] = anchor_n, residual_n
-                ahead = self._factor_KK[j, j + 1 : stop]
-                for level, missed_n in (missed | missed_above).items():
-                    error_n = torch.mul(missed_n, scale_n, out=errors[level][j - start])
-                    if flat_G[group]:  # a group without spread is at its offset, whatever its code
-                        flat_n = scale_n == 0
-                        error_n[flat_n] = (self._left[level][j] - offset_Gn[group])[flat_n]
-                    self._left[level][j + 1 : stop].addr_(ahead, error_n, alpha=-1)
-            for level, error_bn in errors.items():
-                self._left[level][stop:].addmm_(self._factor_KK[start:stop, stop:].t(), error_bn, alpha=-1)
-        return codes_2Kn
+
+        def choose(wanted: Streams, gains: Streams = gains) -> tuple[tuple[Tensor, ...], Streams]:
+            anchor_n, missed = _anchor(wanted, gains, shortfall)
+            residual_n, missed_above = _residual({k: v + 7.5 - anchor_n for k, v in wanted.items() if k > 4})
+            return (anchor_n, residual_n), missed | missed_above
+
+        streams = {level: w_Kn.clone() for level in NESTED_LEVELS}
+        codes_2NK[:, part, order_K] = feed_back(streams, factor_KK, grid, choose).transpose(1, 2)
+    gain = restoring_gains(w_NK, codes_2NK[0], rounded, covariance_KK.diagonal())
+    return replace(rounded, anchor=codes_2NK[0], residual=codes_2NK[1], gain=gain)
+
+
+#: By level: weights, or what is wanted of or missed by a code, in steps.
+Streams = dict[int, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The scales and offsets of a chunk of rows, [G, n], and the group of each column in the order of feedback."""
+
+    scale_Gn: Tensor
+    offset_Gn: Tensor
+    group_K: Tensor
+
+
+def columns_of(
+    w_NK: Tensor, scale_NG: Tensor, offset_NG: Tensor, group: int, order_K: Tensor
+) -> Iterator[tuple[slice, Tensor, Grid]]:
+    """Chunks of rows: which, their weights [K, n] with columns in the order of feedback, and their grids."""
+    chunk = max(16, _CHUNK_BYTES // (4 * len(NESTED_LEVELS) * w_NK.shape[1]))
+    for start in range(0, len(w_NK), chunk):
+        part = slice(start, start + chunk)
+        scale_Gn, offset_Gn = (t[part].float().t().contiguous() for t in (scale_NG, offset_NG))
+        grid = Grid(scale_Gn, offset_Gn, order_K // group)
+        yield part, w_NK[part].float()[:, order_K].t().contiguous(), grid
+
+
+def feed_back(
+    streams: Streams, factor_KK: Tensor, grid: Grid, choose: Callable[[Streams], tuple[tuple[Tensor, ...], Streams]]
+) -> Tensor:
+    """Choose a column's codes, pass what they miss on to the columns that are left, and go on to the next.
+
+    Args:
+        streams: the weights [K, n] in the order of feedback, one for each level; changed in place.
+        factor_KK: U_jk / U_jj.
+        grid: scales and offsets.
+        choose: from what is wanted, in steps from the offset, to the codes of a column and what they miss, in steps.
+
+    Returns:
+        uint8 [codes, K, n].
+    """
+    columns, rows = next(iter(streams.values())).shape
+    inverse_Gn = inverse(grid.scale_Gn)
+    flat_G = (grid.scale_Gn == 0).any(1).tolist()
+    group_K = grid.group_K.tolist()
+    codes: list[Tensor] = []
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        errors = {level: torch.empty(stop - start, rows) for level in streams}
+        for j in range(start, stop):
+            group = group_K[j]
+            scale_n, offset_n = grid.scale_Gn[group], grid.offset_Gn[group]
+            chosen, missed = choose({k: (w_Kn[j] - offset_n) * inverse_Gn[group] for k, w_Kn in streams.items()})
+            codes.append(torch.stack(chosen).to(torch.uint8))
+            for level, missed_n in missed.items():
+                error_n = torch.mul(missed_n, scale_n, out=errors[level][j - start])
+                if flat_G[group]:  # a group without spread is at its offset, whatever its code
+                    flat_n = scale_n == 0
+                    error_n[flat_n] = (streams[level][j] - offset_n)[flat_n]
+                streams[level][j + 1 : stop].addr_(factor_KK[j, j + 1 : stop], error_n, alpha=-1)
+        for level, error_bn in errors.items():
+            streams[level][stop:].addmm_(factor_KK[start:stop, stop:].t(), error_bn, alpha=-1)
+    return torch.stack(codes, 1)
 
 
 def _anchor(wanted: dict[int, Tensor], gains: dict[int, Tensor], shortfall: float) -> tuple[Tensor, dict[int, Tensor]]:
     """The 4-bit code of each row, float32 [n], and what it leaves at levels 2, 3 and 4, in 4-bit steps."""
-    near_n = wanted[4].round()
+    near_n = (wanted[4] + 7.5).round()
     code_Cn = torch.stack([near_n - 1, near_n, near_n + 1]).clamp_(0, 15)
-    short_Cn = ((wanted[8] - code_Cn).abs_() - 0.5).clamp_min_(0)
+    short_Cn = ((wanted[8] + 7.5 - code_Cn).abs_() - 0.5).clamp_min_(0)
     cost_Cn = short_Cn.square_().mul_(shortfall)
-    left: dict[int, Tensor] = {}
+    left: Streams = {}
     for level in _ANCHOR_LEVELS:
         centred_Cn = (code_Cn * 2.0 ** (level - 4)).floor_().sub_(code_range(level, 0) / 2)
-        left[level] = (wanted[level] - 7.5) - centred_Cn.mul_(gains[level]).mul_(code_step(level, 0))
+        left[level] = wanted[level] - centred_Cn.mul_(gains[level]).mul_(code_step(level, 0))
         cost_Cn.addcmul_(left[level], left[level], value=SHARES[level])
     best_1n = cost_Cn.argmin(0, keepdim=True)
     return code_Cn.gather(0, best_1n)[0], {level: e.gather(0, best_1n)[0] for level, e in left.items()}
 
 
-def _residual(wanted: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+def _residual(wanted: Streams) -> tuple[Tensor, Streams]:
     """The residual code of each row, float32 [n], and what it leaves at levels 6 and 8, in 4-bit steps.
 
     `wanted` is from the middle of the anchor's cell.
@@ -141,7 +168,12 @@ def _residual(wanted: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
     return code_Cn.gather(0, best_1n)[0], {6: left_6.gather(0, best_1n)[0], 8: left_8.gather(0, best_1n)[0]}
 
 
-def _feedback_factor(covariance_KK: Tensor) -> Tensor | None:
+def order_of(covariance_KK: Tensor) -> Tensor:
+    """Columns by the energy of their inputs, the greatest first, int64 [K]."""
+    return torch.argsort(covariance_KK.diagonal(), descending=True, stable=True)
+
+
+def feedback_factor(covariance_KK: Tensor) -> Tensor | None:
     """U_jk / U_jj, float32 [K, K]; None if the covariance is of no use."""
     damped = covariance_KK.double()
     damping = DAMPING * damped.diagonal().mean()

@@ -23,7 +23,9 @@ Legend: N rows and K inputs of a weight; n rows of a chunk; g inputs a group, G 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,7 +96,7 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
     w_NK = w_NK.detach()
     _check_weight(w_NK)
     rows, columns = w_NK.shape
-    importance_K = _importance(input_energy_K, w_NK)
+    importance_K = importance_of(input_energy_K, w_NK)
     groups = -(-columns // group)
     codes = w_NK.new_empty(2, rows, columns, dtype=torch.uint8)
     grids = w_NK.new_empty(2, rows, groups, dtype=torch.float16)
@@ -116,13 +118,13 @@ def restoring_gains(w_NK: Tensor, anchor_NK: Tensor, rounded: Rounded, input_ene
         input_energy_K: as `round_weight` takes it.
     """
     rows, columns = w_NK.shape
-    importance_K = _importance(input_energy_K, w_NK)
+    importance_K = importance_of(input_energy_K, w_NK)
     gain_2N = w_NK.new_empty(len(GAINED_LEVELS), rows, dtype=torch.float16)
     chunk = max(1, _CHUNK // columns)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        w_gR, root_gR = _in_groups(w_NK[part].float(), importance_K, rounded.group)
-        anchor_gR, _ = _in_groups(anchor_NK[part].float(), importance_K, rounded.group)
+        w_gR, root_gR = in_groups(w_NK[part].float(), importance_K, rounded.group)
+        anchor_gR, _ = in_groups(anchor_NK[part].float(), importance_K, rounded.group)
         scale_R, offset_R = (t[part].float().view(-1) for t in (rounded.scale, rounded.offset))
         gain_2N[:, part] = _gains(w_gR - offset_R, anchor_gR, scale_R, root_gR, len(w_NK[part]))
     return _one_if_narrow(gain_2N, columns)
@@ -132,7 +134,7 @@ def _one_if_narrow(gain_2N: Tensor, columns: int) -> Tensor:
     return gain_2N if columns >= _ROW_GAINS_FROM else gain_2N.float().square().mean(1, keepdim=True).sqrt().half()
 
 
-def _in_groups(t_nK: Tensor, importance_K: Tensor, group: int) -> tuple[Tensor, Tensor]:
+def in_groups(t_nK: Tensor, importance_K: Tensor, group: int) -> tuple[Tensor, Tensor]:
     """Rows with a group as a column, [g, R], so that rows are long and vectorize; and the root of each importance.
 
     Padding repeats a weight, and has no importance.
@@ -153,7 +155,7 @@ def _check_weight(w_NK: Tensor) -> None:
         raise WeightError(f"weight (largest magnitude {largest:g}) is beyond the float16 of its scales, {_LARGEST:g}")
 
 
-def _importance(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
+def importance_of(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
     """The importance of each input, float32 [K], 1 in the mean and never zero."""
     columns = w_NK.shape[1]
     alike_K = torch.ones(columns, device=w_NK.device)
@@ -173,11 +175,12 @@ def _importance(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
 def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_2n: Tensor) -> None:
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
-    w_gR, root_gR = _in_groups(w_nK, importance_K, group)
-    scale_R, offset_R = _search(w_gR, root_gR)
+    w_gR, root_gR = in_groups(w_nK, importance_K, group)
+    noise_R = NOISE * root_gR.square().sum(0)
+    scale_R, offset_R = search(w_gR, root_gR, partial(_cost, w_gR, root_gR, noise_R))
 
     from_offset_gR = w_gR - offset_R
-    u_gR = from_offset_gR * _inverse(scale_R) + 8.0
+    u_gR = from_offset_gR * inverse(scale_R) + 8.0
     anchor_gR = u_gR.floor().clamp_(0, 15)
     residual_gR = u_gR.sub_(anchor_gR).mul_(16.0).floor_().clamp_(0, 15)
     for i, code_gR in enumerate((anchor_gR, residual_gR)):
@@ -187,13 +190,14 @@ def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, g
     gain_2n.copy_(_gains(from_offset_gR, anchor_gR, scale_R, root_gR, rows))
 
 
-def _inverse(scale_R: Tensor) -> Tensor:
+def inverse(scale_R: Tensor) -> Tensor:
+    """1 / scale, and 0 for a group without spread."""
     return torch.where(scale_R > 0, 1.0 / scale_R, 0.0)
 
 
 def _cost(w_gR: Tensor, root_gR: Tensor, noise_R: Tensor, scale_R: Tensor, offset_R: Tensor) -> Tensor:
     """What each group's grid costs over the levels, [R]: the formula at the head of the file."""
-    v_gR = (w_gR - offset_R).mul_(_inverse(scale_R)).sub_(0.5)  # integers are the middles of 4-bit cells
+    v_gR = (w_gR - offset_R).mul_(inverse(scale_R)).sub_(0.5)  # integers are the middles of 4-bit cells
     error_gR = v_gR - v_gR.round().clamp_(-8, 7)
     cost_R = CLIP * functional.softshrink(error_gR, 0.5).mul_(root_gR).square_().sum(0) + noise_R
     cost_R += error_gR.mul_(root_gR).square_().sum(0)
@@ -205,9 +209,16 @@ def _cost(w_gR: Tensor, root_gR: Tensor, noise_R: Tensor, scale_R: Tensor, offse
     return cost_R * scale_R.square()
 
 
-def _search(w_gR: Tensor, root_gR: Tensor) -> tuple[Tensor, Tensor]:
-    """Each group's scale and offset of least cost, [R] each, float32 that float16 holds."""
-    noise_R = NOISE * root_gR.square().sum(0)
+def search(
+    w_gR: Tensor, root_gR: Tensor, cost: Callable[[Tensor, Tensor], Tensor], level: int = 4
+) -> tuple[Tensor, Tensor]:
+    """Each group's scale and offset of least cost, [R] each, float32 that float16 holds.
+
+    Args:
+        w_gR, root_gR: weights, and the roots of their importance.
+        cost: of scales and offsets [R], for each group.
+        level: the bits of the codes that a scale is a step of.
+    """
     lowest_R, highest_R = torch.aminmax(w_gR, dim=0)
     centre_R = (lowest_R * 0.5 + highest_R * 0.5).half().float()
     half_R = torch.maximum(highest_R - centre_R, centre_R - lowest_R)
@@ -221,7 +232,7 @@ def _search(w_gR: Tensor, root_gR: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal least_R, scale_R, offset_R
         step_R = torch.where(is_constant_R, 0.0, step_R.half().float().clamp_min(_LEAST_SCALE))
         middle_R = middle_R.half().float()
-        cost_R = _cost(w_gR, root_gR, noise_R, step_R, middle_R)
+        cost_R = cost(step_R, middle_R)
         better_R = cost_R < least_R
         least_R = torch.where(better_R, cost_R, least_R)
         scale_R = torch.where(better_R, step_R, scale_R)
@@ -230,7 +241,7 @@ def _search(w_gR: Tensor, root_gR: Tensor) -> tuple[Tensor, Tensor]:
 
     def move_ends(lower_R: Tensor, upper_R: Tensor) -> None:
         nonlocal low_R, high_R
-        better_R = improves(half_R * (lower_R + upper_R) / 15, centre_R + half_R * (upper_R - lower_R) / 2)
+        better_R = improves(half_R * (lower_R + upper_R) / (2**level - 1), centre_R + half_R * (upper_R - lower_R) / 2)
         low_R = torch.where(better_R, lower_R, low_R)
         high_R = torch.where(better_R, upper_R, high_R)
 
@@ -240,14 +251,14 @@ def _search(w_gR: Tensor, root_gR: Tensor) -> tuple[Tensor, Tensor]:
     for step in _STEPS:
         for down, up in _DIRECTIONS:
             move_ends(low_R + step * down, high_R + step * up)
-    improves(*_refit(w_gR, root_gR, scale_R, offset_R))
+    improves(*_refit(w_gR, root_gR, scale_R, offset_R, 2 ** (level - 1)))
     return scale_R, offset_R
 
 
-def _refit(w_gR: Tensor, root_gR: Tensor, scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset by weighted least squares to the 4-bit codes of a grid, [R] each."""
+def _refit(w_gR: Tensor, root_gR: Tensor, scale_R: Tensor, offset_R: Tensor, half: int) -> tuple[Tensor, Tensor]:
+    """Scale and offset by weighted least squares to the 2 * half codes of a grid, [R] each."""
     from_offset_gR = w_gR - offset_R
-    code_gR = (from_offset_gR * _inverse(scale_R)).sub_(0.5).round_().clamp_(-8, 7).add_(0.5)
+    code_gR = (from_offset_gR * inverse(scale_R)).sub_(0.5).round_().clamp_(-half, half - 1).add_(0.5)
     share_gR = root_gR.square()
     share_gR /= share_gR.sum(0)
     mean_code_R = (share_gR * code_gR).sum(0)

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from foveate.collect.kinds import Found, Kind, find_weights, kind_of, patches, weight_matrix
 from foveate.collect.objectives import Objective, run
@@ -98,16 +97,6 @@ def _that_matter(model: nn.Module, compared: Sequence[Found], batch: Any, object
         total = objective.outcome(run(model, batch), batch).square().sum()
     gradients = torch.autograd.grad(total, weights, allow_unused=True)
     return [f for f, gradient in zip(compared, gradients, strict=True) if gradient is not None]
-
-
-def nearest_alone(w_NK: Tensor, level: int, group: int) -> Tensor:
-    """Nearest codes of one level between each group's minimum and maximum, as float32 weights."""
-    rows, columns = w_NK.shape
-    padded = functional.pad(w_NK, (0, -columns % group), mode="replicate").view(rows, -1, group)
-    low, high = padded.amin(-1, keepdim=True), padded.amax(-1, keepdim=True)
-    step = ((high - low) / (2**level - 1)).clamp_min(torch.finfo(torch.float16).tiny)
-    dense: Tensor = ((padded - low) / step).round() * step + low
-    return dense.view(rows, -1)[:, :columns]
 
 
 def put(model: nn.Module, dense: Mapping[str, Tensor]) -> None:
