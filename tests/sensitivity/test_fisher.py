@@ -43,12 +43,23 @@ def test_with_a_covariance_the_tiles_of_a_strip_add_up_to_its_whole_form() -> No
         w.tags.fill_(level)
         return w.dequantize()
 
-    whole = tile_losses(original, at_level, [Factored(g, h.diagonal(), h)], 32)
+    whole = tile_losses(original, at_level, [Factored(g, h.diagonal())], 32, [h])
     for column, level in enumerate(WEIGHT_LEVELS):
         error = (original - (at_level(level) if level else 0)).double()
         expected = 0.5 * g.double() * (error @ h.double() * error).sum(1)
         for strip, found in enumerate(whole[:, column].view(3, 3).double().sum(1).tolist()):
             assert found == pytest.approx(float(expected[16 * strip : 16 * strip + 16].sum()), rel=1e-4)
+
+
+def test_errors_that_cancel_count_less_where_f_has_no_factors_too() -> None:
+    error, h = torch.randn(16, 64), torch.ones(64, 64) + torch.eye(64)
+    error -= error.mean(1, keepdim=True)  # all inputs move together, and so the errors cancel
+    table = [
+        tile_losses(torch.zeros(16, 64), lambda level: -error, [torch.ones(16, 64)], 32, covariances)
+        for covariances in ((), [h])
+    ]
+    column = WEIGHT_LEVELS.index(4)
+    assert torch.allclose(table[1][:, column], table[0][:, column] / 2, rtol=1e-3)
 
 
 def test_predicted_loss_is_the_measured_kl() -> None:

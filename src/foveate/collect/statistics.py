@@ -42,12 +42,10 @@ class Factored:
     Attributes:
         gradient_N: E[g^2] of each output, summed over a sample's rows.
         energy_K: E[x^2] of each input.
-        covariance_KK: E[x x^T] of the inputs, if it was kept: errors of a row are then scored together, not one by one.
     """
 
     gradient_N: Tensor
     energy_K: Tensor
-    covariance_KK: Tensor | None = None
 
 
 class WeightStatistics:
@@ -181,7 +179,7 @@ class WeightStatistics:
             frequency = (t["frequency_N"] + 0.5) * t["rows"] / (t["rows"] + 0.5 * len(t["frequency_N"]))
             return Factored((frequency / samples).float(), (t["gradient_K"] / seen).float())
         if self.factored:
-            return Factored((t["gradient_N"] / samples).float(), (t["energy_K"] / seen).float(), self.covariance())
+            return Factored((t["gradient_N"] / samples).float(), (t["energy_K"] / seen).float())
         return t["fisher_NK"] / samples
 
 

@@ -141,7 +141,8 @@ def _quantized(
         planes = _on_planes(entry, w_NK, seen, group)
         site = site_of(entry, planes, routing.share(entry.names[0]))
         sites.append(site)
-        losses[site.name] = _losses(w_NK, planes, [routing.fisher(name) for name in entry.names])
+        fishers = [routing.fisher(name) for name in entry.names]
+        losses[site.name] = _losses(w_NK, planes, fishers, [s.covariance() for s in seen])
         statistics[site.name] = {**_kept_statistics(seen[0], planes), **routing.statistics(entry.names[0])}
         weights[site.name] = PlaneWeight(planes, cast(Tensor, entry.modules[0].weight).dtype)
     for weight, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
@@ -290,12 +291,17 @@ def _saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
     return bool(with_one) and 0 < sum(float(t["rows"]) for t in with_one) < len(with_one[0]["energy_K"])
 
 
-def _losses(w_NK: Tensor, planes: PlaneTensor, fishers: Sequence[Tensor | Factored]) -> Tensor:
+def _losses(
+    w_NK: Tensor,
+    planes: PlaneTensor,
+    fishers: Sequence[Tensor | Factored],
+    covariances: Sequence[Tensor | None],
+) -> Tensor:
     def at_level(level: int) -> Tensor:
         planes.tags.fill_(level)
         return planes.dequantize()
 
-    table = tile_losses(w_NK, at_level, fishers, planes.group)
+    table = tile_losses(w_NK, at_level, fishers, planes.group, covariances)
     planes.tags.fill_(TOP_LEVEL)
     return table
 

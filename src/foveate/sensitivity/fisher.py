@@ -3,9 +3,9 @@
     S_tile(level) = 1/2 sum over the tile's weights of F_ij (w_ij - w_ij(level))^2
 
 in the objective's unit for one sample (nats a token for a language model), so that the sum over a map's tiles predicts
-its KL. See `foveate.collect.statistics` for F. Where the covariance H of the inputs is known, the groups of each row
-are scaled together so that their sum is the row's whole quadratic form, 1/2 G_i dW_i H dW_i^T: rounding with error
-feedback makes errors that cancel each other, which a sum of squares does not see.
+its KL. See `foveate.collect.statistics` for F. Rounding with error feedback makes errors that cancel each other, which
+a sum of squares does not see. So where the covariance H of the inputs is known, the groups of each row are scaled
+together by dW_i H dW_i^T / dW_i diag(H) dW_i^T. Where F has factors, their sum is then the row's whole quadratic form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from foveate.formats.packing import TILE_ROWS, tile_grid
 Fisher = Tensor | Factored
 
 
-def tile_losses(w_NK: Tensor, at_level: Callable[[int], Tensor], fishers: Sequence[Fisher], group: int) -> Tensor:
+def tile_losses(
+    w_NK: Tensor,
+    at_level: Callable[[int], Tensor],
+    fishers: Sequence[Fisher],
+    group: int,
+    covariances: Sequence[Tensor | None] = (),
+) -> Tensor:
     """Score every tile at every level.
 
     Args:
@@ -31,6 +37,7 @@ def tile_losses(w_NK: Tensor, at_level: Callable[[int], Tensor], fishers: Sequen
         at_level: the weight as read at a nested level, float32 [N, K].
         fishers: F for each use of the weight (tied weights have several): [N, K], or its factors.
         group: inputs a tile.
+        covariances: for each use E[x x^T] of its inputs, [K, K], where known; none if empty.
 
     Returns:
         float32 [T, 6], tiles in order nt * G + gi, a column for each of WEIGHT_LEVELS.
@@ -38,13 +45,16 @@ def tile_losses(w_NK: Tensor, at_level: Callable[[int], Tensor], fishers: Sequen
     columns = []
     for level in WEIGHT_LEVELS:
         error_NK = w_NK - at_level(level) if level else w_NK.clone()
-        parts = [_strip_sums(_row_sums(error_NK, fisher, group)) for fisher in fishers]
+        parts = [
+            _strip_sums(_row_sums(error_NK, fisher, group, covariance_KK))
+            for fisher, covariance_KK in zip(fishers, covariances or [None] * len(fishers), strict=True)
+        ]
         columns.append(0.5 * torch.stack(parts).sum(0))
     return torch.stack(columns, 1).float()
 
 
-def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
-    """The sum over each row's groups of F times the squared error, float64 [N, G]."""
+def _row_sums(error_NK: Tensor, fisher: Fisher, group: int, covariance_KK: Tensor | None) -> Tensor:
+    """The sum over each row's groups of F times the squared error, float64 [N, G], scaled by what cancels."""
     rows, columns = error_NK.shape
     groups = tile_grid(rows, columns, group)[1]
 
@@ -53,13 +63,14 @@ def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
 
     squares_NK = error_NK.square()
     if isinstance(fisher, Tensor):
-        return grouped(squares_NK * fisher).sum(2, dtype=torch.float64)
-    energies_NG = torch.einsum("ngk,gk->ng", grouped(squares_NK), grouped(fisher.energy_K)).double()
-    losses_NG = energies_NG * fisher.gradient_N.double()[:, None]
-    if fisher.covariance_KK is not None:
-        together_N = (error_NK @ fisher.covariance_KK).mul_(error_NK).sum(1, dtype=torch.float64).clamp_min(0)
-        apart_N = losses_NG.sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        losses_NG = losses_NG * (together_N * fisher.gradient_N.double() / apart_N)[:, None]
+        losses_NG = grouped(squares_NK * fisher).sum(2, dtype=torch.float64)
+    else:
+        energies_NG = torch.einsum("ngk,gk->ng", grouped(squares_NK), grouped(fisher.energy_K)).double()
+        losses_NG = energies_NG * fisher.gradient_N.double()[:, None]
+    if covariance_KK is not None:
+        together_N = (error_NK @ covariance_KK).mul_(error_NK).sum(1, dtype=torch.float64).clamp_min(0)
+        apart_N = (squares_NK @ covariance_KK.diagonal()).double().clamp_min(torch.finfo(torch.float64).tiny)
+        losses_NG = losses_NG * (together_N / apart_N)[:, None]
     return losses_NG
 
 
