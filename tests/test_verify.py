@@ -138,3 +138,9 @@ def test_a_language_model_with_padding() -> None:
     batches[0]["attention_mask"][0, 6:] = 0
     (outcome, _) = fv.measure(model, [profile.uniform(4)], copy.deepcopy(batches), progress=False)
     assert outcome.samples == 48 - 6
+
+
+def test_the_model_is_no_reference_for_itself() -> None:
+    model, profile = quantized_mlp()
+    with pytest.raises(DataError, match=r"keep a copy\.deepcopy of the original"):
+        fv.verify(model, profile.uniform(3), [rows(4)], reference=model, progress=False)

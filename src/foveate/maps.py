@@ -129,6 +129,8 @@ class PrecisionMap:
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
         """A copy in which every site that the shell pattern names has `level`; the predicted loss is then unknown."""
         hits = find_sites(self.sites, pattern)
+        if type(level) is not int:
+            raise LevelError(f"level (={level!r}) is not a whole number")
         if level not in INPUT_LEVELS and {s.kind for s in hits} == {"weight", "input"}:
             raise LevelError(
                 f"pattern {pattern!r} names weights and inputs, and {level} is no input's: end it with ':weight'"

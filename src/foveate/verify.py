@@ -124,9 +124,13 @@ def measure(
         One outcome a map, and last that of the reference itself.
 
     Raises:
-        DataError: no batches, or outputs of the reference that are not finite.
+        DataError: no batches, outputs of the reference that are not finite, or a reference that is the model itself.
     """
     registry = registry_of(model)
+    if reference is model:
+        raise DataError(
+            "the reference is the quantized model itself: keep a copy.deepcopy of the original from before quantize"
+        )
     before = registry.applied
     if objective is None and registry.profile is not None:
         objective = named(registry.profile.objective)

@@ -119,3 +119,19 @@ def test_what_is_refused() -> None:
     with pytest.raises(fv.BudgetError, match="no statistics of inputs"):
         fv.by_variance(old)
     assert fv.allocate(old, budget).levels == fv.allocate(profile, budget).levels
+
+
+def test_a_guess_adds_nothing_to_the_prediction() -> None:
+    profile = _profile()
+    plan = fv.allocate(fv.by_variance(profile), fv.Budget(bits=8), input_bits=6.0)
+    assert plan.predicted_loss == pytest.approx(profile.predict(plan.with_level("*:input", 32)), abs=2e-9)
+
+
+def test_what_does_not_go_together() -> None:
+    profile = _profile()
+    with pytest.raises(fv.BudgetError, match="give input_bits too"):
+        fv.allocate(profile, fv.Budget(bits=8), input_levels=(4,))
+    with pytest.raises(fv.LevelError, match=r"input level \(=5\)"):
+        fv.allocate(profile, fv.Budget(bits=8), input_level=5)
+    with pytest.raises(fv.BudgetError, match="is not a Budget"):
+        fv.allocate(profile, 4.25)  # type: ignore[arg-type]

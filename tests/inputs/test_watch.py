@@ -153,3 +153,13 @@ def test_what_is_refused() -> None:
         fv.watch_inputs(model, every=0)
     with pytest.raises(fv.FoveateError, match="not quantized"):
         fv.watch_inputs(mlp())
+
+
+def test_compiled_calls_are_not_watched_and_compile_whole() -> None:
+    model, _ = _model()
+    with fv.watch_inputs(model) as watch, torch.no_grad():
+        x = _clean()[0]
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), model(x))
+        assert watch.calls == 1
+    torch._dynamo.reset()

@@ -239,3 +239,20 @@ def test_batches_that_end_in_an_error_leave_no_trace() -> None:
         fv.quantize(model, broken(), progress=False)
     assert not any(m._forward_hooks for m in model.modules())
     fv.quantize(model, rows(), progress=False)
+
+
+def test_a_convolution_that_saw_one_image() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    profile = fv.quantize(model, [torch.randn(1, 3, 12, 12)], objective=fv.Logits(), progress=False)
+    assert all(bool(table.isfinite().all()) for table in profile.losses.values())
+
+
+def test_a_model_elsewhere_and_what_is_no_objective() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    with pytest.raises(fv.WeightError, match="is on meta: load the model on the CPU"):
+        fv.quantize(copy.deepcopy(model).to("meta"), [torch.randn(2, 8)], progress=False)
+    with pytest.raises(fv.DataError, match="is not an Objective"):
+        fv.quantize(model, [torch.randn(2, 8)], objective="logits", progress=False)  # type: ignore[arg-type]
+    fv.quantize(model, [torch.randn(2, 8)], progress=False)
+    with pytest.raises(fv.SiteError, match="4 is not a PrecisionMap"):
+        fv.apply(model, 4)  # type: ignore[arg-type]

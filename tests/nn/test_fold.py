@@ -181,3 +181,9 @@ def test_folded_quantized_saved_and_loaded_into_a_skeleton_that_is_not_folded(tm
         assert torch.equal(fv.load(tmp_path / "again", model=folded)(batches[0]), model(batches[0]))
     with pytest.raises(CheckpointError, match="norms folded that the model does not have"):
         fv.load(tmp_path / "out", model=nn.Sequential(nn.Linear(3, 4)))
+
+
+def test_an_empty_batch_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    with pytest.raises(fv.FoveateError, match="the batch is empty"):
+        fv.fold_batchnorm(model, torch.zeros(0, 3, 8, 8))

@@ -27,7 +27,7 @@ def levels_of_inputs(
         if level is not None:
             raise BudgetError("give input_level or input_bits, not both")
         return choose_inputs(profile, bits, levels)
-    return None if level is None else {s.name: level for s in profile.input_sites()}
+    return None if level is None else dict.fromkeys((s.name for s in profile.input_sites()), check_input_level(level))
 
 
 def choose_inputs(profile: Profile, bits: float, levels: Sequence[int]) -> dict[str, int]:
@@ -39,7 +39,7 @@ def choose_inputs(profile: Profile, bits: float, levels: Sequence[int]) -> dict[
     allowed = tuple(sorted({check_input_level(level) for level in levels}))
     if not allowed:
         raise BudgetError("input_levels is empty: give at least one of 4, 8, 16, 32")
-    if isinstance(bits, bool) or not 0 < bits < float("inf"):
+    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits < float("inf"):
         raise BudgetError(f"input_bits (={bits}) must be a positive finite number")
     sites = profile.input_sites()
     if not sites:
@@ -76,7 +76,9 @@ def by_variance(profile: Profile) -> Profile:
     guessed = _guesses(profile)
     if profile.input_sites() and not guessed:
         raise BudgetError("the profile has no statistics of inputs: quantize the original again")
-    return replace(profile, losses={**profile.losses, **guessed})
+    # of no weight beside true losses: a map's prediction is that of its weights
+    unit = 1e-9 / max(sum(float(table.sum()) for table in guessed.values()), 1e-30)
+    return replace(profile, losses={**profile.losses, **{name: table * unit for name, table in guessed.items()}})
 
 
 def _guesses(profile: Profile) -> Mapping[str, torch.Tensor]:

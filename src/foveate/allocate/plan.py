@@ -15,6 +15,7 @@ from foveate.formats.levels import NESTED_LEVELS
 from foveate.maps import Budget, PrecisionMap, Profile
 from foveate.sizes import format_bytes
 
+INPUT_CHOICE = (4, 8, 16)
 _ROUNDS = 8  # in practice two: inputs lose little beside weights
 
 
@@ -27,7 +28,7 @@ def allocate(
     tie: Sequence[Sequence[str]] = (),
     input_level: int | None = None,
     input_bits: float | None = None,
-    input_levels: Sequence[int] = (4, 8, 16),
+    input_levels: Sequence[int] = INPUT_CHOICE,
 ) -> PrecisionMap:
     """Choose the level of every weight, or of every tile of it, under a budget.
 
@@ -49,9 +50,14 @@ def allocate(
 
     Raises:
         BudgetError: no map meets the budget; the message says the least possible. Or the profile does not say what
-            inputs cost.
+            inputs cost, or `input_levels` were given without `input_bits`.
+        LevelError: `input_level` is none.
         SiteError: a pattern in `tie` names no weight.
     """
+    if not isinstance(budget, Budget):
+        raise BudgetError(f"budget (={budget!r}) is not a Budget, such as Budget(bits=4.25)")
+    if input_bits is None and tuple(input_levels) != INPUT_CHOICE:
+        raise BudgetError("input_levels are what input_bits chooses among: give input_bits too, or input_level")
     problem = build(profile, levels, per_tile, tie, levels_of_inputs(profile, input_level, input_bits, input_levels))
     lowest = problem.to_map(torch.zeros(len(problem.loss_UL), dtype=torch.long))
     tiles_at_least = float(problem.cost_UL[:, 0].sum())

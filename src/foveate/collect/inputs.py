@@ -73,7 +73,7 @@ class InputStatistics:
         t["values"] += rows.numel()
         some = rows.reshape(-1, rows.shape[-1])[:: max(1, rows.numel() // _COUNTED)]
         codes, _ = quantize_input(some.float(), 8)
-        t["codes"] += torch.bincount(codes.view(-1).long() + _CODES // 2, minlength=_CODES)
+        t["codes"] += torch.bincount(codes.reshape(-1).long() + _CODES // 2, minlength=_CODES)
 
     def score(self, x_BTK: Tensor, g_BTN: Tensor, w_NK: Tensor, independent_rows: bool) -> None:
         """Take the input rows of B samples, T rows each, and the gradients of their output rows.

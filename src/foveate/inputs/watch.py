@@ -91,12 +91,14 @@ class InputWatch:
         return cast("tuple[PrecisionMap, PrecisionMap]", self._registry.applied)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return  # a graph has no room for decisions: calls that are not compiled are watched
         self._looking = self.calls % self._every == 0
         self.calls += 1
 
     def _hook(self, name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self._looking:
+            if not torch.compiler.is_compiling() and self._looking:
                 now = _observed(args[0] if args else kwargs["input"], self._nodes[name].limits)
                 if now is not None:
                     decided = step(self._tolerance, self._nodes[name], self._states[name], now)
@@ -105,6 +107,8 @@ class InputWatch:
         return look
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         self._looking = False
         if self._maps() is not self._mine:
             self._base = self._maps()  # someone applied another map: what is raised is raised above that one

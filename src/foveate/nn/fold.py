@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from foveate.collect.kinds import Kind, kind_of
 from foveate.collect.objectives import run
-from foveate.errors import CheckpointError, WeightError
+from foveate.errors import CheckpointError, DataError, WeightError
 from foveate.nn.modules import PlaneModule
 
 _ATTRIBUTE = "_foveate_folded"
@@ -43,6 +43,7 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
         The names of the norms that were folded.
 
     Raises:
+        DataError: the batch is empty.
         WeightError: the model is in training mode, where a norm's scale is that of each batch, or is quantized already.
     """
     modules = dict(model.named_modules())
@@ -55,6 +56,8 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     with torch.no_grad(), _watching(watch, modules), watch:
         output = run(model, batch)
     watch.used(tree_leaves(output))
+    if not any(leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)):
+        raise DataError("the batch is empty: one sample is enough, but none shows nothing")
     owners = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
     pairs: list[tuple[str, str]] = []
     for layer_name, uses in watch.uses.items():

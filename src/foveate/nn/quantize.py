@@ -108,9 +108,14 @@ def _quantized(
     resume: Path | None,
     progress: bool,
 ) -> Profile:
+    if objective is not None and not isinstance(objective, Objective):
+        raise DataError(f"objective (={objective!r}) is not an Objective, such as foveate.Logits()")
     found, notes = _chosen(model, skip)
     for entry in found:
-        if not bool(torch.isfinite(cast(Tensor, entry.modules[0].weight)).all()):
+        weight = cast(Tensor, entry.modules[0].weight)
+        if weight.device.type != "cpu":
+            raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
+        if not bool(torch.isfinite(weight).all()):
             raise WeightError(f"{entry.names[0]}.weight holds NaN or Inf")
     collector = _collect(model, batches, found, objective, loss, resume, progress)
     routing = Routing(model, collector)
@@ -145,8 +150,8 @@ def _quantized(
         losses[site.name] = _losses(w_NK, planes, fishers, [s.covariance() for s in seen])
         statistics[site.name] = {**_kept_statistics(seen[0], planes), **routing.statistics(entry.names[0])}
         weights[site.name] = PlaneWeight(planes, cast(Tensor, entry.modules[0].weight).dtype)
-    for weight, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
-        weight.set(value)
+    for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
+        kept.set(value)
     registry = install(model, found, sites, weights)
     for name in registry.inputs:
         node = collector.by_module.get(name.removesuffix(":input"))

@@ -108,6 +108,8 @@ class Registry:
         tags = bytearray()
         input_levels = bytearray()
         for one in {id(m): m for m in (plan, second)}.values():
+            if not isinstance(one, PrecisionMap):
+                raise SiteError(f"{one!r} is not a PrecisionMap; profile.uniform(4) is one")
             if one.sites is not self._known_sites:
                 self._check_sites(one)
         for name, weight in self.weights.items():
