@@ -329,6 +329,35 @@ def test_a_graph_of_some_siblings_is_right(model: Any) -> None:
     assert torch.equal(model.v_proj(X), model.v_proj(X.clone()))
 
 
+def test_in_inference_mode_a_change_in_place_is_seen(model: Any) -> None:
+    with torch.inference_mode():
+        x = X.clone()
+        model.q_proj(x)
+        x.add_(1)
+        assert torch.equal(model.k_proj(x), model.k_proj(X + 1))
+    x = X.clone()
+    with torch.inference_mode():
+        model.q_proj(x)
+    assert not model.k_proj(x).is_inference()
+
+
+def test_a_part_of_a_family_compiled_sees_a_switch(model: Any) -> None:
+    x = X.clone()
+    q, k = (torch.compile(layer, backend="eager") for layer in (model.q_proj, model.k_proj))
+    with torch.no_grad():
+        q(x)
+        fv.apply(model, fv.current_map(model).with_level("*:weight", 2))
+        assert torch.equal(k(x), model.k_proj(X.clone()))
+
+
+def test_weights_whose_memory_moves_are_found_again(model: Any) -> None:
+    expected = model(X.clone())
+    for module in model.modules():
+        for buffer in module.buffers(recurse=False):
+            buffer.share_memory_()
+    assert torch.equal(model(X.clone()), expected)
+
+
 def test_gradients_of_a_compiled_model(model: nn.Module) -> None:
     x, alone = X.clone().requires_grad_(), X.clone().requires_grad_()
     torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()

@@ -126,7 +126,7 @@ class Registry:
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
         self.applied = (plan, second)
-        self._household.switches += 1
+        self._household.switched()
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -141,7 +141,7 @@ class Registry:
             raise SiteError(f"ranges name inputs that the model does not have: {', '.join(sorted(unknown)[:5])}")
         if self.inputs:
             self._input_ranges.copy_(torch.tensor([ranges.get(name, _NO_RANGE) for name in self.inputs]).view(-1))
-        self._household.switches += 1
+        self._household.switched()
 
     def _check_sites(self, plan: PrecisionMap) -> None:
         if plan.sites != self.sites:

@@ -4,7 +4,8 @@ The first of them that is called computes all, which quantizes the input once an
 wait on the input itself, as an attribute of that very tensor, until they are asked for: so nothing outlives the input,
 no other tensor can be mistaken for it, and two threads do not meet. A result is only taken while the input and the
 levels are what they were. While a graph is traced, results wait on the siblings instead, within the trace: the graph
-sees plain calls, and nothing is left when it is done.
+sees plain calls. Tensors of inference mode keep no count of their changes: there, outside graphs, each layer computes
+its own.
 
 Siblings are found by name, at one parent; cross-attention, whose query has another input than its keys, is told from
 the names too. Where results are left lying, because a name misled or because some layers are not used, they part for
@@ -85,12 +86,18 @@ class Household:
 
     Attributes:
         switches: how often levels were switched.
-        traced: within a trace, the results that wait: for whom, of which input, and for each place that is left.
+        traced: within a trace, the results that wait: for whom, of which input, and for each place that is left. Where
+            a graph ends amid siblings they stay, until levels are switched.
     """
 
     def __init__(self) -> None:
         self.switches = 0
         self.traced: tuple[Siblings, Tensor, dict[int, Tensor]] | None = None
+
+    def switched(self) -> None:
+        """Levels were switched: what waits is no longer true."""
+        self.switches += 1
+        self.traced = None
 
 
 class Siblings:
@@ -104,7 +111,6 @@ class Siblings:
         self.together = True
         self._all = Products(layers)
         self._alone = tuple(layer.alone for layer in layers)
-        self._hooks = tuple(h for layer in layers for h in (layer._forward_pre_hooks, layer._forward_hooks))
         self._household = household
         self._wasted = 0
 
@@ -112,8 +118,9 @@ class Siblings:
         """x [..., K] times the weight of the layer at `place`, without gradients."""
         if torch.compiler.is_dynamo_compiling():
             return self._product_in_trace(place, x)
-        version = -1 if x.is_inference() else x._version
-        state = (self, version, self._household.switches)
+        if x.is_inference():
+            return self._alone[place].of(x)[0]  # such a tensor does not tell that it was changed
+        state = (self, x._version, self._household.switches, torch.is_inference_mode_enabled())
         waiting: _Waiting | None = getattr(x, _WAITING, None)
         if waiting is not None and waiting.state == state:
             y = waiting.results.pop(place, None)
@@ -124,8 +131,7 @@ class Siblings:
                 return y
         if self._wasted > _WASTE:
             self.together = False
-        if not self.together or (version < 0 and any(self._hooks)):
-            # an inference tensor does not tell that it was changed: a hook may have done so
+        if not self.together:
             return self._alone[place].of(x)[0]
         results = dict(enumerate(self._all.of(x)))
         y = results.pop(place)
@@ -134,7 +140,10 @@ class Siblings:
         return y
 
     def _product_in_trace(self, place: int, x: Tensor) -> Tensor:
-        """The same while torch.compile traces, which can neither read versions nor delete a tensor's attribute."""
+        """The same while torch.compile traces, which can neither read versions nor delete a tensor's attribute.
+
+        What a graph changes in place between siblings is not seen.
+        """
         traced = self._household.traced
         if traced is not None and traced[0] is self and traced[1] is x:
             results = traced[2]
@@ -149,7 +158,7 @@ class Siblings:
 
 
 class _Waiting:
-    def __init__(self, state: tuple[Siblings, int, int], results: dict[int, Tensor]) -> None:
+    def __init__(self, state: tuple[Siblings, int, int, bool], results: dict[int, Tensor]) -> None:
         self.state = state
         self.results = results
 

@@ -1,7 +1,7 @@
 // Weights by handle: a small tensor that stands for all that a call takes besides x and biases.
 //
 // A graph that torch has compiled checks each tensor that goes into it, at every call: ten a weight are a millisecond for
-// a small model. A handle is a number that is never used again. The weights are kept, checked once, until the handle's
+// a small model. A handle is a number that is never used again. The weights are kept until the handle's
 // storage is freed; a copy of a handle stands for the same weights as long as the first one lives, and then for none,
 // which is an error. Levels and ranges are read through the tensors that are kept, so a switch is seen.
 #pragma once
@@ -21,8 +21,8 @@ namespace foveate {
 namespace {
 
 struct Held {
-  std::vector<at::Tensor> tensors;       // what `weights` points into
-  std::vector<Weight> weights;           // with the tags of map 0
+  std::vector<at::Tensor> tensors;       // of all weights; a call asks them where their memory is, for it may move
+  std::vector<int64_t> forms;
   std::vector<at::Tensor> input_levels;  // one a weight
   std::vector<at::Tensor> input_ranges;  // one a weight, or none
 };
@@ -40,7 +40,7 @@ Shelf& shelf() {
 }
 
 at::Tensor plane_handle(at::TensorList weights, at::IntArrayRef forms, at::TensorList input_levels, at::TensorList input_ranges) {
-  Held made{weights.vec(), {}, input_levels.vec(), input_ranges.vec()};
+  Held made{weights.vec(), forms.vec(), input_levels.vec(), input_ranges.vec()};
   TORCH_CHECK(forms.size() == input_levels.size() * kForm, "there are ", input_levels.size(), " input levels, and ", forms.size(),
               " numbers of forms, not ", kForm, " an input level");
   TORCH_CHECK(input_ranges.empty() || input_ranges.size() == input_levels.size(), "there are ", input_levels.size(),
@@ -48,7 +48,7 @@ at::Tensor plane_handle(at::TensorList weights, at::IntArrayRef forms, at::Tenso
   for (const at::Tensor& range : input_ranges) check_input_range(range);
   for (size_t i = 0; i < input_levels.size(); ++i) {
     check_input_level(input_levels[i]);
-    made.weights.push_back(weight_of(weights, forms, i, 0));
+    weight_of(weights, forms, i, 0);  // raises here what a call would raise
   }
   auto held = std::make_shared<const Held>(std::move(made));
   Shelf& all = shelf();

@@ -298,14 +298,16 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
 // The products of the weights of a handle with one x: those that quantize it alike in one go.
 std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle, TensorList biases, at::IntArrayRef rows) {
   const std::shared_ptr<const Held> held = held_by(handle);
-  std::vector<Weight> weights = held->weights;
   const std::vector<Tensor>& levels = held->input_levels;
   const auto range = [&](size_t i) { return held->input_ranges.empty() ? nullptr : held->input_ranges[i].const_data_ptr<float>(); };
-  const size_t count = weights.size();
+  const size_t count = levels.size();
   TORCH_CHECK(rows.size() == count, "there are ", count, " weights, and rows of ", rows.size());
   TORCH_CHECK(biases.empty() || biases.size() == count, "there are ", count, " weights, and ", biases.size(), " biases");
+  std::vector<Weight> weights;
+  weights.reserve(count);
   bool alike = true;
   for (size_t i = 0; i < count; ++i) {
+    weights.push_back(weight_of(held->tensors, held->forms, i, 0));
     TORCH_CHECK(weights[i].rows == rows[i], "rows (=", rows[i], ") are not those of the weight, ", weights[i].rows);
     if (!biases.empty()) set_bias(weights[i], biases[i]);
     alike = alike && same_inputs(*held, 0, i);
