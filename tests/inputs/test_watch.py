@@ -163,3 +163,25 @@ def test_compiled_calls_are_not_watched_and_compile_whole() -> None:
         assert torch.equal(compiled(x), model(x))
         assert watch.calls == 1
     torch._dynamo.reset()
+
+
+def test_its_own_map_applied_again_is_not_a_new_base() -> None:
+    model, profile = _model()
+    base = profile.uniform(4)
+    fv.apply(model, base)
+    watch = fv.watch_inputs(model)
+    with torch.no_grad():
+        for _ in range(30):
+            model(5 * _clean()[0])
+        assert watch.raised
+        levels = dict(watch.raised)
+        for _ in range(3):
+            fv.apply(model, fv.current_map(model))
+            model(5 * _clean()[0])
+        assert watch.raised == levels
+    watch.close()
+    assert fv.current_map(model) == base
+    fv.use_static_scales(model)
+    kept = registry_of(model).ranges
+    watch.close()
+    assert registry_of(model).ranges == kept

@@ -187,3 +187,38 @@ def test_an_empty_batch_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
     with pytest.raises(fv.FoveateError, match="the batch is empty"):
         fv.fold_batchnorm(model, torch.zeros(0, 3, 8, 8))
+
+
+class _Reads(nn.Module):
+    """Uses the weight of its convolution a second time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(x)) + nn.functional.conv2d(x, self.conv.weight)
+        return y
+
+
+def test_a_weight_that_is_read_elsewhere_is_left() -> None:
+    assert fv.fold_batchnorm(_shaken(_Reads()), torch.randn(2, 3, 5, 5)) == ()
+
+
+def test_without_a_batch_dimension_channels_are_not_told() -> None:
+    model = _shaken(nn.Sequential(nn.Conv1d(3, 6, 3, padding=1), nn.BatchNorm1d(6)))
+    assert fv.fold_batchnorm(model, torch.randn(3, 6)) == ()
+
+
+def test_an_output_that_hides_its_tensors_is_refused() -> None:
+    class Hiding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.conv(x)
+            return type("Box", (), {"values": (y, self.norm(y))})()
+
+    with pytest.raises(fv.FoveateError, match="hides its tensors"):
+        fv.fold_batchnorm(Hiding().eval(), torch.randn(2, 3, 5, 5))

@@ -48,8 +48,9 @@ def choose_inputs(profile: Profile, bits: float, levels: Sequence[int]) -> dict[
     if not measured:
         raise BudgetError("the profile does not say what inputs cost: quantize the original again")
     columns = torch.tensor([INPUT_LEVELS.index(level) for level in allowed])
-    nothing = torch.zeros(1, len(INPUT_LEVELS))
-    losses = torch.cat([profile.losses.get(s.name, nothing) for s in sites]).double()[:, columns]
+    most = 1.0 + sum(float(profile.losses[s.name].max()) for s in measured)
+    unknown = most * torch.arange(len(INPUT_LEVELS), 0, -1.0)[None]  # what calibration never saw is dear
+    losses = torch.cat([profile.losses.get(s.name, unknown) for s in sites]).double()[:, columns]
     read = torch.tensor([profile.values_read(s) for s in sites], dtype=torch.float64)
     if not bool(torch.isfinite(losses).all()):
         raise BudgetError("the profile holds losses of inputs that are not finite")

@@ -107,11 +107,10 @@ class WeightStatistics:
         self._see_covariance(x_BTK)
         inputs = cast(InputStatistics, self.inputs)
         inputs.see(x_BTK, x_BTK)
-        w_NK = weight_matrix(module)
 
         def after(g: Tensor) -> None:
             g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
-            inputs.score(x_BTK, g_BTN, w_NK, self.factored)
+            inputs.score(x_BTK, g_BTN, weight_matrix(module), self.factored)
             if self.factored:
                 self._see_gradient(g)
             else:

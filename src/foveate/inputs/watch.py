@@ -79,7 +79,7 @@ class InputWatch:
         self._decisions: dict[str, Decision] = {}
         self._base = self._maps()
         self._mine = self._base
-        self._ranges = self._registry.ranges
+        self._ranges = self._set_ranges = self._registry.ranges
         self._looking = False
         root = quantized_part(model)
         self._hooks = [root.register_forward_pre_hook(self._begin), root.register_forward_hook(self._end)]
@@ -110,24 +110,38 @@ class InputWatch:
         if torch.compiler.is_compiling():
             return
         self._looking = False
+        if self._registry.ranges != self._set_ranges:
+            self._ranges = self._registry.ranges  # someone chose other scales
         if self._maps() is not self._mine:
-            self._base = self._maps()  # someone applied another map: what is raised is raised above that one
+            self._base = self._unraised()  # someone applied another map: what is raised is raised above that one
             self._apply()
         elif self._decisions:
             self._apply()
 
+    def _unraised(self) -> tuple[PrecisionMap, PrecisionMap]:
+        """The maps in force; for one of this watch's own, the one that it was raised from."""
+        known = {id(mine): base for mine, base in zip(self._mine, self._base, strict=True)}
+        first, second = self._maps()
+        return known.get(id(first), first), known.get(id(second), second)
+
     def _apply(self) -> None:
-        levels = {name: _above(self._base[0], name, d.raised) for name, d in self._decisions.items()}
-        changed = [(name, level) for name, level in levels.items() if level != self._maps()[0].levels[name]]
-        ranges = {} if any(decision.raised for decision in self._decisions.values()) else self._ranges
-        if not changed and ranges == self._registry.ranges:
+        now, decisions = self._maps(), dict(self._decisions)
+        wanted = [{name: _above(base, name, d.raised) for name, d in decisions.items()} for base in self._base]
+        differ = [
+            [n for n, level in levels.items() if level != one.levels[n]]
+            for levels, one in zip(wanted, now, strict=True)
+        ]
+        changed = [(name, wanted[0][name]) for name in differ[0]]
+        ranges = {} if any(decision.raised for decision in decisions.values()) else self._ranges
+        if not any(differ) and ranges == self._registry.ranges:
+            self._mine, self._set_ranges = now, self._registry.ranges
             return
-        before = self._maps()[0].levels
+        before = now[0].levels
         first = _raised(self._base[0], self._decisions)
         second = first if self._base[1] is self._base[0] else _raised(self._base[1], self._decisions)
         self._registry.apply(first, second)
         self._registry.set_ranges(ranges)
-        self._mine = self._maps()
+        self._mine, self._set_ranges = self._maps(), self._registry.ranges
         for name, level in changed:
             why = self._decisions[name]
             change = Change(self.calls - 1, name, cast(int, before[name]), level, why.drift, why.beyond)
@@ -148,12 +162,15 @@ class InputWatch:
 
     def close(self) -> None:
         """End the watch: the map and the scales are what they would be without it."""
+        if not self._hooks:
+            return
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if self._decisions and self._maps() is self._mine:
-            self._registry.apply(*self._base)
-        self._registry.set_ranges(self._ranges)
+        if any(one is not base for one, base in zip(self._maps(), self._unraised(), strict=True)):
+            self._registry.apply(*self._unraised())
+        if self._registry.ranges == self._set_ranges:
+            self._registry.set_ranges(self._ranges)
         self._decisions.clear()
 
     def __enter__(self) -> InputWatch:

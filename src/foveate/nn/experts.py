@@ -48,7 +48,7 @@ _FRAGMENT.impl("plane_experts", _plane_experts, "CompositeExplicitAutograd")
 
 
 def _plane_experts_fake(x: Tensor, index: Tensor, weights: Tensor, layer: int) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 torch.library.register_fake("foveate::plane_experts", _plane_experts_fake, lib=_FRAGMENT)
@@ -232,11 +232,9 @@ def taken_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterato
         model: any module.
         only: names of the layers to take apart; all that can be held if not given.
     """
-    held = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if name and _can_hold(module) and (only is None or name in only)
-    ]
+    named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and _can_hold(m)]
+    wanted = {id(module) for name, module in named if only is None or name in only}  # a stack may have several names
+    held = [(name, module) for name, module in named if id(module) in wanted]
     made = {id(module): PlaneExperts(module) for _, module in held}
     for name, module in held:
         _put(model, name, made[id(module)])

@@ -12,7 +12,7 @@ is. A norm that was folded becomes an `nn.Identity`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -43,7 +43,7 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
         The names of the norms that were folded.
 
     Raises:
-        DataError: the batch is empty.
+        DataError: the batch is empty, or the output is an object that hides its tensors.
         WeightError: the model is in training mode, where a norm's scale is that of each batch, or is quantized already.
     """
     modules = dict(model.named_modules())
@@ -52,11 +52,16 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     training = [n or type(m).__name__ for n, m in modules.items() if m.training and (not n or _is_norm(m))]
     if training:
         raise WeightError(f"{training[0]} is in training mode, where BatchNorm follows each batch: call model.eval()")
-    watch = _Watch()
+    watch = _Watch({n: cast(Tensor, m.weight) for n, m in modules.items() if _is_layer(m)})
     with torch.no_grad(), _watching(watch, modules), watch:
         output = run(model, batch)
     watch.used(tree_leaves(output))
-    if not any(leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)):
+    found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    if not found:
+        raise DataError(
+            f"the model's output, a {type(output).__name__}, hides its tensors: what goes into it is unknown"
+        )
+    if not any(leaf.numel() for leaf in found):
         raise DataError("the batch is empty: one sample is enough, but none shows nothing")
     owners = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
     pairs: list[tuple[str, str]] = []
@@ -85,16 +90,18 @@ class _Watch(TorchDispatchMode):
         uses: for each layer, the norms that its output goes into; None stands for anything else.
         calls: how often each layer and norm was called.
         outputs, inputs: the last output of each layer, and input of each norm.
-        norm: the norm that runs now.
+        norm, layer: what runs now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uses: dict[str, set[str | None]] = {}
         self.calls: Counter[str] = Counter()
         self.outputs: dict[str, Tensor] = {}
         self.inputs: dict[str, Tensor] = {}
         self.norm: str | None = None
+        self.layer: str | None = None
+        self._weights = {t.untyped_storage().data_ptr(): name for name, t in weights.items()}
         self._layers: dict[int, str] = {}
 
     def made(self, name: str, y: Tensor) -> None:
@@ -107,9 +114,14 @@ class _Watch(TorchDispatchMode):
     def used(self, values: Sequence[Any]) -> None:
         """Some operation takes these values."""
         for value in values:
-            layer = self._layers.get(value.untyped_storage().data_ptr()) if isinstance(value, Tensor) else None
+            if not isinstance(value, Tensor):
+                continue
+            memory = value.untyped_storage().data_ptr()
+            layer, owner = self._layers.get(memory), self._weights.get(memory)
             if layer is not None:
                 self.uses[layer].add(self.norm)
+            if owner is not None and owner != self.layer:  # folding would change what is computed here
+                self.uses.setdefault(owner, set()).add(None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Every operation of the model comes by here."""
@@ -119,8 +131,18 @@ class _Watch(TorchDispatchMode):
 
 @contextmanager
 def _watching(watch: _Watch, modules: dict[str, nn.Module]) -> Iterator[None]:
+    def before_layer(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            watch.layer = name
+
+        return hook
+
     def after_layer(name: str) -> Any:
-        return lambda module, args, output: watch.made(name, output)
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            watch.layer = None
+            watch.made(name, output)
+
+        return hook
 
     def before_norm(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -141,7 +163,8 @@ def _watching(watch: _Watch, modules: dict[str, nn.Module]) -> Iterator[None]:
         if _is_norm(module):
             handles.append(module.register_forward_pre_hook(before_norm(name), with_kwargs=True))
             handles.append(module.register_forward_hook(after_norm, always_call=True))
-        elif kind_of(module) in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED, Kind.CONV):
+        elif _is_layer(module):
+            handles.append(module.register_forward_pre_hook(before_layer(name)))
             handles.append(module.register_forward_hook(after_layer(name)))
     try:
         yield
@@ -150,11 +173,16 @@ def _watching(watch: _Watch, modules: dict[str, nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
+def _is_layer(module: nn.Module) -> bool:
+    return kind_of(module) in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED, Kind.CONV)
+
+
 def _fits(layer: nn.Module, norm: nn.Module, watch: _Watch, name: str) -> bool:
     """Whether the norm's channels are the layer's outputs, and its statistics are those of training."""
     is_conv = kind_of(layer) is Kind.CONV
     channels = watch.outputs[name].shape[1] if watch.outputs[name].dim() > 1 else 0
-    plain = is_conv or watch.outputs[name].dim() == 2  # of [B, T, N] a norm takes T for the channels
+    # of [B, T, N], and of a convolution's [N, T], a norm takes T for the channels
+    plain = watch.outputs[name].dim() == (cast(Tensor, layer.weight).dim() if is_conv else 2)
     return plain and channels == norm.num_features and isinstance(norm.running_mean, Tensor)
 
 

@@ -156,7 +156,8 @@ def _quantized(
     for name in registry.inputs:
         node = collector.by_module.get(name.removesuffix(":input"))
         if node is not None and node.inputs is not None:
-            losses[name] = node.inputs.losses(collector.samples)
+            if float(node.tensors["rows"]):  # what was never seen is not free
+                losses[name] = node.inputs.losses(collector.samples)
             statistics[name] = node.inputs.summary(collector.samples)
     if resume:
         resume.unlink(missing_ok=True)
