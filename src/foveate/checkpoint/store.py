@@ -201,6 +201,18 @@ def read_rest(path: PathLike, head: Head) -> dict[str, Tensor]:
     return {name: read("rest", name).clone() for name in head.checksums["rest"]}
 
 
+#: Shapes of what is known of each input; see `Profile.statistics`.
+INPUT_STATISTICS = {
+    "mean": (1,),
+    "variance": (1,),
+    "entropy": (1,),
+    "values": (1,),
+    "batch_values": (1,),
+    "range": (2,),
+    "batch_moments": (2, 2),
+}
+
+
 def load_profile(path: PathLike) -> Profile:
     """Read what was measured of the model in a folder.
 
@@ -225,8 +237,12 @@ def load_profile(path: PathLike) -> Profile:
     shapes = {s.name: (1, len(INPUT_LEVELS)) for s in head.sites if s.kind == "input" and s.name in losses}
     shapes.update({name: (count, len(WEIGHT_LEVELS)) for name, count in tiles.items()})
     for name, shape in shapes.items():
-        if name not in losses or losses[name].shape != shape:
+        if name not in losses or losses[name].shape != shape or not bool(losses[name].isfinite().all()):
             raise CheckpointError(f"{folder}: the profile does not fit its sites ({name})")
+    for name in (s.name for s in head.sites if s.kind == "input"):
+        for what, tensor in statistics.get(name, {}).items():
+            if tensor.shape != INPUT_STATISTICS.get(what, tensor.shape):
+                raise CheckpointError(f"{folder}: {what} of {name} has shape {tuple(tensor.shape)}")
     about = head.profile
     return Profile(
         head.sites, losses, head.other_bytes, about["samples"], about["objective"], statistics, tuple(about["notes"])

@@ -267,6 +267,8 @@ def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
         if old is None or old.shape != tensor.shape:
             have = "missing" if old is None else tuple(old.shape)
             raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {tuple(tensor.shape)}")
+        if tensor.is_floating_point() != old.is_floating_point():
+            raise CheckpointError(f"{full_name} of the model is {old.dtype}, of the checkpoint {tensor.dtype}")
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         _, first = filled.setdefault(id(old), (old, new))
         place[name] = first if torch.equal(first, new) else new
