@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.planes import PlaneTensor, from_codes
+from foveate.rounding import Rounded
 
 LEVELS = (0, 2, 3, 4, 6, 8)
 
@@ -70,6 +71,14 @@ def coded(rows: int, columns: int, *, group: int = 32, reach: int = 0, row_gains
     return Coded(planes, anchor, residual, scale, offset, gain)
 
 
+def read_at(rounded: Rounded, level: int) -> Tensor:
+    """The dense weight of rounded codes at a level."""
+    r = rounded
+    planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=r.group, reach=r.reach)
+    planes.tags.fill_(level)
+    return planes.dequantize()
+
+
 def random_levels(planes: PlaneTensor, seed: int, levels: Sequence[int] = LEVELS) -> Tensor:
     """A level for each tile, uint8 [NT, G]."""
     table = torch.tensor(levels, dtype=torch.uint8)
@@ -94,24 +103,25 @@ def quantized_mlp(**keywords: Any) -> tuple[nn.Sequential, fv.Profile]:
     return model, profile
 
 
+#: The sizes of a tiny transformer, as configurations of transformers take them.
+TRANSFORMER: dict[str, Any] = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def llama_config(**changes: Any) -> Any:
     from transformers import LlamaConfig
 
-    return LlamaConfig(
-        **{
-            "vocab_size": 50,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            **changes,
-        }
-    )
+    return LlamaConfig(**{**TRANSFORMER, **changes})
 
 
 def llama(seed: int = 0, **changes: Any) -> Any:

@@ -17,26 +17,13 @@ from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.nn.experts import PlaneExperts, taken_apart
 from foveate.nn.modules import PlaneLinear
 from foveate.nn.registry import registry_of
-from tiny import generator, tokens
+from tiny import TRANSFORMER, generator, tokens
 
 transformers = pytest.importorskip("transformers")
 
-_BASE: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
 
 def _model(kind: str, **changes: Any) -> Any:
-    config = getattr(transformers, f"{kind}{'Text' if kind == 'Llama4' else ''}Config")(**{**_BASE, **changes})
+    config = getattr(transformers, f"{kind}{'Text' if kind == 'Llama4' else ''}Config")(**{**TRANSFORMER, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
     g = generator(1)

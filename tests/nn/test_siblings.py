@@ -6,82 +6,26 @@ import copy
 import gc
 import io
 import pickle
-import re
-import sys
 import threading
 import weakref
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
+from attention import Attention, Counted, X, apart
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import foveate as fv
-from foveate.kernels.dispatch import ensure_loaded
 from foveate.nn.registry import registry_of
 from tiny import generator, quantized_llama
-
-ensure_loaded()
-
-
-class Attention(nn.Module):
-    """Three layers of one input, or of two, and one of its own."""
-
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.q_proj = nn.Linear(64, 48, bias=bias)
-        self.k_proj = nn.Linear(64, 16, bias=bias)
-        self.v_proj = nn.Linear(64, 16, bias=bias)
-        self.o_proj = nn.Linear(48, 64)
-
-    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        other = x if other is None else other
-        scale = self.k_proj(other).sum(-1, keepdim=True) + self.v_proj(other).mean(-1, keepdim=True)
-        return self.o_proj(torch.tanh(self.q_proj(x) * scale))
-
-
-class Counted(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[str(func.name())] += 1
-        return func(*args, **(kwargs or {}))
-
-    def products(self) -> int:
-        return sum(n for name, n in self.calls.items() if name.startswith("foveate::plane_linear"))
-
-
-X = torch.randn(5, 64, generator=generator(0))
-
-
-@pytest.fixture(params=[False, True], ids=["plain", "biased"])
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    made = Attention(bias=request.param)
-    fv.quantize(made, [X], progress=False)
-    return made.requires_grad_(False)
-
-
-def _apart(model: nn.Module) -> nn.Module:
-    for module in model.modules():
-        if hasattr(module, "siblings"):
-            module.siblings = None
-    return model
 
 
 def test_one_call_gives_what_three_give(model: nn.Module) -> None:
     with Counted() as together:
         got = model(X)
-    apart = _apart(model)
+    separate = apart(model)
     with Counted() as alone:
-        expected = apart(X)
+        expected = separate(X)
     assert torch.equal(got, expected)
     assert (together.products(), alone.products()) == (2, 4)
 
@@ -90,7 +34,7 @@ def test_input_levels_of_siblings_may_differ(model: nn.Module) -> None:
     plan = fv.current_map(model).with_level("k_proj:input", 16).with_level("v_proj:input", 32)
     fv.apply(model, plan)
     got = model(X)
-    assert torch.equal(got, _apart(model)(X))
+    assert torch.equal(got, apart(model)(X))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -124,7 +68,7 @@ def test_every_order_and_every_part_is_right(model: Any) -> None:
 def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
     other = torch.randn(5, 64, generator=generator(1))
     expected = copy.deepcopy(model)
-    _apart(expected)
+    apart(expected)
     for _ in range(6):
         assert torch.equal(model(X.clone(), other.clone()), expected(X, other))
     with Counted() as counted:
@@ -167,7 +111,7 @@ def test_gradients_are_those_of_separate_layers(model: nn.Module) -> None:
     x = X.clone().requires_grad_()
     model(x).square().sum().backward()
     alone = X.clone().requires_grad_()
-    _apart(model)(alone).square().sum().backward()
+    apart(model)(alone).square().sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, alone.grad)  # type: ignore[arg-type]
 
@@ -235,7 +179,7 @@ def test_hooks_of_siblings_do_what_they_did(model: Any, mode: Any) -> None:
     model.q_proj.register_forward_hook(lambda *_: seen.append("q"))
     with mode():
         got = model(X.clone())
-        assert torch.equal(got, _apart(model)(X.clone()))
+        assert torch.equal(got, apart(model)(X.clone()))
     assert seen == ["q", "q"]
 
 
@@ -272,63 +216,6 @@ def test_threads_do_not_meet(model: nn.Module) -> None:
     assert not wrong
 
 
-class Graphs:
-    """A backend for torch.compile that keeps the graphs it was given."""
-
-    def __init__(self) -> None:
-        self.made: list[torch.fx.GraphModule] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, _: Any) -> Any:
-        self.made.append(graph)
-        return graph
-
-    def products(self) -> list[int]:
-        return [sum("plane_linear" in str(node.target) for node in graph.graph.nodes) for graph in self.made]
-
-
-@pytest.fixture(autouse=True)
-def _compiled_afresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_graph_has_one_call_a_family_and_is_made_once(model: nn.Module, mode: Any) -> None:
-    expected, moved = model(X), model(X + 1)
-    graphs = Graphs()
-    compiled = torch.compile(model, backend=graphs, fullgraph=True)
-    with mode():
-        x = X.clone()
-        for _ in range(2):  # the very same tensor again
-            assert torch.equal(compiled(x), expected)
-        assert torch.equal(compiled(X + 1), moved)
-        assert torch.equal(model(x), expected)
-    assert graphs.products() == [2]
-    assert not hasattr(x, "_foveate_waiting")
-
-
-def test_a_graph_may_break_between_siblings(model: Any) -> None:
-    def broken(x: Tensor) -> Tensor:
-        q = model.q_proj(x)
-        torch._dynamo.graph_break()
-        return q[:, :16] * model.k_proj(x) + model.v_proj(x)
-
-    expected = [broken(X), broken(X + 1)]
-    graphs = Graphs()
-    compiled = torch.compile(broken, backend=graphs)
-    for _ in range(2):
-        assert [torch.equal(compiled(x), y) for x, y in zip((X, X + 1), expected, strict=True)] == [True, True]
-    assert sum(graphs.products()) == 1
-
-
-def test_a_graph_of_some_siblings_is_right(model: Any) -> None:
-    compiled = torch.compile(lambda x: model.q_proj(x).sum() + model.k_proj(x).sum(), backend="eager", fullgraph=True)
-    for x in (X, X + 1, X):
-        assert torch.equal(compiled(x), model.q_proj(x.clone()).sum() + model.k_proj(x.clone()).sum())
-    assert torch.equal(model.v_proj(X), model.v_proj(X.clone()))
-
-
 def test_in_inference_mode_a_change_in_place_is_seen(model: Any) -> None:
     with torch.inference_mode():
         x = X.clone()
@@ -341,82 +228,12 @@ def test_in_inference_mode_a_change_in_place_is_seen(model: Any) -> None:
     assert not model.k_proj(x).is_inference()
 
 
-def test_a_part_of_a_family_compiled_sees_a_switch(model: Any) -> None:
-    x = X.clone()
-    q, k = (torch.compile(layer, backend="eager") for layer in (model.q_proj, model.k_proj))
-    with torch.no_grad():
-        q(x)
-        fv.apply(model, fv.current_map(model).with_level("*:weight", 2))
-        assert torch.equal(k(x), model.k_proj(X.clone()))
-
-
 def test_weights_whose_memory_moves_are_found_again(model: Any) -> None:
     expected = model(X.clone())
     for module in model.modules():
         for buffer in module.buffers(recurse=False):
             buffer.share_memory_()
     assert torch.equal(model(X.clone()), expected)
-
-
-def test_gradients_of_a_compiled_model(model: nn.Module) -> None:
-    x, alone = X.clone().requires_grad_(), X.clone().requires_grad_()
-    torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum().backward()
-    model(alone).square().sum().backward()
-    assert torch.equal(x.grad, alone.grad)  # type: ignore[arg-type]
-
-
-def test_a_model_can_be_exported(model: nn.Module) -> None:
-    x = X.clone()
-    exported = torch.export.export(model, (x,))
-    fv.apply(model, fv.current_map(model).with_level("*:weight", 4))
-    assert torch.equal(exported.module()(X + 1), model(X + 1))
-    assert not hasattr(x, "_foveate_waiting")
-
-
-def test_a_llama_compiles_whole_and_a_switch_does_not_recompile() -> None:
-    llama, profile = quantized_llama()
-    ids = torch.randint(0, 50, (2, 7), generator=generator(3))
-    compiled = torch.compile(llama.forward, backend="aot_eager", fullgraph=True)
-    with torch.no_grad():
-        compiled(input_ids=ids, use_cache=False)
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            for level in (8, 2, 4):
-                plan = profile.uniform(level).with_level("*.k_proj:input", 32 // level)  # unlike its siblings'
-                fv.apply(llama, plan)
-                got = compiled(input_ids=ids, use_cache=False).logits
-                assert torch.equal(got, llama(input_ids=ids, use_cache=False).logits)
-
-
-def _generated(model: Any, **options: Any) -> Tensor:
-    ids = torch.randint(0, 50, (1, 5), generator=generator(3))
-    tokens: Tensor = model.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation="static", **options)
-    return tokens
-
-
-def test_generate_with_a_compiled_model_and_a_static_cache() -> None:
-    llama, _ = quantized_llama()
-    expected = _generated(llama)
-    llama.forward = torch.compile(llama.forward, backend="aot_eager", fullgraph=True)
-    assert torch.equal(_generated(llama), expected)
-
-
-def test_generate_compiles_as_documented_and_runs_on_one_pool_of_threads() -> None:
-    from transformers import CompileConfig
-
-    llama, profile = quantized_llama(num_hidden_layers=1)
-    fv.apply(llama, profile.uniform(4))
-    expected = [_generated(llama)]
-    compiled = CompileConfig(fullgraph=True, mode="default")
-    compiled._compile_all_devices = True
-    with torch.inference_mode():
-        assert torch.equal(_generated(llama, compile_config=compiled), expected[0])
-        fv.apply(llama, profile.uniform(2))
-        with torch._dynamo.config.patch(error_on_recompile=True):
-            got = _generated(llama, compile_config=compiled)
-    assert torch.equal(got, _generated(llama))
-    if sys.platform == "linux":
-        mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
-        assert len({path for path in mapped if re.search(r"lib(gomp|iomp|omp)[^/]*\.so", path)}) == 1
 
 
 def test_a_token_takes_one_call_a_family() -> None:
@@ -427,21 +244,3 @@ def test_a_token_takes_one_call_a_family() -> None:
     layers = llama.config.num_hidden_layers
     assert counted.products() == 4 * layers + 1
     assert len(registry_of(llama).inputs) == 7 * layers + 1
-
-
-def test_decoding_keeps_no_more_tensors_and_no_more_memory() -> None:
-    llama, _ = quantized_llama()
-    ids = torch.randint(0, 50, (1, 5), generator=generator(3))
-
-    def alive() -> int:
-        gc.collect()
-        return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
-
-    counts, resident = [], []
-    with torch.no_grad():
-        for _ in range(6):
-            llama.generate(ids, max_new_tokens=50, do_sample=False, cache_implementation="static", eos_token_id=None)
-            counts.append(alive())
-            resident.append(psutil.Process().memory_info().rss)
-    assert len(set(counts[1:])) == 1
-    assert resident[-1] - resident[2] < 1 << 20  # 150 tokens of 14 products each

@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.planes import from_codes
-from foveate.rounding import Rounded, round_alone, round_weight, with_feedback
-
-
-def _read(rounded: Rounded, level: int) -> Tensor:
-    w = from_codes(
-        rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=rounded.group, reach=0
-    )
-    w.tags.fill_(level)
-    return w.dequantize()
+from foveate.rounding import round_alone, round_weight, with_feedback
+from tiny import read_at
 
 
 @pytest.mark.parametrize("level", [2, 3, 4])
@@ -30,9 +22,9 @@ def test_no_worse_than_nested_codes(level: int, rows: int, columns: int, group: 
 
     nested = round_weight(w, group=group, input_energy_K=energy)
     nearest = round_alone(w, level, group=group, input_energy_K=energy)
-    assert error(nearest, energy.diag()) < error(_read(nested, level), energy.diag())
+    assert error(nearest, energy.diag()) < error(read_at(nested, level), energy.diag())
     fed = round_alone(w, level, group=group, input_energy_K=energy, covariance_KK=covariance)
-    assert error(fed, covariance) < error(_read(with_feedback(w, nested, covariance), level), covariance)
+    assert error(fed, covariance) < error(read_at(with_feedback(w, nested, covariance), level), covariance)
     assert error(fed, covariance) < 0.8 * error(nearest, covariance)
 
 

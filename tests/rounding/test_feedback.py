@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.planes import from_codes
 from foveate.rounding import Rounded, round_weight, with_feedback
 from foveate.rounding.feedback import SHARES
+from tiny import read_at
 
 
 def _inputs(columns: int, seed: int = 0, samples: int = 4096) -> Tensor:
@@ -20,22 +20,8 @@ def _inputs(columns: int, seed: int = 0, samples: int = 4096) -> Tensor:
     return torch.randn(samples, columns, generator=generator) @ (mixing + 0.3 * torch.ones(1, columns))
 
 
-def _read(rounded: Rounded, level: int) -> Tensor:
-    w = from_codes(
-        rounded.anchor,
-        rounded.residual,
-        rounded.scale,
-        rounded.offset,
-        rounded.gain,
-        group=rounded.group,
-        reach=rounded.reach,
-    )
-    w.tags.fill_(level)
-    return w.dequantize()
-
-
 def _output_error(w: Tensor, rounded: Rounded, level: int, covariance: Tensor) -> float:
-    error = _read(rounded, level) - w
+    error = read_at(rounded, level) - w
     return float((error @ covariance * error).sum())
 
 
@@ -65,7 +51,7 @@ def test_independent_inputs_only_trade_levels() -> None:
         # in steps of each group, as codes are chosen; the gains are those of the nearest codes
         step = rounded.scale.float().repeat_interleave(32, 1)
         same = replace(rounded, gain=nearest.gain)
-        return sum(SHARES[k] * float((((_read(same, k) - w) / step) ** 2).sum()) for k in (2, 3, 4))
+        return sum(SHARES[k] * float((((read_at(same, k) - w) / step) ** 2).sum()) for k in (2, 3, 4))
 
     assert cost(fed) < cost(nearest)
     assert _output_error(w, fed, 4, torch.eye(96)) < 1.3 * _output_error(w, nearest, 4, torch.eye(96))
@@ -101,4 +87,4 @@ def test_groups_without_spread() -> None:
     w = torch.full((4, 64), 0.25)
     x = _inputs(64)
     fed = with_feedback(w, round_weight(w, group=32), x.t() @ x)
-    assert torch.equal(_read(fed, 8), w)
+    assert torch.equal(read_at(fed, 8), w)

@@ -41,6 +41,19 @@ _BLOCK = 64
 _CHUNK_BYTES = 256 << 20
 
 
+#: By level: weights, or what is wanted of or missed by a code, in steps.
+Streams = dict[int, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The scales and offsets of a chunk of rows, [G, n], and the group of each column in the order of feedback."""
+
+    scale_Gn: Tensor
+    offset_Gn: Tensor
+    group_K: Tensor
+
+
 def with_feedback(w_NK: Tensor, rounded: Rounded, covariance_KK: Tensor, *, shortfall: float = SHORTFALL) -> Rounded:
     """The same grids with other codes, chosen for the least error of the layer's output at every level.
 
@@ -74,19 +87,6 @@ def with_feedback(w_NK: Tensor, rounded: Rounded, covariance_KK: Tensor, *, shor
         codes_2NK[:, part, order_K] = feed_back(streams, factor_KK, grid, choose).transpose(1, 2)
     gain = restoring_gains(w_NK, codes_2NK[0], rounded, covariance_KK.diagonal())
     return replace(rounded, anchor=codes_2NK[0], residual=codes_2NK[1], gain=gain)
-
-
-#: By level: weights, or what is wanted of or missed by a code, in steps.
-Streams = dict[int, Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """The scales and offsets of a chunk of rows, [G, n], and the group of each column in the order of feedback."""
-
-    scale_Gn: Tensor
-    offset_Gn: Tensor
-    group_K: Tensor
 
 
 def columns_of(
