@@ -138,10 +138,7 @@ class PrecisionMap:
             taken = f"{self.cache_bits:.3f} bits a cached number"
         else:
             taken = f"{self.bits:.3f} bits a weight, {format_bytes(self.bytes_resident)} in memory"
-        return (
-            f"PrecisionMap({taken}, "
-            f"predicted loss {self.predicted_loss:.4g}, {len(self.sites)} sites)"
-        )
+        return f"PrecisionMap({taken}, predicted loss {self.predicted_loss:.4g}, {len(self.sites)} sites)"
 
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
         """A copy in which every site that the shell pattern names has `level`; the predicted loss is then unknown."""
@@ -191,9 +188,7 @@ def _checked_levels(site: Site, levels: Levels) -> Levels:
         if not isinstance(levels, int):
             raise LevelError(f"{site.name}: an input has one level, not one a tile")
         return check_input_level(levels)
-    allowed, check = (
-        (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (WEIGHT_LEVELS, check_weight_level)
-    )
+    allowed, check = (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (WEIGHT_LEVELS, check_weight_level)
     if isinstance(levels, int):
         return check(levels)
     if len(levels) != site.tiles:

@@ -10,8 +10,8 @@ a cache is read many times with one error, which unbiased rounding would only ma
 A block is written once. It is never unpacked to be packed again: appending adds blocks, and removing tokens from within
 a block leaves it as it is and shortens what is read of it.
 
-Legend: B sequences, H heads of keys and values (h of them at one level), T tokens, D channels a head, N blocks, K tokens
-a block, C bytes of codes, G groups.
+Legend: B sequences, H heads of keys and values (h of them at one level), T tokens, D channels a head, N blocks,
+K tokens a block, C bytes of codes, G groups.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ def is_exact(level: int, dtype: torch.dtype) -> bool:
 def pack(x_NBHDK: Tensor, level: int) -> tuple[Tensor, Tensor]:
     """(codes uint8 [N, B, C], ranges bfloat16 [N, B, G, 2]) of blocks, rounded to nearest; one group is K numbers."""
     ensure_loaded()
-    blocks, batch, _, _, group = x_NBHDK.shape
+    blocks, batch, heads, width, group = x_NBHDK.shape
     flat = x_NBHDK if x_NBHDK.dtype in _PACKABLE else x_NBHDK.float()
     codes, ranges = torch.ops.foveate.group_pack(flat.contiguous(), level, group, None)
-    return codes.view(blocks, batch, -1), ranges.view(blocks, batch, -1, 2)
+    groups = heads * width
+    return codes.view(blocks, batch, groups * group * level // 8), ranges.view(blocks, batch, groups, 2)
 
 
 def unpack(codes_NBC: Tensor, ranges_NBG2: Tensor, level: int, group: int, dtype: torch.dtype) -> Tensor:
@@ -75,7 +76,7 @@ class Blocks:
 
     def append(self, x_BHTD: Tensor) -> None:
         """Store more tokens, a multiple of `block` of them."""
-        batch, heads, _, width = x_BHTD.shape
+        _, heads, _, width = x_BHTD.shape
         x_NBHDK = x_BHTD.unflatten(2, (-1, self.block)).permute(2, 0, 1, 4, 3)
         self._shape, self._dtype = (heads, width), x_BHTD.dtype
         new: tuple[Tensor, ...]

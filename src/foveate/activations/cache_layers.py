@@ -72,7 +72,7 @@ class History:
         return self.packed.nbytes + self.end_BHTD.numel() * self.end_BHTD.element_size()
 
 
-class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
+class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values. Gradients flow through the exact end only.
 
     Args:
@@ -121,12 +121,12 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         return keys, values
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """All keys [B, H, T, D], unpacked; None before the first."""
         return self._histories[0].read(self._kept) if self._histories else None
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """All values [B, H, T, D], unpacked; None before the first."""
         return self._histories[1].read(self._kept) if self._histories else None
 
@@ -182,7 +182,7 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[misc]
         return sum(history.nbytes for history in self._histories)
 
 
-class QuantizedCache(DynamicCache):  # type: ignore[misc]
+class QuantizedCache(DynamicCache):
     """Keys and values for later forward passes, packed. Made by `foveate.quantized_cache`."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
@@ -190,7 +190,8 @@ class QuantizedCache(DynamicCache):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Each layer's keys and values, unpacked, and the size of its sliding window or None."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
 
     @property
