@@ -20,7 +20,7 @@ from answers import serve
 from transformers import AutoModelForCausalLM, QuantizedCache
 
 #: Sequences at a time.
-_BATCH = 16
+_BATCH = 64
 
 
 @cache
