@@ -1,4 +1,4 @@
-"""The policy against brute force: budgets are kept, never used worse than smaller ones, and nearly as well as can be."""
+"""The policy against brute force: budgets are kept, larger ones never used worse, and nearly as well as can be."""
 
 from __future__ import annotations
 
