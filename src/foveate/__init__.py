@@ -8,6 +8,9 @@ A weight is stored once as bit planes, most significant first; its precision is 
 """
 
 from foveate.activations.cache import quantized_cache as quantized_cache
+from foveate.activations.compress import compress_activations as compress_activations
+from foveate.activations.policy import Granularity as Granularity
+from foveate.activations.store import ActivationStore as ActivationStore
 from foveate.allocate import allocate as allocate
 from foveate.allocate import by_variance as by_variance
 from foveate.allocate import frontier as frontier

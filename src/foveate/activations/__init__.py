@@ -1,1 +1,1 @@
-"""What a model keeps between forward and backward, and between one token and the next, in fewer bits."""
+"""What autograd saves for backward, and caches: how many bits each tensor is stored with, and what that costs."""

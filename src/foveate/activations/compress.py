@@ -1,0 +1,88 @@
+"""compress_activations: what a user calls, checked and made into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from foveate.activations.policy import LEVELS, Granularity
+from foveate.activations.settings import Settings
+from foveate.activations.store import ActivationStore
+from foveate.errors import BudgetError, LevelError
+from foveate.kernels.dispatch import ensure_loaded
+
+
+def compress_activations(
+    model: nn.Module,
+    *,
+    error: float | None = None,
+    levels: Mapping[str, int] | int | None = None,
+    granularity: Granularity = Granularity.SITE,
+    default: int = 8,
+    profile_every: int = 50,
+    audit_every: int = 50,
+    window: int = 8,
+    probes: int = 1,
+    group: int = 256,
+    smallest: int = 1024,
+    recompute: bool = True,
+    seed: int = 0,
+) -> ActivationStore:
+    """Keep what autograd saves for backward in few bits, within a stated error of the gradient.
+
+        with fv.compress_activations(model, error=0.1) as store:
+            for batch in batches:
+                model(batch).loss.backward()
+                ...
+        print(store.report())
+
+    What can be kept without loss is (signs, masks, small integers, duplicates); what must not change is kept exactly;
+    the rest is rounded stochastically to 2, 4, 8 or 16 bits. The first steps measure what each tensor's rounding does
+    to the gradient (a few more backward passes each), later ones now and then; audits compare the gradient with the
+    exact one of the same step, and what they find tightens or loosens the levels.
+
+    Args:
+        model: whose parameters' gradients count, and whose modules give sites their names.
+        error: the root of E||g' - g||^2 / ||g||^2 that audits should stay under, g the exact gradient of all parameters
+            together. The noise of minibatches is far larger in most training: 0.1 is cautious, 0.3 seldom visible.
+        levels: instead of measuring: one level for all sites (32: exact), or shell patterns of site names, first match
+            wins, exact without one.
+        granularity: what shares one level: each site, each layer, or the model.
+        default: the level of a tensor before it has been measured. Of functions nothing is known about it is 32.
+        profile_every: steps between two profiled ones (the first few are all profiled).
+        audit_every: steps between two audits, which hold the exact tensors of one step and run backward twice.
+        window: profiled steps that running statistics cover.
+        probes: families of sites probed in a profiled step, one more backward each.
+        group: values that share a least value and a step, 32 bits together.
+        smallest: tensors of fewer values are kept exactly.
+        recompute: whether cheap functions of stored tensors (activations, products, norms) are computed again instead
+            of being stored too.
+        seed: of the private generator of stochastic rounding; torch's is never touched.
+
+    Returns:
+        The store, to be entered around whole steps, forward and backward; once or again and again.
+
+    Raises:
+        BudgetError: `error` is not a positive number, or is given beside `levels`, or neither is.
+        LevelError: a level that saved tensors cannot have.
+    """
+    if (error is None) == (levels is None):
+        raise BudgetError("give one of error= and levels=")
+    if error is not None and not 0 < error < float("inf"):
+        raise BudgetError(f"error (={error}) must be a number above 0")
+    fixed = {"*": levels} if isinstance(levels, int) else levels
+    for level in (default, *(fixed or {}).values()):
+        if level not in LEVELS:
+            raise LevelError(f"level (={level}) is not one of 2, 4, 8, 16, 32")
+    counts = {"profile_every": profile_every, "audit_every": audit_every, "window": window}
+    for name, count in counts.items():
+        if count < 1:
+            raise BudgetError(f"{name} (={count}) must be at least 1")
+    if group % 32 or not 32 <= group <= 1024:
+        raise BudgetError(f"group (={group}) must be a multiple of 32 from 32 to 1024")
+    settings = Settings(
+        error, fixed, granularity, default, profile_every, audit_every, window, probes, group, smallest, recompute, seed
+    )
+    ensure_loaded()
+    return ActivationStore(model, settings)

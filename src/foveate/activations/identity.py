@@ -1,0 +1,158 @@
+"""Which saved tensors are one and the same, which are parameters, and whether one was changed in place.
+
+**The same.** Autograd saves views: q, k and v of one projection, a matrix and its transpose. What is stored is
+therefore an interval of a storage at a version: `Interval`, found again through `Shelf`. An address alone is no
+identity, for memory is used again; the shelf holds a weak reference to each storage, which keeps its address from being
+given away.
+
+**Parameters** are never stored: they are there anyway. A pointer is not enough (autocast makes copies, FSDP hands out
+others), so `parameter_of` walks from a tensor through views and casts to a leaf that accumulates a gradient.
+
+**Changed in place.** Any pack hook switches off autograd's own check of versions. `witness` shares a tensor's version
+counter without holding its memory, so the check can be made again when the tensor is asked for.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+T = TypeVar("T")
+
+_VIEW_NAMES = (
+    *("T", "Transpose", "View", "Permute", "Unsqueeze", "Squeeze", "Expand", "Alias", "ReshapeAlias", "Slice"),
+    *("UnsafeView", "AsStrided", "Select", "Detach"),
+)
+_VIEWS = frozenset(f"{name}Backward0" for name in _VIEW_NAMES)
+_CASTS = frozenset(("ToCopyBackward0", "CloneBackward0"))
+_NOTHING = torch.empty(0)
+
+
+def witness(tensor: Tensor) -> Tensor:
+    """An empty tensor whose `_version` is the tensor's, now and later."""
+    with torch.no_grad():
+        shared = tensor.detach()
+        shared.data = _NOTHING
+    return shared
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The parameter that a saved tensor is, or is a cast copy of.
+
+    Attributes:
+        parameter: the leaf.
+        views_only: whether it shares the parameter's memory.
+    """
+
+    parameter: Tensor
+    views_only: bool
+
+
+def parameter_of(tensor: Tensor) -> Origin | None:
+    """The parameter that a tensor is a view or a cast of, found through `grad_fn`; None of activations."""
+    if tensor.is_leaf:
+        return Origin(tensor, True) if tensor.requires_grad else None
+    node, views_only = tensor.grad_fn, True
+    for _ in range(8):
+        if node is None:
+            return None
+        name = node.name()
+        if name == "torch::autograd::AccumulateGrad":
+            leaf: Tensor = node.variable  # type: ignore[attr-defined]  # of AccumulateGrad
+            return Origin(leaf, views_only)
+        if name in _CASTS:
+            views_only = False
+        elif name not in _VIEWS:
+            return None
+        node = node.next_functions[0][0]
+    return None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """What of a storage a tensor occupies.
+
+    Attributes:
+        start, length: in values of the tensor's dtype.
+        dense: whether the tensor covers every value of it (in any order, any number of times).
+    """
+
+    start: int
+    length: int
+    dense: bool
+
+
+def interval_of(tensor: Tensor) -> Interval:
+    """The interval of its storage that a strided tensor occupies."""
+    length, distinct = 1, 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size == 0:
+            return Interval(int(tensor.storage_offset()), 0, True)
+        if stride and size > 1:
+            length += (size - 1) * stride
+            distinct *= size
+    return Interval(int(tensor.storage_offset()), length, length == distinct)
+
+
+@dataclass
+class _Shelved(Generic[T]):
+    storage: StorageWeakRef
+    items: list[tuple[Interval, torch.dtype, int, weakref.ref[T]]]
+
+
+class Shelf(Generic[T]):
+    """Finds what is already stored of a storage, for as long as somebody holds it.
+
+    Items are held weakly: they live in autograd's graph and go with it.
+    """
+
+    def __init__(self) -> None:
+        self._by_storage: dict[int, _Shelved[T]] = {}
+
+    def __len__(self) -> int:
+        return sum(len(shelved.items) for shelved in self._by_storage.values())
+
+    def knows(self, tensor: Tensor) -> bool:
+        """Whether anything of the tensor's storage is stored."""
+        return tensor.untyped_storage()._cdata in self._by_storage
+
+    def find(self, tensor: Tensor, interval: Interval, fits: Callable[[T], bool]) -> T | None:
+        """An item that covers the interval at the tensor's version and dtype, and fits."""
+        shelved = self._by_storage.get(tensor.untyped_storage()._cdata)
+        if shelved is None:
+            return None
+        end = interval.start + interval.length
+        for held, dtype, version, reference in shelved.items:
+            if (
+                version == tensor._version
+                and dtype == tensor.dtype
+                and held.start <= interval.start
+                and end <= held.start + held.length
+                and (held.dense or held == interval)
+            ):
+                item = reference()
+                if item is not None and fits(item):
+                    return item
+        return None
+
+    def put(self, tensor: Tensor, interval: Interval, item: T) -> None:
+        """Remember an item that stores the interval of the tensor's storage, until it is gone."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        shelved = self._by_storage.get(key)
+        if shelved is None:
+            shelved = self._by_storage[key] = _Shelved(StorageWeakRef(storage), [])
+
+        def forget(reference: weakref.ref[T]) -> None:
+            shelved.items[:] = [entry for entry in shelved.items if entry[3] is not reference]
+            if not shelved.items and self._by_storage.get(key) is shelved:
+                del self._by_storage[key]
+
+        shelved.items.append((interval, tensor.dtype, tensor._version, weakref.ref(item, forget)))

@@ -1,0 +1,124 @@
+"""What autograd holds in place of a tensor: a stored interval and how to see the tensor in it, or the tensor itself.
+
+Shapes, strides and versions are here; values are in payloads.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from foveate.activations.identity import Interval
+from foveate.activations.payloads import Form, Grouped
+from foveate.activations.recipes import Recipe, Source
+from foveate.activations.rules import Need
+from foveate.activations.steps import Record, Step
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A recipe, and how its sources are read now: a form that holds nothing."""
+
+    recipe: Recipe
+    read: Callable[[Source], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return 0
+
+    @property
+    def level(self) -> int:
+        """Bits a value."""
+        return 0
+
+    def values(self) -> Tensor:
+        """The values, [n], in the order in which the result lay in memory."""
+        result = self.recipe.result(self.read)
+        return result.as_strided((result.numel(),), (1,), result.storage_offset())
+
+
+class Payload:
+    """What is stored of one interval of a storage."""
+
+    __slots__ = (
+        "__weakref__",
+        "exact",
+        "form",
+        "interval",
+        "layout",
+        "lossy",
+        "need",
+        "other",
+        "record",
+        "site",
+        "step",
+    )
+
+    def __init__(self, site: str, step: Step, need: Need, interval: Interval, form: Form) -> None:
+        self.site, self.step, self.need, self.interval, self.form = site, step, need, interval, form
+        self.layout: tuple[torch.Size, tuple[int, ...]] | None = None  # of an interval that is not dense
+        self.exact: Form | None = None
+        self.other: Form | None = None
+        self.record: Record | None = None
+        self.lossy = isinstance(form, (Grouped, Derived))
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What autograd holds: a payload, how to see the tensor in it, and its version."""
+
+    source: Source
+    witness: Tensor
+    version: int
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A tensor that is kept as it is: a parameter, or something that has no values of its own to round."""
+
+    tensor: Tensor
+    version: int | None
+
+
+@dataclass(frozen=True)
+class Recast:
+    """A parameter's copy in another dtype, which is made again when it is needed."""
+
+    parameter: Tensor
+    version: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+Packed = Handle | Passed | Recast
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary strided one that has memory."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout == torch.strided
+        and not (
+            tensor.is_complex() or tensor.is_quantized or tensor.is_neg() or tensor.is_meta or tensor.is_inference()
+        )
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and tensor.untyped_storage().nbytes() > 0
+    )
+
+
+def changed(expected: int, found: int, shape: torch.Size) -> RuntimeError:
+    """Autograd's own complaint about a saved tensor that was changed in place."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"a saved tensor of shape {list(shape)} is at version {found}; expected version {expected} instead"
+    )
+
+
+def source_of(payload: Payload, tensor: Tensor) -> Source:
+    """A tensor as it lies in a payload of its storage."""
+    return Source(payload, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - payload.interval.start)

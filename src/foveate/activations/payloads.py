@@ -1,0 +1,188 @@
+"""How the values of one saved tensor are kept, and given back.
+
+    Exact     the tensor itself, or a copy of the part that is needed
+    Grouped   2, 4, 8 or 16 bits a value, with a least value and a step for each group (stochastic rounding)
+    Masked    one bit a value: signs, dropout masks, whatever holds two values
+    Narrow    integers in the fewest bits that hold their range
+    Empty     nothing but a shape: pooling's input
+    Recast    a parameter and a dtype: autocast's copies
+
+All but `Grouped` give back what they were given, bit for bit. A form knows a flat run of values; shapes and strides
+are in packed.py. `bytes` counts what the form holds that plain training would not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+GROUPED_LEVELS: tuple[int, ...] = (2, 4, 8, 16)
+_WIDTHS = (1, 2, 4, 8, 16, 32)
+
+
+class Form(Protocol):
+    """What holds a flat run of values."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+
+    @property
+    def level(self) -> int:
+        """Bits a value, scales not counted; 0 where nothing is held."""
+
+    def values(self) -> Tensor:
+        """The values, [n]."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The values themselves."""
+
+    flat: Tensor
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return self.flat.numel() * self.flat.element_size()
+
+    @property
+    def level(self) -> int:
+        """Bits a value."""
+        return 8 * self.flat.element_size()
+
+    def values(self) -> Tensor:
+        """The values, [n]."""
+        return self.flat
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """Codes of `level` bits, and the least value and step of each group (docs/format.md, "Saved tensors")."""
+
+    codes: Tensor
+    ranges: Tensor
+    level: int
+    group: int
+    length: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return self.codes.numel() + 2 * self.ranges.numel()
+
+    def values(self) -> Tensor:
+        """The values, [n]."""
+        unpacked: Tensor = torch.ops.foveate.group_unpack(
+            self.codes, self.ranges, self.level, self.group, self.length, self.dtype
+        )
+        return unpacked
+
+
+@dataclass(frozen=True)
+class Masked:
+    """One bit a value, and the two values that the bits stand for."""
+
+    bits: Tensor
+    two: Tensor
+    length: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return self.bits.numel() + self.two.numel() * self.two.element_size()
+
+    @property
+    def level(self) -> int:
+        """Bits a value."""
+        return 1
+
+    def values(self) -> Tensor:
+        """The values, [n]."""
+        unpacked: Tensor = torch.ops.foveate.mask_unpack(self.bits, self.two, self.length)
+        return unpacked
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """Integers low .. low + 2^level - 1."""
+
+    codes: Tensor
+    level: int
+    low: int
+    length: int
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return self.codes.numel()
+
+    def values(self) -> Tensor:
+        """The values, [n]."""
+        unpacked: Tensor = torch.ops.foveate.narrow_unpack(self.codes, self.level, self.low, self.length, self.dtype)
+        return unpacked
+
+
+@dataclass(frozen=True)
+class Empty:
+    """No values: memory that is never read, of the right shape."""
+
+    length: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return 0
+
+    @property
+    def level(self) -> int:
+        """Bits a value."""
+        return 0
+
+    def values(self) -> Tensor:
+        """The values, [n]."""
+        return torch.empty(self.length, dtype=self.dtype, device=self.device)
+
+
+def grouped(flat: Tensor, level: int, group: int, seed: int | None) -> Grouped | None:
+    """A float run at `level` bits by stochastic rounding; None if a value is NaN or infinite (keep it exact).
+
+    Args:
+        flat: [n], contiguous; float32, bfloat16 or float16.
+        level: 2, 4, 8 or 16.
+        group: values a group.
+        seed: of the private generator; None rounds to nearest.
+    """
+    codes, ranges = torch.ops.foveate.group_pack(flat, level, group, seed)
+    if torch.isnan(ranges).any():
+        return None
+    return Grouped(codes, ranges, level, group, flat.numel(), flat.dtype)
+
+
+def two_valued(flat: Tensor) -> Masked | None:
+    """A run as bits, if it holds at most two values; looks no further than the third."""
+    bits, two = torch.ops.foveate.two_values_pack(flat)
+    return Masked(bits, two, flat.numel()) if two.numel() else None
+
+
+def signs(flat: Tensor) -> Masked:
+    """1 where a value is positive, 0 elsewhere: what the backward of ReLU compares with 0."""
+    bits = torch.ops.foveate.mask_pack(flat, 0.0)
+    return Masked(bits, torch.tensor([0, 1], dtype=flat.dtype, device=flat.device), flat.numel())
+
+
+def narrowed(flat: Tensor) -> Narrow | None:
+    """Integers in the fewest bits that hold them; None where that saves nothing."""
+    low, high = (int(v) for v in torch.aminmax(flat))
+    level = next((width for width in _WIDTHS if high - low < 1 << width), 64)
+    if level >= 8 * flat.element_size():
+        return None
+    codes = torch.ops.foveate.narrow_pack(flat, level, low)
+    return Narrow(codes, level, low, flat.numel(), flat.dtype)

@@ -1,0 +1,182 @@
+"""What the values of one site are like, over the last profiled batches, and the form that they ask for.
+
+Each group of g values is stored with its own least value and step, so the noise of rounding follows the groups' ranges:
+its variance is R^2 / 6 B^2 on average, B = 2^bits - 1. Few values far from the others widen the range of every group
+that has one; smaller groups then keep the damage local, and pay 32 bits a group. What the ranges of groups of any size
+are is read off the histogram, as if values came in any order:
+
+    P(all g values within [a, b]) = (F(b) - F(a))^g,   from which follows E[R^2]
+
+Bits and noise are exchanged at the rate at which a bit divides the noise's variance by 4. So the form is the group that
+makes E[R^2] 4^(32 / g) least, and the lowest level whose noise is not greater than the values' own deviation: below it
+a tensor's mean would serve as well. What a level does to the gradient is measured elsewhere (ledger.py); statistics
+choose the form, the gradient chooses the bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from foveate.errors import BudgetError
+
+#: The groups to choose from.
+GROUPS: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+_OUTLIER = 6.0  # deviations
+_BINS = 1024
+_COARSE = 256  # cells of the entropy and of the ranges
+_RANGE_BITS = 32  # a group's least value and step
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a site's values should be stored.
+
+    Attributes:
+        group: values that share a least value and a step.
+        lowest: the least of 2, 4, 8 and 16 bits whose noise is below the values' own deviation.
+    """
+
+    group: int
+    lowest: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What values are like; shares are of the finite ones, and everything is 0 where there are none.
+
+    Attributes:
+        batches: that it covers.
+        count, not_finite: values.
+        mean, deviation, least, greatest: of the values.
+        zeros: share that is exactly 0.
+        outliers: share further than 6 deviations from its batch's mean, to a bin of the histogram.
+        entropy: bits a value, of 256 equal cells between a batch's extremes: 0 of a constant, 8 if all are equal.
+        group_ranges: E[R^2] of groups of each of `GROUPS` values.
+    """
+
+    batches: int
+    count: int
+    not_finite: int
+    mean: float
+    deviation: float
+    least: float
+    greatest: float
+    zeros: float
+    outliers: float
+    entropy: float
+    group_ranges: tuple[float, ...]
+
+    def noise(self, bits: int, group: int) -> float:
+        """The expected variance of stochastic rounding to `bits` bits in groups of one of `GROUPS`.
+
+        Values that are a group's extremes, as the zeros of a ReLU are, have none; that is not taken off.
+        """
+        return self.group_ranges[GROUPS.index(group)] / (6.0 * ((1 << bits) - 1) ** 2)
+
+    def form(self) -> Form:
+        """What the values ask for; the default form where they are constant or none."""
+        group = min(GROUPS, key=lambda g: self.group_ranges[GROUPS.index(g)] * 4 ** (_RANGE_BITS / g))
+        if not self.deviation:
+            return Form(256, 2)
+        lowest = next((bits for bits in (2, 4, 8) if self.noise(bits, group) < self.deviation**2), 16)
+        return Form(group, lowest)
+
+    def to_json(self) -> dict[str, float | list[float]]:
+        """The same as plain values."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+def _group_ranges(histogram: Tensor, width: float) -> tuple[float, ...]:
+    """E[R^2] for each of `GROUPS`, of values drawn independently; a value lies anywhere in its bin."""
+    below_E = torch.cat([histogram.new_zeros(1, dtype=torch.float64), histogram.double().cumsum(0)])
+    below_E = below_E / below_E[-1]
+    within_EE = (below_E[None, :] - below_E[:, None]).clamp_min(0).triu()
+    steps = torch.arange(len(histogram), dtype=torch.float64)
+    # least in bin i, greatest in bin j: apart by j - i bins, or, of a full group in one bin, by nearly one
+    square_BB = (steps[None, :] - steps[:, None]).square()
+    found = []
+    for group in GROUPS:
+        inside_EE = within_EE**group
+        exactly_BB = inside_EE[:-1, 1:] - inside_EE[1:, 1:] - inside_EE[:-1, :-1] + inside_EE[1:, :-1]
+        square = float((exactly_BB.triu() * square_BB).sum() + exactly_BB.diagonal().sum())
+        found.append(square * width**2)
+    return tuple(found)
+
+
+def _summarise(flat: Tensor) -> Summary:
+    numbers, histogram = torch.ops.foveate.moments(flat, _BINS)
+    count, mean, squares, least, greatest, zeros, not_finite = numbers.tolist()
+    nothing = (0.0,) * len(GROUPS)
+    if not count:
+        return Summary(1, 0, int(not_finite), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, nothing)
+    deviation = math.sqrt(squares / count)
+    share_B = histogram.double() / count
+    centre_B = least + (torch.arange(_BINS, dtype=torch.float64) + 0.5) * ((greatest - least) / _BINS)
+    outliers = float(share_B[(centre_B - mean).abs() > _OUTLIER * deviation].sum()) if deviation else 0.0
+    coarse = histogram.view(_COARSE, -1).sum(1)
+    p = coarse[coarse > 0].double() / count
+    ranges = _group_ranges(coarse, (greatest - least) / _COARSE) if greatest > least else nothing
+    return Summary(
+        1,
+        int(count),
+        int(not_finite),
+        mean,
+        deviation,
+        least,
+        greatest,
+        zeros / count,
+        outliers,
+        max(float(-(p * p.log2()).sum()), 0.0),
+        ranges,
+    )
+
+
+class Running:
+    """The statistics of one site over the last batches it was shown.
+
+    Args:
+        window: batches that count.
+
+    Raises:
+        BudgetError: `window` is not at least 1.
+    """
+
+    def __init__(self, window: int) -> None:
+        if window < 1:
+            raise BudgetError(f"window (={window}) must be at least 1")
+        self._batches: deque[Summary] = deque(maxlen=window)
+
+    def see(self, x: Tensor) -> None:
+        """Take one batch's values: float32, bfloat16 or float16, of any shape."""
+        self._batches.append(_summarise(x.detach()))
+
+    def summary(self) -> Summary:
+        """Of the batches in the window together; shares, entropy and ranges are means weighted by their values."""
+        batches = self._batches
+        seen = [batch for batch in batches if batch.count]
+        count = sum(batch.count for batch in seen)
+        weights = [batch.count / count for batch in seen]
+
+        def mean(values: list[float]) -> float:
+            return math.fsum(w * v for w, v in zip(weights, values, strict=True))
+
+        centre = mean([b.mean for b in seen])
+        variance = mean([b.deviation**2 + (b.mean - centre) ** 2 for b in seen])
+        return Summary(
+            len(batches),
+            count,
+            sum(b.not_finite for b in batches),
+            centre,
+            math.sqrt(variance),
+            min((b.least for b in seen), default=0.0),
+            max((b.greatest for b in seen), default=0.0),
+            mean([b.zeros for b in seen]),
+            mean([b.outliers for b in seen]),
+            mean([b.entropy for b in seen]),
+            tuple(mean([b.group_ranges[i] for b in seen]) for i in range(len(GROUPS))),
+        )

@@ -1,0 +1,240 @@
+"""One step of training as the store sees it: what was measured on the way, and the extra backward passes that measure.
+
+A step begins with the first tensor that is saved and ends with its backward. Most steps only store. A **profiled** step
+also measures variances and gradients at each site. A **probed** one holds two roundings of the sites of some families
+and runs backward once more for each family, reading the other rounding there. An **audited** one holds the exact
+tensors beside the rounded ones and runs backward once more with them: the difference is the true error. Extra passes go
+through `torch.autograd.grad`, which touches neither `.grad` nor the hooks that synchronise processes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from foveate.activations.ledger import Family, Ledger, Site, family_of
+from foveate.activations.payloads import GROUPED_LEVELS, Form
+
+
+@dataclass
+class Record:
+    """What a profiled step measures of one stored tensor.
+
+    Attributes:
+        site: whose it is.
+        variance_LQ: of stochastic rounding, at each grouped level and for each group.
+        level, other: at which the step stores it, and at which its second rounding is; 32 where there is none.
+        closed_L: its closed-form errors so far, one term for each consumer.
+        gradient: the mean square of the gradients of its consumers' outputs, summed over them.
+    """
+
+    site: Site
+    variance_LQ: Tensor
+    level: int = 32
+    other: int = 32
+    closed_L: Tensor | None = None
+    gradient: Tensor | None = None
+
+    def add_closed(self, error_L: Tensor) -> None:
+        """One consumer's E ||err dW||^2."""
+        self.closed_L = error_L if self.closed_L is None else self.closed_L + error_L
+
+    def add_gradient(self, mean_square: Tensor) -> None:
+        """One consumer's mean squared gradient."""
+        self.gradient = mean_square if self.gradient is None else self.gradient + mean_square
+
+    def local_L(self) -> Tensor | None:
+        """Variance times squared gradient, at each grouped level."""
+        return None if self.gradient is None else self.variance_LQ.double().sum(1) * self.gradient
+
+    def probed(self) -> float:
+        """The local error that two backward passes with the step's rounding and the other differ by."""
+        local_L = self.local_L()
+        if local_L is None:
+            return 0.0
+        at = dict(zip(GROUPED_LEVELS, local_L.tolist(), strict=True))
+        return float(at.get(self.level, 0.0) + at.get(self.other, 0.0))
+
+
+@dataclass
+class Kept:
+    """What a step keeps at one site: bytes as they came, bytes held, the form and the level of the last one."""
+
+    original: int
+    held: int
+    form: str
+    level: int
+
+
+@dataclass
+class Step:
+    """One forward and backward.
+
+    Attributes:
+        number: counted from 0.
+        profiled, audited: whether it measures, and whether it holds the exact tensors too.
+        probed: the families that it holds a second rounding of.
+        foretold: the relative error that the ledger predicts for it; NaN while sites are unmeasured.
+        records: of a profiled step, one a stored tensor.
+        original: bytes of the storages that plain training would hold, each counted once; parameters are not.
+        kept: by site.
+    """
+
+    number: int
+    profiled: bool = False
+    audited: bool = False
+    probed: tuple[str, ...] = ()
+    foretold: float = float("nan")
+    records: list[Record] = field(default_factory=list)
+    original: int = 0
+    kept: dict[str, Kept] = field(default_factory=dict)
+    begun: bool = False
+    audit: float | None = None
+    _references: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    _energy: list[Tensor] = field(default_factory=list)
+    _differences: dict[str, list[Tensor]] = field(default_factory=dict)
+    _handles: list[RemovableHandle] = field(default_factory=list)
+
+    @property
+    def wants_passes(self) -> bool:
+        """Whether it needs extra backward passes."""
+        return self.audited or bool(self.probed)
+
+    @property
+    def held(self) -> int:
+        """Bytes held, measurements aside."""
+        return sum(kept.held for kept in self.kept.values())
+
+    def stored(self, site: str, original: int, form: Form) -> None:
+        """A tensor was stored."""
+        before = self.kept.get(site)
+        self.kept[site] = Kept(
+            original + (before.original if before else 0),
+            form.bytes + (before.held if before else 0),
+            type(form).__name__.lower(),
+            form.level,
+        )
+
+    def run_passes(
+        self,
+        roots: Sequence[Tensor],
+        gradients: Sequence[Tensor | None] | None,
+        parameters: Sequence[Tensor],
+        reading: Callable[[str], None],
+    ) -> bool:
+        """Run backward once more for each measurement, and keep the gradients; False if this graph does not allow it.
+
+        Args:
+            roots, gradients: of the step's own backward.
+            parameters: the leaves whose gradients count.
+            reading: called with a family's name, or with `exact`, before its pass, and with an empty string at the end.
+        """
+        try:
+            for name in (*self.probed, *(("exact",) if self.audited else ())):
+                reading(name)
+                self._references[name] = list(
+                    torch.autograd.grad(roots, parameters, gradients, retain_graph=True, allow_unused=True)
+                )
+        except RuntimeError as error:
+            self._references.clear()
+            warnings.warn(
+                f"errors of gradients cannot be probed or audited: {str(error).splitlines()[0]}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return False
+        finally:
+            reading("")
+        return True
+
+    def begin(self, parameters: Sequence[Tensor]) -> None:
+        """Backward begins: watch the parameters' gradients go by."""
+        self.begun = True
+        if self.profiled or self._references:
+            for index, parameter in enumerate(parameters):
+                self._handles.append(parameter.register_hook(self._watcher(index)))
+
+    def _watcher(self, index: int) -> Callable[[Tensor], None]:
+        def watch(gradient: Tensor) -> None:
+            dense = gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()
+            self._energy.append(dense.float().square().sum())
+            for name, references in self._references.items():
+                reference = references[index]
+                if reference is not None:
+                    strided = reference.to_dense() if reference.layout != torch.strided else reference
+                    self._differences.setdefault(name, []).append((dense.float() - strided.float()).square().sum())
+                    references[index] = None
+
+        return watch
+
+    def finish(self, ledger: Ledger) -> None:
+        """Backward is over: hand what was measured to the ledger."""
+        self.drop()
+        energy = float(torch.stack(self._energy).double().sum()) if self._energy else 0.0
+        if energy > 0 and energy < float("inf"):
+            if self.profiled:
+                self._write_records(ledger, energy)
+            self._write_probes(ledger)
+            if "exact" in self._differences:
+                self.audit = (_total(self._differences["exact"]) / energy) ** 0.5
+                ledger.trust.saw(self.foretold, self.audit)
+        self.records.clear()
+
+    def drop(self) -> None:
+        """Let go of hooks and gradients."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._references.clear()
+
+    def _write_records(self, ledger: Ledger, energy: float) -> None:
+        closed: dict[str, Tensor] = {}
+        local: dict[str, Tensor] = {}
+        for record in self.records:
+            name = record.site.name
+            if record.site.closed and record.closed_L is not None:
+                closed[name] = closed.get(name, torch.zeros(())) + record.closed_L
+            found = record.local_L()
+            if not record.site.closed and found is not None:
+                local[name] = local.get(name, torch.zeros(())) + found
+        for name, total_L in closed.items():
+            ledger.sites[name].errors.append((total_L / energy).double())
+        for name, total_L in local.items():
+            ledger.sites[name].local.append((total_L / energy).double())
+
+    def _write_probes(self, ledger: Ledger) -> None:
+        for name in self.probed:
+            family: Family = ledger.families.setdefault(name, ledger.new_family())
+            family.probed_at = self.number
+            local = sum(r.probed() for r in self.records if not r.site.closed and family_of(r.site.name) == name)
+            if local > 0 and name in self._differences:
+                family.transfer.append(_total(self._differences[name]) / local)
+
+
+def _total(parts: Sequence[Tensor]) -> float:
+    return float(torch.stack(list(parts)).double().sum())
+
+
+def arguments_of_backward(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[list[Tensor], list[Tensor | None] | None] | None:
+    """The roots of a call of backward and their gradients; None of a call that extra passes should not precede (a graph
+    of the gradient, or chosen inputs).
+    """
+    if kwargs.get("create_graph") or kwargs.get("inputs") is not None or len(args) > 3:
+        return None
+    roots = args[0] if args else kwargs.get("tensors")
+    gradients = args[1] if len(args) > 1 else kwargs.get("gradient", kwargs.get("grad_tensors"))
+    if roots is None:
+        return None
+    several = isinstance(roots, Sequence)
+    listed = list(roots) if several else [roots]
+    if gradients is None:
+        return listed, None
+    return listed, list(gradients) if isinstance(gradients, Sequence) else [gradients]

@@ -1,0 +1,382 @@
+"""compress_activations: keep what autograd saves for backward in the fewest bits that a stated gradient error allows.
+
+    forward saves a tensor -> lossless if it can be -> rounded at its site's level -> backward asks for it -> unpacked
+
+The store decides per site (scope.py says which), from errors that are measured while the model trains (ledger.py,
+steps.py) and by a policy that is a pure function of them (policy.py). A step that measures nothing does nothing but
+find duplicates, pack and unpack.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.activations import sensitivity
+from foveate.activations.deriving import Recipes
+from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, witness
+from foveate.activations.ledger import Ledger, family_of, grouped_bytes
+from foveate.activations.packed import Derived, Handle, Packed, Passed, Payload, Recast, changed, is_plain, source_of
+from foveate.activations.payloads import (
+    GROUPED_LEVELS,
+    Empty,
+    Exact,
+    Form,
+    Grouped,
+    grouped,
+    narrowed,
+    signs,
+    two_valued,
+)
+from foveate.activations.policy import LEVELS, within_error
+from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
+from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
+from foveate.activations.scope import Call, Scope
+from foveate.activations.settings import Settings
+from foveate.activations.steps import Record, Step, arguments_of_backward
+
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class ActivationStore:
+    """Stores what autograd saves while it is entered; made by `compress_activations`.
+
+    It can be entered once for a whole training loop, or again for each step. Backward may run outside it, but only
+    inside it are errors probed and audited.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.ledger = Ledger(settings.window, settings.default)
+        self.levels: dict[str, int] = {}
+        self.steps = 0
+        self.audits: list[tuple[int, float, float]] = []
+        self.latest: Step | None = None
+        watched = ELEMENTWISE | NORMS if settings.recompute else frozenset()
+        self._scope = Scope(model, self._backward, self._called, watched)
+        self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
+        self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
+        self._shelf: Shelf[Payload] = Shelf()
+        self._random = random.Random(settings.seed)
+        self._step: Step | None = None
+        self._reading = ""
+        self._last: tuple[Form, Tensor] | None = None
+        self._can_pass = True
+        self._unseen = set(settings.levels or ())
+
+    # --- entering and leaving
+
+    def __enter__(self) -> ActivationStore:
+        if self._hooks is not None:
+            raise RuntimeError("the store is entered already")
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if top is not None and getattr(top[0], "__module__", "") == "torch.utils.checkpoint":
+            warnings.warn(
+                "compress_activations was entered inside a checkpointed function, whose recomputation that disables: "
+                "enter it around the whole step",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._scope.__enter__()
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        hooks, self._hooks = self._hooks, None
+        if hooks is not None:
+            hooks.__exit__()
+            self._scope.__exit__(*exception)
+
+    # --- forward
+
+    def _pack(self, tensor: Tensor) -> Packed:
+        if not is_plain(tensor):
+            return Passed(tensor if tensor.is_leaf else tensor.detach(), None)
+        origin = parameter_of(tensor)
+        interval = interval_of(tensor)
+        if origin is not None:
+            whole = interval.dense and interval.length == origin.parameter.numel() and interval.start == 0
+            if not origin.views_only and whole and type(origin.parameter) is nn.Parameter:
+                parameter = origin.parameter.detach()
+                return Recast(parameter, parameter._version, tensor.dtype, tensor.shape, tensor.stride())
+            return Passed(tensor.detach(), tensor._version)
+        if torch._C._current_graph_task_id() != -1:  # a graph of the gradient, or a recomputation: used at once
+            return Passed(tensor.detach(), tensor._version)
+        step, call = self._current_step(), self._scope.call
+        name = call.next_name()
+        rule = rule_of(call.function)
+        need = need_of(rule, tensor, call.args, call.kwargs)
+        payload = self._found(tensor, interval, need)
+        if payload is None:
+            if not self._shelf.knows(tensor):
+                step.original += tensor.untyped_storage().nbytes()
+            payload = self._derived(tensor, interval, need, name, step)
+            payload = payload or self._stored(tensor, interval, need, name, rule, step)
+            self._shelf.put(tensor, payload.interval, payload)
+            step.stored(name, interval.length * tensor.element_size(), payload.form)
+        elif payload.record is not None and not rule.linear:
+            payload.record.site.closed = False
+        source = source_of(payload, tensor)
+        call.packed.append(source)
+        return Handle(source, witness(tensor), tensor._version)
+
+    def _derived(self, tensor: Tensor, interval: Interval, need: Need, name: str, step: Step) -> Payload | None:
+        """A payload that holds nothing, where the tensor is a cheap function of others that are rounded."""
+        if need is not Need.VALUES or interval.length < self.settings.smallest:
+            return None
+        recipe = self._recipes.find(tensor)
+        if recipe is None or not any(root.lossy for root in recipe.roots):
+            return None
+        whole = Interval(0, tensor.untyped_storage().nbytes() // tensor.element_size(), True)
+        payload = Payload(name, step, need, whole, Derived(recipe, self._view))
+        for root in recipe.roots:
+            if root.record is not None:
+                root.record.site.closed = False
+        if name in self.ledger.sites:
+            self.ledger.sites[name].derived = True
+        return payload
+
+    def _found(self, tensor: Tensor, interval: Interval, need: Need) -> Payload | None:
+        """What is stored already and serves the same need."""
+
+        def fits(payload: Payload) -> bool:
+            if payload.layout is not None and payload.layout != (tensor.shape, tensor.stride()):
+                return False
+            if need is Need.VALUES:
+                return payload.need in (Need.VALUES, Need.EXACT)
+            if need is Need.EXACT:
+                return payload.need in (Need.VALUES, Need.EXACT) and not payload.lossy
+            return payload.need is need
+
+        return self._shelf.find(tensor, interval, fits)
+
+    def _stored(self, tensor: Tensor, interval: Interval, need: Need, name: str, rule: Rule, step: Step) -> Payload:
+        data = tensor.detach()
+        if interval.dense:
+            flat = data.as_strided((interval.length,), (1,), interval.start)
+        else:
+            flat = data.contiguous().view(-1)
+        differentiable = tensor.requires_grad or bool(rule.linear)
+        form, need = self._lossless(flat, need, differentiable)
+        payload = Payload(name, step, need, interval, form or Exact(flat))
+        if not interval.dense:
+            payload.layout = (tensor.shape, tensor.stride())
+        if form is None and need is Need.VALUES and flat.dtype in _ROUNDED:
+            self._round(payload, flat, rule)
+        elif isinstance(payload.form, Exact) and interval.dense and 2 * flat.nbytes < data.untyped_storage().nbytes():
+            payload.form = Exact(flat.clone())  # or a small part would keep a large storage alive
+        return payload
+
+    def _lossless(self, flat: Tensor, need: Need, differentiable: bool) -> tuple[Form | None, Need]:
+        """A form that loses nothing and takes less, if there is one, and what it then serves."""
+        if flat.numel() == 0:
+            return Exact(flat), Need.EXACT
+        if need is Need.SHAPE and flat.is_floating_point():
+            return Empty(flat.numel(), flat.dtype, flat.device), need
+        if flat.numel() < self.settings.smallest:
+            return Exact(flat), Need.EXACT
+        if flat.dtype == torch.bool or (flat.is_floating_point() and not differentiable):
+            return two_valued(flat), Need.EXACT
+        if not flat.is_floating_point():
+            return narrowed(flat), Need.EXACT
+        if need is Need.SIGN and flat.dtype in _ROUNDED:
+            return signs(flat), need
+        return None, Need.EXACT if need is Need.SIGN else need
+
+    def _round(self, payload: Payload, flat: Tensor, rule: Rule) -> None:
+        """Store a float run at its site's level, with what the step measures beside it."""
+        settings, step, name = self.settings, payload.step, payload.site
+        sizes = grouped_bytes(flat.numel(), settings.group, flat.element_size())
+        site = self.ledger.site(name, rule, sizes, step.number)
+        level = self._level_of(name)
+        if level < 8 * flat.element_size():
+            payload.form = grouped(flat, level, settings.group, self._seed()) or payload.form
+        payload.lossy = isinstance(payload.form, Grouped)
+        if step.audited and payload.lossy:
+            payload.exact = Exact(flat)
+        if step.profiled and (payload.lossy or torch.isfinite(flat).all()):
+            variance_LQ = torch.ops.foveate.group_variance(flat, list(GROUPED_LEVELS), settings.group)
+            record = payload.record = Record(site, variance_LQ, level if payload.lossy else LEVELS[-1])
+            if not site.closed and family_of(name) in step.probed:
+                record.other = min(level, 8)
+                payload.other = grouped(flat, record.other, settings.group, self._seed())
+            step.records.append(record)
+
+    def _seed(self) -> int:
+        return self._random.getrandbits(62)
+
+    def _level_of(self, name: str) -> int:
+        if self.settings.levels is not None:
+            for pattern, level in self.settings.levels.items():
+                if fnmatchcase(name, pattern):
+                    self._unseen.discard(pattern)
+                    return level
+            return LEVELS[-1]
+        chosen = self.levels.get(name)
+        return self.ledger.default_of(self.ledger.sites[name]) if chosen is None else chosen
+
+    def _called(self, call: Call, result: Any) -> None:
+        """A function has returned: note how to compute it again; in profiled steps, wait for its gradient."""
+        if isinstance(result, Tensor) and call.function in self._scope.watched:
+            self._recipes.note(call, result)
+        if self._step is None or not self._step.profiled:
+            return
+        outputs = result if isinstance(result, (tuple, list)) else (result,)
+        output = next((o for o in outputs if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf), None)
+        if output is None:
+            return
+        rule = rule_of(call.function)
+        for source in call.packed:
+            payload = source.item
+            if payload.record is not None:
+                output.register_hook(self._gradient_watcher(payload, source, rule, call))
+            elif isinstance(payload.form, Derived):
+                for root in payload.form.recipe.roots:
+                    if root.record is not None:
+                        output.register_hook(self._gradient_watcher(root, source, UNKNOWN, call))
+
+    def _gradient_watcher(self, payload: Payload, source: Source, rule: Rule, call: Call) -> Callable[[Tensor], None]:
+        shape, stride = source.shape, source.stride
+        whole = source.offset == 0 and shape.numel() == payload.interval.length
+        group = self.settings.group
+        options: dict[str, Any] = {}
+        kernel: tuple[int, ...] = ()
+        if rule.linear == "conv":
+            kernel, options = sensitivity.conv_options(call.args, call.kwargs)
+
+        def watch(gradient: Tensor) -> None:
+            record = payload.record
+            if self._reading or record is None:
+                return
+            if not rule.linear:
+                record.add_gradient(gradient.detach().float().square().mean())
+            elif rule.linear == "conv" and whole:
+                record.add_closed(
+                    sensitivity.conv_error(record.variance_LQ, group, gradient, shape, stride, kernel, options)
+                )
+            else:
+                columns = shape[-1] if whole else payload.interval.length
+                rows = gradient if whole else gradient.reshape(1, -1)
+                record.add_closed(sensitivity.linear_error(record.variance_LQ, group, rows, columns))
+                record.add_gradient(gradient.detach().float().square().mean())
+
+        return watch
+
+    # --- backward
+
+    def _unpack(self, packed: Packed) -> Tensor:
+        if isinstance(packed, Passed):
+            if packed.version is not None and packed.tensor._version != packed.version:
+                raise changed(packed.version, packed.tensor._version, packed.tensor.shape)
+            return packed.tensor
+        if isinstance(packed, Recast):
+            if packed.parameter._version != packed.version:
+                raise changed(packed.version, packed.parameter._version, packed.shape)
+            return packed.parameter.to(packed.dtype).as_strided(packed.shape, packed.stride, 0)
+        if packed.witness._version != packed.version:
+            raise changed(packed.version, packed.witness._version, packed.source.shape)
+        step = packed.source.item.step
+        if not self._reading and not step.begun:
+            self._begin(step)
+        return self._view(packed.source)
+
+    def _view(self, source: Source) -> Tensor:
+        """A tensor as it lies in what is stored."""
+        values = self._values(source.item)
+        if source.item.layout is not None:
+            return values.view(source.shape)
+        return values.as_strided(source.shape, source.stride, int(values.storage_offset()) + source.offset)
+
+    def _values(self, payload: Payload) -> Tensor:
+        form = payload.form
+        if self._reading == "exact":
+            form = payload.exact or form
+        elif self._reading and payload.other is not None and family_of(payload.site) == self._reading:
+            form = payload.other
+        if self._last is not None and self._last[0] is form:  # q, k and v ask for one input, one after another
+            return self._last[1]
+        values = form.values()
+        self._last = (form, values)
+        return values
+
+    def _backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Backward is called: run the step's extra passes before it."""
+        step = self._step
+        if step is not None and not step.begun and step.wants_passes and self._can_pass:
+            found = arguments_of_backward(func, args, kwargs)
+            if found is not None:
+                self._can_pass = step.run_passes(*found, self._parameters(), self._read)
+        return func(*args, **kwargs)
+
+    def _read(self, what: str) -> None:
+        self._reading, self._last = what, None
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _current_step(self) -> Step:
+        """The step that is being stored; a new one where the last one's backward is over or failed."""
+        self._last = None
+        if self._step is not None and self._step.begun:
+            self._step.drop()
+            self._step = None
+        if self._step is None:
+            self._step = self._new_step()
+            self._scope.restart()
+        return self._step
+
+    def _new_step(self) -> Step:
+        settings, number = self.settings, self.steps
+        if settings.levels is not None:
+            return Step(number)
+        learning = number == 0 or self.ledger.unprobed()
+        profiled = learning or number % settings.profile_every == 0
+        trusted = len(self.ledger.trust.logs)
+        audited = not learning and self._can_pass and (trusted < 4 or number % settings.audit_every == 0)
+        probed: tuple[str, ...] = ()
+        if profiled and number and self._can_pass:
+            probed = tuple(self.ledger.next_families(4 if learning else settings.probes))
+        return Step(number, profiled, audited, probed, self._foretold())
+
+    def _begin(self, step: Step) -> None:
+        self._recipes.clear()
+        step.begin(self._parameters())
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(step))
+
+    def _finish(self, step: Step) -> None:
+        """Backward is over: learn from the step, and decide the levels of the next."""
+        self._last = None
+        step.finish(self.ledger)
+        if step.audit is not None:
+            self.audits.append((step.number, step.foretold, step.audit))
+        self.steps += 1
+        self.latest = step
+        if self._step is step:
+            self._step = None
+        if self.settings.error is not None and (step.profiled or step.audited):
+            self._decide()
+        if self._unseen and step.number == 0:
+            warnings.warn(
+                f"no saved tensor is named by {', '.join(sorted(self._unseen))}", RuntimeWarning, stacklevel=2
+            )
+
+    def _decide(self) -> None:
+        assert self.settings.error is not None
+        allowed = self.settings.error * min(self.ledger.trust.factor, 4.0)
+        choice = within_error(self.ledger.saved_sites(), allowed, self.settings.granularity)
+        self.levels = dict(choice.levels)
+
+    def _foretold(self) -> float:
+        """The relative error that the ledger predicts for the levels in use."""
+        total: float = 0.0
+        for site in self.ledger.stored_sites():
+            total += float(self.ledger.errors(site)[LEVELS.index(self._level_of(site.name))])
+        return math.sqrt(total)

@@ -1,0 +1,85 @@
+"""Training with compressed activations: exact where it says so, and within the stated error where it does not."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import foveate as fv
+from foveate.bench.resnet import ResNet
+
+
+class Gated(nn.Module):
+    """Norms, a gate, attention and a loss, at widths that do not divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 40)
+        self.norm = nn.LayerNorm(40)
+        self.qkv = nn.Linear(40, 120)
+        self.gate, self.up, self.down = nn.Linear(40, 72), nn.Linear(40, 72), nn.Linear(72, 40)
+        self.drop = nn.Dropout(0.1)
+        self.head = nn.Linear(40, 50)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = (t.unflatten(-1, (4, 10)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.drop(self.down(F.silu(self.gate(x)) * self.up(x)))
+        logits: Tensor = self.head(F.gelu(x))
+        return logits
+
+
+def _text() -> tuple[nn.Module, list[Tensor], Tensor]:
+    ids = torch.randint(0, 50, (6, 33))
+    return Gated(), [ids[:, :-1]], ids[:, 1:].flatten()
+
+
+def _images() -> tuple[nn.Module, list[Tensor], Tensor]:
+    return ResNet(8), [torch.randn(6, 3, 32, 32)], torch.randint(0, 10, (6,))
+
+
+def _loss(model: nn.Module, inputs: list[Tensor], labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(*inputs).flatten(0, -2), labels)
+
+
+@pytest.mark.parametrize("make", [_text, _images])
+def test_level_32_gives_the_gradients_of_plain_training(make: object) -> None:
+    model, inputs, labels = make()  # type: ignore[operator]
+    twin = copy.deepcopy(model)
+    torch.manual_seed(1)
+    _loss(twin, inputs, labels).backward()
+    torch.manual_seed(1)
+    with fv.compress_activations(model, levels=32, smallest=1) as store:
+        _loss(model, inputs, labels).backward()
+    after = torch.get_rng_state()
+    for wanted, found in zip(twin.parameters(), model.parameters(), strict=True):
+        assert torch.equal(wanted.grad, found.grad)  # type: ignore[arg-type]
+    assert store.latest is not None
+    assert store.latest.held < store.latest.original
+    torch.manual_seed(1)
+    _loss(twin, inputs, labels)
+    assert torch.equal(after, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("make", [_text, _images])
+def test_audits_stay_under_the_stated_error(make: object) -> None:
+    torch.manual_seed(3)
+    model, _, _ = make()  # type: ignore[operator]
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with fv.compress_activations(model, error=0.2, audit_every=2, profile_every=5, smallest=64) as store:
+        for _ in range(24):
+            _, inputs, labels = make()  # type: ignore[operator]
+            _loss(model, inputs, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    audited = [error for _, _, error in store.audits]
+    assert len(audited) >= 8
+    assert max(audited) < 0.2
+    assert sum(audited[-4:]) / 4 > 0.2 / 4  # not wasteful either
+    assert store.latest is not None
+    assert store.latest.original > 5 * store.latest.held
