@@ -35,6 +35,7 @@ bench-peers: $(VENV)/.installed
 	$(BIN)/foveate bench peers --out bench-out/peers.json --plot bench-out/peers.svg
 	$(BIN)/foveate bench decode --out bench-out/decode.json
 	$(BIN)/foveate bench quality --peers --out bench-out/quality_peers.json
+	$(BIN)/foveate bench cache --out bench-out/cache.json
 
 clean:
 	rm -rf $(VENV) demo-out bench-out
