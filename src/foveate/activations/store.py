@@ -35,12 +35,14 @@ from foveate.activations.payloads import (
     signs,
     two_valued,
 )
-from foveate.activations.policy import LEVELS, within_error
+from foveate.activations.policy import LEVELS, within_bytes, within_error
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
 from foveate.activations.scope import Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Record, Step, arguments_of_backward
+from foveate.activations.tracking import Tracking
+from foveate.errors import BudgetError
 
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +63,10 @@ class ActivationStore:
         self.latest: Step | None = None
         watched = ELEMENTWISE | NORMS if settings.recompute else frozenset()
         self._scope = Scope(model, self._backward, self._called, watched)
+        self._tracking = Tracking(self._alive)
+        if settings.bytes is not None:
+            self._scope.between = self._tracking.between
+        self._refused: BudgetError | None = None
         self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._shelf: Shelf[Payload] = Shelf()
@@ -93,6 +99,7 @@ class ActivationStore:
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.__exit__()
+            self._tracking.leave()
             self._scope.__exit__(*exception)
 
     # --- forward
@@ -120,6 +127,7 @@ class ActivationStore:
                 step.original += tensor.untyped_storage().nbytes()
             payload = self._derived(tensor, interval, need, name, step)
             payload = payload or self._stored(tensor, interval, need, name, rule, step)
+            payload.token = self._tracking.stored(payload, tensor)
             self._shelf.put(tensor, payload.interval, payload)
             step.stored(name, interval.length * tensor.element_size(), payload.form)
         elif payload.record is not None and not rule.linear:
@@ -133,7 +141,8 @@ class ActivationStore:
         if need is not Need.VALUES or interval.length < self.settings.smallest:
             return None
         recipe = self._recipes.find(tensor)
-        if recipe is None or not any(root.lossy for root in recipe.roots):
+        exact = self.settings.levels is not None  # is promised where it is asked for, to the bit
+        if recipe is None or (exact and not any(root.lossy for root in recipe.roots)):
             return None
         whole = Interval(0, tensor.untyped_storage().nbytes() // tensor.element_size(), True)
         payload = Payload(name, step, need, whole, Derived(recipe, self._view))
@@ -304,6 +313,7 @@ class ActivationStore:
         if self._last is not None and self._last[0] is form:  # q, k and v ask for one input, one after another
             return self._last[1]
         values = form.values()
+        self._tracking.restored(payload.token, values)
         self._last = (form, values)
         return values
 
@@ -314,7 +324,14 @@ class ActivationStore:
             found = arguments_of_backward(func, args, kwargs)
             if found is not None:
                 self._can_pass = step.run_passes(*found, self._parameters(), self._read)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._refused is not None:
+            raise self._refused
+        return result
+
+    def _alive(self) -> list[Tensor]:
+        held = [*self.model.parameters(), *self.model.buffers()]
+        return held + [tensor.grad for tensor in held if tensor.grad is not None]
 
     def _read(self, what: str) -> None:
         self._reading, self._last = what, None
@@ -341,6 +358,10 @@ class ActivationStore:
         profiled = learning or number % settings.profile_every == 0
         trusted = len(self.ledger.trust.logs)
         audited = not learning and self._can_pass and (trusted < 4 or number % settings.audit_every == 0)
+        if settings.bytes is not None:
+            audited = False  # it would hold the exact tensors
+            if number == 1:
+                return Step(number)  # whose peak is recorded
         probed: tuple[str, ...] = ()
         if profiled and number and self._can_pass:
             probed = tuple(self.ledger.next_families(4 if learning else settings.probes))
@@ -361,7 +382,9 @@ class ActivationStore:
         self.latest = step
         if self._step is step:
             self._step = None
-        if self.settings.error is not None and (step.profiled or step.audited):
+        if self.settings.bytes is not None and step.number < 2:
+            self._tracking.done() if step.number else self._tracking.want()
+        if self.settings.levels is None and (step.profiled or step.audited or step.number == 1):
             self._decide()
         if self._unseen and step.number == 0:
             warnings.warn(
@@ -369,10 +392,17 @@ class ActivationStore:
             )
 
     def _decide(self) -> None:
-        assert self.settings.error is not None
-        allowed = self.settings.error * min(self.ledger.trust.factor, 4.0)
-        choice = within_error(self.ledger.saved_sites(), allowed, self.settings.granularity)
-        self.levels = dict(choice.levels)
+        sites, granularity = self.ledger.saved_sites(), self.settings.granularity
+        if self.settings.error is not None:
+            allowed = self.settings.error * min(self.ledger.trust.factor, 4.0)
+            self.levels = dict(within_error(sites, allowed, granularity).levels)
+        elif self.settings.bytes is not None and self._tracking.timeline is not None and not self.ledger.unprobed():
+            try:
+                self.levels = dict(
+                    within_bytes(sites, self._tracking.timeline, self.settings.bytes, granularity).levels
+                )
+            except BudgetError as refused:
+                self._refused = refused
 
     def _foretold(self) -> float:
         """The relative error that the ledger predicts for the levels in use."""
