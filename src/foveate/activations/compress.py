@@ -26,6 +26,7 @@ def compress_activations(
     probes: int = 1,
     group: int = 256,
     smallest: int = 1024,
+    recompute: bool = True,
     seed: int = 0,
 ) -> ActivationStore:
     """Keep what autograd saves for backward in few bits, within a stated error of the gradient.
@@ -55,6 +56,8 @@ def compress_activations(
         probes: families of sites probed in a profiled step, one more backward each.
         group: values that share a least value and a step, 32 bits together.
         smallest: tensors of fewer values are kept exactly.
+        recompute: whether cheap functions of stored tensors (activations, products, norms) are computed again instead
+            of being stored too.
         seed: of the private generator of stochastic rounding; torch's is never touched.
 
     Returns:
@@ -79,7 +82,7 @@ def compress_activations(
     if group % 32 or not 32 <= group <= 1024:
         raise BudgetError(f"group (={group}) must be a multiple of 32 from 32 to 1024")
     settings = Settings(
-        error, fixed, granularity, default, profile_every, audit_every, window, probes, group, smallest, seed
+        error, fixed, granularity, default, profile_every, audit_every, window, probes, group, smallest, recompute, seed
     )
     ensure_loaded()
     return ActivationStore(model, settings)

@@ -37,6 +37,8 @@ _QUANTILE = 2.33
 #: What the spread of log(true / foretold) is taken to be, and for how many audits that counts.
 _PRIOR_SPREAD, _PRIOR_COUNT = 0.35, 4.0
 _MEMORY = 16  # audits that count
+#: How many times the squared error at 2 bits counts where rounding is biased.
+_BIAS_COUNTS = 4.0
 
 
 def family_of(site: str) -> str:
@@ -64,6 +66,7 @@ class Site:
         errors: the last windows' relative squared errors by the closed form, at each of the four grouped levels.
         local: the last windows' variance times squared gradient over the gradient's square, at each of the same.
         step: in which `bytes` were counted.
+        derived: whether it is computed from others now, and stores nothing.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Site:
     errors: deque[Tensor]
     local: deque[Tensor]
     step: int = -1
+    derived: bool = False
 
     @property
     def layer(self) -> str:
@@ -131,7 +135,7 @@ class Ledger:
             site = self.sites[name] = Site(name, rule, bool(rule.linear), bytes, *windows)
         elif site.step == step:
             bytes = tuple(a + b for a, b in zip(site.bytes, bytes, strict=True))
-        site.bytes, site.step = bytes, step
+        site.bytes, site.step, site.derived = bytes, step, False
         return site
 
     def new_family(self) -> Family:
@@ -150,12 +154,18 @@ class Ledger:
             if transfer and site.local:
                 factor = sum(transfer) / len(transfer)
                 found = tuple((torch.stack(tuple(site.local)).mean(0) * factor).tolist())
+        if site.rule.curved:
+            found = (_BIAS_COUNTS * found[0], *found[1:])
         floors = (math.inf if level < site.rule.floor else 0.0 for level in GROUPED_LEVELS)
         return (*(error + floor for error, floor in zip(found, floors, strict=True)), 0.0)
 
     def saved_sites(self) -> list[SavedSite]:
         """Every site as the policy sees it."""
-        return [SavedSite(s.name, s.layer, s.bytes, self.errors(s), self.default_of(s)) for s in self.sites.values()]
+        return [SavedSite(s.name, s.layer, s.bytes, self.errors(s), self.default_of(s)) for s in self.stored_sites()]
+
+    def stored_sites(self) -> list[Site]:
+        """The sites that store something."""
+        return [site for site in self.sites.values() if not site.derived]
 
     def default_of(self, site: Site) -> int:
         """The level of a site that was not measured: exact where nothing is known of the function."""
@@ -163,7 +173,7 @@ class Ledger:
 
     def next_families(self, count: int) -> list[str]:
         """The families to probe next: those never probed first, then those whose probe is oldest."""
-        open_ones = {family_of(s.name) for s in self.sites.values() if not s.closed}
+        open_ones = {family_of(s.name) for s in self.stored_sites() if not s.closed}
         order = sorted(open_ones, key=lambda name: (self.family_at(name), name))
         return order[:count]
 
@@ -173,7 +183,7 @@ class Ledger:
 
     def unprobed(self) -> bool:
         """Whether a family that needs a probe has had none."""
-        return any(self.family_at(family_of(s.name)) < 0 for s in self.sites.values() if not s.closed)
+        return any(self.family_at(family_of(s.name)) < 0 for s in self.stored_sites() if not s.closed)
 
     def to_json(self) -> dict[str, Any]:
         """The sensitivity profile: for each site its bytes and errors at each level."""
@@ -186,7 +196,7 @@ class Ledger:
                     "errors": [e if math.isfinite(e) else None for e in self.errors(s)],
                     "local": torch.stack(tuple(s.local)).mean(0).tolist() if s.local else None,
                 }
-                for s in self.sites.values()
+                for s in self.stored_sites()
             },
             "families": {n: sum(f.transfer) / len(f.transfer) for n, f in self.families.items() if f.transfer},
         }

@@ -5,6 +5,7 @@ Shapes, strides and versions are here; values are in payloads.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +13,32 @@ from torch import Tensor, nn
 
 from foveate.activations.identity import Interval
 from foveate.activations.payloads import Form, Grouped
+from foveate.activations.recipes import Recipe, Source
 from foveate.activations.rules import Need
 from foveate.activations.steps import Record, Step
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A recipe, and how its sources are read now: a form that holds nothing."""
+
+    recipe: Recipe
+    read: Callable[[Source], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held."""
+        return 0
+
+    @property
+    def level(self) -> int:
+        """Bits a value."""
+        return 0
+
+    def values(self) -> Tensor:
+        """The values, [n], in the order in which the result lay in memory."""
+        result = self.recipe.result(self.read)
+        return result.as_strided((result.numel(),), (1,), result.storage_offset())
 
 
 class Payload:
@@ -39,17 +64,14 @@ class Payload:
         self.exact: Form | None = None
         self.other: Form | None = None
         self.record: Record | None = None
-        self.lossy = isinstance(form, Grouped)
+        self.lossy = isinstance(form, (Grouped, Derived))
 
 
 @dataclass(frozen=True)
 class Handle:
     """What autograd holds: a payload, how to see the tensor in it, and its version."""
 
-    payload: Payload
-    shape: torch.Size
-    stride: tuple[int, ...]
-    offset: int
+    source: Source
     witness: Tensor
     version: int
 
@@ -95,3 +117,8 @@ def changed(expected: int, found: int, shape: torch.Size) -> RuntimeError:
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"a saved tensor of shape {list(shape)} is at version {found}; expected version {expected} instead"
     )
+
+
+def source_of(payload: Payload, tensor: Tensor) -> Source:
+    """A tensor as it lies in a payload of its storage."""
+    return Source(payload, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - payload.interval.start)

@@ -5,10 +5,11 @@
 A rule says, for one torch function, which saved tensors may lose bits (`Need.VALUES`), which are needed for their sign
 or shape alone (`Need.SIGN`, `Need.SHAPE`: lossless at a bit or at nothing), and which must stay exact (`Need.EXACT`).
 `linear` marks functions whose backward is linear in the saved input and reaches the gradient of the weight alone: their
-error has a closed form (sensitivity.py). `floor` is the least level on offer. Where backward is not linear in what is
-saved, stochastic rounding is biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4: there it
-is 4. Log-probabilities, on which everything after them depends, may go to 16 bits and no lower. A function without a
-rule is treated with the greatest care: exact until a probe has measured it.
+error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is
+saved: stochastic rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a
+bias does not average out, so the error at 2 bits counts several times (ledger.py). `floor` is the least level on offer:
+log-probabilities, on which everything after them depends, may go to 16 bits and no lower. A function without a rule is
+treated with the greatest care: exact until a probe has measured it.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Rule:
         need: of the tensors that `exact` does not name.
         exact: positions or names of arguments whose saved copies stay exact: weights, masks, running statistics.
         linear: the closed form that holds for its one lossy tensor: `linear`, `conv` or none (measured by probes).
+        curved: whether backward is not linear in what is saved.
         floor: the least level.
         smallest_share: saved tensors with fewer values than this share of the largest argument's are statistics (mean,
             reciprocal deviation, logsumexp), and exact.
@@ -47,28 +49,24 @@ class Rule:
     need: Need = Need.VALUES
     exact: tuple[int | str, ...] = ()
     linear: str = ""
+    curved: bool = False
     floor: int = 2
     smallest_share: float = 0.0
     known: bool = True
 
 
-#: Where backward is not linear in what is saved; of log-probabilities.
-_CURVED_FLOOR, _GUARDED_FLOOR = 4, 16
-
 _LINEAR = Rule(exact=(1, "weight", 2, "bias"), linear="linear")
 _CONV = Rule(exact=(1, "weight", 2, "bias"), linear="conv")
 _BILINEAR = Rule()
-_CURVED = Rule(floor=_CURVED_FLOOR)
-_NORM = Rule(
-    floor=_CURVED_FLOOR, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5
-)
+_CURVED = Rule(curved=True)
+_NORM = Rule(curved=True, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5)
 _SIGN = Rule(Need.SIGN)
 _SHAPE = Rule(Need.SHAPE)
 _EXACT = Rule(Need.EXACT)
-_GUARDED = Rule(floor=_GUARDED_FLOOR, exact=(1, 2, "target", "weight"))
+_GUARDED = Rule(floor=16, curved=True, exact=(1, 2, "target", "weight"))
 
 #: Of a function nothing is known about.
-UNKNOWN = Rule(floor=_CURVED_FLOOR, smallest_share=0.05, known=False)
+UNKNOWN = Rule(curved=True, smallest_share=0.05, known=False)
 
 #: By the function's `__name__`.
 RULES: Mapping[str, Rule] = {
@@ -95,8 +93,8 @@ RULES: Mapping[str, Rule] = {
     ),
     **dict.fromkeys(("pow", "__pow__", "square", "exp", "sqrt", "rsqrt", "sigmoid_", "tanh_", "softmax"), _CURVED),
     **dict.fromkeys(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"), _NORM),
-    "scaled_dot_product_attention": Rule(floor=_CURVED_FLOOR, exact=(3, "attn_mask"), smallest_share=0.5),
-    "multi_head_attention_forward": Rule(floor=_CURVED_FLOOR, smallest_share=0.05),
+    "scaled_dot_product_attention": Rule(curved=True, exact=(3, "attn_mask"), smallest_share=0.5),
+    "multi_head_attention_forward": Rule(curved=True, smallest_share=0.05),
     **dict.fromkeys(("log_softmax", "cross_entropy"), _GUARDED),
     **dict.fromkeys(
         [

@@ -53,12 +53,14 @@ class Call:
 
     Attributes:
         function: its `__name__`.
+        callable: the function itself.
         args, kwargs: what it was called with.
         frame: the module call that it belongs to.
         packed: what was saved during it, in order (whatever the store puts there).
     """
 
     function: str
+    callable: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     frame: Frame
@@ -92,6 +94,7 @@ class Scope(TorchFunctionMode):
         on_backward: called instead of `Tensor.backward` and `torch.autograd.backward`, with the function and its
             arguments.
         on_called: called after a torch function that saved something, with its `Call` and what it returned.
+        watched: functions after which it is called in any case.
     """
 
     def __init__(
@@ -99,11 +102,12 @@ class Scope(TorchFunctionMode):
         model: nn.Module,
         on_backward: Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any],
         on_called: Callable[[Call, Any], None],
+        watched: frozenset[str],
     ) -> None:
         super().__init__()
         self._names = {id(module): name or "model" for name, module in model.named_modules()}
         self._model = model  # keeps the ids above from being given to others
-        self._on_backward, self._on_called = on_backward, on_called
+        self._on_backward, self._on_called, self.watched = on_backward, on_called, watched
         self._frames = [Frame(OUTSIDE)]
         self._call: Call | None = None
         self._handles: list[RemovableHandle] = []
@@ -112,7 +116,7 @@ class Scope(TorchFunctionMode):
     def call(self) -> Call:
         """The function that is running; one without a name where there is none (a custom autograd function)."""
         if self._call is None:
-            return Call("function", (), {}, self._frames[-1])
+            return Call("function", torch.empty, (), {}, self._frames[-1])
         return self._call
 
     def restart(self) -> None:
@@ -152,10 +156,10 @@ class Scope(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.Tensor.backward or func is torch.autograd.backward:
             return self._on_backward(func, args, kwargs)
-        outer, self._call = self._call, Call(name, args, kwargs, self._frames[-1])
+        outer, self._call = self._call, Call(name, func, args, kwargs, self._frames[-1])
         try:
             result = func(*args, **kwargs)
-            if self._call.packed:
+            if self._call.packed or name in self.watched:
                 self._on_called(self._call, result)
         finally:
             self._call = outer

@@ -22,6 +22,7 @@ class Settings:
         probes: families probed in a profiled step.
         group: values that share a least value and a step.
         smallest: tensors of fewer values stay exact.
+        recompute: whether cheap functions of stored tensors are computed again instead of being stored.
         seed: of the private generator.
     """
 
@@ -35,4 +36,5 @@ class Settings:
     probes: int
     group: int
     smallest: int
+    recompute: bool
     seed: int

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from foveate.activations import sensitivity
+from foveate.activations.deriving import Recipes
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, witness
 from foveate.activations.ledger import Ledger, family_of, grouped_bytes
-from foveate.activations.packed import Handle, Packed, Passed, Payload, Recast, changed, is_plain
+from foveate.activations.packed import Derived, Handle, Packed, Passed, Payload, Recast, changed, is_plain, source_of
 from foveate.activations.payloads import (
     GROUPED_LEVELS,
     Empty,
@@ -35,8 +36,9 @@ from foveate.activations.payloads import (
     two_valued,
 )
 from foveate.activations.policy import LEVELS, within_error
+from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
-from foveate.activations.rules import Need, Rule, need_of, rule_of
+from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
 from foveate.activations.scope import Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Record, Step, arguments_of_backward
@@ -58,7 +60,9 @@ class ActivationStore:
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
         self.latest: Step | None = None
-        self._scope = Scope(model, self._backward, self._called)
+        watched = ELEMENTWISE | NORMS if settings.recompute else frozenset()
+        self._scope = Scope(model, self._backward, self._called, watched)
+        self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._shelf: Shelf[Payload] = Shelf()
         self._random = random.Random(settings.seed)
@@ -115,15 +119,31 @@ class ActivationStore:
         if payload is None:
             if not self._shelf.knows(tensor):
                 step.original += tensor.untyped_storage().nbytes()
-            payload = self._stored(tensor, interval, need, name, rule, step)
-            self._shelf.put(tensor, interval, payload)
+            payload = self._derived(tensor, interval, need, name, step)
+            payload = payload or self._stored(tensor, interval, need, name, rule, step)
+            self._shelf.put(tensor, payload.interval, payload)
             step.stored(name, interval.length * tensor.element_size(), payload.form)
         elif payload.record is not None and not rule.linear:
             payload.record.site.closed = False
-        if payload.record is not None:
-            call.packed.append((payload, tensor.shape, tensor.stride(), tensor.storage_offset()))
-        offset = int(tensor.storage_offset()) - payload.interval.start
-        return Handle(payload, tensor.shape, tensor.stride(), offset, witness(tensor), tensor._version)
+        source = source_of(payload, tensor)
+        call.packed.append(source)
+        return Handle(source, witness(tensor), tensor._version)
+
+    def _derived(self, tensor: Tensor, interval: Interval, need: Need, name: str, step: Step) -> Payload | None:
+        """A payload that holds nothing, where the tensor is a cheap function of others that are rounded."""
+        if need is not Need.VALUES or interval.length < self.settings.smallest:
+            return None
+        recipe = self._recipes.find(tensor)
+        if recipe is None or not any(root.lossy for root in recipe.roots):
+            return None
+        whole = Interval(0, tensor.untyped_storage().nbytes() // tensor.element_size(), True)
+        payload = Payload(name, step, need, whole, Derived(recipe, self._view))
+        for root in recipe.roots:
+            if root.record is not None:
+                root.record.site.closed = False
+        if name in self.ledger.sites:
+            self.ledger.sites[name].derived = True
+        return payload
 
     def _found(self, tensor: Tensor, interval: Interval, need: Need) -> Payload | None:
         """What is stored already and serves the same need."""
@@ -205,20 +225,28 @@ class ActivationStore:
         return self.ledger.default_of(self.ledger.sites[name]) if chosen is None else chosen
 
     def _called(self, call: Call, result: Any) -> None:
-        """A function that saved something has returned: in profiled steps, wait for its output's gradient."""
+        """A function has returned: note how to compute it again; in profiled steps, wait for its gradient."""
+        if isinstance(result, Tensor) and call.function in self._scope.watched:
+            self._recipes.note(call, result)
+        if self._step is None or not self._step.profiled:
+            return
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         output = next((o for o in outputs if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf), None)
         if output is None:
             return
         rule = rule_of(call.function)
-        for payload, shape, stride, offset in call.packed:
-            output.register_hook(self._gradient_watcher(payload, rule, call, (shape, stride, offset)))
+        for source in call.packed:
+            payload = source.item
+            if payload.record is not None:
+                output.register_hook(self._gradient_watcher(payload, source, rule, call))
+            elif isinstance(payload.form, Derived):
+                for root in payload.form.recipe.roots:
+                    if root.record is not None:
+                        output.register_hook(self._gradient_watcher(root, source, UNKNOWN, call))
 
-    def _gradient_watcher(
-        self, payload: Payload, rule: Rule, call: Call, view: tuple[torch.Size, tuple[int, ...], int]
-    ) -> Callable[[Tensor], None]:
-        shape, stride, offset = view
-        whole = offset == payload.interval.start and shape.numel() == payload.interval.length
+    def _gradient_watcher(self, payload: Payload, source: Source, rule: Rule, call: Call) -> Callable[[Tensor], None]:
+        shape, stride = source.shape, source.stride
+        whole = source.offset == 0 and shape.numel() == payload.interval.length
         group = self.settings.group
         options: dict[str, Any] = {}
         kernel: tuple[int, ...] = ()
@@ -255,14 +283,18 @@ class ActivationStore:
                 raise changed(packed.version, packed.parameter._version, packed.shape)
             return packed.parameter.to(packed.dtype).as_strided(packed.shape, packed.stride, 0)
         if packed.witness._version != packed.version:
-            raise changed(packed.version, packed.witness._version, packed.shape)
-        payload = packed.payload
-        if not self._reading and not payload.step.begun:
-            self._begin(payload.step)
-        values = self._values(payload)
-        if payload.layout is not None:
-            return values.view(packed.shape)
-        return values.as_strided(packed.shape, packed.stride, values.storage_offset() + packed.offset)
+            raise changed(packed.version, packed.witness._version, packed.source.shape)
+        step = packed.source.item.step
+        if not self._reading and not step.begun:
+            self._begin(step)
+        return self._view(packed.source)
+
+    def _view(self, source: Source) -> Tensor:
+        """A tensor as it lies in what is stored."""
+        values = self._values(source.item)
+        if source.item.layout is not None:
+            return values.view(source.shape)
+        return values.as_strided(source.shape, source.stride, int(values.storage_offset()) + source.offset)
 
     def _values(self, payload: Payload) -> Tensor:
         form = payload.form
@@ -316,6 +348,7 @@ class ActivationStore:
         return Step(number, profiled, audited, probed, self._foretold())
 
     def _begin(self, step: Step) -> None:
+        self._recipes.clear()
         step.begin(self._parameters())
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(step))
 
@@ -345,7 +378,7 @@ class ActivationStore:
     def _foretold(self) -> float:
         """The relative error that the ledger predicts for the levels in use."""
         total: float = 0.0
-        for site in self.ledger.sites.values():
+        for site in self.ledger.stored_sites():
             total += float(self.ledger.errors(site)[LEVELS.index(self._level_of(site.name))])
         return math.sqrt(total)
 

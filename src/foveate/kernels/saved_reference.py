@@ -1,8 +1,8 @@
 """The meaning of the ops on what autograd saves (`ops/saved.py`), in plain torch.
 
 A tensor is read flat, in the order of its memory, and cut into groups of `g` elements. A group has a `low` and a
-`step`, both bfloat16, which reach from its least value to its greatest in `B = 2^bits - 1` steps; `code * step` is exact
-in float32, so a value decodes with one rounding, on every machine alike.
+`step`, both bfloat16, which reach from its least value to its greatest in `B = 2^bits - 1` steps; `code * step` is
+exact in float32, so a value decodes with one rounding, on every machine alike.
 
 Codes are made in fixed point, with F = 16 fractional bits (8 for codes of 16 bits, all that float32 has beside them):
 
@@ -105,8 +105,10 @@ def _grouped(flat: Tensor, group: int) -> Tensor:
     return torch.cat([flat, flat[-1:].expand(missing)]).view(-1, group).float()
 
 
-def _ranges(x_Gg: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """low and step, float32 [G, 1] that bfloat16 holds; NaN and 0 for a group that has no finite range."""
+def _ranges(x_Gg: Tensor, bits: int, limit: float) -> tuple[Tensor, Tensor]:
+    """low and step, float32 [G, 1] that bfloat16 holds; NaN and 0 for a group that is not finite, or whose range is not
+    within -limit..limit.
+    """
     least, most = x_Gg.amin(1, keepdim=True) + 0.0, x_Gg.amax(1, keepdim=True)
     word = least.view(torch.int32)
     cut = word & _UPPER_HALF
@@ -117,7 +119,7 @@ def _ranges(x_Gg: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     short = low + steps * up < most
     step = torch.where(short, up.view(torch.int32) + 0x10000, up.view(torch.int32)).view(torch.float32)
     step = torch.where(most > low, step, 0.0)
-    usable = x_Gg.isfinite().all(1, keepdim=True) & (low + steps * step).isfinite()
+    usable = x_Gg.isfinite().all(1, keepdim=True) & (low >= -limit) & (low + steps * step <= limit)
     return torch.where(usable, low, torch.nan), torch.where(usable, step, 0.0)
 
 
@@ -156,7 +158,7 @@ def group_pack(x: Tensor, bits: int, group: int, seed: int | None = None) -> tup
     x_Gg = _grouped(flat, group)
     if not len(x_Gg):
         return flat.new_empty(0, dtype=torch.uint8), flat.new_empty(0, 2, dtype=torch.bfloat16)
-    low, step = _ranges(x_Gg, bits)
+    low, step = _ranges(x_Gg, bits, torch.finfo(x.dtype).max)
     fraction = _fraction_bits(bits)
     fixed = _fixed_point(x_Gg, low, step, bits).view(-1)
     r = torch.tensor(1 << (fraction - 1)) if seed is None else uniform_16(seed, len(fixed)) >> (16 - fraction)
@@ -192,7 +194,7 @@ def group_variance(x: Tensor, bits: Sequence[int], group: int) -> Tensor:
         return out
     real = (torch.arange(x_Gg.numel()) < len(flat)).view(-1, group)
     for i, each in enumerate(bits):
-        low, step = _ranges(x_Gg, each)
+        low, step = _ranges(x_Gg, each, torch.finfo(x.dtype).max)
         one = 1 << _fraction_bits(each)
         f = _fixed_point(x_Gg, low, step, each) & (one - 1)
         total = (f * (one - f) * real).sum(1).double()

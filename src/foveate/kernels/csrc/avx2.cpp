@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "planes.h"
+#include "saved.h"
 
 #if defined(__x86_64__)
 
@@ -74,7 +75,7 @@ struct Avx2 {
 }  // namespace
 
 const Kernels* avx2_kernels() {
-  static const Kernels kernels = kernels_of<Avx2>("avx2");
+  static const Kernels kernels = kernels_of<Avx2>("avx2", saved_avx2());
   const bool here = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   return here ? &kernels : nullptr;
 }

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "planes.h"
+#include "saved.h"
 
 #if defined(__x86_64__)
 
@@ -95,7 +96,7 @@ struct Avx512 {
 }  // namespace
 
 const Kernels* avx512_kernels() {
-  static const Kernels kernels = kernels_of<Avx512>("avx512_vnni");
+  static const Kernels kernels = kernels_of<Avx512>("avx512_vnni", saved_avx512());
   const bool here = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
   return here ? &kernels : nullptr;

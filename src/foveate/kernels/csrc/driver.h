@@ -22,6 +22,6 @@ Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, 
 }
 
 template <class V>
-constexpr Kernels kernels_of(const char* name) {
-  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>};
+Kernels kernels_of(const char* name, const SavedKernels* saved) {
+  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, saved};
 }

@@ -22,6 +22,7 @@
 
 #include "handles.h"
 #include "planes.h"
+#include "saved.h"
 #include "share.h"
 #include "stored.h"
 
@@ -42,6 +43,8 @@ const Kernels* find_kernels(const std::string& name) {
 
 std::atomic<const Kernels*> active{nullptr};
 
+}  // namespace
+
 const Kernels& kernels() {
   const Kernels* now = active.load(std::memory_order_relaxed);
   if (!now) {
@@ -51,6 +54,8 @@ const Kernels& kernels() {
   }
   return *now;
 }
+
+namespace {
 
 std::string cpu_isa(std::string force) {
   if (!force.empty()) active.store(find_kernels(force));

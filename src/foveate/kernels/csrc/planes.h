@@ -70,6 +70,8 @@ struct Output {
 
 enum class Fault : uint8_t { kNone, kOutside, kLevel, kOrder };
 
+struct SavedKernels;  // saved.h
+
 // One instruction set's kernels. Ranges are half open; ranges of one call may run on different threads.
 struct Kernels {
   const char* name;
@@ -81,6 +83,7 @@ struct Kernels {
   Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
   // Rows indices[i] of the dense weight, float32 [.., K].
   Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
+  const SavedKernels* saved;
 };
 
 // Null where the machine or the compiler does not have the instructions.

@@ -1,0 +1,113 @@
+// Saved tensors on any machine: vectors of the compiler (GCC, Clang) of 4 elements, which become SSE2, NEON, or plain words.
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "halves.h"
+#include "saved.h"
+
+namespace foveate {
+namespace {
+
+template <class T>
+uint32_t unequal_each(const T* x, T value);
+template <class T>
+void choose_each(uint32_t word, T first, T second, T* out);
+
+struct Portable {
+  static constexpr int kLanes = 4;
+  typedef uint32_t Words __attribute__((vector_size(16)));
+  typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef float Floats __attribute__((vector_size(16)));
+
+  static Floats load(const float* p) { return read<Floats>(p); }
+  static Floats load(const BFloat16* p) { return (Floats)(Words{p[0].bits, p[1].bits, p[2].bits, p[3].bits} << 16); }
+  static Floats load(const Float16* p) { return Floats{half(p[0].bits), half(p[1].bits), half(p[2].bits), half(p[3].bits)}; }
+  static void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
+  static void store(BFloat16* p, Floats v) {
+    const Words word = (Words)v;
+    const Words rounded = (word + (0x7FFFu + (word >> 16 & 1u))) >> 16;
+    for (int i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
+  }
+  static void store(Float16* p, Floats v) {
+    for (int i = 0; i < kLanes; ++i) p[i].bits = to_half(v[i]);
+  }
+  static Floats splat(float v) { return Floats{v, v, v, v}; }
+  static Floats min(Floats a, Floats b) { return a < b ? a : b; }
+  static Floats max(Floats a, Floats b) { return a > b ? a : b; }
+  // Only ever by zero, so that rounding in between is none.
+  static Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+  // Of numbers from 0 to 2^24: adding 2^23 leaves no place for fractions.
+  static Words to_words(Floats v) {
+    const Floats rounded = (v + 0x1p23f) - 0x1p23f;
+    return (Words)__builtin_convertvector(v < 0x1p23f ? rounded : v, Ints);
+  }
+  static Words lanes() { return Words{0, 1, 2, 3}; }
+  static float least(Floats v) {
+    float low = v[0];
+    for (int i = 1; i < kLanes; ++i) low = v[i] < low ? v[i] : low;
+    return low;
+  }
+  static float most(Floats v) {
+    float high = v[0];
+    for (int i = 1; i < kLanes; ++i) high = v[i] > high ? v[i] : high;
+    return high;
+  }
+  static float total(Floats v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+
+  template <int BITS>
+  static void store_codes(uint8_t* to, const Words (&code)[8]) {
+    for (int k = 0; k < 8; ++k) {
+      uint64_t fields = 0;
+      for (int i = 0; i < kLanes; ++i) fields |= uint64_t{code[k][i]} << (BITS * i);
+      std::memcpy(to + k * BITS / 2, &fields, BITS / 2);
+    }
+  }
+
+  // Values of codes: vector k of a block.
+  template <int BITS>
+  class Decoder {
+   public:
+    Decoder(float low, float step) : low_(splat(low)), step_(splat(step)) {}
+    Floats operator()(const uint8_t* codes, int k) const {
+      uint64_t fields = 0;
+      std::memcpy(&fields, codes + k * BITS / 2, BITS / 2);
+      Ints code;
+      for (int i = 0; i < kLanes; ++i) code[i] = static_cast<int32_t>(fields >> (BITS * i) & ((1u << BITS) - 1));
+      return low_ + __builtin_convertvector(code, Floats) * step_;
+    }
+
+   private:
+    Floats low_, step_;
+  };
+
+  template <class T>
+  static uint32_t greater(const T* x, float threshold) {
+    uint32_t word = 0;
+    for (int k = 0; k < 8; ++k) {
+      const Floats v = load(x + k * kLanes);
+      for (int i = 0; i < kLanes; ++i) word |= static_cast<uint32_t>(v[i] > threshold) << (k * kLanes + i);
+    }
+    return word;
+  }
+  template <class T>
+  static uint32_t unequal(const T* x, T value) {
+    return unequal_each(x, value);
+  }
+  template <class T>
+  static void choose(uint32_t word, T first, T second, T* out) {
+    choose_each(word, first, second, out);
+  }
+};
+
+#include "saved_driver.h"
+
+}  // namespace
+
+const SavedKernels* saved_portable() {
+  static const SavedKernels kernels = saved_kernels_of<Portable>();
+  return &kernels;
+}
+
+}  // namespace foveate
