@@ -37,6 +37,7 @@ from foveate.activations.payloads import (
 )
 from foveate.activations.policy import LEVELS, within_bytes, within_error
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
+from foveate.activations.report import SavedReport, report_of
 from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
 from foveate.activations.scope import Call, Scope
 from foveate.activations.settings import Settings
@@ -410,3 +411,7 @@ class ActivationStore:
         for site in self.ledger.stored_sites():
             total += float(self.ledger.errors(site)[LEVELS.index(self._level_of(site.name))])
         return math.sqrt(total)
+
+    def report(self) -> SavedReport:
+        """What the latest finished step kept, and what that is predicted and was audited to do to the gradient."""
+        return report_of(self.latest, self.ledger, self.audits, self.settings.error)
