@@ -240,18 +240,17 @@ class ActivationStore:
         if self._step is None or not self._step.profiled:
             return
         outputs = result if isinstance(result, (tuple, list)) else (result,)
-        output = next((o for o in outputs if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf), None)
-        if output is None:
+        differentiable = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad and not o.is_leaf]
+        if not differentiable:
             return
-        rule = rule_of(call.function)
         for source in call.packed:
             payload = source.item
-            if payload.record is not None:
-                output.register_hook(self._gradient_watcher(payload, source, rule, call))
-            elif isinstance(payload.form, Derived):
-                for root in payload.form.recipe.roots:
-                    if root.record is not None:
-                        output.register_hook(self._gradient_watcher(root, source, UNKNOWN, call))
+            derived = payload.form.recipe.roots if isinstance(payload.form, Derived) else None
+            rule = rule_of(call.function) if derived is None else UNKNOWN
+            for stored in (payload,) if derived is None else derived:
+                if stored.record is not None:
+                    stored.record.watch(len(differentiable) == 1)
+                    differentiable[0].register_hook(self._gradient_watcher(stored, source, rule, call))
 
     def _gradient_watcher(self, payload: Payload, source: Source, rule: Rule, call: Call) -> Callable[[Tensor], None]:
         shape, stride = source.shape, source.stride
