@@ -9,11 +9,9 @@ find duplicates, pack and unpack.
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from foveate.activations import sensitivity
 from foveate.activations.deriving import Recipes
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, witness
-from foveate.activations.ledger import Ledger, family_of, grouped_bytes
+from foveate.activations.ledger import family_of, grouped_bytes
 from foveate.activations.packed import Derived, Handle, Packed, Passed, Payload, Recast, changed, is_plain, source_of
 from foveate.activations.payloads import (
     GROUPED_LEVELS,
@@ -35,7 +33,8 @@ from foveate.activations.payloads import (
     signs,
     two_valued,
 )
-from foveate.activations.policy import LEVELS, within_bytes, within_error
+from foveate.activations.planning import RECORDED_STEP, Planner
+from foveate.activations.policy import LEVELS
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
 from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
@@ -57,8 +56,7 @@ class ActivationStore:
 
     def __init__(self, model: nn.Module, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self.ledger = Ledger(settings.window, settings.default)
-        self.levels: dict[str, int] = {}
+        self.planner = Planner(settings)
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
         self.latest: Step | None = None
@@ -76,7 +74,6 @@ class ActivationStore:
         self._reading = ""
         self._last: tuple[Form, Tensor] | None = None
         self._can_pass = True
-        self._unseen = set(settings.levels or ())
 
     # --- entering and leaving
 
@@ -150,8 +147,8 @@ class ActivationStore:
         for root in recipe.roots:
             if root.record is not None:
                 root.record.site.closed = False
-        if name in self.ledger.sites:
-            self.ledger.sites[name].derived = True
+        if name in self.planner.ledger.sites:
+            self.planner.ledger.sites[name].derived = True
         return payload
 
     def _found(self, tensor: Tensor, interval: Interval, need: Need) -> Payload | None:
@@ -205,8 +202,8 @@ class ActivationStore:
         """Store a float run at its site's level, with what the step measures beside it."""
         settings, step, name = self.settings, payload.step, payload.site
         sizes = grouped_bytes(flat.numel(), settings.group, flat.element_size())
-        site = self.ledger.site(name, rule, sizes, step.number)
-        level = self._level_of(name)
+        site = self.planner.ledger.site(name, rule, sizes, step.number)
+        level = self.planner.level_of(name)
         if level < 8 * flat.element_size():
             payload.form = grouped(flat, level, settings.group, self._seed()) or payload.form
         payload.lossy = isinstance(payload.form, Grouped)
@@ -222,16 +219,6 @@ class ActivationStore:
 
     def _seed(self) -> int:
         return self._random.getrandbits(62)
-
-    def _level_of(self, name: str) -> int:
-        if self.settings.levels is not None:
-            for pattern, level in self.settings.levels.items():
-                if fnmatchcase(name, pattern):
-                    self._unseen.discard(pattern)
-                    return level
-            return LEVELS[-1]
-        chosen = self.levels.get(name)
-        return self.ledger.default_of(self.ledger.sites[name]) if chosen is None else chosen
 
     def _called(self, call: Call, result: Any) -> None:
         """A function has returned: note how to compute it again; in profiled steps, wait for its gradient."""
@@ -346,26 +333,9 @@ class ActivationStore:
             self._step.drop()
             self._step = None
         if self._step is None:
-            self._step = self._new_step()
+            self._step = self.planner.step(self.steps, self._can_pass)
             self._scope.restart()
         return self._step
-
-    def _new_step(self) -> Step:
-        settings, number = self.settings, self.steps
-        if settings.levels is not None:
-            return Step(number)
-        learning = number == 0 or self.ledger.unprobed()
-        profiled = learning or number % settings.profile_every == 0
-        trusted = len(self.ledger.trust.logs)
-        audited = not learning and self._can_pass and (trusted < 4 or number % settings.audit_every == 0)
-        if settings.bytes is not None:
-            audited = False  # it would hold the exact tensors
-            if number == 1:
-                return Step(number)  # whose peak is recorded
-        probed: tuple[str, ...] = ()
-        if profiled and number and self._can_pass:
-            probed = tuple(self.ledger.next_families(4 if learning else settings.probes))
-        return Step(number, profiled, audited, probed, self._foretold())
 
     def _begin(self, step: Step) -> None:
         self._recipes.clear()
@@ -375,42 +345,24 @@ class ActivationStore:
     def _finish(self, step: Step) -> None:
         """Backward is over: learn from the step, and decide the levels of the next."""
         self._last = None
-        step.finish(self.ledger)
+        step.finish(self.planner.ledger)
         if step.audit is not None:
             self.audits.append((step.number, step.foretold, step.audit))
         self.steps += 1
         self.latest = step
         if self._step is step:
             self._step = None
-        if self.settings.bytes is not None and step.number < 2:
-            self._tracking.done() if step.number else self._tracking.want()
-        if self.settings.levels is None and (step.profiled or step.audited or step.number == 1):
-            self._decide()
-        if self._unseen and step.number == 0:
-            warnings.warn(
-                f"no saved tensor is named by {', '.join(sorted(self._unseen))}", RuntimeWarning, stacklevel=2
-            )
-
-    def _decide(self) -> None:
-        sites, granularity = self.ledger.saved_sites(), self.settings.granularity
-        if self.settings.error is not None:
-            allowed = self.settings.error * min(self.ledger.trust.factor, 4.0)
-            self.levels = dict(within_error(sites, allowed, granularity).levels)
-        elif self.settings.bytes is not None and self._tracking.timeline is not None and not self.ledger.unprobed():
+        if self.settings.bytes is not None and step.number <= RECORDED_STEP:
+            self._tracking.done() if step.number == RECORDED_STEP else self._tracking.want()
+        if step.profiled or step.audited or step.number == RECORDED_STEP:
             try:
-                self.levels = dict(
-                    within_bytes(sites, self._tracking.timeline, self.settings.bytes, granularity).levels
-                )
+                self.planner.decide(self._tracking.timeline)
             except BudgetError as refused:
                 self._refused = refused
-
-    def _foretold(self) -> float:
-        """The relative error that the ledger predicts for the levels in use."""
-        total: float = 0.0
-        for site in self.ledger.stored_sites():
-            total += float(self.ledger.errors(site)[LEVELS.index(self._level_of(site.name))])
-        return math.sqrt(total)
+        if self.planner.unseen and step.number == 0:
+            names = ", ".join(sorted(self.planner.unseen))
+            warnings.warn(f"no saved tensor is named by {names}", RuntimeWarning, stacklevel=2)
 
     def report(self) -> SavedReport:
         """What the latest finished step kept, and what that is predicted and was audited to do to the gradient."""
-        return report_of(self.latest, self.ledger, self.audits, self.settings.error)
+        return report_of(self.latest, self.planner.ledger, self.audits, self.settings.error)
