@@ -201,21 +201,23 @@ class ActivationStore:
     def _round(self, payload: Payload, flat: Tensor, rule: Rule) -> None:
         """Store a float run at its site's level, with what the step measures beside it."""
         settings, step, name = self.settings, payload.step, payload.site
-        sizes = grouped_bytes(flat.numel(), settings.group, flat.element_size())
-        site = self.planner.ledger.site(name, rule, sizes, step.number)
+        site = self.planner.ledger.site(name, rule)
+        group = settings.group or site.group
+        site.count(grouped_bytes(flat.numel(), group, flat.element_size()), step.number)
         level = self.planner.level_of(name)
         if level < 8 * flat.element_size():
-            payload.form = grouped(flat, level, settings.group, self._seed()) or payload.form
+            payload.form = grouped(flat, level, group, self._seed()) or payload.form
         payload.lossy = isinstance(payload.form, Grouped)
         if step.audited and payload.lossy:
             payload.exact = Exact(flat)
         if step.profiled and (payload.lossy or torch.isfinite(flat).all()):
-            variance_LQ = torch.ops.foveate.group_variance(flat, list(GROUPED_LEVELS), settings.group)
-            record = payload.record = Record(site, variance_LQ, level if payload.lossy else LEVELS[-1])
+            variance_LQ = torch.ops.foveate.group_variance(flat, list(GROUPED_LEVELS), group)
+            record = payload.record = Record(site, variance_LQ, group, level if payload.lossy else LEVELS[-1])
             if not site.closed and family_of(name) in step.probed:
                 record.other = min(level, 8)
-                payload.other = grouped(flat, record.other, settings.group, self._seed())
+                payload.other = grouped(flat, record.other, group, self._seed())
             step.records.append(record)
+            site.seen.see(flat)
 
     def _seed(self) -> int:
         return self._random.getrandbits(62)
@@ -242,7 +244,6 @@ class ActivationStore:
     def _gradient_watcher(self, payload: Payload, source: Source, rule: Rule, call: Call) -> Callable[[Tensor], None]:
         shape, stride = source.shape, source.stride
         whole = source.offset == 0 and shape.numel() == payload.interval.length
-        group = self.settings.group
         options: dict[str, Any] = {}
         kernel: tuple[int, ...] = ()
         if rule.linear == "conv":
@@ -256,12 +257,12 @@ class ActivationStore:
                 record.add_gradient(gradient.detach().float().square().mean())
             elif rule.linear == "conv" and whole:
                 record.add_closed(
-                    sensitivity.conv_error(record.variance_LQ, group, gradient, shape, stride, kernel, options)
+                    sensitivity.conv_error(record.variance_LQ, record.group, gradient, shape, stride, kernel, options)
                 )
             else:
                 columns = shape[-1] if whole else payload.interval.length
                 rows = gradient if whole else gradient.reshape(1, -1)
-                record.add_closed(sensitivity.linear_error(record.variance_LQ, group, rows, columns))
+                record.add_closed(sensitivity.linear_error(record.variance_LQ, record.group, rows, columns))
                 record.add_gradient(gradient.detach().float().square().mean())
 
         return watch
