@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from torch import nn
@@ -32,6 +33,7 @@ def compress_activations(
     group: int | None = None,
     smallest: int = 1024,
     recompute: bool = True,
+    profile: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> ActivationStore:
     """Keep what autograd saves for backward in few bits, within a stated error of the gradient.
@@ -69,6 +71,7 @@ def compress_activations(
         smallest: tensors of fewer values are kept exactly.
         recompute: whether cheap functions of stored tensors (activations, products, norms) are computed again instead
             of being stored too.
+        profile: a file that `store.save_profile` wrote of the same model: what it knows need not be learned.
         seed: of the private generator of stochastic rounding; torch's is never touched.
 
     Returns:
@@ -78,6 +81,7 @@ def compress_activations(
         BudgetError: not exactly one of `error`, `bytes` and `levels` is given, or it is no positive number. Raised by
             backward where no levels keep the peak within `bytes`; the message says the least possible.
         LevelError: a level that saved tensors cannot have.
+        CheckpointError: `profile` is not one.
     """
     if sum(given is not None for given in (error, bytes, levels)) != 1:
         raise BudgetError("give one of error=, bytes= and levels=")
@@ -111,4 +115,4 @@ def compress_activations(
         seed,
     )
     ensure_loaded()
-    return ActivationStore(model, settings)
+    return ActivationStore(model, settings, profile)

@@ -9,6 +9,7 @@ find duplicates, pack and unpack.
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ from foveate.activations.payloads import (
 )
 from foveate.activations.planning import RECORDED_STEP, Planner
 from foveate.activations.policy import LEVELS
+from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
 from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
@@ -54,9 +56,12 @@ class ActivationStore:
     inside it are errors probed and audited.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, profile: str | os.PathLike[str] | None = None) -> None:
         self.model, self.settings = model, settings
         self.planner = Planner(settings)
+        if profile is not None:
+            load_profile_into(self.planner.ledger, profile)
+            self.planner.decide(None)
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
         self.latest: Step | None = None
@@ -363,6 +368,14 @@ class ActivationStore:
         if self.planner.unseen and step.number == 0:
             names = ", ".join(sorted(self.planner.unseen))
             warnings.warn(f"no saved tensor is named by {names}", RuntimeWarning, stacklevel=2)
+
+    def save_profile(self, path: str | os.PathLike[str]) -> None:
+        """Write what was measured of the model's sensitivity, for `compress_activations(profile=)` and for people.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        save_profile(self.planner.ledger, path)
 
     def report(self) -> SavedReport:
         """What the latest finished step kept, and what that is predicted and was audited to do to the gradient."""
