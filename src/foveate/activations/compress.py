@@ -11,12 +11,14 @@ from foveate.activations.settings import Settings
 from foveate.activations.store import ActivationStore
 from foveate.errors import BudgetError, LevelError
 from foveate.kernels.dispatch import ensure_loaded
+from foveate.sizes import parse_bytes
 
 
 def compress_activations(
     model: nn.Module,
     *,
     error: float | None = None,
+    bytes: int | str | None = None,
     levels: Mapping[str, int] | int | None = None,
     granularity: Granularity = Granularity.SITE,
     default: int = 8,
@@ -46,6 +48,10 @@ def compress_activations(
         model: whose parameters' gradients count, and whose modules give sites their names.
         error: the root of E||g' - g||^2 / ||g||^2 that audits should stay under, g the exact gradient of all parameters
             together. The noise of minibatches is far larger in most training: 0.1 is cautious, 0.3 seldom visible.
+        bytes: instead of an error: the peak of a step's tensor memory, parameters, gradients and temporaries included,
+            as a number or as "12GiB"; the least error that fits is chosen. Holds once all is measured, for steps that
+            measure nothing: probes take one more copy of the gradients. Audits, which hold the exact tensors, are not
+            made.
         levels: instead of measuring: one level for all sites (32: exact), or shell patterns of site names, first match
             wins, exact without one.
         granularity: what shares one level: each site, each layer, or the model.
@@ -64,11 +70,12 @@ def compress_activations(
         The store, to be entered around whole steps, forward and backward; once or again and again.
 
     Raises:
-        BudgetError: `error` is not a positive number, or is given beside `levels`, or neither is.
+        BudgetError: not exactly one of `error`, `bytes` and `levels` is given, or it is no positive number. Raised by
+            backward where no levels keep the peak within `bytes`; the message says the least possible.
         LevelError: a level that saved tensors cannot have.
     """
-    if (error is None) == (levels is None):
-        raise BudgetError("give one of error= and levels=")
+    if sum(given is not None for given in (error, bytes, levels)) != 1:
+        raise BudgetError("give one of error=, bytes= and levels=")
     if error is not None and not 0 < error < float("inf"):
         raise BudgetError(f"error (={error}) must be a number above 0")
     fixed = {"*": levels} if isinstance(levels, int) else levels
@@ -82,7 +89,19 @@ def compress_activations(
     if group % 32 or not 32 <= group <= 1024:
         raise BudgetError(f"group (={group}) must be a multiple of 32 from 32 to 1024")
     settings = Settings(
-        error, fixed, granularity, default, profile_every, audit_every, window, probes, group, smallest, recompute, seed
+        error,
+        None if bytes is None else parse_bytes(bytes),
+        fixed,
+        granularity,
+        default,
+        profile_every,
+        audit_every,
+        window,
+        probes,
+        group,
+        smallest,
+        recompute,
+        seed,
     )
     ensure_loaded()
     return ActivationStore(model, settings)

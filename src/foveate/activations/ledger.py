@@ -151,9 +151,10 @@ class Ledger:
                 found = tuple(torch.stack(tuple(site.errors)).mean(0).tolist())
         else:
             transfer = self.families[family_of(site.name)].transfer if family_of(site.name) in self.families else ()
-            if transfer and site.local:
-                factor = sum(transfer) / len(transfer)
-                found = tuple((torch.stack(tuple(site.local)).mean(0) * factor).tolist())
+            local_L = torch.stack(tuple(site.local)).mean(0) if site.local else None
+            if local_L is not None and (transfer or not local_L.any()):  # without a gradient there is no error
+                factor = sum(transfer) / len(transfer) if transfer else 0.0
+                found = tuple((local_L * factor).tolist())
         if site.rule.curved:
             found = (_BIAS_COUNTS * found[0], *found[1:])
         floors = (math.inf if level < site.rule.floor else 0.0 for level in GROUPED_LEVELS)

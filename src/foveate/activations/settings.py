@@ -13,7 +13,8 @@ class Settings:
     """How a store decides.
 
     Attributes:
-        error: E||err g||^2 / ||g||^2 may be its square; None where levels are given.
+        error: E||err g||^2 / ||g||^2 may be its square; None where something else is given.
+        bytes: the peak of a step's memory, instead of an error.
         levels: shell pattern of site names -> level, instead of measuring.
         granularity: what shares one level.
         default: the level of a tensor that has not been measured yet.
@@ -27,6 +28,7 @@ class Settings:
     """
 
     error: float | None
+    bytes: int | None
     levels: Mapping[str, int] | None
     granularity: Granularity
     default: int
