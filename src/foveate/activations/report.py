@@ -31,7 +31,8 @@ class SavedRow:
     Attributes:
         site: `layers.0.mlp:saved.silu.0.0`.
         operation: the torch function that saved it, `silu`.
-        form: `grouped` where it is rounded; else without loss: `masked`, `narrow`, `empty`, `exact`.
+        form: `grouped` where it is rounded, `derived` where it is computed again from what another site keeps; else
+            without loss: `masked`, `narrow`, `empty`, `exact`.
         bits: a value, scales not counted.
         bytes_before, bytes_after: of the tensors as they came, and as they are kept.
         error: sqrt(E||err g||^2 / ||g||^2) that its rounding is predicted to make of the whole gradient; 0 without
