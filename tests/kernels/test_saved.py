@@ -163,7 +163,8 @@ def test_what_decodes_is_finite_or_the_range_says_no(dtype: torch.dtype) -> None
 
 def test_bytes_of_codes_and_ranges_are_as_the_format_has_them() -> None:
     x = torch.tensor([0.0, 1.0, 2.0, 3.0]).repeat(8)
-    for bits, codes, step in ((2, [0xE4] * 8, 0x3F80), (4, [0x50, 0xFA] * 8, 0x3E4D), (8, [0, 85, 170, 254] * 8, 0x3C41)):
+    golden = ((2, [0xE4] * 8, 0x3F80), (4, [0x50, 0xFA] * 8, 0x3E4D), (8, [0, 85, 170, 254] * 8, 0x3C41))
+    for bits, codes, step in golden:
         got, ranges = ops.group_pack(x, bits, 32)
         assert got.tolist() == codes
         assert ranges.view(torch.int16).tolist() == [[0, step]]
@@ -195,7 +196,8 @@ def test_any_order_of_dimensions_is_read_as_it_lies_in_memory() -> None:
     assert torch.equal(ops.moments(images, 4)[1], ops.moments(images.contiguous(), 4)[1])
     for gaps in (x[:, ::2], x[:, :5], torch.randn(5, 1).expand(5, 3)):
         for name, *rest in (
-            ("group_pack", 2, 32), ("group_variance", [2], 32), ("mask_pack", 0.0), ("two_values_pack",), ("moments", 2),
+            ("group_pack", 2, 32), ("group_variance", [2], 32), ("mask_pack", 0.0),
+            ("two_values_pack",), ("moments", 2),
         ):  # fmt: skip
             with pytest.raises(RuntimeError, match="has gaps or overlaps in memory"):
                 getattr(ops, name)(gaps, *rest)
