@@ -95,15 +95,17 @@ def _group_ranges(histogram: Tensor, width: float) -> tuple[float, ...]:
     """E[R^2] for each of `GROUPS`, of values drawn independently; a value lies anywhere in its bin."""
     below_E = torch.cat([histogram.new_zeros(1, dtype=torch.float64), histogram.double().cumsum(0)])
     below_E = below_E / below_E[-1]
-    within_EE = (below_E[None, :] - below_E[:, None]).clamp_min(0).triu()
+    inside_EE = (below_E[None, :] - below_E[:, None]).clamp_min(0)
     steps = torch.arange(len(histogram), dtype=torch.float64)
     # least in bin i, greatest in bin j: apart by j - i bins, or, of a full group in one bin, by nearly one
-    square_BB = (steps[None, :] - steps[:, None]).square()
+    square_BB = (steps[None, :] - steps[:, None]).square().triu()
     found = []
+    power = 1
     for group in GROUPS:
-        inside_EE = within_EE**group
+        while power < group:  # all are powers of 2
+            inside_EE, power = inside_EE.square(), 2 * power
         exactly_BB = inside_EE[:-1, 1:] - inside_EE[1:, 1:] - inside_EE[:-1, :-1] + inside_EE[1:, :-1]
-        square = float((exactly_BB.triu() * square_BB).sum() + exactly_BB.diagonal().sum())
+        square = float((exactly_BB * square_BB).sum() + exactly_BB.diagonal().sum())
         found.append(square * width**2)
     return tuple(found)
 
