@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from torch import nn
@@ -13,6 +14,9 @@ from foveate.errors import BudgetError, LevelError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.sizes import parse_bytes
 
+#: Bounds below it need more than 8 bits before anything is measured.
+_SMALL_ERROR = 0.01
+
 
 def compress_activations(
     model: nn.Module,
@@ -21,14 +25,15 @@ def compress_activations(
     bytes: int | str | None = None,
     levels: Mapping[str, int] | int | None = None,
     granularity: Granularity = Granularity.SITE,
-    default: int = 8,
+    default: int | None = None,
     profile_every: int = 50,
     audit_every: int = 50,
     window: int = 8,
     probes: int = 1,
-    group: int = 256,
+    group: int | None = None,
     smallest: int = 1024,
     recompute: bool = True,
+    profile: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> ActivationStore:
     """Keep what autograd saves for backward in few bits, within a stated error of the gradient.
@@ -55,15 +60,18 @@ def compress_activations(
         levels: instead of measuring: one level for all sites (32: exact), or shell patterns of site names, first match
             wins, exact without one.
         granularity: what shares one level: each site, each layer, or the model.
-        default: the level of a tensor before it has been measured. Of functions nothing is known about it is 32.
+        default: the level of a tensor before it has been measured: 8, or 16 where `error` is below 0.01, or 4 under a
+            budget in bytes. Of functions nothing is known about it is 32.
         profile_every: steps between two profiled ones (the first few are all profiled).
         audit_every: steps between two audits, which hold the exact tensors of one step and run backward twice.
         window: profiled steps that running statistics cover.
         probes: families of sites probed in a profiled step, one more backward each.
-        group: values that share a least value and a step, 32 bits together.
+        group: values that share a least value and a step, 32 bits together; chosen for each site from the statistics of
+            its values if not given.
         smallest: tensors of fewer values are kept exactly.
         recompute: whether cheap functions of stored tensors (activations, products, norms) are computed again instead
             of being stored too.
+        profile: a file that `store.save_profile` wrote of the same model: what it knows need not be learned.
         seed: of the private generator of stochastic rounding; torch's is never touched.
 
     Returns:
@@ -73,11 +81,14 @@ def compress_activations(
         BudgetError: not exactly one of `error`, `bytes` and `levels` is given, or it is no positive number. Raised by
             backward where no levels keep the peak within `bytes`; the message says the least possible.
         LevelError: a level that saved tensors cannot have.
+        CheckpointError: `profile` is not one.
     """
     if sum(given is not None for given in (error, bytes, levels)) != 1:
         raise BudgetError("give one of error=, bytes= and levels=")
     if error is not None and not 0 < error < float("inf"):
         raise BudgetError(f"error (={error}) must be a number above 0")
+    if default is None:
+        default = 4 if bytes is not None else 16 if error is not None and error < _SMALL_ERROR else 8
     fixed = {"*": levels} if isinstance(levels, int) else levels
     for level in (default, *(fixed or {}).values()):
         if level not in LEVELS:
@@ -86,7 +97,7 @@ def compress_activations(
     for name, count in counts.items():
         if count < 1:
             raise BudgetError(f"{name} (={count}) must be at least 1")
-    if group % 32 or not 32 <= group <= 1024:
+    if group is not None and (group % 32 or not 32 <= group <= 1024):
         raise BudgetError(f"group (={group}) must be a multiple of 32 from 32 to 1024")
     settings = Settings(
         error,
@@ -104,4 +115,4 @@ def compress_activations(
         seed,
     )
     ensure_loaded()
-    return ActivationStore(model, settings)
+    return ActivationStore(model, settings, profile)

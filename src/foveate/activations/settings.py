@@ -21,7 +21,7 @@ class Settings:
         profile_every, audit_every: steps between two profiles and two audits.
         window: profiled steps that the running statistics cover.
         probes: families probed in a profiled step.
-        group: values that share a least value and a step.
+        group: values that share a least value and a step; None lets each site's statistics choose.
         smallest: tensors of fewer values stay exact.
         recompute: whether cheap functions of stored tensors are computed again instead of being stored.
         seed: of the private generator.
@@ -36,7 +36,7 @@ class Settings:
     audit_every: int
     window: int
     probes: int
-    group: int
+    group: int | None
     smallest: int
     recompute: bool
     seed: int

@@ -9,6 +9,7 @@ find duplicates, pack and unpack.
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ from foveate.activations.payloads import (
 )
 from foveate.activations.planning import RECORDED_STEP, Planner
 from foveate.activations.policy import LEVELS
+from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
 from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
@@ -54,9 +56,12 @@ class ActivationStore:
     inside it are errors probed and audited.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, profile: str | os.PathLike[str] | None = None) -> None:
         self.model, self.settings = model, settings
         self.planner = Planner(settings)
+        if profile is not None:
+            load_profile_into(self.planner.ledger, profile)
+            self.planner.decide(None)
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
         self.latest: Step | None = None
@@ -201,21 +206,23 @@ class ActivationStore:
     def _round(self, payload: Payload, flat: Tensor, rule: Rule) -> None:
         """Store a float run at its site's level, with what the step measures beside it."""
         settings, step, name = self.settings, payload.step, payload.site
-        sizes = grouped_bytes(flat.numel(), settings.group, flat.element_size())
-        site = self.planner.ledger.site(name, rule, sizes, step.number)
+        site = self.planner.ledger.site(name, rule)
+        group = settings.group or site.group
+        site.count(grouped_bytes(flat.numel(), group, flat.element_size()), step.number)
         level = self.planner.level_of(name)
         if level < 8 * flat.element_size():
-            payload.form = grouped(flat, level, settings.group, self._seed()) or payload.form
+            payload.form = grouped(flat, level, group, self._seed()) or payload.form
         payload.lossy = isinstance(payload.form, Grouped)
         if step.audited and payload.lossy:
             payload.exact = Exact(flat)
         if step.profiled and (payload.lossy or torch.isfinite(flat).all()):
-            variance_LQ = torch.ops.foveate.group_variance(flat, list(GROUPED_LEVELS), settings.group)
-            record = payload.record = Record(site, variance_LQ, level if payload.lossy else LEVELS[-1])
+            variance_LQ = torch.ops.foveate.group_variance(flat, list(GROUPED_LEVELS), group)
+            record = payload.record = Record(site, variance_LQ, group, level if payload.lossy else LEVELS[-1])
             if not site.closed and family_of(name) in step.probed:
                 record.other = min(level, 8)
-                payload.other = grouped(flat, record.other, settings.group, self._seed())
+                payload.other = grouped(flat, record.other, group, self._seed())
             step.records.append(record)
+            site.seen.see(flat)
 
     def _seed(self) -> int:
         return self._random.getrandbits(62)
@@ -242,7 +249,6 @@ class ActivationStore:
     def _gradient_watcher(self, payload: Payload, source: Source, rule: Rule, call: Call) -> Callable[[Tensor], None]:
         shape, stride = source.shape, source.stride
         whole = source.offset == 0 and shape.numel() == payload.interval.length
-        group = self.settings.group
         options: dict[str, Any] = {}
         kernel: tuple[int, ...] = ()
         if rule.linear == "conv":
@@ -256,12 +262,12 @@ class ActivationStore:
                 record.add_gradient(gradient.detach().float().square().mean())
             elif rule.linear == "conv" and whole:
                 record.add_closed(
-                    sensitivity.conv_error(record.variance_LQ, group, gradient, shape, stride, kernel, options)
+                    sensitivity.conv_error(record.variance_LQ, record.group, gradient, shape, stride, kernel, options)
                 )
             else:
                 columns = shape[-1] if whole else payload.interval.length
                 rows = gradient if whole else gradient.reshape(1, -1)
-                record.add_closed(sensitivity.linear_error(record.variance_LQ, group, rows, columns))
+                record.add_closed(sensitivity.linear_error(record.variance_LQ, record.group, rows, columns))
                 record.add_gradient(gradient.detach().float().square().mean())
 
         return watch
@@ -362,6 +368,14 @@ class ActivationStore:
         if self.planner.unseen and step.number == 0:
             names = ", ".join(sorted(self.planner.unseen))
             warnings.warn(f"no saved tensor is named by {names}", RuntimeWarning, stacklevel=2)
+
+    def save_profile(self, path: str | os.PathLike[str]) -> None:
+        """Write what was measured of the model's sensitivity, for `compress_activations(profile=)` and for people.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        save_profile(self.planner.ledger, path)
 
     def report(self) -> SavedReport:
         """What the latest finished step kept, and what that is predicted and was audited to do to the gradient."""
