@@ -7,8 +7,10 @@ A weight is stored once as bit planes, most significant first; its precision is 
     fv.apply(model, plan)
 """
 
+from foveate.activations.callback import CompressActivations as CompressActivations
 from foveate.activations.compress import compress_activations as compress_activations
 from foveate.activations.policy import Granularity as Granularity
+from foveate.activations.report import SavedReport as SavedReport
 from foveate.activations.store import ActivationStore as ActivationStore
 from foveate.allocate import allocate as allocate
 from foveate.allocate import by_variance as by_variance
