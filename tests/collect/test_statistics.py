@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from foveate.collect.collector import Collector
 from foveate.collect.kinds import Kind, find_weights, kind_of, patches, weight_matrix, weight_matrix_shape
 from foveate.collect.objectives import Custom, Embedding, Logits, infer, run
-from foveate.collect.statistics import Collector, Factored
+from foveate.collect.statistics import Factored
 from foveate.errors import DataError
 from tiny import generator, mlp, rows
 

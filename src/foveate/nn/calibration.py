@@ -11,7 +11,9 @@ Whoever rounds the weights takes them share by share from `Calibration.shares` a
 from __future__ import annotations
 
 import gc
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from itertools import chain
@@ -24,20 +26,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from foveate.collect.collector import Collector
 from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
 from foveate.collect.objectives import Custom, Objective
 from foveate.collect.probe import Probe, probe
 from foveate.collect.replay import Replay
-from foveate.collect.statistics import Collector, statistics_of
+from foveate.collect.statistics import statistics_of
 from foveate.errors import BudgetError, DataError
+from foveate.nn.estimate import estimate, rough
 from foveate.nn.streaming import Load, Plan, plan
-from foveate.progress import track
+from foveate.progress import say, track
 from foveate.sizes import format_bytes
 
 #: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
 _SAVE_EVERY = 16
 #: Share of the free memory that is taken where no limit is given.
 _SHARE = 0.75
+#: Seconds below which nothing is said of how long it will take.
+_WORTH_SAYING = 5.0
 #: Tensors of the output's size that the objective and its backward take at once.
 _OUTPUT_COPIES = 6
 #: Tensors of the size of a layer's input that taking its statistics, or going backward through it, takes at once.
@@ -164,12 +170,27 @@ class Calibration:
                     self._kept.append(batch)
                 if index < done:
                     continue
+                started = time.perf_counter()
                 self.collector.add(self._model, batch)
                 seen = self.collector.batches
+                if index == done:
+                    self._say_how_long(time.perf_counter() - started, done)
                 if self._resume is not None and (seen % _SAVE_EVERY == 0 or seen in (1, 2, 4, 8)):
                     _write_resume(self._resume, self.collector)
         if self._resume is not None and self.passes > 1:
             _write_resume(self._resume, self.collector)
+
+    def _say_how_long(self, batch: float, done: int) -> None:
+        """Print an estimate, unless it is no time at all."""
+        batches = None if self._count is None else self._count - done
+        if not self._progress or rough(self._loads) + batch * (batches or 1) < _WORTH_SAYING:
+            return
+        rows = [sum(self.probe.rows.get(name, 0) for name in entry.names) for entry in self.found]
+        # where it is not known how many batches there are, they are taken to be enough for every weight
+        inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
+        found = estimate(self._loads, inputs, self.plan, batch, self.probe.seconds, batches)
+        passes = f" ({self.passes} times)" if self.passes > 1 else ""
+        say(f"{found}{passes}")
 
     def _make_room(self, number: int) -> None:
         """Let go of the float weights that are rounded and lie behind all that is left."""

@@ -118,7 +118,7 @@ def _quantized(
 ) -> Profile:
     if objective is not None and not isinstance(objective, Objective):
         raise DataError(f"objective (={objective!r}) is not an Objective, such as foveate.Logits()")
-    found, notes = _chosen(model, skip)
+    found, notes = chosen(model, skip)
     for entry in found:
         weight = cast(Tensor, entry.modules[0].weight)
         if weight.device.type != "cpu":
@@ -160,7 +160,8 @@ def _quantized(
     return profile
 
 
-def _chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+    """The weights to quantize, and notes on what is left as it is; errors as `quantize` raises them."""
     if any(isinstance(m, PlaneModule) for m in model.modules()):
         raise WeightError("the model is quantized already: quantize the original")
     found = find_weights(model)

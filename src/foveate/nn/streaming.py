@@ -149,14 +149,33 @@ def _peak(loads: Sequence[Load], shares: Sequence[Sequence[int]], kept: int, for
     return _SLACK + max(peak, made + sum(load.planes for load in loads))
 
 
-def _cost(loads: Sequence[Load], way: Plan) -> float:
-    """Time, in forward passes: one with gradients and statistics takes about six."""
-    whole = 6.0 + way.replay
+@dataclass(frozen=True)
+class Further:
+    """What the passes after the first one take.
+
+    Attributes:
+        whole: passes with gradients.
+        forward: passes without, as far as each of them goes, with what its statistics take beside the model.
+    """
+
+    whole: int
+    forward: float
+
+
+def further_passes(loads: Sequence[Load], way: Plan) -> Further:
+    """The passes after the first one."""
     total = max((load.last for load in loads), default=0) + 1
-    cost = whole + 0.01 * way.lean  # what can be undone is kept if it may be
+    whole, forward = 0, 0.0
     for share in way.shares[1:]:
         if any(loads[i].gradients for i in share):
-            cost += whole
+            whole += 1
         else:
-            cost += 1.5 * (max(loads[i].last for i in share) + 1) / total
-    return cost
+            forward += 1.2 * (max(loads[i].last for i in share) + 1) / total
+    return Further(whole, forward)
+
+
+def _cost(loads: Sequence[Load], way: Plan) -> float:
+    """Time, in forward passes: one with gradients and statistics takes about six."""
+    further = further_passes(loads, way)
+    # what can be undone is kept if it may be
+    return (1 + further.whole) * (6.0 + way.replay) + further.forward + 0.01 * way.lean
