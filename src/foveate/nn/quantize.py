@@ -40,6 +40,7 @@ from foveate.rounding.feedback import SHORTFALL, SHORTFALL_LOOKED_UP
 from foveate.sensitivity import tile_losses
 from foveate.sizes import parse_bytes
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Values of a weight that are scored at a time.
 _SCORED = 1 << 22
 
@@ -188,6 +189,8 @@ def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str
 
 def _check_values(name: str, weight: Tensor) -> None:
     """Refuse before any work what rounding would refuse."""
+    if weight.dtype not in _DTYPES:
+        raise WeightError(f"{name}.weight is {weight.dtype}: load the model in float16, bfloat16 or float32")
     lowest, highest = torch.aminmax(weight)
     largest = float(torch.maximum(-lowest, highest))
     if not largest < float("inf"):  # NaN fails too
@@ -236,7 +239,7 @@ def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Ro
         planes,
         cast(Tensor, entry.modules[0].weight).dtype,
         _losses(w_NK, planes, fishers, [s.covariance() for s in seen]),
-        {**_kept_statistics(seen[0], planes), **routing.statistics(entry.names[0])},
+        {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])},
     )
 
 
@@ -318,10 +321,19 @@ def _losses(
     return torch.cat(parts)
 
 
-def _kept_statistics(seen: WeightStatistics, planes: PlaneTensor) -> dict[str, Tensor]:
-    kept = {"output_range": seen.tensors["output_range"].float()}
-    energy = seen.input_energy()
-    if energy is not None:
-        padded = torch.nn.functional.pad(energy, (0, -planes.columns % planes.group))
+def _kept_statistics(seen: Sequence[WeightStatistics], planes: PlaneTensor) -> dict[str, Tensor]:
+    """What a profile keeps of a weight, of all its uses: see `foveate.Profile`."""
+    ranges = torch.stack([s.tensors["output_range"].float() for s in seen])
+    kept = {"output_range": torch.stack([ranges[:, 0].min(), ranges[:, 1].max()])}
+    rows = sum(float(s.tensors["rows"]) for s in seen if "energy_K" in s.tensors)
+    totals = [s.tensors["energy_K"] for s in seen if "energy_K" in s.tensors]
+    if totals:
+        energy_K = (torch.stack(totals).sum(0) / max(rows, 1.0)).float()
+        padded = torch.nn.functional.pad(energy_K, (0, -planes.columns % planes.group))
         kept["input_energy"] = padded.view(-1, planes.group).mean(1)
+    looked_up = [s.tensors["frequency_N"] for s in seen if "frequency_N" in s.tensors]
+    if looked_up:
+        frequency_N = torch.stack(looked_up).sum(0)
+        strips = torch.nn.functional.pad(frequency_N, (0, -planes.rows % TILE_ROWS)).view(-1, TILE_ROWS).sum(1)
+        kept["row_frequency"] = (strips / frequency_N.sum().clamp_min(1)).float()
     return kept
