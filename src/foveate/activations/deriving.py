@@ -14,7 +14,6 @@ from foveate.activations.packed import Derived, Payload, is_plain, source_of
 from foveate.activations.recipes import DEPTH, NORMS, Parameter, Recipe, Source, norm_arguments, normalised
 from foveate.activations.scope import Call
 
-
 #: Recipes after which those of tensors that are gone are dropped.
 _FIRST_SWEEP = 256
 
