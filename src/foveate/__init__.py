@@ -8,8 +8,10 @@ A weight is stored once as bit planes, most significant first; its precision is 
 """
 
 from foveate.activations.cache import quantized_cache as quantized_cache
+from foveate.activations.callback import CompressActivations as CompressActivations
 from foveate.activations.compress import compress_activations as compress_activations
 from foveate.activations.policy import Granularity as Granularity
+from foveate.activations.report import SavedReport as SavedReport
 from foveate.activations.store import ActivationStore as ActivationStore
 from foveate.allocate import allocate as allocate
 from foveate.allocate import by_variance as by_variance
@@ -51,6 +53,7 @@ from foveate.nn.registry import apply as apply
 from foveate.nn.registry import current_map as current_map
 from foveate.nn.registry import profile_of as profile_of
 from foveate.nn.registry import use_static_scales as use_static_scales
+from foveate.repair import repair as repair
 from foveate.verify import Outcome as Outcome
 from foveate.verify import Verification as Verification
 from foveate.verify import measure as measure

@@ -29,17 +29,25 @@ class Record:
     Attributes:
         site: whose it is.
         variance_LQ: of stochastic rounding, at each grouped level and for each group.
+        group: values of each.
         level, other: at which the step stores it, and at which its second rounding is; 32 where there is none.
         closed_L: its closed-form errors so far, one term for each consumer.
         gradient: the mean square of the gradients of its consumers' outputs, summed over them.
+        watched: whether any gradient that comes back to its consumers is seen.
     """
 
     site: Site
     variance_LQ: Tensor
+    group: int
     level: int = 32
     other: int = 32
     closed_L: Tensor | None = None
     gradient: Tensor | None = None
+    watched: bool | None = None
+
+    def watch(self, all_outputs: bool) -> None:
+        """One consumer's outputs are watched, all of them or some."""
+        self.watched = all_outputs and self.watched is not False
 
     def add_closed(self, error_L: Tensor) -> None:
         """One consumer's E ||err dW||^2."""
@@ -51,7 +59,17 @@ class Record:
 
     def local_L(self) -> Tensor | None:
         """Variance times squared gradient, at each grouped level."""
-        return None if self.gradient is None else self.variance_LQ.double().sum(1) * self.gradient
+        if self.gradient is None:
+            return self._nothing()
+        return self.variance_LQ.double().sum(1) * self.gradient
+
+    def error_L(self) -> Tensor | None:
+        """The closed-form error, at each grouped level."""
+        return self._nothing() if self.closed_L is None else self.closed_L
+
+    def _nothing(self) -> Tensor | None:
+        """No error at all where no gradient came back: the loss does not depend on what was computed there."""
+        return self.variance_LQ.new_zeros(len(self.variance_LQ)) if self.watched else None
 
     def probed(self) -> float:
         """The local error that two backward passes with the step's rounding and the other differ by."""
@@ -198,8 +216,9 @@ class Step:
         local: dict[str, Tensor] = {}
         for record in self.records:
             name = record.site.name
-            if record.site.closed and record.closed_L is not None:
-                closed[name] = closed.get(name, torch.zeros(())) + record.closed_L
+            error_L = record.error_L()
+            if record.site.closed and error_L is not None:
+                closed[name] = closed.get(name, torch.zeros(())) + error_L
             found = record.local_L()
             if not record.site.closed and found is not None:
                 local[name] = local.get(name, torch.zeros(())) + found

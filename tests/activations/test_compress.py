@@ -83,3 +83,31 @@ def test_audits_stay_under_the_stated_error(make: object) -> None:
     assert sum(audited[-4:]) / 4 > 0.2 / 4  # not wasteful either
     assert store.latest is not None
     assert store.latest.original > 5 * store.latest.held
+
+
+class Pooled(nn.Module):
+    """A layer whose output nothing uses, as encoders have one for classification."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.pooler = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.gelu(self.body(x))
+        torch.tanh(self.pooler(x.square()))
+        return x
+
+
+def test_what_the_loss_does_not_depend_on_has_no_error() -> None:
+    torch.manual_seed(0)
+    model = Pooled()
+    with fv.compress_activations(model, error=0.2, audit_every=2, profile_every=2) as store:
+        for _ in range(12):
+            model(torch.randn(64, 64)).square().mean().backward()
+    foretold = [predicted for _, predicted, _ in store.audits]
+    assert all(0 < predicted < 0.2 for predicted in foretold)
+    assert len(foretold) < 12
+    assert store.latest is not None
+    idle = {name: kept.level for name, kept in store.latest.kept.items() if "tanh" in name or "pooler" in name}
+    assert idle
+    assert set(idle.values()) <= {0, 2}
