@@ -13,8 +13,9 @@ import foveate as fv
 
 PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not inspect.ismodule(getattr(fv, name)))
 PROMISED = {
-    "ActivationStore", "Granularity", "compress_activations",
+    "ActivationStore", "CompressActivations", "Granularity", "SavedReport", "compress_activations",
     "Audit", "Perturbation", "audit", "fold_batchnorm",
+    "CacheProfile", "calibrate_cache", "quantized_cache",
     "Budget", "BudgetError", "CheckpointError", "DataError", "Embedding", "FoveateError", "Frontier", "Head",
     "LevelError", "Logits", "MissingExtraError", "Objective", "Outcome", "PlaneNotResidentError", "PrecisionMap",
     "Profile", "Site", "SiteError", "Verification", "WeightError", "allocate", "apply", "backends", "by_variance",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 
 from torch import nn
@@ -11,22 +12,28 @@ from foveate.activations.settings import Settings
 from foveate.activations.store import ActivationStore
 from foveate.errors import BudgetError, LevelError
 from foveate.kernels.dispatch import ensure_loaded
+from foveate.sizes import parse_bytes
+
+#: Bounds below it need more than 8 bits before anything is measured.
+_SMALL_ERROR = 0.01
 
 
 def compress_activations(
     model: nn.Module,
     *,
     error: float | None = None,
+    bytes: int | str | None = None,
     levels: Mapping[str, int] | int | None = None,
     granularity: Granularity = Granularity.SITE,
-    default: int = 8,
+    default: int | None = None,
     profile_every: int = 50,
     audit_every: int = 50,
     window: int = 8,
     probes: int = 1,
-    group: int = 256,
+    group: int | None = None,
     smallest: int = 1024,
     recompute: bool = True,
+    profile: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> ActivationStore:
     """Keep what autograd saves for backward in few bits, within a stated error of the gradient.
@@ -46,31 +53,42 @@ def compress_activations(
         model: whose parameters' gradients count, and whose modules give sites their names.
         error: the root of E||g' - g||^2 / ||g||^2 that audits should stay under, g the exact gradient of all parameters
             together. The noise of minibatches is far larger in most training: 0.1 is cautious, 0.3 seldom visible.
+        bytes: instead of an error: the peak of a step's tensor memory, parameters, gradients and temporaries included,
+            as a number or as "12GiB"; the least error that fits is chosen. Holds once all is measured, for steps that
+            measure nothing: probes take one more copy of the gradients. Audits, which hold the exact tensors, are not
+            made.
         levels: instead of measuring: one level for all sites (32: exact), or shell patterns of site names, first match
             wins, exact without one.
         granularity: what shares one level: each site, each layer, or the model.
-        default: the level of a tensor before it has been measured. Of functions nothing is known about it is 32.
+        default: the level of a tensor before it has been measured: 8, or 16 where `error` is below 0.01, or 4 under a
+            budget in bytes. Of functions nothing is known about it is 32.
         profile_every: steps between two profiled ones (the first few are all profiled).
         audit_every: steps between two audits, which hold the exact tensors of one step and run backward twice.
         window: profiled steps that running statistics cover.
         probes: families of sites probed in a profiled step, one more backward each.
-        group: values that share a least value and a step, 32 bits together.
+        group: values that share a least value and a step, 32 bits together; chosen for each site from the statistics of
+            its values if not given.
         smallest: tensors of fewer values are kept exactly.
         recompute: whether cheap functions of stored tensors (activations, products, norms) are computed again instead
             of being stored too.
+        profile: a file that `store.save_profile` wrote of the same model: what it knows need not be learned.
         seed: of the private generator of stochastic rounding; torch's is never touched.
 
     Returns:
         The store, to be entered around whole steps, forward and backward; once or again and again.
 
     Raises:
-        BudgetError: `error` is not a positive number, or is given beside `levels`, or neither is.
+        BudgetError: not exactly one of `error`, `bytes` and `levels` is given, or it is no positive number. Raised by
+            backward where no levels keep the peak within `bytes`; the message says the least possible.
         LevelError: a level that saved tensors cannot have.
+        CheckpointError: `profile` is not one.
     """
-    if (error is None) == (levels is None):
-        raise BudgetError("give one of error= and levels=")
+    if sum(given is not None for given in (error, bytes, levels)) != 1:
+        raise BudgetError("give one of error=, bytes= and levels=")
     if error is not None and not 0 < error < float("inf"):
         raise BudgetError(f"error (={error}) must be a number above 0")
+    if default is None:
+        default = 4 if bytes is not None else 16 if error is not None and error < _SMALL_ERROR else 8
     fixed = {"*": levels} if isinstance(levels, int) else levels
     for level in (default, *(fixed or {}).values()):
         if level not in LEVELS:
@@ -79,10 +97,22 @@ def compress_activations(
     for name, count in counts.items():
         if count < 1:
             raise BudgetError(f"{name} (={count}) must be at least 1")
-    if group % 32 or not 32 <= group <= 1024:
+    if group is not None and (group % 32 or not 32 <= group <= 1024):
         raise BudgetError(f"group (={group}) must be a multiple of 32 from 32 to 1024")
     settings = Settings(
-        error, fixed, granularity, default, profile_every, audit_every, window, probes, group, smallest, recompute, seed
+        error,
+        None if bytes is None else parse_bytes(bytes),
+        fixed,
+        granularity,
+        default,
+        profile_every,
+        audit_every,
+        window,
+        probes,
+        group,
+        smallest,
+        recompute,
+        seed,
     )
     ensure_loaded()
-    return ActivationStore(model, settings)
+    return ActivationStore(model, settings, profile)

@@ -23,7 +23,6 @@ import math
 import re
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +30,7 @@ from torch import Tensor
 from foveate.activations.payloads import GROUPED_LEVELS
 from foveate.activations.policy import LEVELS, SavedSite
 from foveate.activations.rules import Rule
+from foveate.activations.statistics import Running
 
 #: Of audits that stay under the bound 99 % do, if their logarithms are normal.
 _QUANTILE = 2.33
@@ -65,6 +65,7 @@ class Site:
         bytes: in the latest step, at each of LEVELS.
         errors: the last windows' relative squared errors by the closed form, at each of the four grouped levels.
         local: the last windows' variance times squared gradient over the gradient's square, at each of the same.
+        seen: statistics of its values.
         step: in which `bytes` were counted.
         derived: whether it is computed from others now, and stores nothing.
     """
@@ -75,8 +76,20 @@ class Site:
     bytes: tuple[int, ...]
     errors: deque[Tensor]
     local: deque[Tensor]
+    seen: Running
     step: int = -1
     derived: bool = False
+
+    def count(self, bytes: tuple[int, ...], step: int) -> None:
+        """A tensor of it takes so many bytes at each of LEVELS; those of one step add up."""
+        again = self.step == step
+        self.bytes = tuple(a + b for a, b in zip(self.bytes, bytes, strict=True)) if again else bytes
+        self.step, self.derived = step, False
+
+    @property
+    def group(self) -> int:
+        """The group that the statistics of its values ask for."""
+        return self.seen.form.group
 
     @property
     def layer(self) -> str:
@@ -127,15 +140,12 @@ class Ledger:
         self.families: dict[str, Family] = {}
         self.trust = Trust()
 
-    def site(self, name: str, rule: Rule, bytes: tuple[int, ...], step: int) -> Site:
-        """The record of a site, new if it was never seen; its bytes add up over the tensors of one step."""
+    def site(self, name: str, rule: Rule) -> Site:
+        """The record of a site, new if it was never seen."""
         site = self.sites.get(name)
         if site is None:
             windows: tuple[deque[Tensor], deque[Tensor]] = (deque(maxlen=self.window), deque(maxlen=self.window))
-            site = self.sites[name] = Site(name, rule, bool(rule.linear), bytes, *windows)
-        elif site.step == step:
-            bytes = tuple(a + b for a, b in zip(site.bytes, bytes, strict=True))
-        site.bytes, site.step, site.derived = bytes, step, False
+            site = self.sites[name] = Site(name, rule, bool(rule.linear), (), *windows, Running(self.window))
         return site
 
     def new_family(self) -> Family:
@@ -185,19 +195,3 @@ class Ledger:
     def unprobed(self) -> bool:
         """Whether a family that needs a probe has had none."""
         return any(self.family_at(family_of(s.name)) < 0 for s in self.stored_sites() if not s.closed)
-
-    def to_json(self) -> dict[str, Any]:
-        """The sensitivity profile: for each site its bytes and errors at each level."""
-        return {
-            "levels": list(LEVELS),
-            "sites": {
-                s.name: {
-                    "bytes": list(s.bytes),
-                    "closed_form": s.closed,
-                    "errors": [e if math.isfinite(e) else None for e in self.errors(s)],
-                    "local": torch.stack(tuple(s.local)).mean(0).tolist() if s.local else None,
-                }
-                for s in self.stored_sites()
-            },
-            "families": {n: sum(f.transfer) / len(f.transfer) for n, f in self.families.items() if f.transfer},
-        }

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from foveate.activations.identity import Interval
 from foveate.activations.payloads import Form, Grouped
+from foveate.activations.peak import Token
 from foveate.activations.recipes import Recipe, Source
 from foveate.activations.rules import Need
 from foveate.activations.steps import Record, Step
@@ -56,6 +57,7 @@ class Payload:
         "record",
         "site",
         "step",
+        "token",
     )
 
     def __init__(self, site: str, step: Step, need: Need, interval: Interval, form: Form) -> None:
@@ -64,6 +66,7 @@ class Payload:
         self.exact: Form | None = None
         self.other: Form | None = None
         self.record: Record | None = None
+        self.token: Token | None = None
         self.lossy = isinstance(form, (Grouped, Derived))
 
 

@@ -86,6 +86,10 @@ class Frame:
     seen: dict[str, int] = field(default_factory=dict)
 
 
+def _nothing() -> None:
+    """What is done between two functions, unless there is something to do."""
+
+
 class Scope(TorchFunctionMode):
     """Knows, while it is active, which module and function is running.
 
@@ -95,6 +99,9 @@ class Scope(TorchFunctionMode):
             arguments.
         on_called: called after a torch function that saved something, with its `Call` and what it returned.
         watched: functions after which it is called in any case.
+
+    Attributes:
+        between: called before each function.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class Scope(TorchFunctionMode):
         self._frames = [Frame(OUTSIDE)]
         self._call: Call | None = None
         self._handles: list[RemovableHandle] = []
+        self.between: Callable[[], None] = _nothing
 
     @property
     def call(self) -> Call:
@@ -156,6 +164,7 @@ class Scope(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.Tensor.backward or func is torch.autograd.backward:
             return self._on_backward(func, args, kwargs)
+        self.between()
         outer, self._call = self._call, Call(name, func, args, kwargs, self._frames[-1])
         try:
             result = func(*args, **kwargs)

@@ -13,20 +13,22 @@ class Settings:
     """How a store decides.
 
     Attributes:
-        error: E||err g||^2 / ||g||^2 may be its square; None where levels are given.
+        error: E||err g||^2 / ||g||^2 may be its square; None where something else is given.
+        bytes: the peak of a step's memory, instead of an error.
         levels: shell pattern of site names -> level, instead of measuring.
         granularity: what shares one level.
         default: the level of a tensor that has not been measured yet.
         profile_every, audit_every: steps between two profiles and two audits.
         window: profiled steps that the running statistics cover.
         probes: families probed in a profiled step.
-        group: values that share a least value and a step.
+        group: values that share a least value and a step; None lets each site's statistics choose.
         smallest: tensors of fewer values stay exact.
         recompute: whether cheap functions of stored tensors are computed again instead of being stored.
         seed: of the private generator.
     """
 
     error: float | None
+    bytes: int | None
     levels: Mapping[str, int] | None
     granularity: Granularity
     default: int
@@ -34,7 +36,7 @@ class Settings:
     audit_every: int
     window: int
     probes: int
-    group: int
+    group: int | None
     smallest: int
     recompute: bool
     seed: int

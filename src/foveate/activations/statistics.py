@@ -26,6 +26,7 @@ from foveate.errors import BudgetError
 
 #: The groups to choose from.
 GROUPS: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
+_DEFAULT_GROUP = 256
 _OUTLIER = 6.0  # deviations
 _BINS = 1024
 _COARSE = 256  # cells of the entropy and of the ranges
@@ -82,7 +83,7 @@ class Summary:
         """What the values ask for; the default form where they are constant or none."""
         group = min(GROUPS, key=lambda g: self.group_ranges[GROUPS.index(g)] * 4 ** (_RANGE_BITS / g))
         if not self.deviation:
-            return Form(256, 2)
+            return Form(_DEFAULT_GROUP, 2)
         lowest = next((bits for bits in (2, 4, 8) if self.noise(bits, group) < self.deviation**2), 16)
         return Form(group, lowest)
 
@@ -142,6 +143,9 @@ class Running:
     Args:
         window: batches that count.
 
+    Attributes:
+        form: what the values ask for; the default form before the first batch.
+
     Raises:
         BudgetError: `window` is not at least 1.
     """
@@ -150,10 +154,12 @@ class Running:
         if window < 1:
             raise BudgetError(f"window (={window}) must be at least 1")
         self._batches: deque[Summary] = deque(maxlen=window)
+        self.form = Form(_DEFAULT_GROUP, 2)
 
     def see(self, x: Tensor) -> None:
         """Take one batch's values: float32, bfloat16 or float16, of any shape."""
         self._batches.append(_summarise(x.detach()))
+        self.form = self.summary().form()
 
     def summary(self) -> Summary:
         """Of the batches in the window together; shares, entropy and ranges are means weighted by their values."""

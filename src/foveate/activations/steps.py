@@ -29,6 +29,7 @@ class Record:
     Attributes:
         site: whose it is.
         variance_LQ: of stochastic rounding, at each grouped level and for each group.
+        group: values of each.
         level, other: at which the step stores it, and at which its second rounding is; 32 where there is none.
         closed_L: its closed-form errors so far, one term for each consumer.
         gradient: the mean square of the gradients of its consumers' outputs, summed over them.
@@ -37,6 +38,7 @@ class Record:
 
     site: Site
     variance_LQ: Tensor
+    group: int
     level: int = 32
     other: int = 32
     closed_L: Tensor | None = None

@@ -9,11 +9,10 @@ find duplicates, pack and unpack.
 
 from __future__ import annotations
 
-import math
+import os
 import random
 import warnings
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from foveate.activations import sensitivity
 from foveate.activations.deriving import Recipes
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, witness
-from foveate.activations.ledger import Ledger, family_of, grouped_bytes
+from foveate.activations.ledger import family_of, grouped_bytes
 from foveate.activations.packed import Derived, Handle, Packed, Passed, Payload, Recast, changed, is_plain, source_of
 from foveate.activations.payloads import (
     GROUPED_LEVELS,
@@ -35,12 +34,17 @@ from foveate.activations.payloads import (
     signs,
     two_valued,
 )
-from foveate.activations.policy import LEVELS, within_error
+from foveate.activations.planning import RECORDED_STEP, Planner
+from foveate.activations.policy import LEVELS
+from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
+from foveate.activations.report import SavedReport, report_of
 from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
 from foveate.activations.scope import Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Record, Step, arguments_of_backward
+from foveate.activations.tracking import Tracking
+from foveate.errors import BudgetError
 
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -52,15 +56,21 @@ class ActivationStore:
     inside it are errors probed and audited.
     """
 
-    def __init__(self, model: nn.Module, settings: Settings) -> None:
+    def __init__(self, model: nn.Module, settings: Settings, profile: str | os.PathLike[str] | None = None) -> None:
         self.model, self.settings = model, settings
-        self.ledger = Ledger(settings.window, settings.default)
-        self.levels: dict[str, int] = {}
+        self.planner = Planner(settings)
+        if profile is not None:
+            load_profile_into(self.planner.ledger, profile)
+            self.planner.decide(None)
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
         self.latest: Step | None = None
         watched = ELEMENTWISE | NORMS if settings.recompute else frozenset()
         self._scope = Scope(model, self._backward, self._called, watched)
+        self._tracking = Tracking(self._alive)
+        if settings.bytes is not None:
+            self._scope.between = self._tracking.between
+        self._refused: BudgetError | None = None
         self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._shelf: Shelf[Payload] = Shelf()
@@ -69,7 +79,6 @@ class ActivationStore:
         self._reading = ""
         self._last: tuple[Form, Tensor] | None = None
         self._can_pass = True
-        self._unseen = set(settings.levels or ())
 
     # --- entering and leaving
 
@@ -93,6 +102,7 @@ class ActivationStore:
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
             hooks.__exit__()
+            self._tracking.leave()
             self._scope.__exit__(*exception)
 
     # --- forward
@@ -120,6 +130,7 @@ class ActivationStore:
                 step.original += tensor.untyped_storage().nbytes()
             payload = self._derived(tensor, interval, need, name, step)
             payload = payload or self._stored(tensor, interval, need, name, rule, step)
+            payload.token = self._tracking.stored(payload, tensor)
             self._shelf.put(tensor, payload.interval, payload)
             step.stored(name, interval.length * tensor.element_size(), payload.form)
         elif payload.record is not None and not rule.linear:
@@ -133,15 +144,16 @@ class ActivationStore:
         if need is not Need.VALUES or interval.length < self.settings.smallest:
             return None
         recipe = self._recipes.find(tensor)
-        if recipe is None or not any(root.lossy for root in recipe.roots):
+        exact = self.settings.levels is not None  # is promised where it is asked for, to the bit
+        if recipe is None or (exact and not any(root.lossy for root in recipe.roots)):
             return None
         whole = Interval(0, tensor.untyped_storage().nbytes() // tensor.element_size(), True)
         payload = Payload(name, step, need, whole, Derived(recipe, self._view))
         for root in recipe.roots:
             if root.record is not None:
                 root.record.site.closed = False
-        if name in self.ledger.sites:
-            self.ledger.sites[name].derived = True
+        if name in self.planner.ledger.sites:
+            self.planner.ledger.sites[name].derived = True
         return payload
 
     def _found(self, tensor: Tensor, interval: Interval, need: Need) -> Payload | None:
@@ -194,34 +206,26 @@ class ActivationStore:
     def _round(self, payload: Payload, flat: Tensor, rule: Rule) -> None:
         """Store a float run at its site's level, with what the step measures beside it."""
         settings, step, name = self.settings, payload.step, payload.site
-        sizes = grouped_bytes(flat.numel(), settings.group, flat.element_size())
-        site = self.ledger.site(name, rule, sizes, step.number)
-        level = self._level_of(name)
+        site = self.planner.ledger.site(name, rule)
+        group = settings.group or site.group
+        site.count(grouped_bytes(flat.numel(), group, flat.element_size()), step.number)
+        level = self.planner.level_of(name)
         if level < 8 * flat.element_size():
-            payload.form = grouped(flat, level, settings.group, self._seed()) or payload.form
+            payload.form = grouped(flat, level, group, self._seed()) or payload.form
         payload.lossy = isinstance(payload.form, Grouped)
         if step.audited and payload.lossy:
             payload.exact = Exact(flat)
         if step.profiled and (payload.lossy or torch.isfinite(flat).all()):
-            variance_LQ = torch.ops.foveate.group_variance(flat, list(GROUPED_LEVELS), settings.group)
-            record = payload.record = Record(site, variance_LQ, level if payload.lossy else LEVELS[-1])
+            variance_LQ = torch.ops.foveate.group_variance(flat, list(GROUPED_LEVELS), group)
+            record = payload.record = Record(site, variance_LQ, group, level if payload.lossy else LEVELS[-1])
             if not site.closed and family_of(name) in step.probed:
                 record.other = min(level, 8)
-                payload.other = grouped(flat, record.other, settings.group, self._seed())
+                payload.other = grouped(flat, record.other, group, self._seed())
             step.records.append(record)
+            site.seen.see(flat)
 
     def _seed(self) -> int:
         return self._random.getrandbits(62)
-
-    def _level_of(self, name: str) -> int:
-        if self.settings.levels is not None:
-            for pattern, level in self.settings.levels.items():
-                if fnmatchcase(name, pattern):
-                    self._unseen.discard(pattern)
-                    return level
-            return LEVELS[-1]
-        chosen = self.levels.get(name)
-        return self.ledger.default_of(self.ledger.sites[name]) if chosen is None else chosen
 
     def _called(self, call: Call, result: Any) -> None:
         """A function has returned: note how to compute it again; in profiled steps, wait for its gradient."""
@@ -245,7 +249,6 @@ class ActivationStore:
     def _gradient_watcher(self, payload: Payload, source: Source, rule: Rule, call: Call) -> Callable[[Tensor], None]:
         shape, stride = source.shape, source.stride
         whole = source.offset == 0 and shape.numel() == payload.interval.length
-        group = self.settings.group
         options: dict[str, Any] = {}
         kernel: tuple[int, ...] = ()
         if rule.linear == "conv":
@@ -259,12 +262,12 @@ class ActivationStore:
                 record.add_gradient(gradient.detach().float().square().mean())
             elif rule.linear == "conv" and whole:
                 record.add_closed(
-                    sensitivity.conv_error(record.variance_LQ, group, gradient, shape, stride, kernel, options)
+                    sensitivity.conv_error(record.variance_LQ, record.group, gradient, shape, stride, kernel, options)
                 )
             else:
                 columns = shape[-1] if whole else payload.interval.length
                 rows = gradient if whole else gradient.reshape(1, -1)
-                record.add_closed(sensitivity.linear_error(record.variance_LQ, group, rows, columns))
+                record.add_closed(sensitivity.linear_error(record.variance_LQ, record.group, rows, columns))
                 record.add_gradient(gradient.detach().float().square().mean())
 
         return watch
@@ -303,6 +306,7 @@ class ActivationStore:
         if self._last is not None and self._last[0] is form:  # q, k and v ask for one input, one after another
             return self._last[1]
         values = form.values()
+        self._tracking.restored(payload.token, values)
         self._last = (form, values)
         return values
 
@@ -313,7 +317,14 @@ class ActivationStore:
             found = arguments_of_backward(func, args, kwargs)
             if found is not None:
                 self._can_pass = step.run_passes(*found, self._parameters(), self._read)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self._refused is not None:
+            raise self._refused
+        return result
+
+    def _alive(self) -> list[Tensor]:
+        held = [*self.model.parameters(), *self.model.buffers()]
+        return held + [tensor.grad for tensor in held if tensor.grad is not None]
 
     def _read(self, what: str) -> None:
         self._reading, self._last = what, None
@@ -328,22 +339,9 @@ class ActivationStore:
             self._step.drop()
             self._step = None
         if self._step is None:
-            self._step = self._new_step()
+            self._step = self.planner.step(self.steps, self._can_pass)
             self._scope.restart()
         return self._step
-
-    def _new_step(self) -> Step:
-        settings, number = self.settings, self.steps
-        if settings.levels is not None:
-            return Step(number)
-        learning = number == 0 or self.ledger.unprobed()
-        profiled = learning or number % settings.profile_every == 0
-        trusted = len(self.ledger.trust.logs)
-        audited = not learning and self._can_pass and (trusted < 4 or number % settings.audit_every == 0)
-        probed: tuple[str, ...] = ()
-        if profiled and number and self._can_pass:
-            probed = tuple(self.ledger.next_families(4 if learning else settings.probes))
-        return Step(number, profiled, audited, probed, self._foretold())
 
     def _begin(self, step: Step) -> None:
         self._recipes.clear()
@@ -353,29 +351,32 @@ class ActivationStore:
     def _finish(self, step: Step) -> None:
         """Backward is over: learn from the step, and decide the levels of the next."""
         self._last = None
-        step.finish(self.ledger)
+        step.finish(self.planner.ledger)
         if step.audit is not None:
             self.audits.append((step.number, step.foretold, step.audit))
         self.steps += 1
         self.latest = step
         if self._step is step:
             self._step = None
-        if self.settings.error is not None and (step.profiled or step.audited):
-            self._decide()
-        if self._unseen and step.number == 0:
-            warnings.warn(
-                f"no saved tensor is named by {', '.join(sorted(self._unseen))}", RuntimeWarning, stacklevel=2
-            )
+        if self.settings.bytes is not None and step.number <= RECORDED_STEP:
+            self._tracking.done() if step.number == RECORDED_STEP else self._tracking.want()
+        if step.profiled or step.audited or step.number == RECORDED_STEP:
+            try:
+                self.planner.decide(self._tracking.timeline)
+            except BudgetError as refused:
+                self._refused = refused
+        if self.planner.unseen and step.number == 0:
+            names = ", ".join(sorted(self.planner.unseen))
+            warnings.warn(f"no saved tensor is named by {names}", RuntimeWarning, stacklevel=2)
 
-    def _decide(self) -> None:
-        assert self.settings.error is not None
-        allowed = self.settings.error * min(self.ledger.trust.factor, 4.0)
-        choice = within_error(self.ledger.saved_sites(), allowed, self.settings.granularity)
-        self.levels = dict(choice.levels)
+    def save_profile(self, path: str | os.PathLike[str]) -> None:
+        """Write what was measured of the model's sensitivity, for `compress_activations(profile=)` and for people.
 
-    def _foretold(self) -> float:
-        """The relative error that the ledger predicts for the levels in use."""
-        total: float = 0.0
-        for site in self.ledger.stored_sites():
-            total += float(self.ledger.errors(site)[LEVELS.index(self._level_of(site.name))])
-        return math.sqrt(total)
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
+        save_profile(self.planner.ledger, path)
+
+    def report(self) -> SavedReport:
+        """What the latest finished step kept, and what that is predicted and was audited to do to the gradient."""
+        return report_of(self.latest, self.planner.ledger, self.audits, self.settings.error)

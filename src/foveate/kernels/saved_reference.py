@@ -4,13 +4,14 @@ A tensor is read flat, in the order of its memory, and cut into groups of `g` el
 `step`, both bfloat16, which reach from its least value to its greatest in `B = 2^bits - 1` steps; `code * step` is
 exact in float32, so a value decodes with one rounding, on every machine alike.
 
-Codes are made in fixed point, with F = 16 fractional bits (8 for codes of 16 bits, all that float32 has beside them):
+Codes are made in fixed point, with 8 bits of fraction:
 
-    T    = round_half_even(min((x - low) * (2^F / step), B * 2^F))         an integer
-    code = (T + r) >> F                                                    r: 2^(F-1), or uniform on 0 .. 2^F - 1
+    T    = round_half_even((x - low) * (256 / step))       the quotient rounded down, so that T is at most 256 B
+    code = (T + r) >> 8                                    r: 128, or uniform on 0 .. 255
 
-so with a uniform r the mean of a code is T / 2^F and its variance f (1 - f), f = (T mod 2^F) / 2^F, both exactly. r
-comes from a hash of the seed and the element's place (`uniform_16`): no state, no order, any number of threads.
+so with a uniform r the mean of a code is T / 256 and its variance f (1 - f), f = (T mod 256) / 256, both exactly; T
+itself is within half a unit, a 512th of a step. r comes from a hash of the seed and the element's place (`uniform`): no
+state, no order, any number of threads.
 
 Shapes: n elements, g elements a group, G = ceil(n / g) groups. Source of the quantizer: ActNN, Chen et al., 2021,
 https://arxiv.org/abs/2104.14129 .
@@ -29,7 +30,9 @@ NARROW_BITS = (1, 2, 4, 8, 16, 32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 GROUP_UNIT, GROUP_MOST = 32, 1024
-#: The least step that is not zero: 2^F / step stays a finite float32.
+#: What 1 is in fixed point.
+ONE = 256
+#: The least step that is not zero: ONE / step stays a finite float32.
 LEAST_STEP = 2.0**-108
 #: Elements that share two 32-bit keys of the generator.
 PAGE = 1 << 21
@@ -70,21 +73,21 @@ def in_memory_order(x: Tensor) -> Tensor:
     return x.detach().as_strided((x.numel(),), (1,))
 
 
-def uniform_16(seed: int, n: int) -> Tensor:
-    """The generator: int64 [n], uniform on 0..65535, of the seed (64 bits) and the element's place alone.
+def uniform(seed: int, n: int) -> Tensor:
+    """The generator: int64 [n], uniform on 0..255, of the seed (64 bits) and the element's place alone.
 
-    Of each 32 elements, element j < 16 has the lower half of a 32-bit hash and element j + 16 the upper half. The hash
-    is of a counter, with two keys that each 2^21 elements have for themselves from `splitmix64`; its constants are
-    those of lowbias32, https://nullprogram.com/blog/2018/07/31/ .
+    Four elements share a 32-bit hash, the first of them its lowest byte. The hash is of a counter, with two keys that
+    each 2^21 elements have for themselves from `splitmix64`; its constants are those of lowbias32,
+    https://nullprogram.com/blog/2018/07/31/ .
     """
     place = torch.arange(n)
     keys = torch.tensor([_keys(seed, page) for page in range(-(-n // PAGE))], dtype=torch.int64).view(-1, 2)
     first, second = keys[place // PAGE].unbind(1)
-    h = (place % PAGE // 32 * 16 + place % 16 + first) & _WORD
+    h = (place % PAGE // 4 + first) & _WORD
     h = (h ^ (h >> 16)) * 0x7FEB352D & _WORD
     h = ((h ^ (h >> 15)) + second & _WORD) * 0x846CA68B & _WORD
     h = h ^ (h >> 16)
-    return torch.where(place % 32 < 16, h & 0xFFFF, h >> 16)
+    return h >> 8 * (place % 4) & 0xFF
 
 
 def _keys(seed: int, page: int) -> tuple[int, int]:
@@ -93,10 +96,6 @@ def _keys(seed: int, page: int) -> tuple[int, int]:
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & _LONG
     z ^= z >> 31
     return z & _WORD, z >> 32
-
-
-def _fraction_bits(bits: int) -> int:
-    return 8 if bits == 16 else 16
 
 
 def _grouped(flat: Tensor, group: int) -> Tensor:
@@ -114,21 +113,23 @@ def _ranges(x_Gg: Tensor, bits: int, limit: float) -> tuple[Tensor, Tensor]:
     cut = word & _UPPER_HALF
     low = torch.where((least < 0) & (word != cut), cut + 0x10000, cut).view(torch.float32)
     steps = torch.full_like(low, 2**bits - 1)
-    quotient = (most - low) / steps
+    reach = most - low
+    quotient = reach / steps
     up = (quotient.view(torch.int32) + 0xFFFF & _UPPER_HALF).view(torch.float32).clamp_min(LEAST_STEP)
-    short = low + steps * up < most
+    short = (steps * up < reach) | (low + steps * up < most)
     step = torch.where(short, up.view(torch.int32) + 0x10000, up.view(torch.int32)).view(torch.float32)
     step = torch.where(most > low, step, 0.0)
     usable = x_Gg.isfinite().all(1, keepdim=True) & (low >= -limit) & (low + steps * step <= limit)
     return torch.where(usable, low, torch.nan), torch.where(usable, step, 0.0)
 
 
-def _fixed_point(x_Gg: Tensor, low: Tensor, step: Tensor, bits: int) -> Tensor:
+def _fixed_point(x_Gg: Tensor, low: Tensor, step: Tensor) -> Tensor:
     """T, int64 [G, g]; 0 where the range is not finite."""
-    one = 2.0 ** _fraction_bits(bits)
-    scale = torch.where(step > 0, torch.full_like(step, one) / step, 0.0)
-    t = ((x_Gg - low) * scale).clamp_max((2**bits - 1) * one)
-    return torch.where(low.isnan(), 0.0, t.round()).long()
+    nearest = torch.full_like(step, ONE) / step
+    above = nearest.double() * step.double() > ONE  # rounded down, no code can be beyond the last one
+    scale = torch.where(above, nearest.view(torch.int32) - 1, nearest.view(torch.int32)).view(torch.float32)
+    scale = torch.where(step > 0, scale, 0.0)
+    return torch.where(low.isnan(), 0.0, ((x_Gg - low) * scale).round()).long()
 
 
 def _pack_fields(codes: Tensor, bits: int) -> Tensor:
@@ -159,10 +160,9 @@ def group_pack(x: Tensor, bits: int, group: int, seed: int | None = None) -> tup
     if not len(x_Gg):
         return flat.new_empty(0, dtype=torch.uint8), flat.new_empty(0, 2, dtype=torch.bfloat16)
     low, step = _ranges(x_Gg, bits, torch.finfo(x.dtype).max)
-    fraction = _fraction_bits(bits)
-    fixed = _fixed_point(x_Gg, low, step, bits).view(-1)
-    r = torch.tensor(1 << (fraction - 1)) if seed is None else uniform_16(seed, len(fixed)) >> (16 - fraction)
-    codes = torch.where(low.isnan(), 0, ((fixed + r) >> fraction).view(-1, group)).view(-1)
+    fixed = _fixed_point(x_Gg, low, step).view(-1)
+    r = torch.tensor(ONE // 2) if seed is None else uniform(seed, len(fixed))
+    codes = torch.where(low.isnan(), 0, ((fixed + r) // ONE).view(-1, group)).view(-1)
     codes[len(flat) :] = 0
     return _pack_fields(codes, bits), torch.cat([low, step], 1).bfloat16()
 
@@ -195,11 +195,10 @@ def group_variance(x: Tensor, bits: Sequence[int], group: int) -> Tensor:
     real = (torch.arange(x_Gg.numel()) < len(flat)).view(-1, group)
     for i, each in enumerate(bits):
         low, step = _ranges(x_Gg, each, torch.finfo(x.dtype).max)
-        one = 1 << _fraction_bits(each)
-        f = _fixed_point(x_Gg, low, step, each) & (one - 1)
-        total = (f * (one - f) * real).sum(1).double()
+        f = _fixed_point(x_Gg, low, step) % ONE
+        total = (f * (ONE - f) * real).sum(1).double()
         square = step.view(-1).double() * step.view(-1).double()
-        out[i] = torch.where(low.view(-1).isnan(), torch.nan, square * total / float(one) ** 2)
+        out[i] = torch.where(low.view(-1).isnan(), torch.nan, square * total / ONE**2)
     return out
 
 

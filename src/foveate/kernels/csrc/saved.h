@@ -13,7 +13,10 @@ namespace foveate {
 
 constexpr int kBlock = 32;
 constexpr int kMostGroup = 1024;
-constexpr float kLeastStep = 0x1p-108f;  // 2^F / step stays finite
+constexpr float kLeastStep = 0x1p-108f;  // 256 / step stays finite
+
+// A byte for each element of a block.
+typedef uint32_t Hashes __attribute__((vector_size(32)));
 
 struct BFloat16 {
   uint16_t bits;

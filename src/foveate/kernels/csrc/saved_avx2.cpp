@@ -46,24 +46,32 @@ struct Avx2 {
   static Floats splat(float v) { return (Floats)_mm256_set1_ps(v); }
   static Floats min(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
   static Floats max(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
-  static Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
   static Words to_words(Floats v) { return (Words)_mm256_cvtps_epi32((__m256)v); }
   static Words lanes() { return Words{0, 1, 2, 3, 4, 5, 6, 7}; }
   static float least(Floats v) { return least_of((__m256)v); }
   static float most(Floats v) { return most_of((__m256)v); }
   static float total(Floats v) { return sum_of((__m256)v); }
 
+  // The codes of fixed point plus random bytes; up to 8 bits both fit in words. Packing works in halves of vectors, and
+  // leaves the quarters in the order 0 2 1 3.
   template <int BITS>
-  static void store_codes(uint8_t* to, const Words (&code)[4]) {
-    // packing works in halves of vectors: the quarters come out in the order 0 2 1 3
-    const __m256i front = _mm256_packus_epi32((__m256i)code[0], (__m256i)code[1]);
-    const __m256i back = _mm256_packus_epi32((__m256i)code[2], (__m256i)code[3]);
+  static void store_codes(uint8_t* to, const Words (&fixed)[4], Hashes random) {
+    const __m128i half[2] = {_mm256_castsi256_si128((__m256i)random), _mm256_extracti128_si256((__m256i)random, 1)};
+    __m256i words[2];
+    for (int k = 0; k < 2; ++k) {
+      Words first = fixed[2 * k], second = fixed[2 * k + 1];
+      if constexpr (BITS == 16) {
+        first = (first + (Words)_mm256_cvtepu8_epi32(half[k])) >> 8;
+        second = (second + (Words)_mm256_cvtepu8_epi32(_mm_srli_si128(half[k], 8))) >> 8;
+      }
+      words[k] = _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)first, (__m256i)second), 0xD8);
+    }
     if constexpr (BITS == 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(front, 0xD8));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm256_permute4x64_epi64(back, 0xD8));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), words[0]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), words[1]);
     } else {
-      const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-      store_fields<BITS>(to, _mm256_permutevar8x32_epi32(_mm256_packus_epi16(front, back), order));
+      for (int k = 0; k < 2; ++k) words[k] = _mm256_srli_epi16(_mm256_add_epi16(words[k], _mm256_cvtepu8_epi16(half[k])), 8);
+      store_fields<BITS>(to, _mm256_permute4x64_epi64(_mm256_packus_epi16(words[0], words[1]), 0xD8));
     }
   }
 

@@ -41,7 +41,6 @@ struct Avx512 {
   static Floats splat(float v) { return (Floats)_mm512_set1_ps(v); }
   static Floats min(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
   static Floats max(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
-  static Floats multiply_add(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
   static Words to_words(Floats v) { return (Words)_mm512_cvtps_epi32((__m512)v); }
   static Words lanes() { return Words{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
 
@@ -51,14 +50,17 @@ struct Avx512 {
   static float most(Floats v) { return most_of(_mm256_max_ps(lower(v), upper(v))); }
   static float total(Floats v) { return sum_of(_mm256_add_ps(lower(v), upper(v))); }
 
+  // The codes of fixed point plus random bytes; up to 8 bits both fit in words.
   template <int BITS>
-  static void store_codes(uint8_t* to, const Words (&code)[2]) {
+  static void store_codes(uint8_t* to, const Words (&fixed)[2], Hashes random) {
+    const __m256i bytes = (__m256i)random;
     if constexpr (BITS == 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)code[0]));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm512_cvtepi32_epi16((__m512i)code[1]));
+      const __m512i first = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(bytes)), second = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(bytes, 1));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16((__m512i)((fixed[0] + (Words)first) >> 8)));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 32), _mm512_cvtepi32_epi16((__m512i)((fixed[1] + (Words)second) >> 8)));
     } else {
-      const __m128i first = _mm512_cvtepi32_epi8((__m512i)code[0]), second = _mm512_cvtepi32_epi8((__m512i)code[1]);
-      store_fields<BITS>(to, _mm256_inserti128_si256(_mm256_castsi128_si256(first), second, 1));
+      const __m512i words = _mm512_permutex2var_epi16((__m512i)fixed[0], (__m512i)(lanes() * 0x40004u + 0x20000u), (__m512i)fixed[1]);
+      store_fields<BITS>(to, _mm512_cvtepi16_epi8(_mm512_srli_epi16(_mm512_add_epi16(words, _mm512_cvtepu8_epi16(bytes)), 8)));
     }
   }
 

@@ -6,12 +6,20 @@
 // A block's word of bits, of which the last may have fewer bytes in memory.
 static inline void put_word(uint8_t* bits, int64_t block, int64_t n, uint32_t word) {
   const int64_t left = (n - block * kBlock + 7) / 8;
-  std::memcpy(bits + block * 4, &word, static_cast<size_t>(left < 4 ? left : 4));
+  if (left >= 4) {
+    std::memcpy(bits + block * 4, &word, 4);
+  } else {
+    std::memcpy(bits + block * 4, &word, static_cast<size_t>(left));
+  }
 }
 static inline uint32_t get_word(const uint8_t* bits, int64_t block, int64_t n) {
   const int64_t left = (n - block * kBlock + 7) / 8;
   uint32_t word = 0;
-  std::memcpy(&word, bits + block * 4, static_cast<size_t>(left < 4 ? left : 4));
+  if (left >= 4) {
+    std::memcpy(&word, bits + block * 4, 4);
+  } else {
+    std::memcpy(&word, bits + block * 4, static_cast<size_t>(left));
+  }
   return word;
 }
 

@@ -3,7 +3,7 @@
 // the next ones are prefetched.
 //
 // Included after an instruction set's vectors `V`: kLanes, Floats and Words (compiler vectors), load, store, min, max,
-// multiply_add, to_words (nearest even), least, most and total of a vector, lanes (0, 1, ...), store_codes, Decoder.
+// to_words (nearest even), least, most and total of a vector, lanes (0, 1, ...), store_codes, Decoder.
 
 constexpr int kBatchElements = 2048;
 constexpr int kBatchGroups = 32;
@@ -30,9 +30,6 @@ class Groups {
   alignas(64) T tail_[kMostGroup];
 };
 
-// 2^F, the fixed point of codes.
-constexpr int fraction_bits(int bits) { return bits == 16 ? 8 : 16; }
-
 struct Range {
   float low, step;
 };
@@ -53,139 +50,147 @@ static inline Range range_of(float least, float most, float steps, float limit) 
   const uint32_t word = word_of(least + 0.0f);
   const uint32_t cut = word & 0xFFFF0000u;
   const float low = float_of(least < 0.0f && word != cut ? cut + 0x10000u : cut);
-  const float quotient = (most - low) / steps;
+  const float reach = most - low;
+  const float quotient = reach / steps;
   float step = float_of((word_of(quotient) + 0xFFFFu) & 0xFFFF0000u);
   step = step < kLeastStep ? kLeastStep : step;
-  if (low + steps * step < most) step = float_of(word_of(step) + 0x10000u);
+  if (steps * step < reach || low + steps * step < most) step = float_of(word_of(step) + 0x10000u);
   if (!(most > low)) step = 0.0f;
   const bool usable = low >= -limit && low + steps * step <= limit && most <= limit;
   return usable ? Range{low, step} : Range{float_of(0x7FC00000u), 0.0f};
 }
 
+// 256 / step, rounded down, so that no code is beyond the last one.
+static inline float scale_of(float step) {
+  const float nearest = 256.0f / step;
+  const bool above = static_cast<double>(nearest) * static_cast<double>(step) > 256.0;
+  return step > 0.0f ? float_of(word_of(nearest) - (above ? 1 : 0)) : 0.0f;
+}
+
+// Whether all of a group are finite, for when their sum is not: it may only have overflowed.
+template <class V, class T>
+bool all_finite(const T* x, int group) {
+  typename V::Floats strange{};
+  for (int i = 0; i < group; i += V::kLanes) strange += V::load(x + i) * 0.0f;  // 0 or NaN
+  return V::total(strange) == 0.0f;
+}
+
+// The least and greatest of a group; the greatest is NaN if any is not finite. One sum finds that out in passing.
 template <class V, class T>
 void extremes(const T* x, int group, float& least, float& most) {
   constexpr int kVectors = kBlock / V::kLanes;
-  typename V::Floats low[kVectors], high[kVectors], strange[kVectors];
+  typename V::Floats low[kVectors], high[kVectors], sum[kVectors];
 #pragma GCC unroll 8
-  for (int k = 0; k < kVectors; ++k) {
-    low[k] = high[k] = V::load(x + k * V::kLanes);
-    strange[k] = low[k] * 0.0f;
-  }
+  for (int k = 0; k < kVectors; ++k) low[k] = high[k] = sum[k] = V::load(x + k * V::kLanes);
   for (int i = kBlock; i < group; i += kBlock)
 #pragma GCC unroll 8
     for (int k = 0; k < kVectors; ++k) {
       const typename V::Floats v = V::load(x + i + k * V::kLanes);
       low[k] = V::min(low[k], v);
       high[k] = V::max(high[k], v);
-      strange[k] = V::multiply_add(v, V::splat(0.0f), strange[k]);
+      sum[k] += v;
     }
 #pragma GCC unroll 8
   for (int k = 1; k < kVectors; ++k) {
     low[0] = V::min(low[0], low[k]);
     high[0] = V::max(high[0], high[k]);
-    strange[0] += strange[k];
+    sum[0] += sum[k];
   }
   least = V::least(low[0]);
-  most = V::most(high[0]) + V::total(strange[0]);  // 0 or NaN
+  most = V::most(high[0]);
+  const float total = V::total(sum[0]);
+  if (__builtin_expect(!(total - total == 0.0f), 0) && !all_finite<V>(x, group)) most = float_of(0x7FC00000u);
 }
 
-// Uniform on 0..65535, for a block at a time: see `uniform_16` of the reference.
-template <class V>
+// Bytes that are uniform, 32 for each block: see `uniform` of the reference. Blocks follow one another.
 class Uniform {
  public:
-  explicit Uniform(uint64_t seed) : seed_(seed) {}
+  Uniform(uint64_t seed, int64_t block) : seed_(seed), block_(block) { turn(); }
 
-  void block(int64_t block, typename V::Words (&r)[kBlock / V::kLanes]) {
-    if (block >> 16 != page_) turn_to(block >> 16);
-    constexpr int kHashes = 16 / V::kLanes;
-    const uint32_t start = static_cast<uint32_t>(block & 0xFFFF) * 16 + first_;
-#pragma GCC unroll 4
-    for (int k = 0; k < kHashes; ++k) {
-      typename V::Words h = V::lanes() + (start + static_cast<uint32_t>(k * V::kLanes));
-      h = (h ^ (h >> 16)) * 0x7FEB352Du;
-      h = ((h ^ (h >> 15)) + second_) * 0x846CA68Bu;
-      h ^= h >> 16;
-      r[k] = h & 0xFFFFu;
-      r[k + kHashes] = h >> 16;
-    }
+  Hashes next() {
+    Hashes h = counter_;
+    counter_ += 8u;
+    h = (h ^ (h >> 16)) * 0x7FEB352Du;
+    h = ((h ^ (h >> 15)) + second_) * 0x846CA68Bu;
+    if ((++block_ & 0xFFFF) == 0) turn();
+    return h ^ (h >> 16);
+  }
+
+  void skip(int64_t blocks) {
+    block_ += blocks;
+    turn();
   }
 
  private:
-  void turn_to(int64_t page) {
-    page_ = page;
-    uint64_t z = seed_ + (static_cast<uint64_t>(page) + 1) * 0x9E3779B97F4A7C15u;
+  void turn() {  // to the keys of the page
+    uint64_t z = seed_ + (static_cast<uint64_t>(block_ >> 16) + 1) * 0x9E3779B97F4A7C15u;
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
     z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
     z ^= z >> 31;
-    first_ = static_cast<uint32_t>(z);
-    second_ = static_cast<uint32_t>(z >> 32);
+    counter_ = Hashes{0, 1, 2, 3, 4, 5, 6, 7} + (static_cast<uint32_t>(z) + static_cast<uint32_t>(block_ & 0xFFFF) * 8);
+    second_ = Hashes{} + static_cast<uint32_t>(z >> 32);
   }
 
   const uint64_t seed_;
-  int64_t page_ = -1;
-  uint32_t first_ = 0, second_ = 0;
+  int64_t block_;
+  Hashes counter_, second_;
 };
 
 // The codes' fixed point before rounding.
 template <class V>
-typename V::Words fixed_point(typename V::Floats v, float low, float scale, float top) {
-  return V::to_words(V::min((v - low) * scale, V::splat(top)));
+typename V::Words fixed_point(typename V::Floats v, float low, float scale) {
+  return V::to_words((v - low) * scale);
+}
+
+// Zeros for the last codes of a group, which fill it up.
+static inline void clear_codes(uint8_t* codes, int group, int missing, int bits) {
+  const int from_bit = (group - missing) * bits;
+  uint8_t* rest = codes + from_bit / 8;
+  uint8_t* const end = codes + group * bits / 8;
+  if (from_bit % 8) *rest = static_cast<uint8_t>(*rest & ((1 << from_bit % 8) - 1)), ++rest;
+  std::memset(rest, 0, static_cast<size_t>(end - rest));
 }
 
 template <class V, class T, int BITS, bool RANDOM>
 void pack_groups(const Packing& p, int64_t group, int64_t group_end) {
   constexpr int kVectors = kBlock / V::kLanes;
-  constexpr int kFraction = fraction_bits(BITS);
-  constexpr float kOne = 1 << kFraction;
   constexpr float kSteps = (1 << BITS) - 1;
-  const int64_t group_bytes = int64_t{p.group} * BITS / 8;
-  const int64_t fit = kBatchElements / p.group;
+  constexpr int kCodeBytes = kBlock * BITS / 8;
+  const int group_size = p.group, group_blocks = group_size / kBlock;
+  const int64_t fit = kBatchElements / group_size;
   const int64_t batch = fit < kBatchGroups ? fit : kBatchGroups;
-  const int64_t ahead = batch * p.group;
-  Groups<T> groups(p.x, p.n, p.group);
-  Uniform<V> uniform(p.seed);
+  const int64_t ahead = batch * group_size;
+  Groups<T> groups(p.x, p.n, group_size);
+  Uniform uniform(p.seed, group * group_blocks);
+  uint8_t* codes = p.codes + group * group_blocks * kCodeBytes;
   for (; group < group_end; group += batch) {
-    const int64_t count = group_end - group < batch ? group_end - group : batch;
-    float least[kBatchGroups], most[kBatchGroups], scale[kBatchGroups];
-    for (int64_t i = 0; i < count; ++i) extremes<V>(groups.at(group + i), p.group, least[i], most[i]);
-    for (int64_t i = 0; i < count; ++i) {
-      const Range range = range_of(least[i], most[i], kSteps, p.limit);
+    const int count = static_cast<int>(group_end - group < batch ? group_end - group : batch);
+    float low[kBatchGroups], most[kBatchGroups], scale[kBatchGroups];
+    for (int i = 0; i < count; ++i) extremes<V>(groups.at(group + i), group_size, low[i], most[i]);
+    for (int i = 0; i < count; ++i) {
+      const Range range = range_of(low[i], most[i], kSteps, p.limit);
       p.ranges[2 * (group + i)] = static_cast<uint16_t>(word_of(range.low) >> 16);
       p.ranges[2 * (group + i) + 1] = static_cast<uint16_t>(word_of(range.step) >> 16);
-      least[i] = range.low;
-      scale[i] = range.step > 0.0f ? kOne / range.step : 0.0f;
+      low[i] = range.low;
+      scale[i] = scale_of(range.step);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      uint8_t* const codes = p.codes + (group + i) * group_bytes;
-      const float low = least[i];
-      if (low != low) {
-        std::memset(codes, 0, static_cast<size_t>(group_bytes));
+    for (int i = 0; i < count; ++i, codes += group_blocks * kCodeBytes) {
+      if (low[i] != low[i]) {
+        std::memset(codes, 0, static_cast<size_t>(group_blocks * kCodeBytes));
+        uniform.skip(group_blocks);
         continue;
       }
       const T* const from = groups.at(group + i);
-      const int64_t block = (group + i) * (p.group / kBlock);
-      for (int b = 0; b < p.group / kBlock; ++b) {
+      for (int b = 0; b < group_blocks; ++b) {
         const T* const at = from + b * kBlock;
-        for (int line = 0; line < kBlock; line += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(at + line + ahead, 0, 3);
-        typename V::Words code[kVectors];
-        if constexpr (RANDOM) {
-          uniform.block(block + b, code);
-          if constexpr (kFraction < 16)
-            for (int k = 0; k < kVectors; ++k) code[k] >>= 16 - kFraction;
-        } else {
-          for (int k = 0; k < kVectors; ++k) code[k] = typename V::Words{} + (1u << (kFraction - 1));
-        }
+        for (int line = 0; line < kBlock; line += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(at + line + ahead, 0, 2);  // to the second cache
+        typename V::Words fixed[kVectors];
 #pragma GCC unroll 8
-        for (int k = 0; k < kVectors; ++k)
-          code[k] = (code[k] + fixed_point<V>(V::load(at + k * V::kLanes), low, scale[i], kSteps * kOne)) >> kFraction;
-        V::template store_codes<BITS>(codes + b * (kBlock * BITS / 8), code);
+        for (int k = 0; k < kVectors; ++k) fixed[k] = fixed_point<V>(V::load(at + k * V::kLanes), low[i], scale[i]);
+        const Hashes random = RANDOM ? uniform.next() : Hashes{} + 0x80808080u;
+        V::template store_codes<BITS>(codes + b * kCodeBytes, fixed, random);
       }
-      if (const int missing = groups.missing(group + i)) {  // what fills up a group has code 0
-        const int64_t from_bit = int64_t{p.group - missing} * BITS;
-        uint8_t* rest = codes + from_bit / 8;
-        if (from_bit % 8) *rest = static_cast<uint8_t>(*rest & ((1 << from_bit % 8) - 1)), ++rest;
-        std::memset(rest, 0, static_cast<size_t>(codes + group_bytes - rest));
-      }
+      if (const int missing = groups.missing(group + i)) clear_codes(codes, group_size, missing, BITS);
     }
   }
 }
@@ -208,7 +213,7 @@ void unpack_groups(const Unpacking& p, int64_t group, int64_t group_end) {
   }
 }
 
-// Exact sums of f (2^F - f), at most 2^40: two sums of 16 bits of each product.
+// Exact sums of f (256 - f).
 template <class V, class T>
 void variance_groups(const Variance& p, int64_t group, int64_t group_end) {
   constexpr int kVectors = kBlock / V::kLanes;
@@ -219,29 +224,25 @@ void variance_groups(const Variance& p, int64_t group, int64_t group_end) {
     float least, most;
     extremes<V>(from, p.group, least, most);
     for (int64_t level = 0; level < p.levels; ++level) {
-      const int bits = static_cast<int>(p.bits[level]);
-      const uint32_t one = 1u << fraction_bits(bits);
-      const float steps = static_cast<float>((1 << bits) - 1);
-      const Range range = range_of(least, most, steps, p.limit);
+      const Range range = range_of(least, most, static_cast<float>((1 << p.bits[level]) - 1), p.limit);
       float& out = p.out[level * all + group];
       out = range.low;
       if (range.low != range.low) continue;
-      const float scale = range.step > 0.0f ? static_cast<float>(one) / range.step : 0.0f;
-      typename V::Words lower{}, upper{}, product{};
-      const auto add = [&](const T* at) {
-        const typename V::Words f = fixed_point<V>(V::load(at), range.low, scale, steps * static_cast<float>(one)) & (one - 1);
-        product = f * (one - f);
-        lower += product & 0xFFFFu;
-        upper += product >> 16;
-      };
+      const float scale = scale_of(range.step);
+      typename V::Words sums[kVectors] = {}, product{};
       for (int i = 0; i < p.group; i += kBlock)
 #pragma GCC unroll 8
-        for (int k = 0; k < kVectors; ++k) add(from + i + k * V::kLanes);
+        for (int k = 0; k < kVectors; ++k) {
+          const typename V::Words f = fixed_point<V>(V::load(from + i + k * V::kLanes), range.low, scale) & 255u;
+          product = f * (256u - f);
+          sums[k] += product;
+        }
       int64_t sum = 0;
-      for (int i = 0; i < V::kLanes; ++i) sum += int64_t{lower[i]} + (int64_t{upper[i]} << 16);
+      for (int k = 0; k < kVectors; ++k)
+        for (int i = 0; i < V::kLanes; ++i) sum += sums[k][i];
       sum -= int64_t{groups.missing(group)} * product[V::kLanes - 1];  // what fills up the group is its last element
       const double square = static_cast<double>(range.step) * static_cast<double>(range.step);
-      out = static_cast<float>(square * static_cast<double>(sum) / (static_cast<double>(one) * static_cast<double>(one)));
+      out = static_cast<float>(square * static_cast<double>(sum) / 65536.0);
     }
   }
 }

@@ -36,8 +36,6 @@ struct Portable {
   static Floats splat(float v) { return Floats{v, v, v, v}; }
   static Floats min(Floats a, Floats b) { return a < b ? a : b; }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }
-  // Only ever by zero, so that rounding in between is none.
-  static Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
   // Of numbers from 0 to 2^24: adding 2^23 leaves no place for fractions.
   static Words to_words(Floats v) {
     const Floats rounded = (v + 0x1p23f) - 0x1p23f;
@@ -56,11 +54,15 @@ struct Portable {
   }
   static float total(Floats v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
+  // The codes of fixed point plus random bytes.
   template <int BITS>
-  static void store_codes(uint8_t* to, const Words (&code)[8]) {
+  static void store_codes(uint8_t* to, const Words (&fixed)[8], Hashes random) {
     for (int k = 0; k < 8; ++k) {
       uint64_t fields = 0;
-      for (int i = 0; i < kLanes; ++i) fields |= uint64_t{code[k][i]} << (BITS * i);
+      for (int i = 0; i < kLanes; ++i) {
+        const uint32_t byte = random[k] >> (8 * i) & 255u;
+        fields |= uint64_t{(fixed[k][i] + byte) >> 8} << (BITS * i);
+      }
       std::memcpy(to + k * BITS / 2, &fields, BITS / 2);
     }
   }

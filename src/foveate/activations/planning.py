@@ -1,0 +1,99 @@
+"""Which steps measure what, and what the levels are between them: the store's decisions, apart from its hooks.
+
+The first step finds the sites. The next ones probe all families that need it, a few at a time, and audit until there is
+some trust in predictions; later steps do so now and then. Under a budget in bytes one early step is recorded instead of
+measured, and none is audited, since an audit holds the exact tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+
+from foveate.activations.ledger import Ledger
+from foveate.activations.policy import LEVELS, within_bytes, within_error
+from foveate.activations.settings import Settings
+from foveate.activations.steps import Step
+from foveate.activations.timeline import Timeline
+
+#: Audits before predictions are trusted enough to audit only now and then.
+_FIRST_AUDITS = 4
+#: Families probed in each of the first steps.
+_FIRST_PROBES = 4
+#: The most that predictions which audits found too high may be stretched.
+_MOST_TRUST = 4.0
+#: The step whose memory is recorded, for a budget in bytes.
+RECORDED_STEP = 1
+
+
+class Planner:
+    """The levels of all sites, and how they come about.
+
+    Args:
+        settings: what the user wants.
+
+    Attributes:
+        ledger: what is known of each site.
+        levels: of the sites that were decided on.
+        unseen: shell patterns of the settings that have named no site yet.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.ledger = Ledger(settings.window, settings.default)
+        self.levels: dict[str, int] = {}
+        self.unseen = set(settings.levels or ())
+
+    def level_of(self, name: str) -> int:
+        """The level of a site."""
+        if self._settings.levels is not None:
+            for pattern, level in self._settings.levels.items():
+                if fnmatchcase(name, pattern):
+                    self.unseen.discard(pattern)
+                    return level
+            return LEVELS[-1]
+        chosen = self.levels.get(name)
+        return self.ledger.default_of(self.ledger.sites[name]) if chosen is None else chosen
+
+    def step(self, number: int, can_pass: bool) -> Step:
+        """What a step measures.
+
+        Args:
+            number: of the step, from 0.
+            can_pass: whether extra backward passes are possible.
+        """
+        settings = self._settings
+        if settings.levels is not None:
+            return Step(number)
+        learning = number == 0 or self.ledger.unprobed()
+        profiled = learning or number % settings.profile_every == 0
+        trusted = len(self.ledger.trust.logs)
+        audited = not learning and can_pass and (trusted < _FIRST_AUDITS or number % settings.audit_every == 0)
+        if settings.bytes is not None:
+            audited = False  # it would hold the exact tensors
+            if number == RECORDED_STEP:
+                return Step(number)  # whose peak is recorded
+        probed: tuple[str, ...] = ()
+        if profiled and number and can_pass:
+            probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning else settings.probes))
+        return Step(number, profiled, audited, probed, self.foretold())
+
+    def decide(self, timeline: Timeline | None) -> None:
+        """Choose levels anew from all that is known.
+
+        Raises:
+            BudgetError: no levels keep the peak within the bytes that were asked for.
+        """
+        settings, sites = self._settings, self.ledger.saved_sites()
+        if settings.error is not None:
+            allowed = settings.error * min(self.ledger.trust.factor, _MOST_TRUST)
+            self.levels = dict(within_error(sites, allowed, settings.granularity).levels)
+        elif settings.bytes is not None and timeline is not None and not self.ledger.unprobed():
+            self.levels = dict(within_bytes(sites, timeline, settings.bytes, settings.granularity).levels)
+
+    def foretold(self) -> float:
+        """The relative error that the ledger predicts for the levels in use."""
+        total: float = 0.0
+        for site in self.ledger.stored_sites():
+            total += float(self.ledger.errors(site)[LEVELS.index(self.level_of(site.name))])
+        return math.sqrt(total)

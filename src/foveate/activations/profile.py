@@ -1,0 +1,117 @@
+"""The sensitivity profile of a model in training: what each saved tensor's rounding does to the gradient, in a file.
+
+    store.save_profile("model.saved.json")      fv.compress_activations(model, error=0.1, profile="model.saved.json")
+
+With it a later run of the same model has no first steps to learn in. It is JSON: for each site bytes, errors and what
+was measured locally, for each family how much of a local error reaches the parameters, and how audits came out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.activations.ledger import Ledger, Site
+from foveate.activations.payloads import GROUPED_LEVELS
+from foveate.activations.policy import LEVELS
+from foveate.activations.rules import rule_of
+from foveate.errors import CheckpointError
+
+_VERSION = 1
+
+
+def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
+    """Write what a ledger knows; the file is exchanged in one step.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    target = Path(path)
+    sites = {site.name: _site_to_json(ledger, site) for site in ledger.stored_sites()}
+    families = {name: list(family.transfer) for name, family in ledger.families.items() if family.transfer}
+    content = {
+        "foveate_saved_profile": _VERSION,
+        "levels": list(LEVELS),
+        "sites": sites,
+        "families": families,
+        "audits": list(ledger.trust.logs),
+    }
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            temporary = file.name
+            json.dump(content, file, indent=1, allow_nan=False)
+        os.replace(temporary, target)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True) if temporary else None
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
+def _site_to_json(ledger: Ledger, site: Site) -> dict[str, Any]:
+    return {
+        "bytes": list(site.bytes),
+        "closed_form": site.closed,
+        "errors": [error if math.isfinite(error) else None for error in ledger.errors(site)],
+        "measured": _mean(site.errors if site.closed else site.local),
+        "statistics": site.seen.summary().to_json(),
+    }
+
+
+def _mean(rows: Any) -> list[float] | None:
+    return torch.stack(tuple(rows)).mean(0).tolist() if rows else None
+
+
+def load_profile_into(ledger: Ledger, path: str | os.PathLike[str]) -> None:
+    """Read a file that `save_profile` wrote into an empty ledger.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not a profile of this version, or numbers make no sense.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or content.get("foveate_saved_profile") != _VERSION:
+            raise CheckpointError(f"{path} is not a profile of saved tensors of version {_VERSION}")
+        for name, entry in content["sites"].items():
+            _read_site(ledger, name, entry)
+        for name, transfers in content["families"].items():
+            family = ledger.families[name] = ledger.new_family()
+            family.transfer.extend(_number(value) for value in transfers)
+            family.probed_at = 0
+        ledger.trust.logs.extend(_number(value, signed=True) for value in content["audits"])
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a profile of saved tensors: {error!r}") from error
+
+
+def _read_site(ledger: Ledger, name: str, entry: Mapping[str, Any]) -> None:
+    function = name.rpartition(":")[2].split(".")[1]
+    site = ledger.site(name, rule_of(function))
+    site.closed = bool(entry["closed_form"])
+    sizes = tuple(int(_number(value)) for value in entry["bytes"])
+    if len(sizes) != len(LEVELS):
+        raise ValueError(f"{name} has {len(sizes)} sizes")
+    site.count(sizes, -1)
+    if entry["measured"] is not None:
+        (site.errors if site.closed else site.local).append(_levels(entry["measured"]))
+
+
+def _levels(values: Any) -> Tensor:
+    row = torch.tensor([_number(value) for value in values], dtype=torch.float64)
+    if len(row) != len(GROUPED_LEVELS):
+        raise ValueError(f"{len(row)} errors for {len(GROUPED_LEVELS)} levels")
+    return row
+
+
+def _number(value: Any, signed: bool = False) -> float:
+    if not isinstance(value, (int, float)) or not math.isfinite(value) or (value < 0 and not signed):
+        raise ValueError(f"{value!r} is not a number that a profile can hold")
+    return float(value)

@@ -1,0 +1,236 @@
+"""What a store keeps, in how many bytes, and what that does to the gradient: frozen, printable, and plain JSON.
+
+A row a site; printed, the sites of a family (the same function in all layers) share a line, for there are hundreds of
+them. `print(report)` needs nothing else; rich shows the same as a table, `rich.print(report)` or inside `rich.live`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from foveate.activations.ledger import Ledger, family_of
+from foveate.activations.policy import LEVELS
+from foveate.activations.steps import Step
+from foveate.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+_HEADS = ("site", "operation", "sites", "stored as", "before", "after", "ratio", "error", "share")
+_LEFT = (0, 1, 3)  # columns of text
+_FORMS: Mapping[str, str] = {"masked": "mask", "narrow": "integers", "empty": "shape"}
+
+
+@dataclass(frozen=True)
+class SavedRow:
+    """One site in one step.
+
+    Attributes:
+        site: `layers.0.mlp:saved.silu.0.0`.
+        operation: the torch function that saved it, `silu`.
+        form: `grouped` where it is rounded, `derived` where it is computed again from what another site keeps; else
+            without loss: `masked`, `narrow`, `empty`, `exact`.
+        bits: a value, scales not counted.
+        bytes_before, bytes_after: of the tensors as they came, and as they are kept.
+        error: sqrt(E||err g||^2 / ||g||^2) that its rounding is predicted to make of the whole gradient; 0 without
+            loss, NaN where it was not measured yet.
+    """
+
+    site: str
+    operation: str
+    form: str
+    bits: int
+    bytes_before: int
+    bytes_after: int
+    error: float
+
+    @property
+    def layer(self) -> str:
+        """The dotted path of the module that saved it."""
+        return self.site.rpartition(":")[0]
+
+
+@dataclass(frozen=True)
+class SavedAudit:
+    """One comparison with the exact gradient of the same step: relative errors, NaN where nothing was predicted."""
+
+    step: int
+    predicted: float
+    audited: float
+
+
+@dataclass(frozen=True)
+class SavedReport:
+    """What a store kept in its latest step.
+
+    Attributes:
+        step: which, counted from 0.
+        rows: the sites, in the order in which they were first kept.
+        bytes_before: of all storages that plain training would hold for backward, parameters excluded.
+        bytes_after: of what is held instead.
+        bound: the error that was asked for; None where levels were given.
+        audits: all so far.
+    """
+
+    step: int
+    rows: tuple[SavedRow, ...]
+    bytes_before: int
+    bytes_after: int
+    bound: float | None
+    audits: tuple[SavedAudit, ...]
+
+    @property
+    def ratio(self) -> float:
+        """`bytes_before` over `bytes_after`; 1 where nothing was kept."""
+        return self.bytes_before / self.bytes_after if self.bytes_after else 1.0
+
+    @property
+    def predicted(self) -> float:
+        """The relative error of the gradient that all measured sites are predicted to make together."""
+        return _together(self.rows)
+
+    @property
+    def unmeasured(self) -> tuple[str, ...]:
+        """Rounded sites whose error was not measured yet, and is not in `predicted`."""
+        return tuple(row.site for row in self.rows if math.isnan(row.error))
+
+    @property
+    def bound_held(self) -> float:
+        """The share of audits that were within the bound; NaN without audits or bound."""
+        if self.bound is None or not self.audits:
+            return math.nan
+        return sum(audit.audited <= self.bound for audit in self.audits) / len(self.audits)
+
+    def share(self, rows: Iterable[SavedRow]) -> float:
+        """The part of the predicted squared error that is due to some of the rows, 0..1."""
+        whole = self.predicted
+        return (_together(rows) / whole) ** 2 if whole else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as plain values, NaN as null."""
+        rows = [{**asdict(row), "error": _or_none(row.error), "share": self.share([row])} for row in self.rows]
+        audits = [{**asdict(audit), "predicted": _or_none(audit.predicted)} for audit in self.audits]
+        return {
+            "step": self.step,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "ratio": self.ratio,
+            "bound": self.bound,
+            "predicted": self.predicted,
+            "bound_held": _or_none(self.bound_held),
+            "rows": rows,
+            "audits": audits,
+        }
+
+    def __str__(self) -> str:
+        lines = [_HEADS, *self._lines()]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADS))]
+        text = [
+            "  ".join(
+                c.ljust(w) if i in _LEFT else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        ]
+        return "\n".join(line.rstrip() for line in (self._head(), "", *text, "", self._foot()))
+
+    def __rich__(self) -> Group:
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+        for i, head in enumerate(_HEADS):
+            text = i in _LEFT  # folded where there is little room; figures never are
+            table.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+        for line in self._lines():
+            table.add_row(*(Text(cell) for cell in line))
+        return Group(Text(self._head(), style="bold"), table, Text(self._foot()))
+
+    def _head(self) -> str:
+        sizes = f"{format_bytes(self.bytes_before)} kept in {format_bytes(self.bytes_after)}, {self.ratio:.1f}x less"
+        bound = "" if self.bound is None else f" (bound {self.bound:g})"
+        unmeasured = f", {len(self.unmeasured)} sites not measured yet" if self.unmeasured else ""
+        return f"step {self.step}: {sizes}; predicted error of the gradient {self.predicted:.3g}{bound}{unmeasured}"
+
+    def _foot(self) -> str:
+        if not self.audits:
+            return "no audit yet"
+        last = self.audits[-1]
+        count = f"{len(self.audits)} audit{'s' * (len(self.audits) != 1)}"
+        if self.bound is not None:
+            count += f", {self.bound_held:.0%} within the bound"
+        return f"{count}; the last, of step {last.step}: predicted {last.predicted:.3g}, true {last.audited:.3g}"
+
+    def _lines(self) -> list[tuple[str, ...]]:
+        families: dict[str, list[SavedRow]] = {}
+        for row in self.rows:
+            families.setdefault(family_of(row.site), []).append(row)
+        lines: list[tuple[str, ...]] = []
+        for family, rows in families.items():
+            before, after = sum(row.bytes_before for row in rows), sum(row.bytes_after for row in rows)
+            measured = [row for row in rows if not math.isnan(row.error)]
+            lossy = any(row.form == "grouped" for row in rows)
+            lines.append(
+                (
+                    family.rpartition(":")[0],
+                    rows[0].operation,
+                    f"{len(rows)}",
+                    _stored_as(rows),
+                    format_bytes(before),
+                    format_bytes(after),
+                    f"{before / after:.1f}" if after else "–",
+                    (f"{_together(measured):.2g}" if measured else "?") if lossy else "0",
+                    (f"{self.share(measured):.1%}" if measured else "?") if lossy else "0",
+                )
+            )
+        return lines
+
+
+def report_of(
+    step: Step | None, ledger: Ledger, audits: Sequence[tuple[int, float, float]], bound: float | None
+) -> SavedReport:
+    """The report on a step.
+
+    Args:
+        step: what it kept; None before the first.
+        ledger: what is known of the sites' errors.
+        audits: (step, predicted, audited) relative errors.
+        bound: the error that was asked for, if one was.
+    """
+    rows = []
+    for name, kept in (step.kept if step is not None else {}).items():
+        lossy = kept.form == "grouped" and name in ledger.sites
+        error = ledger.errors(ledger.sites[name])[LEVELS.index(kept.level)] if lossy else 0.0
+        operation = name.rpartition(":saved.")[2].split(".")[0]
+        rows.append(SavedRow(name, operation, kept.form, kept.level, kept.original, kept.held, math.sqrt(error)))
+    return SavedReport(
+        0 if step is None else step.number,
+        tuple(rows),
+        0 if step is None else step.original,
+        0 if step is None else step.held,
+        bound,
+        tuple(SavedAudit(*audit) for audit in audits),
+    )
+
+
+def _together(rows: Iterable[SavedRow]) -> float:
+    return math.sqrt(math.fsum(row.error**2 for row in rows if not math.isnan(row.error)))
+
+
+def _stored_as(rows: Sequence[SavedRow]) -> str:
+    """`4 bits`, `3.5 bits`, `mask`, or several."""
+    grouped = [row for row in rows if row.form == "grouped"]
+    names = list(dict.fromkeys(_FORMS.get(row.form, row.form) for row in rows if row.form != "grouped"))
+    if grouped:
+        values = sum(row.bytes_before for row in grouped)
+        mean = sum(row.bits * row.bytes_before for row in grouped) / max(values, 1)
+        names.insert(0, f"{mean:.2g} bits")
+    return ", ".join(names)
+
+
+def _or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
