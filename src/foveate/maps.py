@@ -285,8 +285,10 @@ class Profile:
         samples: tokens, images or sentences that the loss is a mean over.
         objective: which loss: see `foveate.collect.objectives`.
         statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
-            `output_range` float32 [2]. For each input, float32: `mean`, `variance` [1], `range` [2] (least, greatest),
-            `entropy` [1] (bits a value, of 8-bit codes), `values` [1] (read by the product, a sample),
+            `output_range` float32 [2] (of its products, or of the rows looked up), `row_frequency` float32 [NT] of an
+            embedding (the share of look-ups that read each strip of rows). For each input, float32: `mean`,
+            `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits a value, of 8-bit codes), `values` [1]
+            (read by the product, a sample),
             `batch_moments` [2, 2] (the least and the greatest mean and variance of a batch), `batch_values` [1].
         notes: things the user should know, a sentence each.
     """

@@ -14,6 +14,9 @@ from foveate.activations.packed import Derived, Payload, is_plain, source_of
 from foveate.activations.recipes import DEPTH, NORMS, Parameter, Recipe, Source, norm_arguments, normalised
 from foveate.activations.scope import Call
 
+#: Recipes after which those of tensors that are gone are dropped.
+_FIRST_SWEEP = 256
+
 
 class Recipes:
     """The recipes of one forward pass, found again by the storage of their results.
@@ -25,6 +28,7 @@ class Recipes:
     def __init__(self, stored: Callable[[Tensor], Payload | None]) -> None:
         self._stored = stored
         self._by_storage: dict[int, tuple[StorageWeakRef, int, Recipe]] = {}
+        self._sweep_at = _FIRST_SWEEP
 
     def find(self, tensor: Tensor) -> Recipe | None:
         """The recipe whose result lies in the tensor's storage, at its version."""
@@ -55,6 +59,9 @@ class Recipes:
         if roots and depth <= DEPTH:
             recipe = Recipe(function, args, kwargs, result.shape, result.stride(), result.dtype, depth, roots)
             self._by_storage[storage._cdata] = (StorageWeakRef(storage), result._version, recipe)
+            if len(self._by_storage) >= self._sweep_at:  # many passes without a backward, perhaps
+                alive = {key: entry for key, entry in self._by_storage.items() if not entry[0].expired()}
+                self._by_storage, self._sweep_at = alive, max(_FIRST_SWEEP, 2 * len(alive))
 
     def _plain(self, call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
         """An elementwise function with its tensors exchanged for where they are found; None if one is not."""

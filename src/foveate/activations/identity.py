@@ -25,12 +25,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
 
-_VIEW_NAMES = (
-    *("T", "Transpose", "View", "Permute", "Unsqueeze", "Squeeze", "Expand", "Alias", "ReshapeAlias", "Slice"),
-    *("UnsafeView", "AsStrided", "Select", "Detach"),
+#: Nodes whose results share the memory of their input, without their `Backward0`; `unsafe` ones among them.
+_VIEWS = frozenset(
+    (
+        *("T", "Transpose", "View", "Permute", "Unsqueeze", "Squeeze", "Expand", "Alias", "ReshapeAlias", "Slice"),
+        *("UnsafeView", "AsStrided", "Select", "Detach", "Diagonal", "Unfold", "Split", "SplitWithSizes", "Unbind"),
+    )
 )
-_VIEWS = frozenset(f"{name}Backward0" for name in _VIEW_NAMES)
-_CASTS = frozenset(("ToCopyBackward0", "CloneBackward0"))
+_CASTS = frozenset(("ToCopy",))
 _NOTHING = torch.empty(0)
 
 
@@ -63,7 +65,7 @@ def parameter_of(tensor: Tensor) -> Origin | None:
     for _ in range(8):
         if node is None:
             return None
-        name = node.name()
+        name = node.name().rstrip("0123456789").removesuffix("Backward")
         if name == "torch::autograd::AccumulateGrad":
             leaf: Tensor = node.variable  # type: ignore[attr-defined]  # of AccumulateGrad
             return Origin(leaf, views_only)
@@ -81,7 +83,8 @@ class Interval:
 
     Attributes:
         start, length: in values of the tensor's dtype.
-        dense: whether the tensor covers every value of it (in any order, any number of times).
+        dense: whether to store all of it: the tensor has no fewer values, counting those of stride 0 once. (It may
+            still leave out some, if it covers others twice.)
     """
 
     start: int
@@ -98,7 +101,15 @@ def interval_of(tensor: Tensor) -> Interval:
         if stride and size > 1:
             length += (size - 1) * stride
             distinct *= size
-    return Interval(int(tensor.storage_offset()), length, length == distinct)
+    return Interval(int(tensor.storage_offset()), length, distinct >= length)
+
+
+def without_repeats(tensor: Tensor) -> Tensor:
+    """The tensor with dimensions of stride 0 cut to one value."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 @dataclass
@@ -118,6 +129,11 @@ class Shelf(Generic[T]):
 
     def __len__(self) -> int:
         return sum(len(shelved.items) for shelved in self._by_storage.values())
+
+    @property
+    def empty(self) -> bool:
+        """Whether all that was stored is gone."""
+        return not self._by_storage
 
     def knows(self, tensor: Tensor) -> bool:
         """Whether anything of the tensor's storage is stored."""

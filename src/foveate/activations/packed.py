@@ -62,7 +62,7 @@ class Payload:
 
     def __init__(self, site: str, step: Step, need: Need, interval: Interval, form: Form) -> None:
         self.site, self.step, self.need, self.interval, self.form = site, step, need, interval, form
-        self.layout: tuple[torch.Size, tuple[int, ...]] | None = None  # of an interval that is not dense
+        self.layout: tuple[torch.Size, tuple[int, ...]] | None = None  # of an interval that has gaps
         self.exact: Form | None = None
         self.other: Form | None = None
         self.record: Record | None = None
@@ -97,6 +97,10 @@ class Recast:
     shape: torch.Size
     stride: tuple[int, ...]
 
+    def values(self) -> Tensor:
+        """The copy."""
+        return self.parameter.to(self.dtype).as_strided(self.shape, self.stride, 0)
+
 
 Packed = Handle | Passed | Recast
 
@@ -112,6 +116,37 @@ def is_plain(tensor: Tensor) -> bool:
         and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         and tensor.untyped_storage().nbytes() > 0
     )
+
+
+def passed(tensor: Tensor) -> Passed:
+    """A tensor that is kept as it is, and its version where it has one."""
+    versioned = not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return Passed(tensor if tensor.is_leaf else tensor.detach(), tensor._version if versioned else None)
+
+
+def recast(tensor: Tensor, parameter: Tensor) -> Recast | None:
+    """How to make a cast copy of a parameter again; None where that does not give the same values.
+
+    It need not: the copy may have been laid out anew, or written to through `.data`, which no version shows.
+    """
+    data = parameter.detach()
+    made = Recast(data, data._version, tensor.dtype, tensor.shape, tensor.stride())
+    return made if torch.equal(made.values(), tensor.detach()) else None
+
+
+def with_gaps(values: Tensor, layout: tuple[torch.Size, tuple[int, ...]], exact: bool) -> Tensor:
+    """A tensor of a layout whose memory has gaps, from its values in order.
+
+    Rounded ones are given back without gaps. Exact ones get their strides again, since these choose kernels, and with
+    them the order in which numbers are added.
+    """
+    shape, stride = layout
+    once = [1 if s == 0 else n for n, s in zip(shape, stride, strict=True)]
+    values = values.view(once)
+    if exact:
+        values = torch.empty_strided(once, stride, dtype=values.dtype, device=values.device).copy_(values)
+        return values.as_strided(shape, stride)
+    return values.expand(shape)
 
 
 def changed(expected: int, found: int, shape: torch.Size) -> RuntimeError:
