@@ -5,7 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from foveate import bench
-from foveate.bench import activation_bounds, activation_tasks, activation_times, activation_training, activations, cases
+from foveate.bench import (
+    activation_bounds,
+    activation_budgets,
+    activation_tasks,
+    activation_times,
+    activation_training,
+    activations,
+    cases,
+)
 from foveate.bench.resnet import ResNet
 from foveate.errors import BudgetError, FoveateError
 
@@ -79,6 +87,18 @@ def test_bounds_count_what_was_measured():
     assert measured.figures["audits"] == len(rows) > 4
     assert measured.figures["bound_held"] == sum(r["error"] <= r["bound"] for r in rows) / len(rows)
     assert 0 < measured.figures["bound_used_tiny8_0.03"] < 2
+
+
+def test_budgets_are_met_or_refused():
+    measured = activation_budgets.measure_budgets([tiny_task()])
+    figures = measured.figures
+    assert figures["budget_refused"] == 1
+    assert len(measured.rounds) == len(activation_budgets.PLACES)
+    shares = [r["peak"] / r["budget"] for r in measured.rounds if r["peak"] is not None]
+    assert figures["budget_met"] == sum(s <= 1.03 for s in shares) / len(measured.rounds)
+    assert figures["budget_peak_worst"] == max(shares) < 1.1
+    assert figures["least_peak_ratio_tiny"] > 1
+    assert all(r["least"] <= r["budget"] < r["plain"] for r in measured.rounds)
 
 
 def test_times_are_of_three_ways_to_train():

@@ -42,6 +42,7 @@ class Task:
         batches: seed -> batches without end.
         loss: (model, batch) -> a scalar.
         held_out: (model in evaluation mode) -> its loss on data that it is not trained on.
+        settle: plain steps before bounds are measured, so that the gradient is not that of random weights.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Task:
     batches: Callable[[int], Iterator[Any]]
     loss: Callable[[nn.Module, Any], Tensor]
     held_out: Callable[[nn.Module], float]
+    settle: int = 0
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
         """A short rise and a cosine down to zero."""
@@ -139,7 +141,7 @@ def resnet20(folder: Path, share: float = 1.0) -> Task:
         "trained weights",
         _some(150, share),
         build,
-        lambda model: torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-4),
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4),
         batches,
         _classified,
         held_out,
@@ -206,6 +208,7 @@ def llama(folder: Path, share: float = 1.0) -> Task:
         batches,
         next_byte,
         held_out,
+        _some(60, share),
     )
 
 

@@ -115,10 +115,10 @@ def bench(
     ] = False,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="Of the benchmark activations: training, bounds or times; may be repeated. All without it."),
+        typer.Option(help="Of activations: training, bounds, budgets or times; may be repeated. All without it."),
     ] = None,
     share: Annotated[
-        float | None, typer.Option(help="Of the benchmark activations: the share of its steps and data to run, 0 to 1.")
+        float | None, typer.Option(help="Of activations: the share of its steps and data to run, 0 to 1.")
     ] = None,
     json_output: Json = False,
 ) -> None:
