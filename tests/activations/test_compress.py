@@ -111,3 +111,17 @@ def test_what_the_loss_does_not_depend_on_has_no_error() -> None:
     idle = {name: kept.level for name, kept in store.latest.kept.items() if "tanh" in name or "pooler" in name}
     assert idle
     assert set(idle.values()) <= {0, 2}
+
+
+def test_audits_are_closer_together_at_first_and_measure_anew() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    seen: dict[int, tuple[bool, bool]] = {}
+    with fv.compress_activations(model, error=0.2, audit_every=30, profile_every=1000) as store:
+        for number in range(40):
+            model(torch.randn(32, 64)).square().mean().backward()
+            assert store.latest is not None
+            seen[number] = store.latest.profiled, store.latest.audited
+    learnt = next(number for number, (_, audited) in seen.items() if audited) + 4
+    assert [number for number, (_, audited) in seen.items() if audited and number >= learnt] == [8, 16, 30, 32]
+    assert all(profiled for profiled, audited in seen.values() if audited)

@@ -1,8 +1,10 @@
 """Which steps measure what, and what the levels are between them: the store's decisions, apart from its hooks.
 
 The first step finds the sites. The next ones probe all families that need it, a few at a time, and audit until there is
-some trust in predictions; later steps do so now and then. Under a budget in bytes one early step is recorded instead of
-measured, and none is audited, since an audit holds the exact tensors.
+some trust in predictions. Later steps do so now and then, the 8th, 16th, 32nd and so on too, for training changes fast
+at first. An audited step is profiled as well, or predictions would be compared with a gradient that has long changed.
+Under a budget in bytes one early step is recorded instead of measured, and none is audited, since an audit holds the
+exact tensors.
 """
 
 from __future__ import annotations
@@ -66,13 +68,14 @@ class Planner:
         if settings.levels is not None:
             return Step(number)
         learning = number == 0 or self.ledger.unprobed()
-        profiled = learning or number % settings.profile_every == 0
-        trusted = len(self.ledger.trust.logs)
-        audited = not learning and can_pass and (trusted < _FIRST_AUDITS or number % settings.audit_every == 0)
+        early = number & (number - 1) == 0
+        trusted = len(self.ledger.trust.logs) >= _FIRST_AUDITS
+        audited = not learning and can_pass and (not trusted or early or number % settings.audit_every == 0)
         if settings.bytes is not None:
             audited = False  # it would hold the exact tensors
             if number == RECORDED_STEP:
                 return Step(number)  # whose peak is recorded
+        profiled = learning or audited or early or number % settings.profile_every == 0
         probed: tuple[str, ...] = ()
         if profiled and number and can_pass:
             probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning else settings.probes))

@@ -16,15 +16,16 @@ from foveate.bench.result import as_table as as_table
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "quality", "inputs", "decode", "cache", "peers", "saved")
+NAMES = ("kernels", "switch", "load", "quality", "inputs", "decode", "cache", "peers", "saved", "activations")
 
 
-def run(name: str, peers: bool = False) -> dict[str, Any]:
+def run(name: str, peers: bool = False, **options: Any) -> dict[str, Any]:
     """Run one benchmark with its default sizes.
 
     Args:
         name: one of `NAMES`.
         peers: of quality, whether to measure other libraries beside ours at equal bytes instead.
+        options: of activations, `parts` and `share`; see its `measure`.
 
     Returns:
         The object described at the head of this file.
@@ -37,5 +38,7 @@ def run(name: str, peers: bool = False) -> dict[str, Any]:
         raise FoveateError(f"benchmark (={name!r}) is not one of {', '.join(NAMES)}")
     if peers and name != "quality":
         raise FoveateError(f"peers of {name}: only quality is measured beside other libraries on request")
+    if options and name != "activations":
+        raise FoveateError(f"{name} has no parts and no share: only activations has")
     module = "quality_peers" if peers else name
-    return finished(module, import_module(f"foveate.bench.{module}").measure())
+    return finished(module, import_module(f"foveate.bench.{module}").measure(**options))

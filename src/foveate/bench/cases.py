@@ -102,7 +102,7 @@ class SentenceEncoder(nn.Module):
         return mean_BD
 
 
-def _pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
+def pairs(path: Path) -> tuple[list[tuple[str, str]], list[float]]:
     """The sentence pairs of an STS benchmark file, and their scores from 0 to 5."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -122,8 +122,8 @@ def sentences(folder: Path, share: float = 1.0) -> Case:
         ]
         return [{k: e[k] for k in ("input_ids", "attention_mask")} for e in encoded]
 
-    dev, _ = _pairs(folder / "stsb" / "sts-dev.csv")
-    test, scores = _pairs(folder / "stsb" / "sts-test.csv")
+    dev, _ = pairs(folder / "stsb" / "sts-dev.csv")
+    test, scores = pairs(folder / "stsb" / "sts-test.csv")
     step = max(1, round(2 / share))  # every second pair
     test, scores = test[::step], scores[::step]
     calibration = sorted({s for pair in dev for s in pair})[:: max(1, round(6 / share))]

@@ -113,6 +113,13 @@ def bench(
     peers: Annotated[
         bool, typer.Option("--peers", help="Of the benchmark quality: other libraries beside ours at equal bytes.")
     ] = False,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Of activations: training, bounds, budgets or times; may be repeated. All without it."),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Of activations: the share of its steps and data to run, 0 to 1.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Run a benchmark and print its figures, the machine and the raw rounds."""
@@ -124,7 +131,8 @@ def bench(
             raise CheckpointError(f"{file.parent} is not a folder to write {file.name} into")
     if plot is not None and name != "peers":
         raise FoveateError(f"--plot draws what the benchmark peers measures, not {name}")
-    found = benchmarks.run(name, peers)
+    options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}
+    found = benchmarks.run(name, peers, **options)
     text = emit(found, out)
     if plot is not None:
         plot.write_text(speed_plot(found["rounds"]), encoding="utf-8")
