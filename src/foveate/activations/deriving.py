@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from foveate.activations.identity import interval_of, parameter_of
 from foveate.activations.packed import Derived, Payload, is_plain, source_of
@@ -24,7 +24,7 @@ class Recipes:
 
     def __init__(self, stored: Callable[[Tensor], Payload | None]) -> None:
         self._stored = stored
-        self._by_storage: dict[int, tuple[StorageWeakRef, int, Recipe]] = {}
+        self._by_storage: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Recipe]] = {}
 
     def find(self, tensor: Tensor) -> Recipe | None:
         """The recipe whose result lies in the tensor's storage, at its version."""
@@ -45,6 +45,8 @@ class Recipes:
         tensors = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor)]
         if any(not is_plain(t) or t.untyped_storage()._cdata == storage._cdata for t in tensors):
             return  # in place, or nothing that has values
+        if torch.is_autocast_enabled(result.device.type) and any(t.dtype != result.dtype for t in tensors):
+            return  # the cast is autocast's, which is off in backward
         made = self._norm(call, result) if call.function in NORMS else self._plain(call)
         if made is None:
             return
@@ -54,7 +56,10 @@ class Recipes:
         roots = tuple(dict.fromkeys(root for a in found for root in _roots_of(a)))
         if roots and depth <= DEPTH:
             recipe = Recipe(function, args, kwargs, result.shape, result.stride(), result.dtype, depth, roots)
-            self._by_storage[storage._cdata] = (StorageWeakRef(storage), result._version, recipe)
+            key = storage._cdata
+            known = self._by_storage
+            alive = weakref.ref(storage, lambda _: known.pop(key, None) and None)
+            known[key] = (alive, result._version, recipe)
 
     def _plain(self, call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
         """An elementwise function with its tensors exchanged for where they are found; None if one is not."""
