@@ -15,9 +15,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import foveate as fv
 
-#: Of those that draw random numbers only the ones that the seed does not fix: none at the moment.
-NOT_DETERMINISTIC: dict[str, str] = {}
-
 Change = Callable[[Tensor], Tensor]
 
 
@@ -48,22 +45,34 @@ class Case:
         return list(torch.autograd.grad(roots, self.leaves, weights, allow_unused=True))
 
 
-def names() -> list[str]:
-    """Of all operators in the sweep, sorted."""
-    return sorted({_name(op) for op in op_db if _swept(op)} - set(NOT_DETERMINISTIC))
+def names() -> set[str]:
+    """Of all operators in the sweep."""
+    return {_name(op) for op in op_db if _swept(op)}
 
 
 def cases(share: int, shares: int, samples: int = 2) -> Iterator[Case]:
-    """One share of the database: of each operator its first calls, its in-place form, and odd inputs."""
-    for op in op_db[share::shares]:
-        if not _swept(op) or _name(op) in NOT_DETERMINISTIC:
-            continue
-        torch.manual_seed(0)
-        drawn = list(itertools.islice(op.sample_inputs("cpu", torch.float32, requires_grad=True), 24))
+    """One share of the database: of each operator a few calls, and their in-place form."""
+    for op, drawn in _drawn(share, shares):
         for sample in _spread(drawn, samples):
-            yield _case(op, op.op, sample, _same)
+            yield _case(op, op.op, sample, _same, torch.float32)
             if op.inplace_variant is not None and op.supports_inplace_autograd:
-                yield _case(op, op.inplace_variant, sample, _same)
+                yield _case(op, op.inplace_variant, sample, _same, torch.float32)
+
+
+def odd_cases(share: int, shares: int) -> Iterator[Case]:
+    """One call of each operator with each kind of odd input."""
+    for op, drawn in _drawn(share, shares):
+        for change in (_with_gaps, _transposed, _expanded, _not_finite, _same):
+            dtype = torch.float64 if change is _same else torch.float32
+            if dtype in op.supported_dtypes("cpu"):
+                yield _case(op, op.op, drawn[-1], change, dtype)
+
+
+def _drawn(share: int, shares: int) -> Iterator[tuple[OpInfo, list[SampleInput]]]:
+    for op in op_db[share::shares]:
+        if _swept(op):
+            torch.manual_seed(0)
+            yield op, list(itertools.islice(op.sample_inputs("cpu", torch.float32, requires_grad=True), 24))
 
 
 def _spread(drawn: list[SampleInput], count: int) -> list[SampleInput]:
@@ -75,6 +84,24 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def _with_gaps(tensor: Tensor) -> Tensor:
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.transpose(0, -1).contiguous().transpose(0, -1) if tensor.dim() > 1 else tensor
+
+
+def _expanded(tensor: Tensor) -> Tensor:
+    return tensor[:1].expand_as(tensor) if tensor.dim() and tensor.numel() else tensor
+
+
+def _not_finite(tensor: Tensor) -> Tensor:
+    flat = torch.arange(tensor.numel()).view(tensor.shape) % 7
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=tensor.dtype)
+    return torch.where(flat < 3, odd[flat.clamp_max(2)], tensor)
+
+
 def _swept(op: OpInfo) -> bool:
     return bool(op.supports_autograd and torch.float32 in op.supported_dtypes("cpu"))
 
@@ -83,9 +110,11 @@ def _name(op: OpInfo) -> str:
     return op.name + ("." + op.variant_test_name if op.variant_test_name else "")
 
 
-def _case(op: OpInfo, function: Callable[..., Any], sample: SampleInput, change: Change) -> Case:
+def _case(op: OpInfo, function: Callable[..., Any], sample: SampleInput, change: Change, dtype: torch.dtype) -> Case:
     arguments, spec = tree_flatten(((sample.input, *sample.args), sample.kwargs))
     places = [i for i, a in enumerate(arguments) if isinstance(a, Tensor) and a.requires_grad]
+    if dtype == torch.float64:
+        arguments = [a.double() if isinstance(a, Tensor) and a.dtype == torch.float32 else a for a in arguments]
     leaves = [arguments[i].detach().clone().requires_grad_() for i in places]
     plain = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
     return Case(_name(op), function, leaves, plain, places, spec, change)
@@ -106,7 +135,8 @@ def same(wanted: list[Tensor | None], found: list[Tensor | None]) -> bool:
 def _equal(wanted: Tensor, found: Tensor) -> bool:
     if wanted.layout != torch.strided:
         wanted, found = wanted.to_dense(), found.to_dense()
-    return wanted.shape == found.shape and bool(((wanted == found) | (wanted.isnan() & found.isnan())).all())
+    same_values = ((wanted == found) | (wanted.isnan() & found.isnan())).all()
+    return wanted.shape == found.shape and wanted.dtype == found.dtype and bool(same_values)
 
 
 def finite(tensors: list[Tensor | None]) -> bool:

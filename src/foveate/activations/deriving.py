@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from foveate.activations.identity import interval_of, parameter_of
 from foveate.activations.packed import Derived, Payload, is_plain, source_of
 from foveate.activations.recipes import DEPTH, NORMS, Parameter, Recipe, Source, norm_arguments, normalised
 from foveate.activations.scope import Call
-
-#: Recipes after which those of tensors that are gone are dropped.
-_FIRST_SWEEP = 256
-
 
 class Recipes:
     """The recipes of one forward pass, found again by the storage of their results.
@@ -27,8 +23,7 @@ class Recipes:
 
     def __init__(self, stored: Callable[[Tensor], Payload | None]) -> None:
         self._stored = stored
-        self._by_storage: dict[int, tuple[StorageWeakRef, int, Recipe]] = {}
-        self._sweep_at = _FIRST_SWEEP
+        self._by_storage: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, Recipe]] = {}
 
     def find(self, tensor: Tensor) -> Recipe | None:
         """The recipe whose result lies in the tensor's storage, at its version."""
@@ -49,6 +44,8 @@ class Recipes:
         tensors = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor)]
         if any(not is_plain(t) or t.untyped_storage()._cdata == storage._cdata for t in tensors):
             return  # in place, or nothing that has values
+        if torch.is_autocast_enabled(result.device.type) and any(t.dtype != result.dtype for t in tensors):
+            return  # the cast is autocast's, which is off in backward
         made = self._norm(call, result) if call.function in NORMS else self._plain(call)
         if made is None:
             return
@@ -58,10 +55,10 @@ class Recipes:
         roots = tuple(dict.fromkeys(root for a in found for root in _roots_of(a)))
         if roots and depth <= DEPTH:
             recipe = Recipe(function, args, kwargs, result.shape, result.stride(), result.dtype, depth, roots)
-            self._by_storage[storage._cdata] = (StorageWeakRef(storage), result._version, recipe)
-            if len(self._by_storage) >= self._sweep_at:  # many passes without a backward, perhaps
-                alive = {key: entry for key, entry in self._by_storage.items() if not entry[0].expired()}
-                self._by_storage, self._sweep_at = alive, max(_FIRST_SWEEP, 2 * len(alive))
+            key = storage._cdata
+            known = self._by_storage
+            alive = weakref.ref(storage, lambda _: known.pop(key, None) and None)
+            known[key] = (alive, result._version, recipe)
 
     def _plain(self, call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
         """An elementwise function with its tensors exchanged for where they are found; None if one is not."""

@@ -172,12 +172,6 @@ def two_valued(flat: Tensor) -> Masked | None:
     return Masked(bits, two, flat.numel()) if two.numel() else None
 
 
-def signs(flat: Tensor) -> Masked:
-    """1 where a value is positive, 0 elsewhere: what the backward of ReLU compares with 0."""
-    bits = torch.ops.foveate.mask_pack(flat, 0.0)
-    return Masked(bits, torch.tensor([0, 1], dtype=flat.dtype, device=flat.device), flat.numel())
-
-
 def narrowed(flat: Tensor) -> Narrow | None:
     """Integers in the fewest bits that hold them; None where that saves nothing."""
     low, high = (int(v) for v in torch.aminmax(flat))

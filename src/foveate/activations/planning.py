@@ -44,7 +44,7 @@ class Planner:
         self._settings = settings
         self.ledger = Ledger(settings.window, settings.default)
         self.levels: dict[str, int] = {}
-        self.unseen = set(settings.levels or ())
+        self.unseen = set(settings.levels or ()) - {"*"}  # which one level for all is
 
     def level_of(self, name: str) -> int:
         """The level of a site."""

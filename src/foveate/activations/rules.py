@@ -2,8 +2,9 @@
 
     ReLU needs a sign, pooling a shape, cross-entropy its exact log-probabilities, a linear layer its input on average
 
-A rule says, for one torch function, which saved tensors may lose bits (`Need.VALUES`), which are needed for their sign
-or shape alone (`Need.SIGN`, `Need.SHAPE`: lossless at a bit or at nothing), and which must stay exact (`Need.EXACT`).
+A rule says, for one torch function, which saved tensors may lose bits (`Need.VALUES`), of which backward only asks
+whether they are within bounds, or their shape (lossless at a bit or at nothing), and which must stay exact
+(`Need.EXACT`): weights, statistics, what is divided by, what is compared with another (the greatest of some values).
 `linear` marks functions whose backward is linear in the saved input and reaches the gradient of the weight alone: their
 error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is
 saved: stochastic rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a
@@ -26,9 +27,25 @@ class Need(Enum):
     """What backward needs of a saved tensor."""
 
     VALUES = "values"
-    SIGN = "sign"
+    #: Whether it is <= 0, and NaN is not.
+    PASSES = "passes"
+    #: Whether it is > 0, and NaN is not.
+    POSITIVE = "positive"
+    #: Whether it is within bounds.
+    INSIDE = "inside"
     SHAPE = "shape"
     EXACT = "exact"
+    #: The very memory, which the function fills after autograd has saved it.
+    LEAVE = "leave"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Where the gradient of a function goes on; `strict` without the bounds themselves."""
+
+    low: float | None
+    high: float | None
+    strict: bool
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,7 @@ class Rule:
         exact: positions or names of arguments whose saved copies stay exact: weights, masks, running statistics.
         linear: the closed form that holds for its one lossy tensor: `linear`, `conv` or none (measured by probes).
         curved: whether backward is not linear in what is saved.
+        power: whether it raises its first argument to its second.
         floor: the least level.
         smallest_share: saved tensors with fewer values than this share of the largest argument's are statistics (mean,
             reciprocal deviation, logsumexp), and exact.
@@ -50,6 +68,7 @@ class Rule:
     exact: tuple[int | str, ...] = ()
     linear: str = ""
     curved: bool = False
+    power: bool = False
     floor: int = 2
     smallest_share: float = 0.0
     known: bool = True
@@ -60,10 +79,39 @@ _CONV = Rule(exact=(1, "weight", 2, "bias"), linear="conv")
 _BILINEAR = Rule()
 _CURVED = Rule(curved=True)
 _NORM = Rule(curved=True, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5)
-_SIGN = Rule(Need.SIGN)
 _SHAPE = Rule(Need.SHAPE)
 _EXACT = Rule(Need.EXACT)
 _GUARDED = Rule(floor=16, curved=True, exact=(1, 2, "target", "weight"))
+
+#: Losses, and what has nothing to round but masks and indices.
+_LOSSES = (
+    *("nll_loss", "logsumexp", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "ctc_loss"),
+    *("l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss", "hinge_embedding_loss"),
+    *("margin_ranking_loss", "multi_margin_loss", "multilabel_margin_loss", "triplet_margin_loss"),
+    *("cosine_embedding_loss", "soft_margin_loss", "multilabel_soft_margin_loss"),
+    *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+    *("embedding", "embedding_bag"),
+)
+#: Backward finds the chosen values by comparing: rounded ones would be nowhere, or in many places.
+_SELECTING = (
+    *("max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin", "median", "nanmedian"),
+    *("kthvalue", "cummax", "cummin", "scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_"),
+    *("segment_reduce", "norm", "renorm", "renorm_", "dist", "cdist", "abs", "abs_", "sign", "sgn", "threshold"),
+    *("threshold_", "hardshrink", "softshrink", "where", "masked_fill", "masked_fill_"),
+)
+#: Backward divides by what is saved, or takes a root or a logarithm of it.
+_SINGULAR = (
+    *("div", "div_", "divide", "true_divide", "__truediv__", "__rtruediv__", "__itruediv__", "__rdiv__", "__div__"),
+    *("reciprocal", "reciprocal_", "remainder", "fmod", "__mod__", "addcdiv", "addcdiv_", "prod", "cumprod"),
+    *("log", "log_", "log2", "log2_", "log10", "log10_", "log1p", "log1p_", "logit", "logit_", "xlogy", "xlogy_"),
+    *("sqrt", "sqrt_", "asin", "acos", "atanh", "acosh", "arcsin", "arccos", "arctanh", "arccosh", "asin_", "acos_"),
+    *("atanh_", "acosh_", "atan2", "arctan2", "hypot", "erfinv", "erfinv_", "lgamma", "digamma", "polygamma"),
+    *("mvlgamma", "logcumsumexp", "logaddexp", "logaddexp2", "std", "std_mean", "normalize", "cosine_similarity"),
+    *("pairwise_distance", "local_response_norm", "cholesky", "cholesky_inverse", "cholesky_solve", "svd", "qr"),
+    *("inverse", "pinverse", "det", "logdet", "slogdet", "triangular_solve", "lu", "ormqr", "geqrf", "lp_pool1d"),
+    *("lp_pool2d", "lp_pool3d", "pdist", "nansum", "angle", "polar"),
+)
+_SINGULAR_FAMILIES = ("linalg_", "special_", "_linalg_")
 
 #: Of a function nothing is known about.
 UNKNOWN = Rule(curved=True, smallest_share=0.05, known=False)
@@ -78,11 +126,16 @@ RULES: Mapping[str, Rule] = {
         _BILINEAR,
     ),
     **dict.fromkeys(("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"), _BILINEAR),
-    **dict.fromkeys(("relu", "relu_", "leaky_relu", "leaky_relu_"), _SIGN),
+    **dict.fromkeys(("relu", "relu_"), Rule(Need.PASSES)),
+    **dict.fromkeys(("leaky_relu", "leaky_relu_"), Rule(Need.POSITIVE)),
+    **dict.fromkeys(("relu6", "hardtanh", "hardtanh_", "hardsigmoid"), Rule(Need.INSIDE)),
+    **dict.fromkeys(("clamp", "clamp_", "clip", "clip_", "clamp_min", "clamp_min_"), Rule(Need.INSIDE)),
+    **dict.fromkeys(("clamp_max", "clamp_max_"), Rule(Need.INSIDE)),
+    **dict.fromkeys(("rrelu", "rrelu_"), Rule(Need.LEAVE)),
     **dict.fromkeys(
         (
             f"{kind}_pool{space}d{indices}"
-            for kind in ("max", "avg", "adaptive_max", "adaptive_avg")
+            for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "fractional_max")
             for space in (1, 2, 3)
             for indices in ("", "_with_indices")
         ),
@@ -91,31 +144,37 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("gelu", "silu", "elu", "celu", "selu", "softplus", "mish", "hardswish", "sigmoid", "tanh"), _CURVED
     ),
-    **dict.fromkeys(("pow", "__pow__", "square", "exp", "sqrt", "rsqrt", "sigmoid_", "tanh_", "softmax"), _CURVED),
+    **dict.fromkeys(("square", "exp", "exp_", "rsqrt", "sigmoid_", "tanh_", "softmax"), _CURVED),
+    **dict.fromkeys(("pow", "pow_", "__pow__", "__ipow__", "float_power"), Rule(curved=True, power=True)),
+    **dict.fromkeys(("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), Rule(exact=(1, "grid"))),
     **dict.fromkeys(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"), _NORM),
     "scaled_dot_product_attention": Rule(curved=True, exact=(3, "attn_mask"), smallest_share=0.5),
     "multi_head_attention_forward": Rule(curved=True, smallest_share=0.05),
     **dict.fromkeys(("log_softmax", "cross_entropy"), _GUARDED),
-    **dict.fromkeys(
-        [
-            "nll_loss",
-            "logsumexp",
-            "binary_cross_entropy",
-            "binary_cross_entropy_with_logits",
-            "kl_div",
-            "ctc_loss",
-            "dropout",
-            "embedding",
-            "embedding_bag",
-        ],
-        _EXACT,
-    ),
+    **dict.fromkeys((*_LOSSES, *_SELECTING, *_SINGULAR), _EXACT),
 }
 
 
 def rule_of(function: str) -> Rule:
     """The rule of a torch function, by its `__name__`."""
+    if function.startswith(_SINGULAR_FAMILIES):
+        return _EXACT
     return RULES.get(function, UNKNOWN)
+
+
+def bounds_of(function: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Bounds | None:
+    """The bounds of a call whose rule is `Need.INSIDE`; None where they are tensors."""
+    kind = function.rstrip("_")
+    if kind in ("relu6", "hardsigmoid"):
+        return Bounds(0.0, 6.0, True) if kind == "relu6" else Bounds(-3.0, 3.0, True)
+    strict = kind == "hardtanh"
+    names = {"hardtanh": ("min_val", "max_val"), "clamp_max": ("max",)}.get(kind, ("min", "max"))
+    given = {**dict(zip(names, args[1:], strict=False)), **kwargs}
+    low, high = given.get("min_val", -1.0 if strict else None), given.get("max_val", 1.0 if strict else None)
+    low, high = given.get("min", low), given.get("max", high)
+    if any(isinstance(bound, Tensor) for bound in (low, high)) or (low is None and high is None):
+        return None
+    return Bounds(low, high, strict)
 
 
 def need_of(rule: Rule, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Need:
@@ -127,6 +186,8 @@ def need_of(rule: Rule, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[s
     """
     if rule.need is not Need.VALUES:
         return rule.need
+    if rule.power and not (len(args) == 2 and isinstance(args[1], (int, float)) and args[1] >= 1):
+        return Need.EXACT  # a power below 1 divides by what is saved; one that is a tensor takes its logarithm
     storage = tensor.untyped_storage()._cdata
 
     def holds(argument: Any) -> bool:

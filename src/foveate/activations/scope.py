@@ -8,6 +8,7 @@ one call of the module `layers.0.mlp`.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,7 @@ class Scope(TorchFunctionMode):
         self._call: Call | None = None
         self._handles: list[RemovableHandle] = []
         self.between: Callable[[], None] = _nothing
+        self._thread = 0  # hooks of modules run in all threads, modes in one
 
     @property
     def call(self) -> Call:
@@ -133,6 +135,7 @@ class Scope(TorchFunctionMode):
 
     def __enter__(self) -> Scope:
         self._frames, self._call = [Frame(OUTSIDE)], None
+        self._thread = threading.get_ident()
         self._handles = [
             nn.modules.module.register_module_forward_pre_hook(self._entered),
             nn.modules.module.register_module_forward_hook(self._left, always_call=True),
@@ -147,12 +150,13 @@ class Scope(TorchFunctionMode):
 
     def _entered(self, module: nn.Module, _: Any) -> None:
         name = self._names.get(id(module))
-        if name is not None and not torch.compiler.is_compiling():
+        if name is not None and not torch.compiler.is_compiling() and self._thread == threading.get_ident():
             self._frames.append(Frame(name))
 
     def _left(self, module: nn.Module, *_: Any) -> None:
         name = self._names.get(id(module))
-        if name is not None and len(self._frames) > 1 and self._frames[-1].module == name:
+        mine = len(self._frames) > 1 and self._frames[-1].module == name and self._thread == threading.get_ident()
+        if name is not None and mine:
             self._frames.pop()
 
     def __torch_function__(

@@ -62,6 +62,8 @@ def conv_error(
         options: `stride`, `padding`, `dilation` and `groups` of the convolution.
     """
     groups, space = options["groups"], len(kernel)
+    if gradient.dim() == space + 1:  # one image without a batch: its input was saved with one
+        gradient = gradient.unsqueeze(0)
     energy = gradient.detach().float().square().unflatten(1, (groups, -1)).sum(2)
     transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[space - 1]
     ones = energy.new_ones(groups, 1, *kernel)
@@ -99,4 +101,6 @@ def conv_options(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[
     for name in ("stride", "dilation", "padding"):
         if isinstance(options[name], int):
             options[name] = (options[name],) * len(kernel)
+        elif len(options[name]) == 1:
+            options[name] = tuple(options[name]) * len(kernel)
     return kernel, options

@@ -181,12 +181,12 @@ class Step:
     def _watcher(self, index: int) -> Callable[[Tensor], None]:
         def watch(gradient: Tensor) -> None:
             dense = gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()
-            self._energy.append(dense.float().square().sum())
+            self._energy.append(dense.abs().float().square().sum())
             for name, references in self._references.items():
                 reference = references[index]
                 if reference is not None:
                     strided = reference.to_dense() if reference.layout != torch.strided else reference
-                    self._differences.setdefault(name, []).append((dense.float() - strided.float()).square().sum())
+                    self._differences.setdefault(name, []).append((dense - strided).abs().float().square().sum())
                     references[index] = None
 
         return watch

@@ -20,26 +20,31 @@ from torch import Tensor, nn
 
 from foveate.activations import sensitivity
 from foveate.activations.deriving import Recipes
-from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, witness
+from foveate.activations.extra import can_run_again
+from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
 from foveate.activations.ledger import family_of, grouped_bytes
-from foveate.activations.packed import Derived, Handle, Packed, Passed, Payload, Recast, changed, is_plain, source_of
-from foveate.activations.payloads import (
-    GROUPED_LEVELS,
-    Empty,
-    Exact,
-    Form,
-    Grouped,
-    grouped,
-    narrowed,
-    signs,
-    two_valued,
+from foveate.activations.lossless import lossless
+from foveate.activations.packed import (
+    Derived,
+    Handle,
+    Packed,
+    Passed,
+    Payload,
+    Recast,
+    changed,
+    is_plain,
+    passed,
+    recast,
+    source_of,
+    with_gaps,
 )
+from foveate.activations.payloads import GROUPED_LEVELS, Exact, Form, Grouped, grouped
 from foveate.activations.planning import RECORDED_STEP, Planner
 from foveate.activations.policy import LEVELS
 from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
-from foveate.activations.rules import UNKNOWN, Need, Rule, need_of, rule_of
+from foveate.activations.rules import UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
 from foveate.activations.scope import Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Record, Step, arguments_of_backward
@@ -93,33 +98,37 @@ class ActivationStore:
                 RuntimeWarning,
                 stacklevel=2,
             )
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        hooks.__enter__()  # fails where torch forbids them
+        self._hooks = hooks
         self._scope.__enter__()
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
-        self._hooks.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         hooks, self._hooks = self._hooks, None
         if hooks is not None:
-            hooks.__exit__()
             self._tracking.leave()
             self._scope.__exit__(*exception)
+            hooks.__exit__()
+            if self._step is not None and self._step.begun:
+                self._abandon()  # its backward failed
+            self._last = None
 
     # --- forward
 
     def _pack(self, tensor: Tensor) -> Packed:
         if not is_plain(tensor):
-            return Passed(tensor if tensor.is_leaf else tensor.detach(), None)
+            return passed(tensor)
         origin = parameter_of(tensor)
         interval = interval_of(tensor)
         if origin is not None:
             whole = interval.dense and interval.length == origin.parameter.numel() and interval.start == 0
-            if not origin.views_only and whole and type(origin.parameter) is nn.Parameter:
-                parameter = origin.parameter.detach()
-                return Recast(parameter, parameter._version, tensor.dtype, tensor.shape, tensor.stride())
-            return Passed(tensor.detach(), tensor._version)
+            found = None
+            if whole and not origin.views_only and type(origin.parameter) is nn.Parameter:
+                found = recast(tensor, origin.parameter)
+            return found or passed(tensor)
         if torch._C._current_graph_task_id() != -1:  # a graph of the gradient, or a recomputation: used at once
-            return Passed(tensor.detach(), tensor._version)
+            return passed(tensor)
         step, call = self._current_step(), self._scope.call
         name = call.next_name()
         rule = rule_of(call.function)
@@ -166,7 +175,7 @@ class ActivationStore:
                 return payload.need in (Need.VALUES, Need.EXACT)
             if need is Need.EXACT:
                 return payload.need in (Need.VALUES, Need.EXACT) and not payload.lossy
-            return payload.need is need
+            return payload.need is need and need is not Need.INSIDE
 
         return self._shelf.find(tensor, interval, fits)
 
@@ -175,33 +184,26 @@ class ActivationStore:
         if interval.dense:
             flat = data.as_strided((interval.length,), (1,), interval.start)
         else:
-            flat = data.contiguous().view(-1)
-        differentiable = tensor.requires_grad or bool(rule.linear)
-        form, need = self._lossless(flat, need, differentiable)
-        payload = Payload(name, step, need, interval, form or Exact(flat))
+            flat = without_repeats(data).contiguous().view(-1)
+        call = self._scope.call
+        bounds = bounds_of(call.function, call.args, call.kwargs) if need is Need.INSIDE else None
+        if need is Need.INSIDE and bounds is None:
+            need = Need.EXACT
+        constant = not (tensor.requires_grad or rule.linear)
+        form, need = lossless(flat, need, bounds, constant, self.settings.smallest)
+        payload = Payload(name, step, need, interval, form)
         if not interval.dense:
             payload.layout = (tensor.shape, tensor.stride())
-        if form is None and need is Need.VALUES and flat.dtype in _ROUNDED:
+        if need is Need.VALUES and flat.dtype in _ROUNDED:
             self._round(payload, flat, rule)
-        elif isinstance(payload.form, Exact) and interval.dense and 2 * flat.nbytes < data.untyped_storage().nbytes():
+        elif (
+            isinstance(form, Exact)
+            and interval.dense
+            and rule.need is not Need.LEAVE
+            and 2 * flat.nbytes < data.untyped_storage().nbytes()
+        ):
             payload.form = Exact(flat.clone())  # or a small part would keep a large storage alive
         return payload
-
-    def _lossless(self, flat: Tensor, need: Need, differentiable: bool) -> tuple[Form | None, Need]:
-        """A form that loses nothing and takes less, if there is one, and what it then serves."""
-        if flat.numel() == 0:
-            return Exact(flat), Need.EXACT
-        if need is Need.SHAPE and flat.is_floating_point():
-            return Empty(flat.numel(), flat.dtype, flat.device), need
-        if flat.numel() < self.settings.smallest:
-            return Exact(flat), Need.EXACT
-        if flat.dtype == torch.bool or (flat.is_floating_point() and not differentiable):
-            return two_valued(flat), Need.EXACT
-        if not flat.is_floating_point():
-            return narrowed(flat), Need.EXACT
-        if need is Need.SIGN and flat.dtype in _ROUNDED:
-            return signs(flat), need
-        return None, Need.EXACT if need is Need.SIGN else need
 
     def _round(self, payload: Payload, flat: Tensor, rule: Rule) -> None:
         """Store a float run at its site's level, with what the step measures beside it."""
@@ -258,7 +260,7 @@ class ActivationStore:
             record = payload.record
             if self._reading or record is None:
                 return
-            record.add_gradient(gradient.detach().float().square().mean())
+            record.add_gradient(gradient.detach().abs().float().square().mean())
             if not rule.linear:
                 return
             if rule.linear == "conv" and whole:
@@ -282,7 +284,7 @@ class ActivationStore:
         if isinstance(packed, Recast):
             if packed.parameter._version != packed.version:
                 raise changed(packed.version, packed.parameter._version, packed.shape)
-            return packed.parameter.to(packed.dtype).as_strided(packed.shape, packed.stride, 0)
+            return packed.values()
         if packed.witness._version != packed.version:
             raise changed(packed.version, packed.witness._version, packed.source.shape)
         step = packed.source.item.step
@@ -294,7 +296,7 @@ class ActivationStore:
         """A tensor as it lies in what is stored."""
         values = self._values(source.item)
         if source.item.layout is not None:
-            return values.view(source.shape)
+            return with_gaps(values, source.item.layout, not source.item.lossy)
         return values.as_strided(source.shape, source.stride, int(values.storage_offset()) + source.offset)
 
     def _values(self, payload: Payload) -> Tensor:
@@ -303,8 +305,9 @@ class ActivationStore:
             form = payload.exact or form
         elif self._reading and payload.other is not None and family_of(payload.site) == self._reading:
             form = payload.other
-        if self._last is not None and self._last[0] is form:  # q, k and v ask for one input, one after another
-            return self._last[1]
+        last = self._last
+        if last is not None and last[0] is form:  # q, k and v ask for one input, one after another
+            return last[1]
         values = form.values()
         self._tracking.restored(payload.token, values)
         self._last = (form, values)
@@ -316,8 +319,14 @@ class ActivationStore:
         if step is not None and not step.begun and step.wants_passes and self._can_pass:
             found = arguments_of_backward(func, args, kwargs)
             if found is not None:
-                self._can_pass = step.run_passes(*found, self._parameters(), self._read)
-        result = func(*args, **kwargs)
+                self._can_pass = can_run_again(found[0], self._parameters()) and step.run_passes(
+                    *found, self._parameters(), self._read
+                )
+        try:
+            result = func(*args, **kwargs)
+        except BaseException:
+            self._abandon()
+            raise
         if self._refused is not None:
             raise self._refused
         return result
@@ -330,22 +339,28 @@ class ActivationStore:
         self._reading, self._last = what, None
 
     def _parameters(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return [p for p in self.model.parameters() if p.requires_grad and type(p) in (Tensor, nn.Parameter)]
 
     def _current_step(self) -> Step:
         """The step that is being stored; a new one where the last one's backward is over or failed."""
         self._last = None
-        if self._step is not None and self._step.begun:
-            self._step.drop()
-            self._step = None
+        if self._step is not None and (self._step.begun or (self._shelf.empty and self._step.kept)):
+            self._abandon()  # its backward failed, or its graph was dropped
         if self._step is None:
             self._step = self.planner.step(self.steps, self._can_pass)
             self._scope.restart()
         return self._step
 
+    def _abandon(self) -> None:
+        """Forget a step that will not be finished."""
+        if self._step is not None:
+            self._step.drop()
+        self._step, self._last = None, None
+        self._recipes.clear()
+
     def _begin(self, step: Step) -> None:
         self._recipes.clear()
-        step.begin(self._parameters())
+        step.begin(self._parameters() if self._hooks is not None else ())
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(step))
 
     def _finish(self, step: Step) -> None:
