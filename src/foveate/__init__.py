@@ -53,6 +53,8 @@ from foveate.nn.registry import apply as apply
 from foveate.nn.registry import current_map as current_map
 from foveate.nn.registry import profile_of as profile_of
 from foveate.nn.registry import use_static_scales as use_static_scales
+from foveate.nn.smooth import Smoothed as Smoothed
+from foveate.nn.smooth import smooth as smooth
 from foveate.repair import repair as repair
 from foveate.verify import Outcome as Outcome
 from foveate.verify import Verification as Verification
