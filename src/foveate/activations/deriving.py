@@ -14,6 +14,7 @@ from foveate.activations.packed import Derived, Payload, is_plain, source_of
 from foveate.activations.recipes import DEPTH, NORMS, Parameter, Recipe, Source, norm_arguments, normalised
 from foveate.activations.scope import Call
 
+
 class Recipes:
     """The recipes of one forward pass, found again by the storage of their results.
 
