@@ -25,7 +25,7 @@ def _output_error(w: Tensor, rounded: Rounded, level: int, covariance: Tensor) -
     return float((error @ covariance * error).sum())
 
 
-@pytest.mark.parametrize(("rows", "columns", "group"), [(24, 128, 64), (67, 200, 128), (40, 300, 32)])
+@pytest.mark.parametrize(("rows", "columns", "group"), [(96, 128, 64), (67, 200, 128), (40, 300, 32)])
 def test_less_error_of_the_output(rows: int, columns: int, group: int) -> None:
     x, w = _inputs(columns), torch.randn(rows, columns)
     covariance = x.t() @ x / len(x)
@@ -84,7 +84,9 @@ def test_a_covariance_of_no_use_leaves_nearest(value: float) -> None:
 
 
 def test_groups_without_spread() -> None:
-    w = torch.full((4, 64), 0.25)
+    w = torch.cat([torch.zeros(4, 32), torch.full((4, 32), 0.25)], 1)
     x = _inputs(64)
     fed = with_feedback(w, round_weight(w, group=32), x.t() @ x)
-    assert torch.equal(read_at(fed, 8), w)
+    assert not read_at(fed, 8)[:, :32].any()
+    # a step of 4 bits, of a scale that may be a sixteenth of the value
+    assert float((read_at(fed, 8) - w).abs().max()) <= 0.25 * 8 / 127 * (1 + 1 / 16)

@@ -51,7 +51,7 @@ def group_for(columns: int) -> int:
 
     At equal bytes it also has the least error (docs/decisions.md).
     """
-    return min(GROUPS, key=lambda group: (-(-columns // group) * (group * 4 + 32), group))
+    return min(GROUPS, key=lambda group: (-(-columns // group) * (group * 4 + 16), group))
 
 
 def quantize(

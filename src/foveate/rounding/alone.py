@@ -1,7 +1,7 @@
 """Round a weight for one level and no other: what nested codes are measured against.
 
-The grid is searched as `nearest` searches it, for the error of this level alone; with a covariance the codes get the
-error feedback of this level alone, which is GPTQ with searched scales.
+The grid is searched as `nearest` searches it, but in float16, as other libraries have it, and for the error of this
+level alone; with a covariance the codes get the error feedback of this level alone, which is GPTQ with searched scales.
 """
 
 from __future__ import annotations
@@ -12,6 +12,13 @@ from torch import Tensor
 from foveate.formats.packing import check_group
 from foveate.rounding.feedback import Streams, columns_of, feed_back, feedback_factor, order_of
 from foveate.rounding.nearest import importance_of, in_groups, inverse, search
+
+_LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
+
+
+def _as_float16(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and offsets as other libraries store them."""
+    return scale_R.half().float(), offset_R.half().float()
 
 
 def round_alone(
@@ -38,7 +45,7 @@ def round_alone(
         steps_gR = (w_gR - offset_R) * inverse(scale_R)
         return (steps_gR - codes_from(steps_gR)).mul_(root_gR).square_().sum(0) * scale_R.square()
 
-    scale_NG, offset_NG = (t.view(rows, -1) for t in search(w_gR, root_gR, cost, level))
+    scale_NG, offset_NG = (t.view(rows, -1) for t in search(w_gR, root_gR, cost, _as_float16, _LEAST_SCALE, level))
     order_K = torch.arange(w_NK.shape[1]) if covariance_KK is None else order_of(covariance_KK)
     factor_KK = None if covariance_KK is None else feedback_factor(covariance_KK[order_K][:, order_K])
     if factor_KK is None:
