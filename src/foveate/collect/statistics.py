@@ -11,19 +11,22 @@ sample share one loss (the patches of an image, the tokens of an embedded senten
 is accumulated as the squared gradient of each sample. An embedding's F is its rows' frequency times the gradient's
 energy in each column.
 
-Memory: the factored statistics take N + K numbers a weight, the others N x K; covariances of inputs, which rounding
-with error feedback needs, K x K. What inputs cost at each level is measured in the same pass, see
-`foveate.collect.inputs`; for that the inputs of one batch are kept from its forward to its backward.
+Memory: the factored statistics take N + K numbers a weight, the others N x K. Rounding with error feedback needs the
+covariance of inputs, K x K, and that of the outputs' gradients, N x R with R at most 512. What inputs cost at each
+level is measured in the same pass, see `foveate.collect.inputs`; for that the inputs of one batch are kept from its
+forward to its backward.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.collect.inputs import InputStatistics
@@ -33,6 +36,18 @@ from foveate.errors import DataError
 
 #: Per-sample gradients are made this many numbers at a time.
 _CHUNK = 1 << 24
+
+
+#: Outputs whose gradients are kept together, and how many outputs an input there may be: more are a vocabulary, whose
+#: gradients hang together little.
+_TOGETHER = 512
+_MOST_OUTPUTS = 8
+
+
+def _blocks_of(rows: int) -> tuple[int, int, int]:
+    """The shape of the gradients' covariance: blocks of at most `_TOGETHER` outputs."""
+    size = min(rows, _TOGETHER)
+    return -(-rows // size), size, size
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +71,7 @@ class WeightStatistics:
         gradient_N: sum over rows of g^2, float64 (factored).
         fisher_NK: sum over samples of the squared gradient, float32 (not factored).
         covariance_KK: sum over rows of x x^T, float32, where asked for.
+        gradients_BRR: sum over rows of g g^T, float32, for each R outputs; with the covariance.
         frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
         rows: rows of x seen.
         output_range: least and greatest output.
@@ -81,6 +97,8 @@ class WeightStatistics:
                 self.tensors["fisher_NK"] = torch.zeros(rows, columns)
             if covariance:
                 self.tensors["covariance_KK"] = torch.zeros(columns, columns)
+                if rows <= _MOST_OUTPUTS * columns:
+                    self.tensors["gradients_BRR"] = torch.zeros(_blocks_of(rows))
 
     def see(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
         """Take the inputs and outputs of one call; returns what takes the output's gradient."""
@@ -110,6 +128,7 @@ class WeightStatistics:
 
         def after(g: Tensor) -> None:
             g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
+            self._see_gradients_together(g_BTN.flatten(0, 1))
             inputs.score(x_BTK, g_BTN, weight_matrix(module), self.factored)
             if self.factored:
                 self._see_gradient(g)
@@ -137,6 +156,13 @@ class WeightStatistics:
             rows = x.reshape(-1, x.shape[-1])
             self.tensors["covariance_KK"].addmm_(rows.t(), rows)
 
+    def _see_gradients_together(self, g_TN: Tensor) -> None:
+        total_BRR = self.tensors.get("gradients_BRR")
+        if total_BRR is not None:
+            blocks, size = total_BRR.shape[:2]
+            g_BTR = F.pad(g_TN, (0, blocks * size - g_TN.shape[1])).view(-1, blocks, size).transpose(0, 1)
+            total_BRR.baddbmm_(g_BTR.transpose(1, 2), g_BTR)
+
     def _see_gradient(self, g: Tensor) -> None:
         self.tensors["gradient_N"] += g.float().reshape(-1, g.shape[-1]).square().sum(0)
 
@@ -146,6 +172,7 @@ class WeightStatistics:
     def _see_conv_gradient(self, columns_BgKP: Tensor, g: Tensor) -> None:
         batch, groups, _, positions = columns_BgKP.shape
         g_BgNP = g.float().reshape(batch, groups, -1, positions)
+        self._see_gradients_together(g_BgNP[:, 0].transpose(1, 2).flatten(0, 1))
         rows = g_BgNP.shape[2]
         for i in range(groups):
             self._see_sample_gradients(columns_BgKP[:, i], g_BgNP[:, i], slice(i * rows, (i + 1) * rows))
@@ -168,6 +195,12 @@ class WeightStatistics:
         total = self.tensors.get("covariance_KK")
         rows = float(self.tensors["rows"])
         return total / rows if total is not None and rows else None
+
+    def gradients(self) -> Tensor | None:
+        """E[g g^T], float32 [B, R, R], for each R outputs; None if not kept, or if fewer rows than R were seen."""
+        total = self.tensors.get("gradients_BRR")
+        rows = float(self.tensors["rows"])
+        return total / rows if total is not None and rows >= total.shape[1] else None
 
     def fisher(self, samples: int) -> Tensor | Factored:
         """F for one sample: [N, K], or its factors."""
@@ -207,6 +240,8 @@ class Collector:
             factored = kind is Kind.EMBEDDING or (objective.independent_rows and kind is not Kind.CONV)
             shape = weight_matrix_shape(module)
             size = 4 * shape[1] ** 2
+            if shape[0] <= _MOST_OUTPUTS * shape[1]:
+                size += 4 * math.prod(_blocks_of(shape[0]))
             covariance = kind is not Kind.EMBEDDING and getattr(module, "groups", 1) == 1
             if covariance and size > covariance_bytes:
                 self.without_covariance.append(name)

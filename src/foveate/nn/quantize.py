@@ -147,7 +147,9 @@ def _quantized(
         site = site_of(entry, planes, routing.share(entry.names[0]))
         sites.append(site)
         fishers = [routing.fisher(name) for name in entry.names]
-        losses[site.name] = _losses(w_NK, planes, fishers, [s.covariance() for s in seen])
+        losses[site.name] = _losses(
+            w_NK, planes, fishers, [s.covariance() for s in seen], [s.gradients() for s in seen]
+        )
         statistics[site.name] = {**_kept_statistics(seen[0], planes), **routing.statistics(entry.names[0])}
         weights[site.name] = PlaneWeight(planes, cast(Tensor, entry.modules[0].weight).dtype)
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
@@ -239,7 +241,9 @@ def _collect(
                 # going on keeps the covariances that were begun, whatever memory is free now
                 room = int(_COVARIANCE_SHARE * psutil.virtual_memory().available)
                 if state is not None:
-                    room = sum(t.numel() * 4 for key, t in state.items() if key.endswith("|covariance_KK"))
+                    room = sum(
+                        t.numel() * 4 for key, t in state.items() if key.endswith(("|covariance_KK", "|gradients_BRR"))
+                    )
                 collector = Collector(found, objective, covariance_bytes=room)
                 if state is not None:
                     collector.restore(state)
@@ -285,10 +289,17 @@ def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], gro
     if covariances and not _saw_too_little(seen):
         covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
         looked_up = any(s.kind is Kind.EMBEDDING for s in seen)
-        rounded = with_feedback(w_NK, rounded, covariance, shortfall=SHORTFALL_LOOKED_UP if looked_up else SHORTFALL)
+        shortfall = SHORTFALL_LOOKED_UP if looked_up else SHORTFALL
+        rounded = with_feedback(w_NK, rounded, covariance, _gradients(seen), shortfall=shortfall)
     return from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )
+
+
+def _gradients(seen: Sequence[WeightStatistics]) -> Tensor | None:
+    """How the gradients of a weight's outputs hang together, over its uses."""
+    kept = [g for g in (s.gradients() for s in seen) if g is not None]
+    return torch.stack(kept).sum(0) if kept else None
 
 
 def _saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
@@ -302,12 +313,13 @@ def _losses(
     planes: PlaneTensor,
     fishers: Sequence[Tensor | Factored],
     covariances: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
 ) -> Tensor:
     def at_level(level: int) -> Tensor:
         planes.tags.fill_(level)
         return planes.dequantize()
 
-    table = tile_losses(w_NK, at_level, fishers, planes.group, covariances)
+    table = tile_losses(w_NK, at_level, fishers, planes.group, covariances, gradients)
     planes.tags.fill_(TOP_LEVEL)
     return table
 

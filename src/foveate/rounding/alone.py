@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.formats.packing import check_group
-from foveate.rounding.feedback import Streams, columns_of, feed_back, feedback_factor, order_of
+from foveate.rounding.feedback import feed_back, feedback_factor, grid_of, order_of
 from foveate.rounding.nearest import importance_of, in_groups, inverse, search
+from foveate.rounding.rows import feed_rows
 
 _LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
 
@@ -22,7 +23,13 @@ def _as_float16(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def round_alone(
-    w_NK: Tensor, level: int, *, group: int, input_energy_K: Tensor | None = None, covariance_KK: Tensor | None = None
+    w_NK: Tensor,
+    level: int,
+    *,
+    group: int,
+    input_energy_K: Tensor | None = None,
+    covariance_KK: Tensor | None = None,
+    gradients_BRR: Tensor | None = None,
 ) -> Tensor:
     """The weight on the best grid of 2^level codes a group, float32 [N, K].
 
@@ -32,6 +39,7 @@ def round_alone(
         group: inputs a group, 32, 64 or 128; K need not divide.
         input_energy_K: as `round_weight` takes it.
         covariance_KK: E[x x^T] of the inputs, for error feedback; nearest codes without it.
+        gradients_BRR: as `with_feedback` takes it.
     """
     check_group(group)
     w_NK = w_NK.detach().float()
@@ -51,13 +59,18 @@ def round_alone(
     if factor_KK is None:
         factor_KK = torch.eye(w_NK.shape[1])
 
-    def choose(wanted: Streams) -> tuple[tuple[Tensor, ...], Streams]:
-        code_n = codes_from(wanted[level])
-        return (code_n + (half - 0.5),), {level: wanted[level] - code_n}
+    def choose(wanted_1n: Tensor) -> tuple[Tensor, Tensor]:
+        code_1n = codes_from(wanted_1n)
+        return code_1n + (half - 0.5), wanted_1n - code_1n
 
     dense_NK = torch.empty_like(w_NK)
-    for part, w_Kn, grid in columns_of(w_NK, scale_NG, offset_NG, group, order_K):
-        codes_Kn = feed_back({level: w_Kn}, factor_KK, grid, choose)[0].float() - (half - 0.5)
-        values_Kn = grid.offset_Gn[grid.group_K] + grid.scale_Gn[grid.group_K] * codes_Kn
-        dense_NK[part, order_K] = values_Kn.t()
+
+    def round_rows(rows_n: Tensor, wanted_1nK: Tensor) -> Tensor:
+        grid = grid_of(scale_NG[rows_n], offset_NG[rows_n], group, order_K)
+        codes_Kn = feed_back(wanted_1nK[:, :, order_K].transpose(1, 2).contiguous(), factor_KK, grid, choose)[0].float()
+        values_Kn = grid.offset_Gn[grid.group_K] + grid.scale_Gn[grid.group_K] * (codes_Kn - (half - 0.5))
+        dense_NK[rows_n[:, None], order_K] = values_Kn.t()
+        return wanted_1nK - dense_NK[rows_n]
+
+    feed_rows(w_NK, 1, gradients_BRR, round_rows)
     return dense_NK
