@@ -17,6 +17,7 @@ Legend: N rows and K inputs of a weight, S streams, B blocks of R rows of G, n r
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +29,27 @@ DAMPING = 0.01
 _LEAST_ROWS, _PARTS = 16, 16
 #: Bytes of the streams of rows that are rounded together.
 _CHUNK_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Rows that help each other, the greatest gradients first, and U of their G; None: each is for itself."""
+
+    rows_R: Tensor
+    upper_RR: Tensor | None
+
+    def part(self, number: int) -> slice:
+        """Which of its rows are rounded together as the `number`th part; empty behind the last."""
+        rows = len(self.rows_R)
+        step = rows if self.upper_RR is None else max(_LEAST_ROWS, -(-rows // _PARTS))
+        return slice(min(number * step, rows), min((number + 1) * step, rows))
+
+    def pass_on(self, part: slice, missed_SnK: Tensor, wanted_SRK: Tensor) -> None:
+        """Let the rows behind a part want what makes up for what it missed."""
+        if self.upper_RR is not None and part.stop < len(self.rows_R):
+            own_nn, later = self.upper_RR[part, part], self.upper_RR[part, part.stop :]
+            share = torch.linalg.solve_triangular(own_nn, later, upper=True).t().float()
+            wanted_SRK[:, part.stop :] -= share @ missed_SnK
 
 
 def feed_rows(
@@ -42,30 +64,35 @@ def feed_rows(
         round_rows: from the numbers of some rows [n], and what is wanted of them in each stream [S, n, K], to what it
             missed [S, n, K].
     """
-    rows = len(w_NK)
+    rows = torch.arange(len(w_NK))
     chunk = max(16, _CHUNK_BYTES // (4 * count * w_NK.shape[1]))
-    size = chunk if gradients_BRR is None else gradients_BRR.shape[1]
-    for block, first in enumerate(range(0, rows, size)):
-        inside = torch.arange(first, min(first + size, rows))
-        upper = order = None
-        if gradients_BRR is not None:
-            together = gradients_BRR[block, : len(inside), : len(inside)]
-            order = torch.argsort(together.diagonal(), descending=True, stable=True)
-            upper = inverse_factor(together[order][:, order])
-        if upper is None or order is None:
-            for part in inside.split(chunk):
-                round_rows(part, w_NK[part].expand(count, -1, -1))
-            continue
-        inside = inside[order]
-        wanted_SRK = w_NK[inside].expand(count, -1, -1).clone()
-        step = max(_LEAST_ROWS, -(-len(inside) // _PARTS))
-        for start in range(0, len(inside), step):
-            stop = min(start + step, len(inside))
-            missed_SnK = round_rows(inside[start:stop], wanted_SRK[:, start:stop])
-            if stop < len(inside):
-                own, later = upper[start:stop, start:stop], upper[start:stop, stop:]
-                share = torch.linalg.solve_triangular(own, later, upper=True).t().float()
-                wanted_SRK[:, stop:] -= share @ missed_SnK
+    if gradients_BRR is None:
+        blocks = [_Block(part, None) for part in rows.split(chunk)]
+    else:
+        size = gradients_BRR.shape[1]
+        blocks = [_block_of(part, g_RR) for part, g_RR in zip(rows.split(size), gradients_BRR, strict=True)]
+        chunk = max(chunk, size)
+    at_once = max(1, chunk // max(len(block.rows_R) for block in blocks))
+    for start in range(0, len(blocks), at_once):
+        # blocks do not help each other, so the parts of several are rounded in one go
+        together = blocks[start : start + at_once]
+        wanted = [w_NK[block.rows_R].expand(count, -1, -1).clone() for block in together]
+        for number in range(_PARTS):
+            parts = [block.part(number) for block in together]
+            rows_n = torch.cat([block.rows_R[part] for block, part in zip(together, parts, strict=True)])
+            if not len(rows_n):
+                break
+            now_SnK = torch.cat([w_SRK[:, part] for w_SRK, part in zip(wanted, parts, strict=True)], 1)
+            missed = round_rows(rows_n, now_SnK).split([part.stop - part.start for part in parts], 1)
+            for block, part, missed_SnK, wanted_SRK in zip(together, parts, missed, wanted, strict=True):
+                block.pass_on(part, missed_SnK, wanted_SRK)
+
+
+def _block_of(rows_R: Tensor, gradients_RR: Tensor) -> _Block:
+    inside_RR = gradients_RR[: len(rows_R), : len(rows_R)]
+    order_R = torch.argsort(inside_RR.diagonal(), descending=True, stable=True)
+    upper_RR = inverse_factor(inside_RR[order_R][:, order_R])
+    return _Block(rows_R, None) if upper_RR is None else _Block(rows_R[order_R], upper_RR)
 
 
 def inverse_factor(covariance: Tensor) -> Tensor | None:
