@@ -65,7 +65,7 @@ def test_bytes_add_up_tile_by_tile(plan: PrecisionMap) -> None:
         strips, groups = -(-site.rows // 16), -(-site.columns // site.group)
         levels = plan.levels[site.name]
         tiles = [levels] * (strips * groups) if isinstance(levels, int) else list(levels)
-        size = sum(2 * site.group * level + 64 * (level > 0) for level in tiles)
+        size = sum(2 * site.group * level + 32 * (level > 0) for level in tiles)
         planes += size
         read += size * site.rows_read / site.rows
         # float16 for levels 2 and 3; rows padded to whole tiles
@@ -233,8 +233,8 @@ def test_inputs_of_precise_weights_are_precise() -> None:
 @given(maps())
 def test_uniform_of_bytes_has_the_bytes(plan: PrecisionMap) -> None:
     even = fv.uniform_of_bytes(plan)
-    # each weight is rounded to whole tiles, which cost at most 2 more bits, or 4 x 128 + 64 bytes
-    step = 2 * 128 * 2 + 64
+    # each weight is rounded to whole tiles, which cost at most 2 more bits, or 4 x 128 + 32 bytes
+    step = 2 * 128 * 2 + 32
     difference = even.bytes_resident - plan.bytes_resident
     assert abs(difference) <= step * len(list(plan.weight_sites()))
     for site in SITES[3:]:

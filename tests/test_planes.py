@@ -102,10 +102,10 @@ def test_arena(total: int) -> None:
 
 @pytest.mark.parametrize(
     ("level", "group", "expected"),
-    [(0, 128, 0), (2, 128, 512 + 64), (3, 128, 768 + 64), (4, 64, 512 + 64), (6, 32, 384 + 64), (8, 128, 2048 + 64)],
+    [(0, 128, 0), (2, 128, 512 + 32), (3, 128, 768 + 32), (4, 64, 512 + 32), (6, 32, 384 + 32), (8, 128, 2048 + 32)],
 )
 def test_bytes_of_a_tile_by_hand(level: int, group: int, expected: int) -> None:
-    # 16 rows x group x level / 8, and 64 bytes of scales
+    # 16 rows x group x level / 8, and 32 bytes of scales
     assert resident_bytes(level, 1, group) == expected
     assert resident_bytes(level, 7, group) == 7 * expected
 

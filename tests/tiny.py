@@ -64,8 +64,10 @@ def coded(rows: int, columns: int, *, group: int = 32, reach: int = 0, row_gains
     groups = -(-columns // group)
     anchor = torch.randint(0, 16, (rows, columns), generator=g, dtype=torch.uint8)
     residual = torch.randint(0, 16, (rows, columns), generator=g, dtype=torch.uint8)
-    scale = (torch.rand(rows, groups, generator=g) * 0.02 + 0.001).half()
-    offset = (torch.randn(rows, groups, generator=g) * 0.01).half()
+    # docs/format.md: 2^E (1 + M/16), and whole eighths of it; all within the 15 powers of two below the largest
+    power = torch.randint(-10, -5, (rows, groups), generator=g)
+    scale = torch.exp2(power.float()) * (1 + torch.randint(0, 16, (rows, groups), generator=g) / 16)
+    offset = torch.randint(-128, 128, (rows, groups), generator=g) * scale / 8
     gain = (1 + 0.05 * torch.randn(2, rows if row_gains else 1, generator=g)).half()
     planes = from_codes(anchor, residual, scale, offset, gain, group=group, reach=reach)
     return Coded(planes, anchor, residual, scale, offset, gain)

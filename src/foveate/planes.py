@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import FoveateError
+from foveate.formats.grids import encoded, exponent_for
 from foveate.formats.levels import NESTED_LEVELS, PLANES, TOP_LEVEL, planes_of
 from foveate.formats.packing import (
-    SCALE_VALUES,
+    SCALE_BYTES,
     TILE_ROWS,
     check_group,
     pack_plane,
@@ -40,12 +41,13 @@ class PlaneTensor:
 
     Attributes:
         planes: five uint8 1-D tensors, the stored tiles of each plane in tile order; empty where no tile has the plane.
-        scales: float16 1-D, 16 scales and 16 offsets for each stored tile.
+        scales: uint8 1-D, 16 scales and 16 offsets for each stored tile (`formats.grids`).
         gain: float16 [2, 1] or [2, NT * 16], near 1: what levels 2 and 3 multiply the scales with.
         resident: uint8 [NT, G], the highest level each tile is stored for.
         starts: int64 [NT, 6], see `formats.packing.tile_starts`.
         tags: uint8 [2, NT, G], the level each tile is read at, for each of two maps.
         rows, columns, group, reach: the shape, the inputs a group, and the reach of the residual planes (0, 1, 2).
+        exponent: the power of two that the scales are multiplied with.
         tensors, form: the same as the ops take it, see kernels/reference.py.
     """
 
@@ -59,14 +61,15 @@ class PlaneTensor:
     columns: int
     group: int
     reach: int
+    exponent: int
     tensors: tuple[Tensor, ...] = field(init=False, repr=False)
-    form: tuple[int, int, int, int] = field(init=False, repr=False)
+    form: tuple[int, int, int, int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         # every product needs them, and a frozen value can keep them
         tensors = (*self.planes, self.scales, self.gain, self.starts, self.resident, self.tags)
         object.__setattr__(self, "tensors", tensors)
-        object.__setattr__(self, "form", (self.rows, self.columns, self.group, self.reach))
+        object.__setattr__(self, "form", (self.rows, self.columns, self.group, self.reach, self.exponent))
 
     @property
     def shape(self) -> torch.Size:
@@ -101,7 +104,7 @@ class PlaneTensor:
         return replace(
             self,
             planes=planes,
-            scales=gather(self.scales, 1, SCALE_VALUES),
+            scales=gather(self.scales, 1, SCALE_BYTES),
             resident=resident,
             starts=tile_starts(resident),
             tags=torch.minimum(self.tags, resident),
@@ -116,17 +119,18 @@ def from_codes(
     Args:
         anchor_NK: uint8 [N, K], the 4-bit codes.
         residual_NK: uint8 [N, K], the 4-bit codes of what the anchor leaves.
-        scale_NG, offset_NG: float16 [N, G].
+        scale_NG, offset_NG: floating point [N, G]; stored as the nearest that a byte each can hold.
         gain: float16 [2, 1] or [2, N], for levels 2 and 3.
         group: inputs a group.
         reach: widening of the residual planes.
     """
     check_group(group)
     rows, columns = anchor_NK.shape
+    exponent = exponent_for(float(scale_NG.max()) if scale_NG.numel() else 0.0)
     resident = torch.full(tile_grid(rows, columns, group), TOP_LEVEL, dtype=torch.uint8)
     return PlaneTensor(
         planes=tuple(pack_plane(q, i, group).flatten() for i, q in enumerate(split_planes(anchor_NK, residual_NK))),
-        scales=pack_scales(scale_NG, offset_NG).flatten(),
+        scales=pack_scales(*encoded(scale_NG, offset_NG, exponent)).flatten(),
         gain=F.pad(gain, (0, -rows % TILE_ROWS)) if gain.shape[1] > 1 else gain,
         resident=resident,
         starts=tile_starts(resident),
@@ -135,6 +139,7 @@ def from_codes(
         columns=columns,
         group=group,
         reach=reach,
+        exponent=exponent,
     )
 
 
@@ -221,5 +226,5 @@ def shared_tags(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
 
 def resident_bytes(level: int, tiles: int, group: int) -> int:
     """Bytes of planes and scales that `tiles` tiles take at a level."""
-    per_tile = sum(tile_bytes(p, group) for p in range(planes_of(level))) + (2 * SCALE_VALUES if level else 0)
+    per_tile = sum(tile_bytes(p, group) for p in range(planes_of(level))) + (SCALE_BYTES if level else 0)
     return tiles * per_tile

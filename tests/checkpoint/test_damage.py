@@ -78,7 +78,8 @@ def test_a_bit_flipped_anywhere(saved: tuple[Path, nn.Module, fv.Profile], tmp_p
 
 def test_versions_and_features(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path) -> None:
     cases = {
-        "of format version 2, newer than this foveate reads (1): upgrade foveate": with_(version=2),
+        "of format version 3, newer than this foveate reads (2): upgrade foveate": with_(version=3),
+        "of format version 1, older than this foveate reads (2): quantize the original again": with_(version=1),
         "needs features that this foveate does not have: exact_tiles, zero_mask: upgrade foveate": with_(
             features=["zero_mask", "exact_tiles"]
         ),

@@ -83,8 +83,7 @@ def test_golden_bytes() -> None:
     anchor[0, 0], residual[0, 0] = 0b1101, 0b1001
     anchor[3, 23], residual[3, 23] = 0b0110, 0b1110
     anchor[17, 63], residual[17, 63] = 0b1111, 0b0111
-    scale = torch.zeros(18, 1, dtype=torch.float16)
-    offset = torch.zeros(18, 1, dtype=torch.float16)
+    scale, offset = torch.zeros(2, 18, 1)
     scale[0], offset[0] = 0.5, -1.5
     scale[17], offset[17] = 2.0, 0.25
     w = from_codes(anchor, residual, scale, offset, torch.ones(2, 1, dtype=torch.float16), group=64, reach=0)
@@ -96,12 +95,13 @@ def test_golden_bytes() -> None:
     assert torch.equal(w.planes[2], _sparse(256, {0: 0x01, 128 + 71: 0x80}))
     assert torch.equal(w.planes[3], _sparse(512, {0: 0x02, 79: 0x0C, 256 + 199: 0x40}))
     assert torch.equal(w.planes[4], _sparse(512, {0: 0x01, 79: 0x08, 256 + 199: 0xC0}))
-    # float16: 0.5 = 0x3800, -1.5 = 0xBE00, 2.0 = 0x4000, 0.25 = 0x3400; a tile is 16 scales, then 16 offsets
-    scales = w.scales.view(torch.int16).tolist()
+    # 2.0 is above 1.9375, so the exponent is 1, and 2.0 = 2^(15-15+1): 0xF0; 0.5 = 2^(13-15+1): 0xD0.
+    # -1.5 is -24 eighths of 0.5: 0xE8; 0.25 is one eighth of 2.0. A tile is 16 scales, then 16 offsets.
+    assert w.exponent == 1
     expected = [0] * 64
-    expected[0], expected[16] = 0x3800, 0xBE00 - 0x10000
-    expected[32 + 1], expected[32 + 17] = 0x4000, 0x3400
-    assert scales == expected
+    expected[0], expected[16] = 0xD0, 0xE8
+    expected[32 + 1], expected[32 + 17] = 0xF0, 0x01
+    assert w.scales.tolist() == expected
     assert w.starts.tolist() == [[0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
 
 
@@ -120,7 +120,7 @@ def test_golden_values(level: int, first: float, last: float) -> None:
     anchor, residual = torch.zeros(2, 18, 64, dtype=torch.uint8)
     anchor[0, 0], residual[0, 0] = 13, 9
     anchor[17, 63], residual[17, 63] = 15, 7
-    scale, offset = torch.zeros(2, 18, 1, dtype=torch.float16)
+    scale, offset = torch.zeros(2, 18, 1)
     scale[0], offset[0], scale[17], offset[17] = 0.5, -1.5, 2.0, 0.25
     w = from_codes(anchor, residual, scale, offset, torch.ones(2, 1, dtype=torch.float16), group=64, reach=0)
     w.tags.fill_(level)
@@ -145,10 +145,10 @@ def test_tiles_of_a_matrix(rows: int, columns: int, group: int) -> None:
 
 
 def test_scales_of_ragged_rows() -> None:
-    scale = torch.arange(1, 19, dtype=torch.float16).view(18, 1).expand(18, 2)
-    packed = pack_scales(scale, -scale)
+    scale = torch.arange(1, 19, dtype=torch.uint8).view(18, 1).repeat(1, 2)
+    packed = pack_scales(scale, -scale.to(torch.int8))
     assert packed.shape == (4, 32)
-    assert packed[2].tolist() == [17.0, 18.0, *[0.0] * 14, -17.0, -18.0, *[0.0] * 14]
+    assert packed[2].tolist() == [17, 18, *[0] * 14, 256 - 17, 256 - 18, *[0] * 14]
 
 
 def test_starts_count_only_what_is_stored() -> None:

@@ -195,7 +195,7 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
         op(call.x, handle, [], [24])
     with pytest.raises(RuntimeError, match="there are 3 weights, and 1 biases"):
         op(call.x, handle, [none], rows)
-    with pytest.raises(RuntimeError, match="there are 2 input levels, and 4 numbers of forms, not 4 an input level"):
+    with pytest.raises(RuntimeError, match="there are 2 input levels, and 5 numbers of forms, not 5 an input level"):
         torch.ops.foveate.plane_handle(w.tensors, w.form, levels[:2], [])
     copied = handle.clone()
     assert torch.equal(op(call.x, copied, [], rows)[0], third)

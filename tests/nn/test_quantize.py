@@ -373,7 +373,7 @@ def test_what_calibration_never_reached_is_noted() -> None:
 )
 def test_groups_are_chosen_by_bytes(columns: int, expected: int) -> None:
     def size(group: int) -> float:
-        return -(-columns // group) * (group * 4 + 32)
+        return -(-columns // group) * (group * 4 + 16)
 
     assert group_for(columns) in (32, 64, 128)
     assert size(group_for(columns)) == min(map(size, (32, 64, 128)))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.errors import DataError, FoveateError, WeightError
+from foveate.formats.grids import EXPONENTS, exponent_for, least_scale, snapped
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, code_range, code_step
 from foveate.planes import from_codes
 from foveate.rounding import Rounded, nearest, round_weight
@@ -93,7 +94,9 @@ def test_every_shape_dtype_and_size(
     assert int(rounded.residual.max()) <= 15
     assert rounded.scale.shape == rounded.offset.shape == (rows, groups)
     assert rounded.gain.shape == (2, rows if columns >= 1024 else 1)
-    assert {t.dtype for t in (rounded.scale, rounded.offset, rounded.gain)} == {torch.float16}
+    assert rounded.gain.dtype == torch.float16
+    stored = snapped(rounded.scale, rounded.offset, exponent_for(float(rounded.scale.max())))
+    assert all(torch.equal(a, b) for a, b in zip(stored, (rounded.scale, rounded.offset), strict=True))
     assert all(bool(t.isfinite().all()) for t in (rounded.scale, rounded.offset, rounded.gain))
     assert bool((rounded.scale >= 0).all())
     check_nearest(w_NK, rounded)
@@ -109,7 +112,7 @@ def test_not_finite_is_refused(bad: float, at: int) -> None:
 
 @pytest.mark.parametrize("value", [1e30, -1e30, 65600.0])
 def test_beyond_float16_is_refused(value: float) -> None:
-    with pytest.raises(WeightError, match="beyond the float16"):
+    with pytest.raises(WeightError, match="beyond 65504"):
         round_weight(torch.tensor([[0.0, value]]), group=32)
 
 
@@ -152,9 +155,9 @@ def test_bad_energy_is_refused(energy: list[float], message: str) -> None:
 def test_constant_groups(value: float) -> None:
     w_NK = torch.full((3, 80), value)
     rounded = round_weight(w_NK, group=64)
-    # At worst a grid as wide as the rounding of the offset to float16, of which 8 bits leave a 30th part; or nothing.
-    for level in (4, 8):
-        bound = abs(value) * HALF_EPS / (15 if level == 4 else 100) + nearest._LEAST_SCALE
+    # an offset is at most 127 eighths of the scale, so the scale may be a sixteenth of the value; and a step more of it
+    for level in NESTED_LEVELS:
+        bound = abs(value) * 8 / 127 * (1 + 1 / 16) * code_step(level, 0) / 2 + least_scale(EXPONENTS[0])
         assert float((decoded(rounded, level) - w_NK.double()).abs().max()) <= bound
 
 
@@ -199,12 +202,17 @@ def test_no_worse_than_the_plain_grid(tails: str, group: int) -> None:
     assert weighted_error(w_NK, rounded, 8) < 0.02 * weighted_error(w_NK, rounded, 4)
 
 
+def _any(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
+    """A form that can hold every grid."""
+    return scale_R, offset_R
+
+
 def test_search_never_costs_more_than_the_whole_range() -> None:
     w_gR, root_gR = torch.randn(128, 300) ** 3, torch.rand(128, 300)
     noise_R = nearest.NOISE * root_gR.square().sum(0)
-    scale_R, offset_R = nearest.search(w_gR, root_gR, partial(nearest._cost, w_gR, root_gR, noise_R))
+    scale_R, offset_R = nearest.search(w_gR, root_gR, partial(nearest._cost, w_gR, root_gR, noise_R), _any, 1e-9)
     low, high = torch.aminmax(w_gR, dim=0)
-    whole = (((high - low) / 15).half().float(), ((low + high) / 2).half().float())
+    whole = ((high - low) / 15, (low + high) / 2)
     cost_R = nearest._cost(w_gR, root_gR, noise_R, scale_R, offset_R)
     assert bool((cost_R <= nearest._cost(w_gR, root_gR, noise_R, *whole) * 1.01).all())
     assert float(cost_R.sum()) < 0.8 * float(nearest._cost(w_gR, root_gR, noise_R, *whole).sum())

@@ -51,6 +51,30 @@ def test_with_a_covariance_the_tiles_of_a_strip_add_up_to_its_whole_form() -> No
             assert found == pytest.approx(float(expected[16 * strip : 16 * strip + 16].sum()), rel=1e-4)
 
 
+@pytest.mark.parametrize("size", [35, 20])
+def test_with_gradients_the_tiles_of_a_block_add_up_to_its_whole_form(size: int) -> None:
+    w = coded(35, 70, group=32).planes
+    original, x = torch.randn(35, 70), torch.randn(200, 70) @ torch.randn(70, 70)
+    g, h = torch.randn(300, 35) @ torch.randn(35, 35), x.t() @ x / 200
+    full = g.t() @ g / 300
+    blocks = [slice(at, at + size) for at in range(0, 35, size)]
+    kept = torch.zeros(len(blocks), size, size)
+    for block, part in zip(kept, blocks, strict=True):
+        inside = full[part, part]
+        block[: len(inside), : len(inside)] = inside
+
+    def at_level(level: int) -> Tensor:
+        w.tags.fill_(level)
+        return w.dequantize()
+
+    table = tile_losses(original, at_level, [Factored(full.diagonal(), h.diagonal())], 32, [h], [kept])
+    for column, level in enumerate(WEIGHT_LEVELS):
+        error = (original - (at_level(level) if level else 0)).double()
+        form = full.double() * (error @ h.double() @ error.t())
+        expected = 0.5 * sum(float(form[part, part].sum()) for part in blocks)
+        assert float(table[:, column].double().sum()) == pytest.approx(expected, rel=1e-4)
+
+
 def test_errors_that_cancel_count_less_where_f_has_no_factors_too() -> None:
     error, h = torch.randn(16, 64), torch.ones(64, 64) + torch.eye(64)
     error -= error.mean(1, keepdim=True)  # all inputs move together, and so the errors cancel

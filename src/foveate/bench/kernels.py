@@ -79,7 +79,7 @@ class Copies:
     @classmethod
     def of(cls, weight: PlaneTensor, set_bytes: int) -> Copies:
         """As many copies as fill `set_bytes`."""
-        each = sum(p.numel() for p in weight.planes) + weight.scales.numel() * 2
+        each = sum(p.numel() for p in weight.planes) + weight.scales.numel()
         return cls(gathered([weight] * max(2, -(-set_bytes // each))), each)
 
     def tagged(self, level_tiles: Tensor) -> Copies:

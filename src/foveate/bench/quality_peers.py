@@ -182,7 +182,14 @@ def alone(layers: Layers, name: str, level: int, group: int | None = None) -> Te
     """A weight rounded for one level only."""
     w_NK, moments_KK = layers.weights[name], layers.moments[name]
     group = group_for(w_NK.shape[1]) if group is None else group
-    return round_alone(w_NK, level, group=group, input_energy_K=moments_KK.diagonal(), covariance_KK=moments_KK)
+    return round_alone(
+        w_NK,
+        level,
+        group=group,
+        input_energy_K=moments_KK.diagonal(),
+        covariance_KK=moments_KK,
+        gradients_BRR=layers.gradients[name][None],
+    )
 
 
 def stand_ins(model: nn.Module) -> list[Offer]:

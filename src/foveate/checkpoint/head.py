@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import CheckpointError, SiteError
+from foveate.formats.grids import EXPONENTS
 from foveate.formats.levels import PLANES, REACHES
 from foveate.formats.packing import GROUPS
 from foveate.maps import PrecisionMap, Site
 
-VERSION = 1
+VERSION = 2
 HEAD = "foveate.json"
 #: Reserved for later versions: exact 16 and 32-bit tiles, zero masks, input permutations, importance tags. A head that
 #: lists a feature unknown here is refused.
@@ -37,7 +38,8 @@ class Head:
         sites: every site of the model.
         plan: the default map.
         other_bytes: bytes of everything that is no site.
-        reach, dtype: for each weight site, the reach of its planes and the name of the dtype it was quantized from.
+        reach, exponent, dtype: for each weight site, the reach of its planes, the exponent of its scales, and the name
+            of the dtype it was quantized from.
         files: for each part (`scales`, `plane0` ... `plane4`, `rest`, `profile`) its file name.
         checksums: for each part, the SHA-256 of each tensor in it.
         model: how to rebuild the model: `{"transformers": class name}` or nothing.
@@ -49,12 +51,17 @@ class Head:
     plan: PrecisionMap
     other_bytes: int
     reach: Mapping[str, int]
+    exponent: Mapping[str, int]
     dtype: Mapping[str, str]
     files: Mapping[str, str]
     checksums: Mapping[str, Mapping[str, str]]
     model: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] | None = None
     written_by: str = ""
+
+    def of_weights(self) -> dict[str, Mapping[str, Any]]:
+        """What is said of weight sites alone, by its key in the file."""
+        return {"reach": self.reach, "exponent": self.exponent, "dtype": self.dtype}
 
     def weight_sites(self) -> list[Site]:
         """The sites that hold weights."""
@@ -71,7 +78,7 @@ def encoded(head: Head) -> bytes:
         "model": dict(head.model),
         "other_bytes": head.other_bytes,
         "sites": [
-            {**asdict(s), **({"reach": head.reach[s.name], "dtype": head.dtype[s.name]} if s.kind == "weight" else {})}
+            {**asdict(s), **({key: of[s.name] for key, of in head.of_weights().items()} if s.kind == "weight" else {})}
             for s in head.sites
         ],
         "map": head.plan.to_json(),
@@ -111,6 +118,11 @@ def read_head(path: PathLike) -> Head:
         raise CheckpointError(
             f"{folder} is of format version {version}, newer than this foveate reads ({VERSION}): upgrade foveate"
         )
+    if version < VERSION:
+        raise CheckpointError(
+            f"{folder} is of format version {version}, older than this foveate reads ({VERSION}): "
+            "quantize the original again"
+        )
     if data.get("sha256") != head_checksum(data):
         raise CheckpointError(f"{file} is damaged: its checksum does not match")
     unknown = features - FEATURES
@@ -131,11 +143,16 @@ def _names_and_hashes(found: Any) -> dict[str, str]:
 
 
 def _parse_head(data: Mapping[str, Any]) -> Head:
-    sites, reach, dtype = [], {}, {}
+    sites = []
+    reach: dict[str, int] = {}
+    exponent: dict[str, int] = {}
+    dtype: dict[str, str] = {}
     for entry in data["sites"]:
         entry = dict(entry)
         if entry["kind"] == "weight":
-            reach[entry["name"]], dtype[entry["name"]] = entry.pop("reach"), entry.pop("dtype")
+            of_weights: dict[str, dict[str, Any]] = {"reach": reach, "exponent": exponent, "dtype": dtype}
+            for key, of in of_weights.items():
+                of[entry["name"]] = entry.pop(key)
         site = Site(**{**entry, "aliases": tuple(entry["aliases"])})
         _check_site(site)
         sites.append(site)
@@ -146,6 +163,8 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         raise ValueError("the sites have more tiles than any model")
     if not all(type(r) is int and r in REACHES for r in reach.values()) or not set(dtype.values()) <= DTYPES:
         raise ValueError("a reach or a dtype does not exist")
+    if not all(type(e) is int and e in EXPONENTS for e in exponent.values()):
+        raise ValueError("an exponent of scales does not exist")
     files = {part: entry["file"] for part, entry in data["files"].items()}
     for name in files.values():
         if not DATA_FILE.fullmatch(name):
@@ -158,6 +177,7 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         plan=PrecisionMap.from_json(data["map"], sites, data["other_bytes"]),
         other_bytes=data["other_bytes"],
         reach=reach,
+        exponent=exponent,
         dtype=dtype,
         files=files,
         checksums={part: _names_and_hashes(entry["sha256"]) for part, entry in data["files"].items()},

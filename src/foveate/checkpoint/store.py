@@ -17,7 +17,7 @@ from foveate.checkpoint.files import Reader, checksum, write_bytes, write_tensor
 from foveate.checkpoint.head import DATA_FILE, HEAD, Head, PathLike, encoded, read_head
 from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
 from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
-from foveate.formats.packing import GROUPS, SCALE_VALUES, TILE_ROWS, tile_bytes, tile_starts
+from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_starts
 from foveate.maps import Levels, PrecisionMap, Profile, Site, tile_levels
 from foveate.planes import PlaneTensor, arena, shared_tags
 
@@ -63,6 +63,7 @@ def write(
             plan=plan,
             other_bytes=plan.other_bytes,
             reach={name: w.reach for name, w in weights.items()},
+            exponent={name: w.exponent for name, w in weights.items()},
             dtype=dtypes,
             files=files,
             checksums=checksums,
@@ -166,7 +167,7 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
             target.copy_((rows if bool((need == have).all()) else rows[need[have]]).view(-1))
         return [t.view(dtype) for t in targets]
 
-    scales = block("scales", "|scales", 1, dict.fromkeys(GROUPS, 2 * SCALE_VALUES), torch.float16)
+    scales = block("scales", "|scales", 1, dict.fromkeys(GROUPS, SCALE_BYTES), torch.uint8)
     planes = [
         block(f"plane{p}", "", NESTED_LEVELS[p], {g: tile_bytes(p, g) for g in GROUPS}, torch.uint8)
         for p in range(PLANES)
@@ -190,6 +191,7 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
                 columns=site.columns,
                 group=site.group,
                 reach=reach,
+                exponent=head.exponent[site.name],
             )
         )
     return dict(zip((s.name for s in sites), shared_tags(made), strict=True))

@@ -11,20 +11,22 @@ sample share one loss (the patches of an image, the tokens of an embedded senten
 is accumulated as the squared gradient of each sample. An embedding's F is its rows' frequency times the gradient's
 energy in each column.
 
-Memory: the factored statistics take N + K numbers a weight, the others N x K; covariances of inputs, which rounding
-with error feedback needs, K x K. What takes a matrix a weight is called large here, and may be collected for some of
-the weights at a time (`hold`, `release`). What inputs cost at each level is measured in the first
-pass, see `foveate.collect.inputs`; for that the inputs of one batch are kept from its forward to its backward, or made
-again (`foveate.collect.replay`).
+Memory: the factored statistics take N + K numbers a weight, the others N x K. Rounding with error feedback needs the
+covariance of inputs, K x K, and that of the outputs' gradients, N x R with R at most 512. What takes a matrix a weight
+is called large here, and may be collected for some of the weights at a time (`hold`, `release`). What inputs cost at
+each level is measured in the first pass, see `foveate.collect.inputs`; for that the inputs of one batch are kept from
+its forward to its backward, or made again (`foveate.collect.replay`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.collect.inputs import InputStatistics
@@ -33,6 +35,18 @@ from foveate.collect.objectives import Objective
 
 #: Per-sample gradients are made this many numbers at a time.
 _CHUNK = 1 << 24
+
+
+#: Outputs whose gradients are kept together, and how many outputs an input there may be: more are a vocabulary, whose
+#: gradients hang together little.
+_TOGETHER = 512
+_MOST_OUTPUTS = 8
+
+
+def _blocks_of(rows: int) -> tuple[int, int, int]:
+    """The shape of the gradients' covariance: blocks of at most `_TOGETHER` outputs."""
+    size = min(rows, _TOGETHER)
+    return -(-rows // size), size, size
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +70,7 @@ class WeightStatistics:
         gradient_N: sum over rows of g^2, float64 (factored).
         fisher_NK: sum over samples of the squared gradient, float32 (not factored), while held.
         covariance_KK: sum over rows of x x^T, float32 (not embeddings, nor convolutions of groups), while held.
+        gradients_BRR: sum over rows of g g^T, float32, for each R outputs; with the covariance.
         frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
         rows: rows of x seen.
         output_range: least and greatest output.
@@ -65,12 +80,14 @@ class WeightStatistics:
     def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool, covariance: bool) -> None:
         rows, columns = shape
         self.kind, self.factored = kind, factored
-        self._large: dict[str, tuple[int, int]] = {}
+        self._large: dict[str, tuple[int, ...]] = {}
         if kind is not Kind.EMBEDDING:
             if not factored:
                 self._large["fisher_NK"] = shape
             if covariance:
                 self._large["covariance_KK"] = (columns, columns)
+                if rows <= _MOST_OUTPUTS * columns:
+                    self._large["gradients_BRR"] = _blocks_of(rows)
         self.tensors: dict[str, Tensor] = {
             "rows": torch.zeros((), dtype=torch.float64),
             "output_range": torch.tensor([float("inf"), float("-inf")]),
@@ -87,12 +104,12 @@ class WeightStatistics:
     @property
     def large_bytes(self) -> int:
         """Bytes of what is collected only while it is held."""
-        return sum(4 * a * b for a, b in self._large.values())
+        return sum(4 * math.prod(shape) for shape in self._large.values())
 
     @property
     def needs_gradients(self) -> bool:
         """Whether what is large is made of gradients."""
-        return "fisher_NK" in self._large
+        return "fisher_NK" in self._large or "gradients_BRR" in self._large
 
     def hold(self) -> None:
         """Begin the large statistics."""
@@ -131,6 +148,7 @@ class WeightStatistics:
 
         def after(g: Tensor) -> None:
             g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
+            self._see_gradients_together(g_BTN.flatten(0, 1))
             inputs.score(x_BTK, g_BTN, weight_matrix(module), self.factored)
             if self.factored:
                 self._see_gradient(g)
@@ -150,11 +168,16 @@ class WeightStatistics:
         x_float = x.detach().to(torch.float32, copy=self.needs_gradients)
         x_BTK = x_float.reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
         self._see_covariance(x_BTK)
-        if self.factored:
+        if not self.needs_gradients:
             return None
-        return lambda g: self._see_sample_gradients(
-            x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2)
-        )
+
+        def after(g: Tensor) -> None:
+            g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
+            self._see_gradients_together(g_BTN.flatten(0, 1))
+            if not self.factored:
+                self._see_sample_gradients(x_BTK.transpose(1, 2), g_BTN.transpose(1, 2))
+
+        return after
 
     def _see_conv_inputs(self, conv: nn.Conv2d, x: Tensor, columns_BgKP: Tensor) -> Callable[[Tensor], None]:
         inputs = cast(InputStatistics, self.inputs)
@@ -175,6 +198,13 @@ class WeightStatistics:
             rows = x.reshape(-1, x.shape[-1])
             self.tensors["covariance_KK"].addmm_(rows.t(), rows)
 
+    def _see_gradients_together(self, g_TN: Tensor) -> None:
+        total_BRR = self.tensors.get("gradients_BRR")
+        if total_BRR is not None:
+            blocks, size = total_BRR.shape[:2]
+            g_BTR = F.pad(g_TN, (0, blocks * size - g_TN.shape[1])).view(-1, blocks, size).transpose(0, 1)
+            total_BRR.baddbmm_(g_BTR.transpose(1, 2), g_BTR)
+
     def _see_gradient(self, g: Tensor) -> None:
         self.tensors["gradient_N"] += g.float().reshape(-1, g.shape[-1]).square().sum(0)
 
@@ -184,6 +214,7 @@ class WeightStatistics:
     def _see_conv_gradient(self, columns_BgKP: Tensor, g: Tensor) -> None:
         batch, groups, _, positions = columns_BgKP.shape
         g_BgNP = g.float().reshape(batch, groups, -1, positions)
+        self._see_gradients_together(g_BgNP[:, 0].transpose(1, 2).flatten(0, 1))
         rows = g_BgNP.shape[2]
         for i in range(groups):
             self._see_sample_gradients(columns_BgKP[:, i], g_BgNP[:, i], slice(i * rows, (i + 1) * rows))
@@ -208,6 +239,12 @@ class WeightStatistics:
         total = self.tensors.get("covariance_KK")
         rows = float(self.tensors["rows"])
         return total / rows if total is not None and rows else None
+
+    def gradients(self) -> Tensor | None:
+        """E[g g^T], float32 [B, R, R], for each R outputs; None if not held, or if fewer rows than R were seen."""
+        total = self.tensors.get("gradients_BRR")
+        rows = float(self.tensors["rows"])
+        return total / rows if total is not None and rows >= total.shape[1] else None
 
     def fisher(self, samples: int) -> Tensor | Factored:
         """F for one sample: [N, K], or its factors."""

@@ -19,7 +19,8 @@ from foveate.formats.levels import NESTED_LEVELS, PLANE_BITS
 
 TILE_ROWS = 16
 GROUPS: tuple[int, ...] = (32, 64, 128)
-SCALE_VALUES = 2 * TILE_ROWS
+#: Bytes of the scales and offsets of a tile.
+SCALE_BYTES = 2 * TILE_ROWS
 
 
 def check_group(group: int) -> int:
@@ -98,12 +99,14 @@ def unpack_plane(packed_TB: Tensor, plane: int, group: int) -> Tensor:
 
 
 def pack_scales(scale_NG: Tensor, offset_NG: Tensor) -> Tensor:
-    """float16 [N, G] scales and offsets -> float16 [T, 32]: the scales of a tile's 16 rows, then their offsets."""
+    """Codes of scales (uint8) and offsets (int8) [N, G] -> uint8 [T, 32]: the scales of a tile's 16 rows, then their
+    offsets.
+    """
     rows, groups = scale_NG.shape
     strips = -(-rows // TILE_ROWS)
-    both = torch.stack([scale_NG, offset_NG]).to(torch.float16)
+    both = torch.stack([scale_NG, offset_NG.view(torch.uint8)])
     both = F.pad(both, (0, 0, 0, strips * TILE_ROWS - rows))
-    return both.view(2, strips, TILE_ROWS, groups).permute(1, 3, 0, 2).reshape(strips * groups, SCALE_VALUES)
+    return both.view(2, strips, TILE_ROWS, groups).permute(1, 3, 0, 2).reshape(strips * groups, SCALE_BYTES)
 
 
 def tile_starts(resident: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ Written to be read beside docs/format.md, not to be fast. The integer sums of a 
 and groups are added in ascending order with one rounding each, as the compiled kernels do it with a fused multiply-add.
 It also runs where no compiler is found.
 
-A weight is its ten tensors (five planes, scales, gain, starts, resident, tags) and its form, four numbers (rows,
-columns, inputs a group, reach); several weights are their tensors and forms one after the other.
+A weight is its ten tensors (five planes, scales, gain, starts, resident, tags) and its form, five numbers (rows,
+columns, inputs a group, reach, exponent of the scales); several weights are their tensors and forms one after the
+other.
 
 Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strips of 16 rows, G groups, T = NT * G
     tiles.
@@ -22,8 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.formats.grids import decoded
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, check_input_level, code_range, code_step
-from foveate.formats.packing import SCALE_VALUES, TILE_ROWS, tile_bytes, tiles_to_matrix, unpack_plane
+from foveate.formats.packing import SCALE_BYTES, TILE_ROWS, tile_bytes, tiles_to_matrix, unpack_plane
 
 #: The greatest code of symmetric levels; a block of level 4 has 0..15 around a zero point.
 INPUT_RANGE = {8: 127.0, 16: 32512.0}
@@ -34,7 +36,7 @@ BLOCK_UNITS = 8
 #: Levels at which a range that was given stands for each row's own.
 STATIC_LEVELS = (4, 8)
 WEIGHT_TENSORS = PLANES + 5
-FORM_NUMBERS = 4
+FORM_NUMBERS = 5
 
 
 class Weight(NamedTuple):
@@ -50,6 +52,7 @@ class Weight(NamedTuple):
     columns: int
     group: int
     reach: int
+    exponent: int
 
 
 def weights_of(tensors: Sequence[Tensor], forms: Sequence[int]) -> list[Weight]:
@@ -58,8 +61,8 @@ def weights_of(tensors: Sequence[Tensor], forms: Sequence[int]) -> list[Weight]:
     for i in range(len(forms) // FORM_NUMBERS):
         mine = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
         scales, gain, starts, resident, tags = mine[PLANES:]
-        rows, columns, group, reach = forms[i * FORM_NUMBERS : (i + 1) * FORM_NUMBERS]
-        weights.append(Weight(mine[:PLANES], scales, gain, starts, resident, tags, rows, columns, group, reach))
+        form = forms[i * FORM_NUMBERS : (i + 1) * FORM_NUMBERS]
+        weights.append(Weight(mine[:PLANES], scales, gain, starts, resident, tags, *form))
     return weights
 
 
@@ -93,18 +96,19 @@ def _centred_codes(planes: Sequence[Tensor], resident: Tensor, level_tiles: Tens
     return out
 
 
-def _scales(scales: Tensor, gain: Tensor, resident: Tensor, level_tiles: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+def _scales(w: Weight, level_tiles: Tensor) -> tuple[Tensor, Tensor]:
     """(scale x unit, offset) of every tile's rows at its level, float32 [NT, G, 16] each; 0 where the level is 0."""
-    strips, groups = resident.shape
-    full = _spread(scales.view(-1, SCALE_VALUES), resident > 0).float().view(strips, groups, 2, TILE_ROWS)
-    gain_by_strip = gain.float().expand(len(GAINED_LEVELS), strips * TILE_ROWS).view(-1, strips, 1, TILE_ROWS)
-    scaled = torch.zeros_like(full[:, :, 0])
+    strips, groups = w.resident.shape
+    codes = _spread(w.scales.view(-1, SCALE_BYTES), w.resident > 0).view(strips, groups, 2, TILE_ROWS)
+    scale, offset = decoded(codes[:, :, 0], codes[:, :, 1].view(torch.int8), w.exponent)
+    gain_by_strip = w.gain.float().expand(len(GAINED_LEVELS), strips * TILE_ROWS).view(-1, strips, 1, TILE_ROWS)
+    scaled = torch.zeros_like(scale)
     for i, level in enumerate(NESTED_LEVELS):
-        unit = torch.full_like(gain_by_strip[0], 0.5 * code_step(level, reach))
+        unit = torch.full_like(gain_by_strip[0], 0.5 * code_step(level, w.reach))
         if level in GAINED_LEVELS:
             unit *= gain_by_strip[i]
-        scaled = torch.where(level_tiles[..., None] == level, full[:, :, 0] * unit, scaled)
-    return scaled, torch.where(level_tiles[..., None] > 0, full[:, :, 1], 0.0)
+        scaled = torch.where(level_tiles[..., None] == level, scale * unit, scaled)
+    return scaled, torch.where(level_tiles[..., None] > 0, offset, 0.0)
 
 
 def _levels_read(tags: Tensor, resident: Tensor, which: int) -> Tensor:
@@ -120,7 +124,7 @@ def plane_unpack(weight: Sequence[Tensor], form: Sequence[int], which: int = 0) 
 def _dense_tiles(w: Weight, which: int) -> Tensor:
     level_tiles = _levels_read(w.tags, w.resident, which)
     centred = _centred_codes(w.planes, w.resident, level_tiles, w.group, w.reach)
-    scaled, offset = _scales(w.scales, w.gain, w.resident, level_tiles, w.reach)
+    scaled, offset = _scales(w, level_tiles)
     # one rounding, as a fused multiply-add has
     return (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
 
@@ -267,7 +271,7 @@ def plane_linear(
             else:
                 levels = _levels_read(w.tags, w.resident, which)
                 centred = _centred_codes(w.planes, w.resident, levels, w.group, w.reach)
-                scaled, offset = _scales(w.scales, w.gain, w.resident, levels, w.reach)
+                scaled, offset = _scales(w, levels)
                 y_MN[mine] = _product(x_MK[mine], centred, scaled, offset, level, input_range)
         y_MN = y_MN[:, : w.rows]
         if bias.numel():

@@ -9,6 +9,7 @@ The first pass over the data is the long part, and can be resumed. It is the onl
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def group_for(columns: int) -> int:
 
     At equal bytes it also has the least error (docs/decisions.md).
     """
-    return min(GROUPS, key=lambda group: (-(-columns // group) * (group * 4 + 32), group))
+    return min(GROUPS, key=lambda group: (-(-columns // group) * (group * 4 + 16), group))
 
 
 def quantize(
@@ -238,7 +239,7 @@ def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Ro
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,
         cast(Tensor, entry.modules[0].weight).dtype,
-        _losses(w_NK, planes, fishers, [s.covariance() for s in seen]),
+        _losses(w_NK, planes, fishers, [s.covariance() for s in seen], [s.gradients() for s in seen]),
         {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])},
     )
 
@@ -281,10 +282,17 @@ def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], gro
     if covariances and not _saw_too_little(seen):
         covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
         looked_up = any(s.kind is Kind.EMBEDDING for s in seen)
-        rounded = with_feedback(w_NK, rounded, covariance, shortfall=SHORTFALL_LOOKED_UP if looked_up else SHORTFALL)
+        shortfall = SHORTFALL_LOOKED_UP if looked_up else SHORTFALL
+        rounded = with_feedback(w_NK, rounded, covariance, _gradients(seen), shortfall=shortfall)
     return from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )
+
+
+def _gradients(seen: Sequence[WeightStatistics]) -> Tensor | None:
+    """How the gradients of a weight's outputs hang together, over its uses."""
+    kept = [g for g in (s.gradients() for s in seen) if g is not None]
+    return torch.stack(kept).sum(0) if kept else None
 
 
 def _saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
@@ -298,10 +306,13 @@ def _losses(
     planes: PlaneTensor,
     fishers: Sequence[Tensor | Factored],
     covariances: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
 ) -> Tensor:
     """The table of a weight's tiles, some strips of rows at a time."""
     parts = []
-    step = max(TILE_ROWS, _SCORED // w_NK.shape[1] // TILE_ROWS * TILE_ROWS)
+    # blocks of gradients are not cut
+    whole = math.lcm(TILE_ROWS, *(g.shape[1] for g in gradients if g is not None))
+    step = max(whole, _SCORED // w_NK.shape[1] // whole * whole)
     for start in range(0, len(w_NK), step):
         rows = torch.arange(start, min(start + step, len(w_NK)))
 
@@ -316,7 +327,8 @@ def _losses(
             else Factored(f.gradient_N[start : start + step], f.energy_K)
             for f in fishers
         ]
-        parts.append(tile_losses(w_NK[start : start + step], at_level, here, planes.group, covariances))
+        blocks = [None if g is None else g[start // g.shape[1] : -(-(start + step) // g.shape[1])] for g in gradients]
+        parts.append(tile_losses(w_NK[start : start + step], at_level, here, planes.group, covariances, blocks))
     planes.tags.fill_(TOP_LEVEL)
     return torch.cat(parts)
 

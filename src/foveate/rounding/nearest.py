@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from foveate.errors import DataError, WeightError
+from foveate.formats.grids import exponent_for, least_scale, snapped
 from foveate.formats.levels import GAINED_LEVELS, code_range, code_step
 from foveate.formats.packing import check_group
 
@@ -46,8 +47,8 @@ _SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
 _STEPS = (0.12, 0.06, 0.03, 0.015)
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))
 
-_LARGEST = torch.finfo(torch.float16).max
-_LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
+#: Of a weight: far within what scales can say, and products of it with inputs within float32.
+_LARGEST = 65504.0
 
 # Values a chunk of rows: the temporaries stay in the caches.
 _CHUNK = 1 << 18
@@ -62,8 +63,8 @@ class Rounded:
     Attributes:
         anchor: uint8 [N, K], the 4-bit codes.
         residual: uint8 [N, K], the 4 bits below them.
-        scale: float16 [N, G], one step of the 4-bit codes.
-        offset: float16 [N, G], the centre of the grid.
+        scale: float32 [N, G], one step of the 4-bit codes, as a byte can hold it (`formats.grids`).
+        offset: float32 [N, G], the centre of the grid, likewise.
         gain: float16 [2, N] near 1, for levels 2 and 3; [2, 1] for a narrow weight, where 4 bytes a row would be dear.
         group: inputs a group.
         reach: how far the residual widens; 0 for nearest codes.
@@ -99,12 +100,14 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
     importance_K = importance_of(input_energy_K, w_NK)
     groups = -(-columns // group)
     codes = w_NK.new_empty(2, rows, columns, dtype=torch.uint8)
-    grids = w_NK.new_empty(2, rows, groups, dtype=torch.float16)
+    grids = w_NK.new_empty(2, rows, groups, dtype=torch.float32)
+    # no grid is wider than this: to go twice as far as the weights costs more than any clip saves
+    exponent = exponent_for(2 * float(w_NK.abs().max()) / 7.5)
     gain_2N = w_NK.new_empty(len(GAINED_LEVELS), rows, dtype=torch.float16)
     chunk = max(1, _CHUNK // (groups * group))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        _round_rows(w_NK[part].float(), importance_K, group, codes[:, part], grids[:, part], gain_2N[:, part])
+        _round_rows(w_NK[part].float(), importance_K, group, exponent, codes[:, part], grids[:, part], gain_2N[:, part])
     return Rounded(codes[0], codes[1], grids[0], grids[1], _one_if_narrow(gain_2N, columns), group)
 
 
@@ -152,7 +155,7 @@ def _check_weight(w_NK: Tensor) -> None:
     if not largest < float("inf"):  # NaN fails too
         raise WeightError("weight has NaN or Inf: every value must be finite")
     if largest > _LARGEST:
-        raise WeightError(f"weight (largest magnitude {largest:g}) is beyond the float16 of its scales, {_LARGEST:g}")
+        raise WeightError(f"weight (largest magnitude {largest:g}) is beyond {_LARGEST:g}, the range of float16")
 
 
 def importance_of(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
@@ -172,12 +175,15 @@ def importance_of(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
     return (energy_K / mean).clamp_min(_LEAST_IMPORTANCE).float()
 
 
-def _round_rows(w_nK: Tensor, importance_K: Tensor, group: int, codes: Tensor, grids: Tensor, gain_2n: Tensor) -> None:
+def _round_rows(
+    w_nK: Tensor, importance_K: Tensor, group: int, exponent: int, codes: Tensor, grids: Tensor, gain_2n: Tensor
+) -> None:
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
     w_gR, root_gR = in_groups(w_nK, importance_K, group)
     noise_R = NOISE * root_gR.square().sum(0)
-    scale_R, offset_R = search(w_gR, root_gR, partial(_cost, w_gR, root_gR, noise_R))
+    cost = partial(_cost, w_gR, root_gR, noise_R)
+    scale_R, offset_R = search(w_gR, root_gR, cost, partial(snapped, exponent=exponent), least_scale(exponent))
 
     from_offset_gR = w_gR - offset_R
     u_gR = from_offset_gR * inverse(scale_R) + 8.0
@@ -210,28 +216,35 @@ def _cost(w_gR: Tensor, root_gR: Tensor, noise_R: Tensor, scale_R: Tensor, offse
 
 
 def search(
-    w_gR: Tensor, root_gR: Tensor, cost: Callable[[Tensor, Tensor], Tensor], level: int = 4
+    w_gR: Tensor,
+    root_gR: Tensor,
+    cost: Callable[[Tensor, Tensor], Tensor],
+    stored: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    least: float,
+    level: int = 4,
 ) -> tuple[Tensor, Tensor]:
-    """Each group's scale and offset of least cost, [R] each, float32 that float16 holds.
+    """Each group's scale and offset of least cost, [R] each, float32.
 
     Args:
         w_gR, root_gR: weights, and the roots of their importance.
         cost: of scales and offsets [R], for each group.
+        stored: scales and offsets [R] as the form can hold them.
+        least: the least scale it can.
         level: the bits of the codes that a scale is a step of.
     """
     lowest_R, highest_R = torch.aminmax(w_gR, dim=0)
-    centre_R = (lowest_R * 0.5 + highest_R * 0.5).half().float()
-    half_R = torch.maximum(highest_R - centre_R, centre_R - lowest_R)
-    is_constant_R = half_R <= _LEAST_SCALE / 2
-    scale_R, offset_R = torch.zeros_like(centre_R), centre_R
+    centre_R = lowest_R * 0.5 + highest_R * 0.5
+    half_R = highest_R * 0.5 - lowest_R * 0.5
+    is_nothing_R = torch.maximum(highest_R, -lowest_R) <= least / 2
+    scale_R, offset_R = torch.zeros_like(centre_R), torch.zeros_like(centre_R)
     low_R, high_R = torch.ones_like(centre_R), torch.ones_like(centre_R)
     least_R = torch.full_like(centre_R, torch.inf)
 
     def improves(step_R: Tensor, middle_R: Tensor) -> Tensor:
         """Take these grids where they cost less; [R], where they do."""
         nonlocal least_R, scale_R, offset_R
-        step_R = torch.where(is_constant_R, 0.0, step_R.half().float().clamp_min(_LEAST_SCALE))
-        middle_R = middle_R.half().float()
+        step_R = torch.where(is_nothing_R, 0.0, step_R.clamp_min(least))
+        step_R, middle_R = stored(step_R, torch.where(is_nothing_R, 0.0, middle_R))
         cost_R = cost(step_R, middle_R)
         better_R = cost_R < least_R
         least_R = torch.where(better_R, cost_R, least_R)

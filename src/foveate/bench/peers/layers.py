@@ -27,11 +27,13 @@ class Layers:
     Attributes:
         weights: float32 [N, K].
         moments: E[x x^T] of their inputs over the calibration data, float32 [K, K].
+        gradients: E[g g^T] of their outputs' gradients, float32 [N, N], in no particular unit.
         left: names of modules that neither side quantizes.
     """
 
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
+    gradients: Mapping[str, Tensor]
     left: tuple[str, ...]
 
     @property
@@ -57,14 +59,24 @@ def share_embeddings(model: nn.Module) -> list[Found]:
 
 
 def look(model: nn.Module, compared: Sequence[Found], batches: Sequence[Any], objective: Objective) -> Layers:
-    """Run the calibration data and keep the second moments of the inputs of every layer that the output depends on."""
+    """Run the calibration data and keep the second moments of the inputs of every layer that the output depends on, and
+    those of its outputs' gradients.
+    """
     sums: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
 
     def hook(name: str) -> Any:
-        def see(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def see(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             x = inputs[0].detach()
-            if kind_of(module) is Kind.CONV:
+            is_conv = kind_of(module) is Kind.CONV
+
+            def see_gradient(g: Tensor) -> None:
+                g_MN = (g.transpose(1, -1) if is_conv else g).flatten(0, -2)
+                gradients[name] = gradients.get(name, 0) + g_MN.t() @ g_MN
+
+            output.register_hook(see_gradient)
+            if is_conv:
                 x_MK = patches(cast(nn.Conv2d, module), x)[:, 0].transpose(1, 2).flatten(0, 1)
             else:
                 x_MK = x.flatten(0, -2)
@@ -76,16 +88,17 @@ def look(model: nn.Module, compared: Sequence[Found], batches: Sequence[Any], ob
 
     matters = _that_matter(model, compared, batches[0], objective)
     usable = [f for f in matters if getattr(f.modules[0], "groups", 1) == 1]
-    hooks = [f.modules[0].register_forward_pre_hook(hook(f.names[0])) for f in usable]
-    with torch.no_grad():
-        for batch in batches:
-            run(model, batch)
+    hooks = [f.modules[0].register_forward_hook(hook(f.names[0])) for f in usable]
+    for i, batch in enumerate(batches):
+        objective.loss(run(model, batch), batch, torch.Generator().manual_seed(i))[0].backward()
+        model.zero_grad(set_to_none=True)
     for handle in hooks:
         handle.remove()
     reached = [f for f in usable if f.names[0] in sums]
     return Layers(
         {f.names[0]: weight_matrix(f.modules[0]).clone() for f in reached},
         {name: (total / rows[name]).float() for name, total in sums.items()},
+        {name: total / rows[name] for name, total in gradients.items()},
         tuple(f.names[0] for f in compared if f.names[0] not in sums),
     )
 

@@ -37,6 +37,14 @@ struct Avx2 {
   static Floats floats(const float* p) { return (Floats)_mm256_loadu_ps(p); }
   static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, (__m256)v); }
   static Floats halves(const uint16_t* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  // A small float is bits 6..13 of a float16, at most 1.9375.
+  static Floats small_floats(const uint8_t* p) {
+    const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    return (Floats)_mm256_cvtph_ps(_mm_slli_epi16(wide, 6));
+  }
+  static Floats signed_bytes(const uint8_t* p) {
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store_halves(uint16_t* p, Floats v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
   }

@@ -43,6 +43,14 @@ struct Avx512 {
   static Floats halves(const uint16_t* p) {
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  // A small float is bits 6..13 of a float16, at most 1.9375.
+  static Floats small_floats(const uint8_t* p) {
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return (Floats)_mm512_cvtph_ps(_mm256_slli_epi16(wide, 6));
+  }
+  static Floats signed_bytes(const uint8_t* p) {
+    return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store_halves(uint16_t* p, Floats v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
   }

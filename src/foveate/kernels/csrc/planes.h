@@ -24,9 +24,10 @@ constexpr int64_t tile_bytes(int plane, int group) { return int64_t{kTileRows} *
 // One weight, read by one map.
 struct Weight {
   const uint8_t* planes[kPlanes];
-  const uint16_t* scales;   // float16: 16 scales, then 16 offsets, a stored tile
+  const uint8_t* scales;    // 16 scales (4 bits of exponent, 4 of mantissa), then 16 signed offsets, a stored tile
   uint64_t tiles[6];        // how many tiles are stored: of scales, then of each plane
-  float units[kPlanes];     // of levels 2, 3, 4, 6, 8: half a code step, times the gain if that is one a weight
+  float units[kPlanes];     // of levels 2, 3, 4, 6, 8: half a code step, times the gain if that is one a weight, times 2^e
+  float offset_unit;        // of offsets: an eighth of 2^e
   const uint16_t* gains;    // float16 [2, NT * 16] for levels 2 and 3, or null
   const int64_t* starts;    // [NT, 6], columns as in `tiles`
   const uint8_t* resident;  // [NT, G]

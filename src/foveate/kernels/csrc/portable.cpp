@@ -28,6 +28,17 @@ struct Portable {
   static Floats floats(const float* p) { return read<Floats>(p); }
   static void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
   static Floats halves(const uint16_t* p) { return Floats{half(p[0]), half(p[1]), half(p[2]), half(p[3])}; }
+  // A small float is bits 6..13 of a float16, at most 1.9375.
+  static Floats small_floats(const uint8_t* p) {
+    Floats v;
+    for (int i = 0; i < kRows; ++i) v[i] = half(static_cast<uint16_t>(p[i] << 6));
+    return v;
+  }
+  static Floats signed_bytes(const uint8_t* p) {
+    Floats v;
+    for (int i = 0; i < kRows; ++i) v[i] = static_cast<float>(static_cast<int8_t>(p[i]));
+    return v;
+  }
   static void store_halves(uint16_t* p, Floats v) {
     for (int i = 0; i < kRows; ++i) p[i] = to_half(v[i]);
   }

@@ -262,7 +262,7 @@ Fault unpack_strip(const Weight& w, int64_t strip, int row, int row_end, float* 
     }
     unpack_tile<V>(tile, w.group, w.reach, codes);
     for (int r = 0; r < kTileRows; r += V::kRows) {
-      const TileScales<V> scale(tile.scales, r, unit_of<V>(w, tile.kind, strip, r));
+      const TileScales<V> scale(tile, r, unit_of<V>(w, tile.kind, strip, r));
       V::store_floats(step + r, scale.step);
       V::store_floats(offset + r, scale.offset);
     }

@@ -1,11 +1,11 @@
-// A weight as torch hands it over: ten tensors and four numbers, checked, to the plain `Weight` of the kernels.
+// A weight as torch hands it over: ten tensors and five numbers, checked, to the plain `Weight` of the kernels.
 //
 // Shapes, types and layout are checked here; what the tile index says (starts, resident, tags) the kernels check.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <algorithm>
+#include <cmath>
 
 #include "planes.h"
 
@@ -32,16 +32,18 @@ void check_input_range(const Tensor& input_range) {
 }
 
 constexpr size_t kTensors = kPlanes + 5;  // planes, scales, gain, starts, resident, tags
-constexpr size_t kForm = 4;               // rows, columns, inputs a group, reach
+constexpr size_t kForm = 5;               // rows, columns, inputs a group, reach, exponent of the scales
 
 // Weight number `i` of a list, checked; its tags are those of `map`.
 Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t map) {
   TORCH_CHECK(weights.size() % kTensors == 0 && forms.size() == weights.size() / kTensors * kForm,
               "a weight is ", kTensors, " tensors and ", kForm, " numbers, not ", weights.size(), " and ", forms.size());
   TORCH_CHECK(map == 0 || map == 1, "map (=", map, ") is not 0 or 1");
-  const int64_t rows = forms[i * kForm], columns = forms[i * kForm + 1], group = forms[i * kForm + 2], reach = forms[i * kForm + 3];
+  const int64_t rows = forms[i * kForm], columns = forms[i * kForm + 1], group = forms[i * kForm + 2], reach = forms[i * kForm + 3],
+                exponent = forms[i * kForm + 4];
   TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
   TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
+  TORCH_CHECK(exponent >= -64 && exponent <= 32, "exponent (=", exponent, ") is not in -64..32");
   TORCH_CHECK(rows >= 0 && columns >= 0, "rows (=", rows, ") and columns (=", columns, ") must not be negative");
   const Tensor* const planes = &weights[i * kTensors];
   const Tensor &scales = planes[kPlanes], &gain = planes[kPlanes + 1], &starts = planes[kPlanes + 2],
@@ -60,15 +62,16 @@ Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t ma
     w.planes[p] = planes[p].const_data_ptr<uint8_t>();
     w.tiles[p + 1] = static_cast<uint64_t>(planes[p].numel() / bytes);
   }
-  check_vector(scales, at::kHalf, "scales");
-  TORCH_CHECK(scales.numel() % (2 * kTileRows) == 0, "scales have ", scales.numel(), " values, not a multiple of 32");
-  w.scales = static_cast<const uint16_t*>(scales.const_data_ptr());
+  check_vector(scales, at::kByte, "scales");
+  TORCH_CHECK(scales.numel() % (2 * kTileRows) == 0, "scales have ", scales.numel(), " bytes, not a multiple of 32");
+  w.scales = scales.const_data_ptr<uint8_t>();
   w.tiles[0] = static_cast<uint64_t>(scales.numel() / (2 * kTileRows));
   check_vector(gain, at::kHalf, "gain");
   TORCH_CHECK(gain.dim() == 2 && gain.size(0) == 2 && (gain.size(1) == 1 || gain.size(1) == w.strips * kTileRows),
               "gain has shape (=", gain.sizes(), "), not [2, 1] or [2, ", w.strips * kTileRows, "]");
   const float half_steps[kPlanes] = {2.0f, 1.0f, 0.5f, 0.125f * static_cast<float>(1 << reach), 0.03125f * static_cast<float>(1 << reach)};
-  std::copy(half_steps, half_steps + kPlanes, w.units);
+  for (int p = 0; p < kPlanes; ++p) w.units[p] = std::ldexp(half_steps[p], static_cast<int>(exponent));
+  w.offset_unit = std::ldexp(0.125f, static_cast<int>(exponent));
   if (gain.size(1) == 1) {
     for (int i = 0; i < 2; ++i) w.units[i] *= static_cast<float>(gain.const_data_ptr<at::Half>()[i]);
   } else {

@@ -21,7 +21,7 @@ struct Finish {
 
   Finish() = default;
   inline __attribute__((always_inline)) Finish(const Tile& tile, int row, typename V::Floats unit, int reach, bool wide) {
-    const TileScales<V> scale(tile.scales, row, unit);
+    const TileScales<V> scale(tile, row, unit);
     shift = kCodeShift[tile.kind];
     range = code_range(tile.kind, reach);
     centre = 0.5f * static_cast<float>(range << shift);

@@ -42,7 +42,8 @@ inline int32_t code_range(int planes, int reach) {
 
 struct Tile {
   const uint8_t* planes[kPlanes];
-  const uint16_t* scales;
+  const uint8_t* scales;
+  float offset_unit;
   int kind;  // planes to read; 0: skip the tile
 };
 
@@ -57,7 +58,7 @@ struct Walk {
 
   explicit Walk(const Weight& weight) : w(weight) {
     for (int i = 0; i < 6; ++i) {
-      bytes[i] = static_cast<uint64_t>(i ? tile_bytes(i - 1, w.group) : 4 * kTileRows);
+      bytes[i] = static_cast<uint64_t>(i ? tile_bytes(i - 1, w.group) : 2 * kTileRows);
       limit[i] = bytes[i] * w.tiles[i];
     }
   }
@@ -104,7 +105,8 @@ struct Walk {
       bool outside = false;  // the first or the last: a sum alone may wrap around
       for (int i = 0; i <= tile.kind; ++i) outside |= at[i] >= limit[i] || at[i] + more * bytes[i] >= limit[i];
       if (outside) return Fault::kOutside;
-      tile.scales = w.scales + at[0] / 2;
+      tile.scales = w.scales + at[0];
+      tile.offset_unit = w.offset_unit;
       for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1];
     }
     for (int i = 0; i < 6; ++i) at[i] += stored >= kFloors[i] ? (more + 1) * bytes[i] : 0;
@@ -120,7 +122,8 @@ struct Walk {
       bool outside = at[0] >= limit[0];
       for (int p = 0; p < tile.kind; ++p) outside |= at[p + 1] >= limit[p + 1];
       if (outside) return Fault::kOutside;
-      tile.scales = w.scales + at[0] / 2;
+      tile.scales = w.scales + at[0];
+      tile.offset_unit = w.offset_unit;
       for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1];
     }
     for (int i = 0; i < 6; ++i) at[i] += stored >= kFloors[i] ? bytes[i] : 0;
@@ -290,6 +293,9 @@ template <class V>
 struct TileScales {
   typename V::Floats step, offset;
 
-  inline __attribute__((always_inline)) TileScales(const uint16_t* scales, int row, typename V::Floats unit)
-      : step(V::halves(scales + row) * unit), offset(V::halves(scales + kTileRows + row)) {}
+  inline __attribute__((always_inline)) TileScales(const Tile& tile, int row, typename V::Floats unit) {
+    const typename V::Floats scale = V::small_floats(tile.scales + row);
+    step = scale * unit;
+    offset = V::signed_bytes(tile.scales + kTileRows + row) * (scale * V::splat(tile.offset_unit));
+  }
 };
