@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHES ?= kernels switch load quality decode
+BENCHES ?= kernels switch load quality decode saved
 
 .PHONY: demo test check bench bench-peers clean
 

@@ -15,11 +15,12 @@ PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not in
 PROMISED = {
     "ActivationStore", "CompressActivations", "Granularity", "SavedReport", "compress_activations",
     "Audit", "Perturbation", "audit", "fold_batchnorm",
+    "CacheProfile", "calibrate_cache", "quantized_cache",
     "Budget", "BudgetError", "CheckpointError", "DataError", "Embedding", "FoveateError", "Frontier", "Head",
     "LevelError", "Logits", "MissingExtraError", "Objective", "Outcome", "PlaneNotResidentError", "PrecisionMap",
     "Profile", "Site", "SiteError", "Verification", "WeightError", "allocate", "apply", "backends", "by_variance",
-    "current_map", "frontier", "load", "load_profile", "measure", "profile_of", "quantize", "read_head", "save",
-    "save_map", "uniform_of_bytes", "use_static_scales", "verify", "watch_inputs",
+    "current_map", "frontier", "load", "load_profile", "measure", "profile_of", "quantize", "read_head", "repair",
+    "save", "save_map", "uniform_of_bytes", "use_static_scales", "verify", "watch_inputs",
 }  # fmt: skip
 
 

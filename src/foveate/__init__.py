@@ -7,6 +7,7 @@ A weight is stored once as bit planes, most significant first; its precision is 
     fv.apply(model, plan)
 """
 
+from foveate.activations.cache import quantized_cache as quantized_cache
 from foveate.activations.callback import CompressActivations as CompressActivations
 from foveate.activations.compress import compress_activations as compress_activations
 from foveate.activations.policy import Granularity as Granularity
@@ -15,6 +16,7 @@ from foveate.activations.store import ActivationStore as ActivationStore
 from foveate.allocate import allocate as allocate
 from foveate.allocate import by_variance as by_variance
 from foveate.allocate import frontier as frontier
+from foveate.allocate.cache import CacheProfile as CacheProfile
 from foveate.audit import Audit as Audit
 from foveate.audit import Perturbation as Perturbation
 from foveate.audit import audit as audit
@@ -42,6 +44,7 @@ from foveate.maps import PrecisionMap as PrecisionMap
 from foveate.maps import Profile as Profile
 from foveate.maps import Site as Site
 from foveate.maps import uniform_of_bytes as uniform_of_bytes
+from foveate.nn.cache import calibrate_cache as calibrate_cache
 from foveate.nn.fold import fold_batchnorm as fold_batchnorm
 from foveate.nn.persist import load as load
 from foveate.nn.persist import save as save
@@ -50,6 +53,7 @@ from foveate.nn.registry import apply as apply
 from foveate.nn.registry import current_map as current_map
 from foveate.nn.registry import profile_of as profile_of
 from foveate.nn.registry import use_static_scales as use_static_scales
+from foveate.repair import repair as repair
 from foveate.verify import Outcome as Outcome
 from foveate.verify import Verification as Verification
 from foveate.verify import measure as measure

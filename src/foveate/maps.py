@@ -19,8 +19,11 @@ from torch import Tensor
 
 from foveate.errors import BudgetError, LevelError, SiteError
 from foveate.formats.levels import (
+    CACHE_LEVELS,
     INPUT_LEVELS,
     WEIGHT_LEVELS,
+    cache_bits_of,
+    check_cache_level,
     check_input_level,
     check_weight_level,
     input_bits_of,
@@ -50,7 +53,7 @@ class PrecisionMap:
 
     Attributes:
         sites: every site of the model.
-        levels: for each site's name one level, or for a weight one byte a tile.
+        levels: for each site's name one level, or for a weight one byte a tile, for a cache one byte a head.
         other_bytes: bytes of everything that is not a site (norms, biases, buffers); the same in every map.
         predicted_loss: what the profile says the map costs, in the objective's unit (nats a token for language models);
             NaN if unknown.
@@ -120,11 +123,22 @@ class PrecisionMap:
         weights = sum(s.weights for s in self.weight_sites())
         return 8.0 * (self.bytes_stored - self.other_bytes) / max(weights, 1)
 
+    @property
+    def cache_bits(self) -> float:
+        """Average bits a cached key or value, ranges counted, recent exact tokens not; NaN without cache sites."""
+        caches = [s for s in self.sites if s.kind == "cache"]
+        bits = 0.0
+        for site in caches:
+            for level in tile_levels(self.levels[site.name], site.tiles):
+                bits += site.columns * cache_bits_of(level, site.group)
+        return bits / sum(s.rows * s.columns for s in caches) if caches else float("nan")
+
     def __repr__(self) -> str:
-        return (
-            f"PrecisionMap({self.bits:.3f} bits a weight, {format_bytes(self.bytes_resident)} in memory, "
-            f"predicted loss {self.predicted_loss:.4g}, {len(self.sites)} sites)"
-        )
+        if all(s.kind == "cache" for s in self.sites) and self.sites:
+            taken = f"{self.cache_bits:.3f} bits a cached number"
+        else:
+            taken = f"{self.bits:.3f} bits a weight, {format_bytes(self.bytes_resident)} in memory"
+        return f"PrecisionMap({taken}, predicted loss {self.predicted_loss:.4g}, {len(self.sites)} sites)"
 
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
         """A copy in which every site that the shell pattern names has `level`; the predicted loss is then unknown."""
@@ -174,12 +188,13 @@ def _checked_levels(site: Site, levels: Levels) -> Levels:
         if not isinstance(levels, int):
             raise LevelError(f"{site.name}: an input has one level, not one a tile")
         return check_input_level(levels)
+    allowed, check = (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (WEIGHT_LEVELS, check_weight_level)
     if isinstance(levels, int):
-        return check_weight_level(levels)
+        return check(levels)
     if len(levels) != site.tiles:
         raise LevelError(f"{site.name}: {len(levels)} tile levels for {site.tiles} tiles")
-    if sum(levels.count(level) for level in WEIGHT_LEVELS) != len(levels):
-        check_weight_level(next(level for level in levels if level not in WEIGHT_LEVELS))
+    if sum(levels.count(level) for level in allowed) != len(levels):
+        check(next(level for level in levels if level not in allowed))
     first = levels[0] if levels else 0
     return first if levels.count(first) == len(levels) else bytes(levels)
 
@@ -270,8 +285,10 @@ class Profile:
         samples: tokens, images or sentences that the loss is a mean over.
         objective: which loss: see `foveate.collect.objectives`.
         statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
-            `output_range` float32 [2]. For each input, float32: `mean`, `variance` [1], `range` [2] (least, greatest),
-            `entropy` [1] (bits a value, of 8-bit codes), `values` [1] (read by the product, a sample),
+            `output_range` float32 [2] (of its products, or of the rows looked up), `row_frequency` float32 [NT] of an
+            embedding (the share of look-ups that read each strip of rows). For each input, float32: `mean`,
+            `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits a value, of 8-bit codes), `values` [1]
+            (read by the product, a sample),
             `batch_moments` [2, 2] (the least and the greatest mean and variance of a batch), `batch_values` [1].
         notes: things the user should know, a sentence each.
     """

@@ -33,3 +33,11 @@ def track(items: Iterable[Item], label: str, *, total: int | None = None, show: 
             log.info("%s: %d%s%s", label, done, f" of {total}" if total else "", left)
             said = now
         yield item
+
+
+def say(text: str) -> None:
+    """A line for whoever waits: to the log where somebody listens, else to stderr."""
+    if log.isEnabledFor(logging.INFO):
+        log.info(text)
+    else:
+        print(text, file=sys.stderr)

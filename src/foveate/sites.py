@@ -18,8 +18,9 @@ class Site:
 
     Attributes:
         name: dotted module path and what it is, as in `model.layers.3.mlp.up_proj:weight`.
-        kind: `weight` or `input`.
-        rows, columns, group: the weight's shape and the inputs a group; an input has 0 rows and its width.
+        kind: `weight`, `input` or `cache`.
+        rows, columns, group: the weight's shape and the inputs a group; an input has 0 rows and its width; a cache its
+            heads, the width of a head, and the tokens a group.
         row_gains: whether gains are kept for each row.
         rows_read: rows of the weight that one token (or image, or sentence position) reads: 1 for an embedding.
         aliases: other names of the same weight (tied weights are one site).
@@ -41,7 +42,9 @@ class Site:
 
     @property
     def tiles(self) -> int:
-        """Tiles of the weight; 0 for an input."""
+        """Tiles of the weight; 0 for an input; the heads of a cache."""
+        if self.kind == "cache":
+            return self.rows
         strips, groups = self.grid
         return strips * groups if self.kind == "weight" else 0
 

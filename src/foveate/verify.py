@@ -7,6 +7,7 @@ reference outputs, so memory stays that of one batch and the differences between
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,8 @@ class Outcome:
         agreement: share of samples whose decision is the reference's.
         metric: the mean of the caller's metric, if one was given.
         samples: how many.
+        batch_error: standard error of the mean divergence from how it differs between batches, which samples of one
+            text do not understate; NaN for a single batch.
     """
 
     divergence: float
@@ -39,11 +42,28 @@ class Outcome:
     agreement: float
     metric: float | None
     samples: int
+    batch_error: float = math.nan
+
+    @property
+    def bound(self) -> float:
+        """The mean divergence on other data of the same kind is at most this, 39 times of 40: the mean and twice its
+        standard error, the greater of the two that are known.
+        """
+        errors = (self.standard_error, self.batch_error)
+        return self.divergence + 2 * max(error for error in errors if not math.isnan(error))
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. `holds` says whether the map was no worse than uniform precision at its bytes."""
+    """What `verify` found. `holds` says whether the map was no worse than uniform precision at its bytes.
+
+    Attributes:
+        plan, uniform_plan: the map, and uniform precision at its bytes.
+        measured, uniform: what they do to the data.
+        reference: what they were compared with.
+        unit: of the divergence.
+        limit: the most divergence that was asked for, if a limit was.
+    """
 
     plan: PrecisionMap
     uniform_plan: PrecisionMap
@@ -51,6 +71,17 @@ class Verification:
     uniform: Outcome
     reference: str
     unit: str
+    limit: float | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether the bound on the map's divergence (`Outcome.bound`) is within the limit; true if there is none."""
+        return self.limit is None or self.measured.bound <= self.limit
+
+    @property
+    def ratio(self) -> float:
+        """The measured divergence over the predicted."""
+        return self.measured.divergence / self.predicted if self.predicted else math.nan
 
     @property
     def predicted(self) -> float:
@@ -68,11 +99,15 @@ class Verification:
         return self.plan if self.holds else self.uniform_plan
 
     def __str__(self) -> str:
+        limit = ""
+        if self.limit is not None:
+            said = "within" if self.within else "NOT within"
+            limit = f"; at most {self.measured.bound:.5f}, {said} the limit of {self.limit:g}"
         return (
             f"divergence ({self.unit}) {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
             f"(predicted {self.predicted:.5f}), uniform at equal bytes {self.uniform.divergence:.5f}; "
             f"agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
-            f"{self.measured.samples} samples, reference: {self.reference}"
+            f"{self.measured.samples} samples, reference: {self.reference}{limit}"
         )
 
 
@@ -81,12 +116,15 @@ class _Sums:
         self.divergence = self.squares = self.agreed = self.metric = 0.0
         self.samples = 0
         self.metric_samples = 0
+        self.batches: list[tuple[int, float]] = []  # samples and their divergence, summed
 
     def add(self, divergence: Tensor, agreed: Tensor, metric: Tensor | None) -> None:
         self.divergence += float(divergence.double().sum())
         self.squares += float(divergence.double().square().sum())
         self.agreed += float(agreed.sum())
         self.samples += len(divergence)
+        if len(divergence):
+            self.batches.append((len(divergence), float(divergence.double().sum())))
         if metric is not None:
             self.metric += float(metric.double().sum())
             self.metric_samples += metric.numel()
@@ -96,7 +134,10 @@ class _Sums:
         mean = self.divergence / n
         variance = max(self.squares / n - mean * mean, 0.0)
         metric = self.metric / self.metric_samples if self.metric_samples else None
-        return Outcome(mean, (variance / n) ** 0.5, self.agreed / n, metric, self.samples)
+        count = len(self.batches)
+        apart = sum((total - size * mean) ** 2 for size, total in self.batches)
+        batch_error = (apart * count / (count - 1)) ** 0.5 / n if count > 1 else math.nan
+        return Outcome(mean, (variance / n) ** 0.5, self.agreed / n, metric, self.samples, batch_error)
 
 
 def measure(
@@ -182,9 +223,14 @@ def verify(
     *,
     reference: nn.Module | None = None,
     objective: Objective | None = None,
+    limit: float | None = None,
     progress: bool = True,
 ) -> Verification:
     """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`.
+
+    Args:
+        limit: the most divergence that is wanted; `Verification.within` says whether it is kept, and `foveate.repair`
+            finds a map that keeps it.
 
     Raises:
         PlaneNotResidentError: the model was loaded without planes that the map, or the uniform one, reads.
@@ -199,7 +245,7 @@ def verify(
         profile = registry_of(model).profile
         objective = named(profile.objective) if profile is not None else None
     return Verification(
-        plan, even, measured, uniform_measured, name, "divergence" if objective is None else objective.unit
+        plan, even, measured, uniform_measured, name, "divergence" if objective is None else objective.unit, limit
     )
 
 

@@ -130,6 +130,18 @@ def test_file_names_cannot_point_elsewhere(
         fv.load(part, model=skeleton())
 
 
+@pytest.mark.parametrize(
+    "ranges", [5, {"nothing:input": [0, 1]}, {"0:input": [1, 0]}, {"0:input": ["a", 1]}, {"0:input": [0, 1e300]}]
+)
+def test_static_scales_that_make_no_sense(
+    saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path, ranges: Any
+) -> None:
+    part = copy_of(saved[0], tmp_path / "part")
+    rewrite(part, lambda data: {**data, "model": {**data["model"], "ranges": ranges}})
+    with pytest.raises(CheckpointError, match="range"):
+        fv.load(part, model=skeleton())
+
+
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5),
     st.sampled_from(([], {}, [1], {"a": 1}, [[8, 10**12]], [["a"]], 0, 1, 2, 5, 32, 33, 10**9)),
@@ -218,6 +230,8 @@ def test_data_files_that_do_not_fit_their_head(saved: tuple[Path, nn.Module, fv.
         "levels of another dtype": ("scales", "0:weight|resident", lambda t: t.int()),
         "gains of another shape": ("scales", "0:weight|gain", lambda t: t[:1]),
         "a profile of other tiles": ("profile", "0:weight|losses", lambda t: t[1:]),
+        "a profile in 8 bits": ("profile", "0:weight|losses", lambda t: t.to(torch.float8_e4m3fn)),
+        "a bias in 8 bits": ("rest", "0.bias", lambda t: t.to(torch.float8_e4m3fn)),
         "a bias of another shape": ("rest", "0.bias", lambda t: t[1:]),
     }
     for i, (what, (part, key, change)) in enumerate(changes.items()):

@@ -255,3 +255,17 @@ def test_tokenizer_files_come_along(tmp_path: Path) -> None:
         assert (tmp_path / folder / "tokenizer.json").read_text() == "{}"
         assert not (tmp_path / folder / "unrelated.bin").exists()
         assert not list((tmp_path / folder).glob("model*.safetensors"))
+
+
+def test_static_scales_are_kept(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path) -> None:
+    model = fv.load(saved[0], model=skeleton())
+    fv.apply(model, fv.profile_of(model).uniform(4))
+    fv.use_static_scales(model)
+    wanted = model(X)
+    fv.save(model, tmp_path / "static")
+    loaded = fv.load(tmp_path / "static", model=skeleton())
+    assert torch.equal(loaded(X), wanted)
+    fv.use_static_scales(loaded, False)
+    assert not torch.equal(loaded(X), wanted)
+    fv.save(loaded, tmp_path / "static")
+    assert not torch.equal(fv.load(tmp_path / "static", model=skeleton())(X), wanted)

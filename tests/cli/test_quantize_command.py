@@ -71,6 +71,28 @@ def test_a_budget_is_allocated_verified_and_kept(run: Run, original: Path, text_
     assert [m["label"] for m in json.loads(allowed.stdout)["maps"]][-2:] == ["default map", "every plane"]
 
 
+def test_a_budget_of_loss_is_measured_and_kept(run: Run, original: Path, text_file: Path, tmp_path: Path) -> None:
+    words = ("--data", text_file, "--samples", 8, "--length", 32, "--loss", 0.05, "--check")
+    result = run("quantize", original, tmp_path / "out", *words, "--json")
+    assert result.exit_code in (0, 1), result.output
+    found = json.loads(result.stdout)["verification"]
+    assert found["within"]
+    assert found["divergence"] < found["bound"] <= found["limit"] == 0.05
+    assert "measured over predicted loss" in result.stderr
+    assert fv.read_head(tmp_path / "out").plan.bits == pytest.approx(json.loads(result.stdout)["map"]["bits"])
+    again = run("quantize", original, tmp_path / "out", *words)
+    assert "with twice the standard error, within it" in " ".join(again.stdout.split())
+    said = run("allocate", tmp_path / "out", "--loss", 0.05, "--dry-run")
+    assert "foveate eval measures" in " ".join(said.stdout.split())
+
+
+def test_memory_that_is_too_little(run: Run, original: Path, text_file: Path, tmp_path: Path) -> None:
+    result = run("quantize", original, tmp_path / "out", "--data", text_file, *FAST, "--memory", "1MiB")
+    assert result.exit_code == 2
+    assert "memory (=1.00 MiB) is too little" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_skip_leaves_a_module(run: Run, original: Path, text_file: Path, tmp_path: Path) -> None:
     result = run("quantize", original, tmp_path / "out", "--data", text_file, *FAST, "--skip", "lm_head", "--group", 64)
     assert result.exit_code == 0, result.output
@@ -112,8 +134,11 @@ def test_bad_input_is_one_line_and_writes_nothing(
 def test_a_budget_that_nothing_meets_says_the_least(run: Run, original: Path, text_file: Path, tmp_path: Path) -> None:
     result = run("quantize", original, tmp_path / "out", "--data", text_file, *FAST, "--bits", 1)
     assert result.exit_code == 2
-    assert "least" in result.stderr
+    assert "least possible is more than" in result.stderr
     assert not list(tmp_path.iterdir())
+    small = run("quantize", original, tmp_path / "out", "--data", text_file, *FAST, "--bytes", "1KiB")
+    assert small.exit_code == 2
+    assert "no map fits in 1.00 KiB: the least is more than" in small.stderr
 
 
 def test_bad_models_and_targets(run: Run, original: Path, text_file: Path, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import foveate as fv
+from foveate.collect.collector import Collector
 from foveate.collect.inputs import InputStatistics
 from foveate.collect.kinds import find_weights, patches, weight_matrix
 from foveate.collect.objectives import Embedding, Logits
-from foveate.collect.statistics import Collector
 from foveate.formats.levels import INPUT_LEVELS
 from foveate.kernels.reference import quantize_input
 from foveate.nn.registry import registry_of

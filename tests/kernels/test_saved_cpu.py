@@ -38,15 +38,17 @@ def test_groups(x: Tensor, group: int, bits: int, seed: int | None, out: torch.d
 
 
 @pytest.mark.parametrize("bits", GROUP_BITS)
-def test_neither_threads_nor_pages_of_the_generator_change_a_bit(bits: int) -> None:
+def test_neither_threads_nor_pages_nor_sizes_beyond_the_caches_change_a_bit(bits: int) -> None:
     """Three pages of 2^21 elements, groups of 96 across their borders."""
     x = torch.randn(2 * reference.PAGE + 12345, generator=generator(1))
     codes, ranges = reference.group_pack(x, bits, 96, 7)
+    back = reference.group_unpack(codes, ranges, bits, 96, len(x), torch.float32)
     for isa in ISAS:
         with forced(isa):
             for threads in (1, 2, 3):
                 torch.set_num_threads(threads)
                 assert all(map(same, ops.group_pack(x, bits, 96, 7), (codes, ranges))), (isa, threads)
+                assert same(ops.group_unpack(codes, ranges, bits, 96, len(x), torch.float32), back), (isa, threads)
 
 
 @given(

@@ -185,6 +185,33 @@ def _broken(change: Callable[[nn.Sequential], Any]) -> nn.Sequential:
     return model
 
 
+def test_what_a_profile_keeps_of_an_embedding_and_of_tied_weights() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+    model = GPT2LMHeadModel(config).eval()
+    original = copy.deepcopy(model)
+    batch = tokens(batches=1)[0]
+    profile = fv.quantize(model, [batch], progress=False)
+    ids = batch["input_ids"].flatten()
+    tied = profile.statistics["transformer.wte:weight"]
+    strips = torch.bincount(ids // 16, minlength=4).float() / len(ids)
+    assert torch.allclose(tied["row_frequency"], strips)
+    with torch.no_grad():
+        output = original(**batch, output_hidden_states=True)
+        rows_read = original.transformer.wte(ids)
+    low, high = (float(v) for v in tied["output_range"])
+    assert low == pytest.approx(min(float(output.logits.min()), float(rows_read.min())), rel=1e-4)
+    assert high == pytest.approx(max(float(output.logits.max()), float(rows_read.max())), rel=1e-4)
+    energy = output.hidden_states[-1].flatten(0, 1).square().mean()
+    assert torch.allclose(tied["input_energy"], energy, rtol=1e-4)
+    positions = profile.statistics["transformer.wpe:weight"]
+    assert "input_energy" not in positions
+    read = original.transformer.wpe.weight.detach()[: batch["input_ids"].shape[1]]
+    assert torch.allclose(positions["output_range"], torch.stack([read.min(), read.max()]))
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], list[Any], type[Exception], str]] = {
     "NaN": (
         lambda: _broken(lambda m: m[2].weight[3, 4].fill_(float("nan"))),
@@ -199,6 +226,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], list[Any], type[Exception], st
         "4.weight holds NaN or Inf",
     ),
     "too large": (lambda: _broken(lambda m: m[2].weight[3, 4].fill_(1e6)), rows(), WeightError, "2: weight"),
+    "8-bit floats": (
+        lambda: mlp().to(torch.float8_e4m3fn),
+        rows(),
+        WeightError,
+        "0.weight is torch.float8_e4m3fn: load the model in float16",
+    ),
     "no data": (mlp, [], DataError, "there are no batches"),
     "NaN data": (
         mlp,
@@ -279,7 +312,7 @@ def test_twice_is_an_error() -> None:
 
 
 def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.nn.quantize._SAVE_EVERY", 2)
+    monkeypatch.setattr("foveate.nn.calibration._SAVE_EVERY", 2)
     file = tmp_path / "new" / "statistics"
     batches = rows(70, 70, 7)
 

@@ -82,7 +82,7 @@ class Site:
 
     def count(self, bytes: tuple[int, ...], step: int) -> None:
         """A tensor of it takes so many bytes at each of LEVELS; those of one step add up."""
-        again = self.step == step
+        again = self.bytes and self.step == step
         self.bytes = tuple(a + b for a, b in zip(self.bytes, bytes, strict=True)) if again else bytes
         self.step, self.derived = step, False
 

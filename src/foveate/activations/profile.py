@@ -88,7 +88,7 @@ def load_profile_into(ledger: Ledger, path: str | os.PathLike[str]) -> None:
         ledger.trust.logs.extend(_number(value, signed=True) for value in content["audits"])
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a profile of saved tensors: {error!r}") from error
 
 

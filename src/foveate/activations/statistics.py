@@ -29,7 +29,8 @@ GROUPS: tuple[int, ...] = (32, 64, 128, 256, 512, 1024)
 _DEFAULT_GROUP = 256
 _OUTLIER = 6.0  # deviations
 _BINS = 1024
-_COARSE = 256  # cells of the entropy and of the ranges
+_COARSE = 256  # cells of the entropy
+_CELLS = 128  # of the ranges
 _RANGE_BITS = 32  # a group's least value and step
 
 
@@ -96,15 +97,18 @@ def _group_ranges(histogram: Tensor, width: float) -> tuple[float, ...]:
     """E[R^2] for each of `GROUPS`, of values drawn independently; a value lies anywhere in its bin."""
     below_E = torch.cat([histogram.new_zeros(1, dtype=torch.float64), histogram.double().cumsum(0)])
     below_E = below_E / below_E[-1]
-    within_EE = (below_E[None, :] - below_E[:, None]).clamp_min(0).triu()
+    inside_EE = (below_E[None, :] - below_E[:, None]).clamp_min(0)
     steps = torch.arange(len(histogram), dtype=torch.float64)
     # least in bin i, greatest in bin j: apart by j - i bins, or, of a full group in one bin, by nearly one
-    square_BB = (steps[None, :] - steps[:, None]).square()
+    square_BB = (steps[None, :] - steps[:, None]).square().triu()
     found = []
+    power = 1
     for group in GROUPS:
-        inside_EE = within_EE**group
+        while power < group:  # all are powers of 2
+            inside_EE, power = inside_EE.square(), 2 * power
+            inside_EE.masked_fill_(inside_EE < 1e-100, 0.0)  # or the squares become denormal, and slow
         exactly_BB = inside_EE[:-1, 1:] - inside_EE[1:, 1:] - inside_EE[:-1, :-1] + inside_EE[1:, :-1]
-        square = float((exactly_BB.triu() * square_BB).sum() + exactly_BB.diagonal().sum())
+        square = float((exactly_BB * square_BB).sum() + exactly_BB.diagonal().sum())
         found.append(square * width**2)
     return tuple(found)
 
@@ -121,7 +125,8 @@ def _summarise(flat: Tensor) -> Summary:
     outliers = float(share_B[(centre_B - mean).abs() > _OUTLIER * deviation].sum()) if deviation else 0.0
     coarse = histogram.view(_COARSE, -1).sum(1)
     p = coarse[coarse > 0].double() / count
-    ranges = _group_ranges(coarse, (greatest - least) / _COARSE) if greatest > least else nothing
+    cells = histogram.view(_CELLS, -1).sum(1)
+    ranges = _group_ranges(cells, (greatest - least) / _CELLS) if greatest > least else nothing
     return Summary(
         1,
         int(count),

@@ -261,9 +261,10 @@ class ActivationStore:
             record = payload.record
             if self._reading or record is None:
                 return
+            record.add_gradient(gradient.detach().abs().float().square().mean())
             if not rule.linear:
-                record.add_gradient(gradient.detach().abs().float().square().mean())
-            elif rule.linear == "conv" and whole:
+                return
+            if rule.linear == "conv" and whole:
                 record.add_closed(
                     sensitivity.conv_error(record.variance_LQ, record.group, gradient, shape, stride, kernel, options)
                 )
@@ -271,7 +272,6 @@ class ActivationStore:
                 columns = shape[-1] if whole else payload.interval.length
                 rows = gradient if whole else gradient.reshape(1, -1)
                 record.add_closed(sensitivity.linear_error(record.variance_LQ, record.group, rows, columns))
-                record.add_gradient(gradient.detach().float().square().mean())
 
         return watch
 

@@ -18,20 +18,29 @@ from foveate.maps import PrecisionMap, Profile, find_sites, input_level_for
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """Choose one of L levels for each of U units.
+class Choices:
+    """Choose one of L levels for each of U units: all that the solver sees.
 
     Attributes:
         levels: the levels allowed, ascending.
         loss_UL, cost_UL: float64; cost in bytes, ascending along L.
-        unit_of: for each weight site, int64 [tiles]: the unit of each tile.
-        profile: where the numbers come from.
-        input_levels: the level of each input; None: each what `input_level_for` says of its weight.
     """
 
     levels: tuple[int, ...]
     loss_UL: Tensor
     cost_UL: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Problem(Choices):
+    """The choice of a map's levels.
+
+    Attributes:
+        unit_of: for each weight site, int64 [tiles]: the unit of each tile.
+        profile: where the numbers come from.
+        input_levels: the level of each input; None: each what `input_level_for` says of its weight.
+    """
+
     unit_of: dict[str, Tensor]
     profile: Profile
     input_levels: Mapping[str, int] | None

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.allocate.problem import Problem
+from foveate.allocate.problem import Choices
 from foveate.errors import BudgetError
 
 
@@ -22,7 +22,7 @@ class Steps:
     """Upgrades in the order in which they are worth taking, the best gain per byte first.
 
     Attributes:
-        unit, level: int64 [S], which unit moves to which index of `Problem.levels`.
+        unit, level: int64 [S], which unit moves to which index of `Choices.levels`.
         cost, gain: float64 [S], bytes added and loss taken away.
     """
 
@@ -32,7 +32,7 @@ class Steps:
     gain: Tensor
 
 
-def ordered_steps(problem: Problem) -> Steps:
+def ordered_steps(problem: Choices) -> Steps:
     """All units' hull steps from their cheapest level up, sorted by gain per byte."""
     loss, cost = problem.loss_UL, problem.cost_UL
     units, count = loss.shape
@@ -62,13 +62,13 @@ def ordered_steps(problem: Problem) -> Steps:
     return Steps(unit[order], level[order], added[order], gain[order])
 
 
-def take(problem: Problem, steps: Steps, count: int) -> Tensor:
+def take(problem: Choices, steps: Steps, count: int) -> Tensor:
     """The choice after the first `count` steps: int64 [U]."""
     choice = torch.zeros(len(problem.loss_UL), dtype=torch.long)
     return choice.scatter_reduce(0, steps.unit[:count], steps.level[:count], "amax")
 
 
-def _spend(problem: Problem, choice: Tensor, room: float) -> Tensor:
+def _spend(problem: Choices, choice: Tensor, room: float) -> Tensor:
     """Use what is left of a byte budget: single upgrades that fit, the best gain per byte first."""
     loss, cost = problem.loss_UL, problem.cost_UL
     everyone = torch.arange(len(loss))
@@ -89,7 +89,7 @@ def _spend(problem: Problem, choice: Tensor, room: float) -> Tensor:
                 room -= float(added[unit, step])
 
 
-def solve_bytes(problem: Problem, room: float, least_note: str) -> Tensor:
+def solve_bytes(problem: Choices, room: float, least_note: str) -> Tensor:
     """The least loss within `room` bytes of planes and scales."""
     base = float(problem.cost_UL[:, 0].sum())
     if base > room:
@@ -103,7 +103,7 @@ def solve_bytes(problem: Problem, room: float, least_note: str) -> Tensor:
     return min([spent, *uniform], key=lambda c: float(problem.loss_UL.gather(1, c[:, None]).sum()))
 
 
-def solve_loss(problem: Problem, limit: float, inputs: float = 0.0) -> Tensor:
+def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
     """The fewest bytes whose loss, with what inputs lose, is at most `limit`."""
     steps = ordered_steps(problem)
     start = float(problem.loss_UL[:, 0].sum())

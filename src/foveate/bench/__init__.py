@@ -16,7 +16,7 @@ from foveate.bench.result import as_table as as_table
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "quality", "inputs", "decode", "peers", "saved")
+NAMES = ("kernels", "switch", "load", "quality", "inputs", "decode", "cache", "peers", "saved")
 
 
 def run(name: str, peers: bool = False) -> dict[str, Any]:

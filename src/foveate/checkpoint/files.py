@@ -74,6 +74,17 @@ def _commit(temporary: Path, target: Path) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, target)
+    _sync(target.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Make a new name last: what follows it must not be on the disk before it is."""
+    with suppress(OSError):  # a system that cannot open folders, or sync them
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
 
 
 def checksum(tensor: Tensor) -> str:

@@ -230,6 +230,8 @@ def load_profile(path: PathLike) -> Profile:
     for key in head.checksums["profile"]:
         name, _, what = key.rpartition("|")
         tensor = read("profile", key).clone()
+        if tensor.dtype != torch.float32:
+            raise CheckpointError(f"{folder}: {key!r} of the profile is {tensor.dtype}, not torch.float32")
         if what == "losses":
             losses[name] = tensor
         else:

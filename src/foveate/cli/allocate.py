@@ -71,6 +71,11 @@ def allocate(
         print(emit({"folder": str(out), "stored": not dry_run, "map": map_figures(plan), "uniform": map_figures(even)}))
         return
     show(legend(plan), _beside(plan, even, profile), sizes_table(plan))
+    if budget is not None and budget.loss is not None:
+        show(
+            f"predicted to lose {figure(plan.predicted_loss)}, at most {figure(budget.loss)}; what it does lose, "
+            "foveate eval measures, and foveate quantize --loss keeps within the limit"
+        )
     show("nothing stored: a dry run" if dry_run else f"stored as the default map of {out}")
 
 

@@ -21,11 +21,16 @@ Length = Annotated[int | None, typer.Option(min=2, help="Tokens a window; 512, o
 Batch = Annotated[int, typer.Option(min=1, help="Windows that run at once.")]
 Bits = Annotated[float | None, typer.Option(help="Budget: average bits a weight, scales counted.")]
 Bytes = Annotated[str | None, typer.Option("--bytes", help="Budget: memory, as 800MiB or 6GB or 123456.")]
-Loss = Annotated[float | None, typer.Option(help="Budget: the most loss that may be predicted.")]
+Loss = Annotated[float | None, typer.Option(help="Budget: the most loss, in nats a token for a language model.")]
+Memory = Annotated[
+    str | None, typer.Option(help="The most memory to take meanwhile, as 6GiB; three quarters of what is free.")
+]
 Levels = Annotated[str, typer.Option(help="Levels to choose among; with 0 a tile may be dropped.")]
 Tie = Annotated[list[str] | None, typer.Option(metavar="PATTERN,...", help="Weights that get one level; repeatable.")]
 PerWeight = Annotated[bool, typer.Option("--per-weight", help="One level a weight, not one a tile.")]
-Check = Annotated[bool, typer.Option("--check", help="Exit with 1 if the map is worse than uniform precision.")]
+Check = Annotated[
+    bool, typer.Option("--check", help="Exit with 1 if the map is worse than uniform precision, or over --loss.")
+]
 
 ALL_LEVELS = "2,3,4,6,8"
 

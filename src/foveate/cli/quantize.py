@@ -18,6 +18,7 @@ from foveate.cli.models import config_of, load_original, load_tokenizer
 from foveate.cli.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
 from foveate.formats.packing import check_group
+from foveate.nn.least import check_reachable
 from foveate.report.layers import dense_bytes
 from foveate.report.page import figure, loss_name
 from foveate.sizes import format_bytes
@@ -37,6 +38,7 @@ def quantize(
     bytes_: options.Bytes = None,
     loss: options.Loss = None,
     keep_map: Annotated[bool, typer.Option("--keep-map", help="Keep only the planes that the map reads.")] = False,
+    memory: options.Memory = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     check: options.Check = False,
     json_output: options.Json = False,
@@ -44,7 +46,8 @@ def quantize(
     """Store a model as bit planes and measure what each is worth; with a budget, choose its precision and verify it.
 
     Without a budget every plane is kept and read, and `foveate allocate` can choose later. With one, part of the data
-    is held out, the map is measured on it against the original, and stored as the folder's default.
+    is held out, the map is measured on it against the original, and stored as the folder's default. With --loss the
+    map is the smallest whose measured loss on the held-out data, and twice its standard error, are within it.
     """
     budget = options.budget_of(bits, bytes_, loss)
     if keep_map and budget is None:
@@ -62,11 +65,14 @@ def quantize(
     if held_out:
         log.info("holding out %s for verification", describe(held_out))
     net = load_original(model)
+    if budget is not None:
+        check_reachable(net, budget, group=group, skip=skip or ())
     profile = fv.quantize(
         net,
         batches(calibration, batch),
         group=group,
         skip=skip or (),
+        memory=memory,
         resume=out.absolute().with_name(f".{out.name}.resume-{digest(found)}.safetensors") if resume else None,
     )
     for note in profile.notes:
@@ -82,7 +88,7 @@ def quantize(
         print(emit(_figures(model, out, profile, plan, verification)))
     else:
         _tell(out, profile, plan, verification)
-    if check and verification is not None and not verification.holds:
+    if check and verification is not None and not (verification.holds and verification.within):
         raise typer.Exit(1)
 
 
@@ -104,8 +110,13 @@ def _choose(
     net: nn.Module, profile: fv.Profile, budget: fv.Budget, model: str, held_out: list[Window]
 ) -> tuple[fv.PrecisionMap, fv.Verification]:
     """The map for a budget, or uniform precision at its bytes where that measured better."""
-    plan = fv.allocate(profile, budget)
-    verification = fv.verify(net, plan, held_out, reference=load_original(model))
+    original = load_original(model)
+    if budget.loss is not None:
+        verification = fv.repair(net, budget, held_out, reference=original)
+        log.info("measured over predicted loss: %.2f", verification.ratio)
+    else:
+        plan = fv.allocate(profile, budget)
+        verification = fv.verify(net, plan, held_out, reference=original)
     if not verification.holds:
         log.warning("warning: on the held-out data uniform precision at the same bytes is better, and so it is kept")
     return verification.best, verification
@@ -139,6 +150,11 @@ def _tell(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: f
                 f"{got.agreement:.2%}",
             )
         show(table)
+        if verification.limit is not None:
+            show(
+                f"asked for at most {figure(verification.limit)}: {figure(verification.measured.bound)} with twice the "
+                f"standard error, {'within it' if verification.within else 'NOT within it'}"
+            )
 
 
 def _figures(
@@ -160,6 +176,9 @@ def _figures(
             "holds": verification.holds,
             "reference": verification.reference,
             "predicted": verification.predicted,
+            "limit": verification.limit,
+            "bound": verification.measured.bound,
+            "within": verification.within,
             "divergence": verification.measured.divergence,
             "standard_error": verification.measured.standard_error,
             "agreement": verification.measured.agreement,

@@ -1,4 +1,4 @@
-"""One pass over a small data set: input energies, output gradients and output ranges of every weight.
+"""Running statistics of a small data set: input energies, output gradients and output ranges of every weight.
 
 For a weight with input rows x_t and output gradients g_t (of the loss of one sample) the increase of the loss caused by
 a change dW is, to second order and with the Fisher information for the Hessian,
@@ -12,24 +12,24 @@ is accumulated as the squared gradient of each sample. An embedding's F is its r
 energy in each column.
 
 Memory: the factored statistics take N + K numbers a weight, the others N x K; covariances of inputs, which rounding
-with error feedback needs, K x K. What inputs cost at each level is measured in the same pass, see
-`foveate.collect.inputs`; for that the inputs of one batch are kept from its forward to its backward.
+with error feedback needs, K x K. What takes a matrix a weight is called large here, and may be collected for some of
+the weights at a time (`hold`, `release`). What inputs cost at each level is measured in the first
+pass, see `foveate.collect.inputs`; for that the inputs of one batch are kept from its forward to its backward, or made
+again (`foveate.collect.replay`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from foveate.collect.inputs import InputStatistics
-from foveate.collect.kinds import Found, Kind, kind_of, patches, weight_matrix, weight_matrix_shape
-from foveate.collect.objectives import Objective, run
-from foveate.errors import DataError
+from foveate.collect.kinds import Kind, kind_of, patches, weight_matrix, weight_matrix_shape
+from foveate.collect.objectives import Objective
 
 #: Per-sample gradients are made this many numbers at a time.
 _CHUNK = 1 << 24
@@ -54,8 +54,8 @@ class WeightStatistics:
     Attributes:
         energy_K: sum over rows of x^2, float64.
         gradient_N: sum over rows of g^2, float64 (factored).
-        fisher_NK: sum over samples of the squared gradient, float32 (not factored).
-        covariance_KK: sum over rows of x x^T, float32, where asked for.
+        fisher_NK: sum over samples of the squared gradient, float32 (not factored), while held.
+        covariance_KK: sum over rows of x x^T, float32 (not embeddings, nor convolutions of groups), while held.
         frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
         rows: rows of x seen.
         output_range: least and greatest output.
@@ -65,6 +65,12 @@ class WeightStatistics:
     def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool, covariance: bool) -> None:
         rows, columns = shape
         self.kind, self.factored = kind, factored
+        self._large: dict[str, tuple[int, int]] = {}
+        if kind is not Kind.EMBEDDING:
+            if not factored:
+                self._large["fisher_NK"] = shape
+            if covariance:
+                self._large["covariance_KK"] = (columns, columns)
         self.tensors: dict[str, Tensor] = {
             "rows": torch.zeros((), dtype=torch.float64),
             "output_range": torch.tensor([float("inf"), float("-inf")]),
@@ -77,10 +83,25 @@ class WeightStatistics:
             self.tensors["energy_K"] = torch.zeros(columns, dtype=torch.float64)
             if factored:
                 self.tensors["gradient_N"] = torch.zeros(rows, dtype=torch.float64)
-            else:
-                self.tensors["fisher_NK"] = torch.zeros(rows, columns)
-            if covariance:
-                self.tensors["covariance_KK"] = torch.zeros(columns, columns)
+
+    @property
+    def large_bytes(self) -> int:
+        """Bytes of what is collected only while it is held."""
+        return sum(4 * a * b for a, b in self._large.values())
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether what is large is made of gradients."""
+        return "fisher_NK" in self._large
+
+    def hold(self) -> None:
+        """Begin the large statistics."""
+        self.tensors.update({key: torch.zeros(shape) for key, shape in self._large.items()})
+
+    def release(self) -> None:
+        """Give their memory back."""
+        for key in self._large:
+            self.tensors.pop(key, None)
 
     def see(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
         """Take the inputs and outputs of one call; returns what takes the output's gradient."""
@@ -118,6 +139,23 @@ class WeightStatistics:
 
         return after
 
+    def see_again(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None] | None:
+        """The large statistics alone, of a call that `see` has taken before; returns what takes the gradient, if any
+        is needed.
+        """
+        if self.kind is Kind.CONV:
+            columns_BgKP = patches(cast(nn.Conv2d, module), x.detach().float())
+            self._see_covariance(columns_BgKP.permute(0, 1, 3, 2))
+            return lambda g: self._see_conv_gradient(columns_BgKP, g)
+        x_float = x.detach().to(torch.float32, copy=self.needs_gradients)
+        x_BTK = x_float.reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
+        self._see_covariance(x_BTK)
+        if self.factored:
+            return None
+        return lambda g: self._see_sample_gradients(
+            x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2)
+        )
+
     def _see_conv_inputs(self, conv: nn.Conv2d, x: Tensor, columns_BgKP: Tensor) -> Callable[[Tensor], None]:
         inputs = cast(InputStatistics, self.inputs)
         x_BPK = columns_BgKP[:, 0].transpose(1, 2)
@@ -151,6 +189,8 @@ class WeightStatistics:
             self._see_sample_gradients(columns_BgKP[:, i], g_BgNP[:, i], slice(i * rows, (i + 1) * rows))
 
     def _see_sample_gradients(self, x_BKT: Tensor, g_BNT: Tensor, rows: slice = slice(None)) -> None:
+        if "fisher_NK" not in self.tensors:
+            return
         fisher = self.tensors["fisher_NK"][rows]
         step = max(1, _CHUNK // fisher.numel())
         for at in range(0, len(x_BKT), step):
@@ -164,7 +204,7 @@ class WeightStatistics:
         return (self.tensors["energy_K"] / self.tensors["rows"].clamp_min(1)).float()
 
     def covariance(self) -> Tensor | None:
-        """E[x x^T], float32 [K, K]; None where it was not kept or nothing was seen."""
+        """E[x x^T], float32 [K, K]; None where it is not held or nothing was seen."""
         total = self.tensors.get("covariance_KK")
         rows = float(self.tensors["rows"])
         return total / rows if total is not None and rows else None
@@ -182,102 +222,9 @@ class WeightStatistics:
         return t["fisher_NK"] / samples
 
 
-class Collector:
-    """Statistics of every weight of a model, batch by batch; its state can be saved and continued.
-
-    Attributes:
-        by_module: statistics for each module's name.
-        samples, batches: how much was seen.
-        without_covariance: modules whose input covariance would have gone beyond `covariance_bytes`.
-    """
-
-    def __init__(
-        self, found: Iterable[Found], objective: Objective, *, covariance_bytes: int = 0, seed: int = 0
-    ) -> None:
-        self.objective = objective
-        self.samples = 0
-        self.batches = 0
-        self._seed = seed
-        self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
-        self.by_module: dict[str, WeightStatistics] = {}
-        self.without_covariance: list[str] = []
-        for name, module in self._modules.items():
-            kind = kind_of(module)
-            assert kind is not None, name
-            factored = kind is Kind.EMBEDDING or (objective.independent_rows and kind is not Kind.CONV)
-            shape = weight_matrix_shape(module)
-            size = 4 * shape[1] ** 2
-            covariance = kind is not Kind.EMBEDDING and getattr(module, "groups", 1) == 1
-            if covariance and size > covariance_bytes:
-                self.without_covariance.append(name)
-                covariance = False
-            covariance_bytes -= size if covariance else 0
-            self.by_module[name] = WeightStatistics(shape, kind, factored, covariance)
-
-    def add(self, model: nn.Module, batch: Any) -> None:
-        """One forward and one backward pass. Raises `DataError` if the loss is not finite."""
-        generator = torch.Generator().manual_seed(self._seed + self.batches)
-        with torch.enable_grad(), self._hooks():
-            loss, samples = self.objective.loss(run(model, batch), batch, generator)
-            if samples == 0:
-                raise DataError(f"batch {self.batches} holds no samples")
-            if not bool(torch.isfinite(loss)):
-                raise DataError(
-                    f"batch {self.batches} gives a loss that is not finite ({float(loss.detach())}): "
-                    "NaN or Inf in the data, or in the model"
-                )
-            if not loss.requires_grad:
-                raise DataError("the model's output does not depend on any weight that can be quantized")
-            loss.backward()
-        self.samples += samples
-        self.batches += 1
-
-    @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        spark = torch.zeros((), requires_grad=True)
-
-        def hook(name: str) -> Callable[..., Tensor]:
-            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-                # parameters are frozen meanwhile, so the first outputs must be given a gradient
-                if not output.requires_grad:
-                    output = output + spark
-                if not output.requires_grad:
-                    raise DataError(f"{name} runs without gradients (torch.no_grad in the model): name it in skip")
-                if not output.numel():  # an empty batch, or a layer that no row came by
-                    return output
-                x = args[0] if args else kwargs["input"]
-                output.register_hook(self.by_module[name].see(module, x, output))
-                return output
-
-            return after
-
-        handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in self._modules.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def unseen(self) -> list[str]:
-        """Modules that no batch ever reached."""
-        return [name for name, s in self.by_module.items() if float(s.tensors["rows"]) == 0]
-
-    def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on later."""
-        counts = {"samples": self.samples, "batches": self.batches}
-        flat = {f"{name}|{key}": t for name, s in self.by_module.items() for key, t in s.tensors.items()}
-        for name, s in self.by_module.items():
-            if s.inputs is not None:
-                flat.update({f"{name}|input {key}": t for key, t in s.inputs.tensors.items()})
-        return {**{k: torch.tensor(v, dtype=torch.float64) for k, v in counts.items()}, **flat}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`; raises `DataError` if it is of another model or objective."""
-        expected = {k: t.shape for k, t in self.state().items()}
-        if {k: t.shape for k, t in state.items()} != expected:
-            raise DataError("the resume file was made for another model or objective: delete it to start afresh")
-        self.samples, self.batches = int(state["samples"]), int(state["batches"])
-        for name, s in self.by_module.items():
-            s.tensors = {key: state[f"{name}|{key}"].clone() for key in s.tensors}
-            if s.inputs is not None:
-                s.inputs.tensors = {key: state[f"{name}|input {key}"].clone() for key in s.inputs.tensors}
+def statistics_of(module: nn.Module, objective: Objective) -> WeightStatistics:
+    """What is to be collected of a module, nothing large held yet."""
+    kind = kind_of(module)
+    assert kind is not None, type(module).__name__
+    factored = kind is Kind.EMBEDDING or (objective.independent_rows and kind is not Kind.CONV)
+    return WeightStatistics(weight_matrix_shape(module), kind, factored, getattr(module, "groups", 1) == 1)

@@ -1,4 +1,4 @@
-"""Levels: how many bits a weight or an input is read at, and which planes that takes.
+"""Levels: how many bits a weight, an input or a cached number has, and which planes that takes.
 
 A weight's planes hold 2, 1, 1, 2 and 2 bits, most significant first, so its nested levels are 2, 3, 4, 6 and 8 (and 0:
 nothing is read, the weight is zero). Levels 16 and 32 are exact: no plane gives them, they are reserved for tiles
@@ -19,6 +19,8 @@ EXACT_LEVELS: tuple[int, ...] = (16, 32)
 #: Levels with a gain of their own; above them it is 1 (docs/decisions.md).
 GAINED_LEVELS: tuple[int, ...] = (2, 3)
 INPUT_LEVELS: tuple[int, ...] = (4, 8, 16, 32)
+#: Of cached keys and values; 32 is exact, and so is 16 for numbers of 16 bits.
+CACHE_LEVELS: tuple[int, ...] = (2, 4, 8, 16, 32)
 TOP_LEVEL = NESTED_LEVELS[-1]
 REACHES: tuple[int, ...] = (0, 1, 2)
 
@@ -53,6 +55,20 @@ def input_bits_of(level: int) -> float:
     scale of a row is not counted.
     """
     return 4.25 if level == 4 else float(level)
+
+
+def check_cache_level(level: int) -> int:
+    """Return `level` if keys and values can be cached at it, else raise `LevelError`."""
+    if level in CACHE_LEVELS:
+        return level
+    raise LevelError(f"cache level (={level}) is not one of {_listing(CACHE_LEVELS)}")
+
+
+def cache_bits_of(level: int, group: int) -> float:
+    """Bits a cached number takes at a level, the range of its group counted; 32 where it is exact (16 in a model of
+    16-bit numbers).
+    """
+    return 32.0 if level == 32 else level + 32 / group
 
 
 def planes_of(level: int) -> int:

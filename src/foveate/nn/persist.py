@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from foveate import checkpoint
 from foveate.allocate import allocate
 from foveate.checkpoint import Head, PathLike
+from foveate.checkpoint.head import DTYPES
 from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
 from foveate.errors import CheckpointError, MissingExtraError, SiteError
 from foveate.formats.levels import TOP_LEVEL
@@ -28,7 +29,7 @@ from foveate.nn.experts import taken_apart
 from foveate.nn.fold import fold_skeleton, folded_of
 from foveate.nn.install import install
 from foveate.nn.modules import PlaneModule, PlaneWeight
-from foveate.nn.registry import quantized_part, registry_of
+from foveate.nn.registry import Registry, quantized_part, registry_of
 from foveate.sizes import parse_bytes
 from foveate.version import __version__
 
@@ -77,7 +78,11 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         rest=_rest(model),
         plan=plan,
         profile=registry.profile,
-        model={**about, "folded": folded_of(model)} if folded_of(model) else about,
+        model={
+            **about,
+            **({"folded": folded_of(model)} if folded_of(model) else {}),
+            **({"ranges": registry.ranges} if registry.ranges else {}),
+        },
         extra_files=companions,
         written_by=written_by or f"foveate {__version__}",
     )
@@ -128,11 +133,24 @@ def load(
     if registry.sites != head.sites:
         raise CheckpointError(f"{path} is not of this model: its sites differ")
     registry.other_bytes = head.other_bytes
+    registry.set_ranges(_ranges(path, head, registry))
     if head.profile is not None:
         registry.profile_source = functools.partial(checkpoint.load_profile, Path(path).absolute())
     plan = head.plan if keep is None else keep
     registry.apply(plan, plan)
     return model.eval()
+
+
+def _ranges(path: PathLike, head: Head, registry: Registry) -> dict[str, tuple[float, float]]:
+    """The static scales of inputs that a folder keeps."""
+    kept = head.model.get("ranges", {})
+    if not isinstance(kept, dict) or not set(kept) <= set(registry.inputs):
+        raise CheckpointError(f"{path}: the ranges in its head are not of this model's inputs")
+    for name, limits in kept.items():
+        fine = isinstance(limits, list) and len(limits) == 2 and all(type(v) in (int, float) for v in limits)
+        if not fine or not -1e38 < limits[0] <= limits[1] < 1e38:
+            raise CheckpointError(f"{path}: the range of {name} (={limits!r}) is not two finite numbers")
+    return {name: (float(low), float(high)) for name, (low, high) in kept.items()}
 
 
 def _fitting(path: PathLike, memory: int) -> PrecisionMap:
@@ -267,6 +285,9 @@ def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
         if old is None or old.shape != tensor.shape:
             have = "missing" if old is None else tuple(old.shape)
             raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {tuple(tensor.shape)}")
+        known = str(tensor.dtype).removeprefix("torch.") in DTYPES
+        if tensor.is_floating_point() and not known and tensor.dtype != old.dtype:
+            raise CheckpointError(f"{full_name} of the checkpoint is {tensor.dtype}, which the model cannot be run in")
         if tensor.is_floating_point() != old.is_floating_point():
             raise CheckpointError(f"{full_name} of the model is {old.dtype}, of the checkpoint {tensor.dtype}")
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor

@@ -1,36 +1,35 @@
 """quantize: put a model on planes, in place, and measure what every plane is worth.
 
-    find weights -> one pass over the data (statistics) -> for each weight: round, pack, score -> exchange the modules
+    find weights -> passes over the data (statistics) -> for each weight: round, pack, score -> exchange the modules
     -> Profile
 
-The pass over the data is the long part, and can be resumed. After it one weight at a time is float and planes at once,
-so the peak is the model, its planes, and the largest weight.
+The first pass over the data is the long part, and can be resumed. It is the only one where memory allows it: see
+`foveate.nn.calibration`, which hands out the weights share by share as their statistics are complete.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveate.collect.kinds import Found, Kind, find_weights, weight_matrix
-from foveate.collect.objectives import Custom, Objective, infer, run
-from foveate.collect.statistics import Collector, Factored, WeightStatistics
+from foveate.collect.objectives import Objective
+from foveate.collect.statistics import Factored, WeightStatistics
 from foveate.errors import DataError, SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
-from foveate.formats.packing import GROUPS, check_group
+from foveate.formats.packing import GROUPS, TILE_ROWS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Profile, Site
+from foveate.nn.calibration import Calibration
 from foveate.nn.experts import left_notes, merged, taken_apart
+from foveate.nn.heap import given_back
 from foveate.nn.install import install, site_of
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.routing import Routing
@@ -39,10 +38,11 @@ from foveate.progress import track
 from foveate.rounding import round_weight, with_feedback
 from foveate.rounding.feedback import SHORTFALL, SHORTFALL_LOOKED_UP
 from foveate.sensitivity import tile_losses
+from foveate.sizes import parse_bytes
 
-_SAVE_EVERY = 16  # batches between two writes of the resume file
-#: Share of the free memory that covariances of inputs may take; weights beyond it are rounded without error feedback.
-_COVARIANCE_SHARE = 0.25
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Values of a weight that are scored at a time.
+_SCORED = 1 << 22
 
 
 def group_for(columns: int) -> int:
@@ -62,6 +62,7 @@ def quantize(
     loss: Callable[[Any, Any], Tensor] | None = None,
     group: int | None = None,
     skip: Sequence[str] = (),
+    memory: int | str | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Profile:
@@ -81,6 +82,10 @@ def quantize(
             the objective's own.
         group: inputs a group, 32, 64 or 128, for every weight; chosen by width if not given.
         skip: shell patterns of module names to leave as they are.
+        memory: the most that the process may take meanwhile, the model included, `"6GiB"` or a number; if not given,
+            three quarters of what is free. Where that is too little for doing everything at once, parts of the model
+            are run twice, statistics are collected in several passes over the data, and float weights are let go as
+            their planes are finished (an interruption then leaves a model without them). The result is the same.
         resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is
             deleted at the end.
         progress: whether to show how far it is.
@@ -92,10 +97,13 @@ def quantize(
         DataError: no batches, or a loss that is not finite.
         WeightError: a weight holds NaN or Inf, or no weight can be quantized. The model is then unchanged.
         SiteError: a pattern in `skip` matches nothing.
+        BudgetError: the model cannot be quantized in `memory`; the message says in how much it can.
     """
     ensure_loaded()
-    with taken_apart(model):
-        return _quantized(model, batches, objective, loss, group, skip, Path(resume) if resume else None, progress)
+    limit = None if memory is None else parse_bytes(memory)
+    with taken_apart(model), given_back(limit is not None):
+        path = Path(resume) if resume else None
+        return _quantized(model, batches, objective, loss, group, skip, limit, path, progress)
 
 
 def _quantized(
@@ -105,51 +113,30 @@ def _quantized(
     loss: Callable[[Any, Any], Tensor] | None,
     group: int | None,
     skip: Sequence[str],
+    memory: int | None,
     resume: Path | None,
     progress: bool,
 ) -> Profile:
     if objective is not None and not isinstance(objective, Objective):
         raise DataError(f"objective (={objective!r}) is not an Objective, such as foveate.Logits()")
-    found, notes = _chosen(model, skip)
+    found, notes = chosen(model, skip)
     for entry in found:
         weight = cast(Tensor, entry.modules[0].weight)
         if weight.device.type != "cpu":
             raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
-        if not bool(torch.isfinite(weight).all()):
-            raise WeightError(f"{entry.names[0]}.weight holds NaN or Inf")
-    collector = _collect(model, batches, found, objective, loss, resume, progress)
-    routing = Routing(model, collector)
-    notes += routing.notes()
-    unseen = [name for name in collector.unseen() if name not in routing]
-    if unseen:
-        listed = ", ".join(unseen[:5]) + (" and others" if len(unseen) > 5 else "")
-        notes.append(f"calibration never reached {listed}: their bits are chosen blindly")
-    if objective is None and collector.objective.name == "embedding":
-        notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
-    if collector.without_covariance:
-        count = len(collector.without_covariance)
-        notes.append(f"{count} weights were rounded without error feedback, for want of memory for their covariances")
-    few = [f.names[0] for f in found if _saw_too_little([collector.by_module[name] for name in f.names])]
-    if few:
-        listed = ", ".join(few[:5]) + (" and others" if len(few) > 5 else "")
-        notes.append(
-            f"{listed} had fewer rows of input than columns: rounded to nearest, for feedback would fit those few rows"
-        )
-
-    sites: list[Site] = []
-    losses: dict[str, Tensor] = {}
-    statistics: dict[str, dict[str, Tensor]] = {}
-    weights: dict[str, PlaneWeight] = {}
-    for entry in track(found, "rounding", show=progress):
-        seen = [collector.by_module[name] for name in entry.names]
-        w_NK = weight_matrix(entry.modules[0])
-        planes = _on_planes(entry, w_NK, seen, group)
-        site = site_of(entry, planes, routing.share(entry.names[0]))
-        sites.append(site)
-        fishers = [routing.fisher(name) for name in entry.names]
-        losses[site.name] = _losses(w_NK, planes, fishers, [s.covariance() for s in seen])
-        statistics[site.name] = {**_kept_statistics(seen[0], planes), **routing.statistics(entry.names[0])}
-        weights[site.name] = PlaneWeight(planes, cast(Tensor, entry.modules[0].weight).dtype)
+        _check_values(entry.names[0], weight.detach())
+    calibration = Calibration(model, batches, found, objective, loss, memory=memory, resume=resume, progress=progress)
+    with given_back(calibration.plan.replay or calibration.plan.lean):
+        rounded, routing, few = _all_rounded(model, calibration, group, progress)
+    calibration.finish()
+    collector = calibration.collector
+    notes += _notes(calibration, routing, few, guessed=objective is None)
+    done = [rounded[entry.names[0]] for entry in found]
+    sites = [q.site for q in done]
+    weights = {q.site.name: PlaneWeight(q.planes, q.dtype) for q in done}
+    losses = {q.site.name: q.losses for q in done}
+    statistics = {q.site.name: q.statistics for q in done}
+    del rounded, done
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         kept.set(value)
     registry = install(model, found, sites, weights)
@@ -159,8 +146,6 @@ def _quantized(
             if float(node.tensors["rows"]):  # what was never seen is not free
                 losses[name] = node.inputs.losses(collector.samples)
             statistics[name] = node.inputs.summary(collector.samples)
-    if resume:
-        resume.unlink(missing_ok=True)
     profile = Profile(
         registry.sites,
         losses,
@@ -176,7 +161,8 @@ def _quantized(
     return profile
 
 
-def _chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+    """The weights to quantize, and notes on what is left as it is; errors as `quantize` raises them."""
     if any(isinstance(m, PlaneModule) for m in model.modules()):
         raise WeightError("the model is quantized already: quantize the original")
     found = find_weights(model)
@@ -201,71 +187,81 @@ def _chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[st
     return kept, [*(f"{name} was left as it is" for name in merged(model, skipped)), *left_notes(model)]
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients, put back afterwards."""
-    modes = {m: m.training for m in model.modules()}
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
+def _check_values(name: str, weight: Tensor) -> None:
+    """Refuse before any work what rounding would refuse."""
+    if weight.dtype not in _DTYPES:
+        raise WeightError(f"{name}.weight is {weight.dtype}: load the model in float16, bfloat16 or float32")
+    lowest, highest = torch.aminmax(weight)
+    largest = float(torch.maximum(-lowest, highest))
+    if not largest < float("inf"):  # NaN fails too
+        raise WeightError(f"{name}.weight holds NaN or Inf")
+    if largest > torch.finfo(torch.float16).max:
+        raise WeightError(f"{name}: weight (largest magnitude {largest:g}) is beyond the float16 of its scales")
 
 
-def _collect(
-    model: nn.Module,
-    batches: Iterable[Any],
-    found: list[Found],
-    objective: Objective | None,
-    loss: Callable[[Any, Any], Tensor] | None,
-    resume: Path | None,
-    progress: bool,
-) -> Collector:
-    collector: Collector | None = None
-    done = 0
-    with _frozen(model):
-        for index, batch in enumerate(track(batches, "calibrating", show=progress)):
-            if collector is None:
-                if objective is None:
-                    with torch.no_grad():
-                        objective = infer(run(model, batch))
-                if loss is not None:
-                    objective = Custom(loss, objective)
-                state = _read_resume(resume) if resume is not None and resume.exists() else None
-                # going on keeps the covariances that were begun, whatever memory is free now
-                room = int(_COVARIANCE_SHARE * psutil.virtual_memory().available)
-                if state is not None:
-                    room = sum(t.numel() * 4 for key, t in state.items() if key.endswith("|covariance_KK"))
-                collector = Collector(found, objective, covariance_bytes=room)
-                if state is not None:
-                    collector.restore(state)
-                    done = collector.batches
-            if index < done:
-                continue
-            collector.add(model, batch)
-            if resume is not None and collector.batches % _SAVE_EVERY == 0:
-                _write_resume(resume, collector)
-    if collector is None:
-        raise DataError("there are no batches to calibrate on")
-    return collector
+@dataclass(frozen=True, eq=False)
+class _Quantized:
+    """One weight, done with."""
+
+    site: Site
+    planes: PlaneTensor
+    dtype: torch.dtype
+    losses: Tensor
+    statistics: dict[str, Tensor]
 
 
-def _read_resume(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"the resume file {path} cannot be read ({error}): delete it to start afresh") from error
+def _all_rounded(
+    model: nn.Module, calibration: Calibration, group: int | None, progress: bool
+) -> tuple[dict[str, _Quantized], Routing, list[str]]:
+    """Every weight by its module's name, how experts were met, and the weights that had too few inputs."""
+    collector = calibration.collector
+    rounded: dict[str, _Quantized] = {}
+    routing: Routing | None = None
+    few: list[str] = []
+    for share in calibration.shares():
+        routing = routing or Routing(model, collector)
+        for entry in track(share, "rounding", show=progress):
+            seen = [collector.by_module[name] for name in entry.names]
+            if _saw_too_little(seen):
+                few.append(entry.names[0])
+            rounded[entry.names[0]] = _round_and_score(entry, seen, routing, group)
+            calibration.done(entry)
+    assert routing is not None
+    return rounded, routing, [entry.names[0] for entry in calibration.found if entry.names[0] in few]
 
 
-def _write_resume(path: Path, collector: Collector) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: t.contiguous() for k, t in collector.state().items()}, temporary)
-    os.replace(temporary, path)
+def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Routing, group: int | None) -> _Quantized:
+    w_NK = weight_matrix(entry.modules[0])
+    planes = _on_planes(entry, w_NK, seen, group)
+    fishers = [routing.fisher(name) for name in entry.names]
+    return _Quantized(
+        site_of(entry, planes, routing.share(entry.names[0])),
+        planes,
+        cast(Tensor, entry.modules[0].weight).dtype,
+        _losses(w_NK, planes, fishers, [s.covariance() for s in seen]),
+        {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])},
+    )
+
+
+def _notes(calibration: Calibration, routing: Routing, few: Sequence[str], guessed: bool) -> list[str]:
+    """What the user should know of the calibration, a sentence each."""
+    collector = calibration.collector
+    notes = routing.notes()
+    unseen = [name for name in collector.unseen() if name not in routing]
+    if unseen:
+        notes.append(f"calibration never reached {_listed(unseen)}: their bits are chosen blindly")
+    if guessed and collector.objective.name == "embedding":
+        notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
+    if few:
+        notes.append(
+            f"{_listed(few)} had fewer rows of input than columns: rounded to nearest, for feedback would fit those "
+            "few rows"
+        )
+    return notes
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
 def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], group: int | None) -> PlaneTensor:
@@ -303,19 +299,41 @@ def _losses(
     fishers: Sequence[Tensor | Factored],
     covariances: Sequence[Tensor | None],
 ) -> Tensor:
-    def at_level(level: int) -> Tensor:
-        planes.tags.fill_(level)
-        return planes.dequantize()
+    """The table of a weight's tiles, some strips of rows at a time."""
+    parts = []
+    step = max(TILE_ROWS, _SCORED // w_NK.shape[1] // TILE_ROWS * TILE_ROWS)
+    for start in range(0, len(w_NK), step):
+        rows = torch.arange(start, min(start + step, len(w_NK)))
 
-    table = tile_losses(w_NK, at_level, fishers, planes.group, covariances)
+        def at_level(level: int, rows: Tensor = rows) -> Tensor:
+            planes.tags.fill_(level)
+            dense: Tensor = torch.ops.foveate.plane_embedding(rows, planes.tensors, planes.form, 0)
+            return dense
+
+        here = [
+            f[start : start + step]
+            if isinstance(f, Tensor)
+            else Factored(f.gradient_N[start : start + step], f.energy_K)
+            for f in fishers
+        ]
+        parts.append(tile_losses(w_NK[start : start + step], at_level, here, planes.group, covariances))
     planes.tags.fill_(TOP_LEVEL)
-    return table
+    return torch.cat(parts)
 
 
-def _kept_statistics(seen: WeightStatistics, planes: PlaneTensor) -> dict[str, Tensor]:
-    kept = {"output_range": seen.tensors["output_range"].float()}
-    energy = seen.input_energy()
-    if energy is not None:
-        padded = torch.nn.functional.pad(energy, (0, -planes.columns % planes.group))
+def _kept_statistics(seen: Sequence[WeightStatistics], planes: PlaneTensor) -> dict[str, Tensor]:
+    """What a profile keeps of a weight, of all its uses: see `foveate.Profile`."""
+    ranges = torch.stack([s.tensors["output_range"].float() for s in seen])
+    kept = {"output_range": torch.stack([ranges[:, 0].min(), ranges[:, 1].max()])}
+    rows = sum(float(s.tensors["rows"]) for s in seen if "energy_K" in s.tensors)
+    totals = [s.tensors["energy_K"] for s in seen if "energy_K" in s.tensors]
+    if totals:
+        energy_K = (torch.stack(totals).sum(0) / max(rows, 1.0)).float()
+        padded = torch.nn.functional.pad(energy_K, (0, -planes.columns % planes.group))
         kept["input_energy"] = padded.view(-1, planes.group).mean(1)
+    looked_up = [s.tensors["frequency_N"] for s in seen if "frequency_N" in s.tensors]
+    if looked_up:
+        frequency_N = torch.stack(looked_up).sum(0)
+        strips = torch.nn.functional.pad(frequency_N, (0, -planes.rows % TILE_ROWS)).view(-1, TILE_ROWS).sum(1)
+        kept["row_frequency"] = (strips / frequency_N.sum().clamp_min(1)).float()
     return kept

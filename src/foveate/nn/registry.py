@@ -215,8 +215,7 @@ def use_static_scales(model: nn.Module, on: bool = True) -> None:
 
     What a static scale saves is finding each row's greatest value, which the CPU's kernels do not notice; other
     machines do. It is worse than a scale a row wherever rows differ, and cuts off what calibration did not see:
-    `foveate.watch_inputs` finds that out. At levels 16 and 32 every row keeps its own. A folder does not keep the
-    choice.
+    `foveate.watch_inputs` finds that out. At levels 16 and 32 every row keeps its own. A folder keeps the choice.
 
     Args:
         model: a quantized model, with its profile.

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.statistics import Collector, Factored
+from foveate.collect.collector import Collector
+from foveate.collect.statistics import Factored
 from foveate.nn.experts import PlaneExperts
 
 #: How often an expert that was never met counts as met.

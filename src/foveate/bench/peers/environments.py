@@ -78,6 +78,10 @@ ENVIRONMENTS: dict[str, Environment] = {
         Environment("torchao", ("torchao==0.18.0", _TORCH, "numpy==2.2.6")),
         Environment("quanto", ("optimum-quanto==0.2.7", _TORCH, "numpy==2.2.6")),
         Environment("hqq", ("hqq==0.2.8.post1", _TORCH, "numpy==2.2.6")),
+        Environment(
+            "caches",
+            ("optimum-quanto==0.2.7", "hqq==0.2.8.post1", _TORCH, "transformers==5.23.0", "numpy==2.2.6"),
+        ),
         Environment("auto-round", ("auto-round==0.16.1", _TORCH, "transformers==5.23.0", "numpy==2.4.6")),
         Environment(
             "gptqmodel",

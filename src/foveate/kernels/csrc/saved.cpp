@@ -22,9 +22,10 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPieceGroups = 32;     // what a thread takes at least, so that it streams
+constexpr int64_t kPieceGroups = 32;      // what a thread takes at least, so that it streams
 constexpr int64_t kPieceBlocks = 512;
-constexpr int64_t kChunk = 1 << 14;      // elements of a partial sum of moments
+constexpr int64_t kChunk = 1 << 14;       // elements of a partial sum of moments
+constexpr int64_t kStreamFrom = 8 << 20;  // bytes from which a tensor is written past the caches
 
 int64_t over(int64_t count, int64_t each) { return (count + each - 1) / each; }
 
@@ -80,8 +81,9 @@ Tensor group_unpack(const Tensor& codes, const Tensor& ranges, int64_t bits, int
               bits, " bits, uint8 [", bytes, "] and bfloat16 [", groups, ", 2]");
   Tensor out = new_empty(codes, {n}, dtype);
   const Type type = dtype == at::kFloat ? Type::kFloat32 : dtype == at::kHalf ? Type::kFloat16 : Type::kBFloat16;
+  const bool stream = type == Type::kFloat32 && n * 4 >= kStreamFrom && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
   const Unpacking unpacking{codes.const_data_ptr<uint8_t>(), static_cast<const uint16_t*>(ranges.const_data_ptr()), n, static_cast<int>(bits),
-                            static_cast<int>(group), type, out.data_ptr()};
+                            static_cast<int>(group), type, out.data_ptr(), stream};
   const auto run = saved().unpack;
   share(groups, kPieceGroups, worth_threads(n), [&](int64_t begin, int64_t end) { run(unpacking, begin, end); });
   return out;

@@ -44,6 +44,7 @@ struct Unpacking {
   int bits, group;
   Type type;
   void* out;
+  bool stream;  // past the caches; `out` is then aligned to 64 bytes
 };
 
 struct Variance {

@@ -43,6 +43,8 @@ struct Avx2 {
   static void store(Float16* p, Floats v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
   }
+  static void stream(float* p, Floats v) { _mm256_stream_ps(p, (__m256)v); }
+  static void fence() { _mm_sfence(); }
   static Floats splat(float v) { return (Floats)_mm256_set1_ps(v); }
   static Floats min(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
   static Floats max(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }

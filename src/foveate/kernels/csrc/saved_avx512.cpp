@@ -38,6 +38,8 @@ struct Avx512 {
   static void store(Float16* p, Floats v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
   }
+  static void stream(float* p, Floats v) { _mm512_stream_ps(p, (__m512)v); }
+  static void fence() { _mm_sfence(); }
   static Floats splat(float v) { return (Floats)_mm512_set1_ps(v); }
   static Floats min(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
   static Floats max(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }

@@ -2,8 +2,8 @@
 // groups at a time stay in the first cache: their extremes, then all their ranges side by side, then their codes, while
 // the next ones are prefetched.
 //
-// Included after an instruction set's vectors `V`: kLanes, Floats and Words (compiler vectors), load, store, min, max,
-// to_words (nearest even), least, most and total of a vector, lanes (0, 1, ...), store_codes, Decoder.
+// Included after an instruction set's vectors `V`: kLanes, Floats and Words (compiler vectors), load, store, stream and
+// fence (store past the caches), min, max, to_words (nearest even), least, most and total of a vector, lanes (0, 1, ...), store_codes, Decoder.
 
 constexpr int kBatchElements = 2048;
 constexpr int kBatchGroups = 32;
@@ -195,7 +195,8 @@ void pack_groups(const Packing& p, int64_t group, int64_t group_end) {
   }
 }
 
-template <class V, class T, int BITS>
+// STREAM: past the caches, for what is larger than they are.
+template <class V, class T, int BITS, bool STREAM>
 void unpack_groups(const Unpacking& p, int64_t group, int64_t group_end) {
   constexpr int kVectors = kBlock / V::kLanes;
   T* const out = static_cast<T*>(p.out);
@@ -208,9 +209,16 @@ void unpack_groups(const Unpacking& p, int64_t group, int64_t group_end) {
     T* const to = full ? out + start : tail;
     for (int b = 0; b < p.group; b += kBlock, codes += kBlock * BITS / 8)
 #pragma GCC unroll 8
-      for (int k = 0; k < kVectors; ++k) V::store(to + b + k * V::kLanes, decode(codes, k));
+      for (int k = 0; k < kVectors; ++k) {
+        if constexpr (STREAM) {
+          V::stream(to + b + k * V::kLanes, decode(codes, k));
+        } else {
+          V::store(to + b + k * V::kLanes, decode(codes, k));
+        }
+      }
     if (!full) std::memcpy(out + start, tail, static_cast<size_t>(p.n - start) * sizeof(T));
   }
+  if constexpr (STREAM) V::fence();
 }
 
 // Exact sums of f (256 - f).
@@ -261,12 +269,19 @@ void pack_type(const Packing& p, int64_t group, int64_t group_end) {
   pack_bits<V, T, 16>(p, group, group_end);
 }
 
+template <class V, class T, int BITS>
+void unpack_bits(const Unpacking& p, int64_t group, int64_t group_end) {
+  if constexpr (std::is_same_v<T, float>)
+    if (p.stream) return unpack_groups<V, T, BITS, true>(p, group, group_end);
+  unpack_groups<V, T, BITS, false>(p, group, group_end);
+}
+
 template <class V, class T>
 void unpack_type(const Unpacking& p, int64_t group, int64_t group_end) {
-  if (p.bits == 2) return unpack_groups<V, T, 2>(p, group, group_end);
-  if (p.bits == 4) return unpack_groups<V, T, 4>(p, group, group_end);
-  if (p.bits == 8) return unpack_groups<V, T, 8>(p, group, group_end);
-  unpack_groups<V, T, 16>(p, group, group_end);
+  if (p.bits == 2) return unpack_bits<V, T, 2>(p, group, group_end);
+  if (p.bits == 4) return unpack_bits<V, T, 4>(p, group, group_end);
+  if (p.bits == 8) return unpack_bits<V, T, 8>(p, group, group_end);
+  unpack_bits<V, T, 16>(p, group, group_end);
 }
 
 // each(T{}) with the C++ type of a Type.

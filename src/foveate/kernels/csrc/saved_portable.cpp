@@ -33,6 +33,8 @@ struct Portable {
   static void store(Float16* p, Floats v) {
     for (int i = 0; i < kLanes; ++i) p[i].bits = to_half(v[i]);
   }
+  static void stream(float* p, Floats v) { store(p, v); }
+  static void fence() {}
   static Floats splat(float v) { return Floats{v, v, v, v}; }
   static Floats min(Floats a, Floats b) { return a < b ? a : b; }
   static Floats max(Floats a, Floats b) { return a > b ? a : b; }

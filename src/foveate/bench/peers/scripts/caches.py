@@ -1,0 +1,51 @@
+"""Text run through a Llama with transformers' own quantized cache, one token at a time.
+
+Run by a Python with transformers, optimum-quanto and hqq. The prompt goes in at once, what follows token by token.
+
+    {"do": "decode", "model": FOLDER, "tokens": FILE, "prompt": 128, "settings": {"backend": "quanto", ...},
+     "out": FILE}  ->  {"version": of transformers and of the backend}
+
+Tokens are int64 [n, T]. What is written is float32 [n, T - prompt, V]: the logits of every token after the prompt.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from answers import serve
+from transformers import AutoModelForCausalLM, QuantizedCache
+
+#: Sequences at a time.
+_BATCH = 64
+
+
+@cache
+def model_of(folder: str) -> Any:
+    """The model, float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
+
+
+@torch.inference_mode()
+def decode(model: str, tokens: str, prompt: int, settings: dict[str, Any], out: str) -> dict[str, Any]:
+    """Answer a request."""
+    net = model_of(model)
+    with np.load(tokens, allow_pickle=False) as held:
+        ids_nT = torch.from_numpy(held["tokens"])
+    found = []
+    for ids_BT in ids_nT.split(_BATCH):
+        past = QuantizedCache(config=net.config, **settings)
+        net(ids_BT[:, :prompt], past_key_values=past)
+        steps = [net(ids_B1, past_key_values=past).logits for ids_B1 in ids_BT[:, prompt:].split(1, dim=1)]
+        found.append(torch.cat(steps, 1))
+    np.savez(out, logits=torch.cat(found).numpy())
+    package = {"quanto": "optimum-quanto"}.get(settings["backend"], settings["backend"])
+    return {"version": f"{metadata.version('transformers')} with {package} {metadata.version(package)}"}
+
+
+if __name__ == "__main__":
+    serve({"decode": decode})

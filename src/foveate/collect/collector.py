@@ -1,0 +1,201 @@
+"""The hooks that feed the statistics of every weight, batch by batch.
+
+The first pass over the data (`Collector.add`, forward and backward) collects all that is small, and the large
+statistics of the weights that are `held`; further passes (`Collector.again`) collect those of others. Where these need
+no gradients, such a pass runs forward only, and no farther than the last of its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.collect.kinds import Found
+from foveate.collect.objectives import Objective, run
+from foveate.collect.replay import Replay
+from foveate.collect.statistics import WeightStatistics, statistics_of
+from foveate.errors import DataError
+
+#: Takes one call: the module's name, the module, its input and output; returns what takes the output's gradient.
+Take = Callable[[str, nn.Module, Tensor, Tensor], Callable[[Tensor], None] | None]
+
+
+class _Reached(BaseException):
+    """The last call that a pass was for has been seen. No error, and nothing a model should catch."""
+
+
+class Collector:
+    """Statistics of every weight of a model, batch by batch; its state can be saved and continued.
+
+    Attributes:
+        by_module: statistics for each module's name.
+        samples, batches: how much was seen.
+        calls: for each batch seen, the modules in the order in which they were called, by number; none for batches
+            that were seen before the state was restored.
+    """
+
+    def __init__(
+        self,
+        found: Iterable[Found],
+        objective: Objective,
+        *,
+        held: Collection[str] | None = None,
+        replay: Replay | None = None,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            found: the weights.
+            objective: what the outputs are for.
+            held: names of the modules whose large statistics the first pass collects; all if not given.
+            replay: what runs parts of the model twice to save memory, if anything does.
+            seed: of the directions.
+        """
+        self.objective = objective
+        self.samples = 0
+        self.batches = 0
+        self.calls: list[list[int]] = []
+        self._seed = seed
+        self._replay = replay or Replay(())
+        self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
+        self._numbers = {name: number for number, name in enumerate(self._modules)}
+        self.by_module: dict[str, WeightStatistics] = {}
+        for name, module in self._modules.items():
+            self.by_module[name] = statistics_of(module, objective)
+            if held is None or name in held:
+                self.by_module[name].hold()
+
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """One forward and one backward pass. Raises `DataError` if the loss is not finite."""
+        self.calls.append([])
+        with torch.enable_grad(), self._hooks(self._take, True), self._replay.running():
+            loss, samples = self._loss(model, batch, self.batches)
+            if samples == 0:
+                raise DataError(f"batch {self.batches} holds no samples")
+            if not bool(torch.isfinite(loss)):
+                raise DataError(
+                    f"batch {self.batches} gives a loss that is not finite ({float(loss.detach())}): "
+                    "NaN or Inf in the data, or in the model"
+                )
+            if not loss.requires_grad:
+                raise DataError("the model's output does not depend on any weight that can be quantized")
+            loss.backward()
+        self.samples += samples
+        self.batches += 1
+
+    def _loss(self, model: nn.Module, batch: Any, index: int) -> tuple[Tensor, int]:
+        return self.objective.loss(run(model, batch), batch, torch.Generator().manual_seed(self._seed + index))
+
+    def again(self, model: nn.Module, batch: Any, index: int, names: Collection[str]) -> None:
+        """The large statistics of some modules, from a batch that `add` has taken before.
+
+        Where no gradients are needed the model runs only as far as the last call of these modules.
+
+        Args:
+            model: as for `add`.
+            batch: the batch of this index.
+            index: the first is 0.
+            names: the modules; their statistics are held.
+        """
+        backward = any(self.by_module[name].needs_gradients for name in names)
+        left = -1 if backward else self.last_call(index, names)
+        if left == 0:
+            return
+
+        def take(name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
+            nonlocal left
+            seen = None
+            if name in names and not self._replay.ahead:
+                seen = self.by_module[name].see_again(module, x)
+            left -= not self._replay.again
+            if left == 0:
+                raise _Reached
+            return seen
+
+        with torch.set_grad_enabled(backward), self._hooks(take, backward):
+            if not backward:
+                with suppress(_Reached):
+                    run(model, batch)
+                return
+            with self._replay.running():
+                loss, _ = self._loss(model, batch, index)
+                loss.backward()
+
+    def last_call(self, index: int, names: Collection[str]) -> int:
+        """How many calls of a batch it takes until all of some modules' have been made; -1 if that is not known."""
+        place = index - (self.batches - len(self.calls))
+        if place < 0:
+            return -1
+        wanted = {self._numbers[name] for name in names}
+        return max((i + 1 for i, number in enumerate(self.calls[place]) if number in wanted), default=0)
+
+    def first_call(self, index: int, names: Collection[str]) -> int:
+        """How many calls of a batch are made before the first one of some modules; 0 if that is not known."""
+        place = index - (self.batches - len(self.calls))
+        if place < 0:
+            return 0
+        wanted = {self._numbers[name] for name in names}
+        calls = self.calls[place]
+        return next((i for i, number in enumerate(calls) if number in wanted), len(calls))
+
+    def _take(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
+        if not self._replay.again:
+            self.calls[-1].append(self._numbers[name])
+        return None if self._replay.ahead else self.by_module[name].see(module, x, y)
+
+    @contextmanager
+    def _hooks(self, take: Take, backward: bool) -> Iterator[None]:
+        spark = torch.zeros((), requires_grad=True)
+
+        def hook(name: str) -> Callable[..., Tensor]:
+            def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+                wanted = backward and not self._replay.ahead
+                # parameters are frozen meanwhile, so the first outputs must be given a gradient
+                if wanted and not output.requires_grad:
+                    output = output + spark
+                if wanted and not output.requires_grad:
+                    raise DataError(f"{name} runs without gradients (torch.no_grad in the model): name it in skip")
+                if not output.numel():  # an empty batch, or a layer that no row came by
+                    return output
+                x = args[0] if args else kwargs["input"]
+                seen = take(name, module, x, output)
+                if wanted and seen is not None:
+                    output.register_hook(seen)
+                return output
+
+            return after
+
+        handles = [module.register_forward_hook(hook(name), with_kwargs=True) for name, module in self._modules.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def unseen(self) -> list[str]:
+        """Modules that no batch ever reached."""
+        return [name for name, s in self.by_module.items() if float(s.tensors["rows"]) == 0]
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on later."""
+        counts = {"samples": self.samples, "batches": self.batches}
+        flat = {f"{name}|{key}": t for name, s in self.by_module.items() for key, t in s.tensors.items()}
+        for name, s in self.by_module.items():
+            if s.inputs is not None:
+                flat.update({f"{name}|input {key}": t for key, t in s.inputs.tensors.items()})
+        return {**{k: torch.tensor(v, dtype=torch.float64) for k, v in counts.items()}, **flat}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state()`; raises `DataError` if it is of another model or objective."""
+        expected = {k: t.shape for k, t in self.state().items()}
+        if {k: t.shape for k, t in state.items()} != expected:
+            raise DataError("the resume file was made for another model or objective: delete it to start afresh")
+        self.samples, self.batches = int(state["samples"]), int(state["batches"])
+        for name, s in self.by_module.items():
+            s.tensors = {key: state[f"{name}|{key}"].clone() for key in s.tensors}
+            if s.inputs is not None:
+                s.inputs.tensors = {key: state[f"{name}|input {key}"].clone() for key in s.inputs.tensors}

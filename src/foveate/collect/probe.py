@@ -1,0 +1,192 @@
+"""One forward pass that keeps nothing: what backward would keep, which parts could be run twice, how long it takes.
+
+The pass runs with gradients, so that every operation says what it saves, and each tensor is let go as soon as its
+bytes are counted: a model that does not fit with its gradients can be probed. Bytes are booked on the module that was
+running, so that `Probe.blocks_within` can cut a model of any structure into blocks to replay
+(`foveate.collect.replay`): the largest modules, from the outside in, of which each keeps no more than is allowed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
+from foveate.collect.objectives import Objective, infer, run
+
+
+@dataclass
+class _Visit:
+    """What was seen of one module: bytes that one call keeps, that all calls of the batch keep, and that their inputs
+    take; whether it may be run twice; whether another of its calls was going on.
+    """
+
+    one: int = 0
+    all: int = 0
+    inputs: int = 0
+    safe: bool = True
+    parts: set[str] = field(default_factory=set)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the first batch showed.
+
+    Attributes:
+        seconds: of the forward pass.
+        objective: what the output is for.
+        output_bytes: of what the objective compares, as float32.
+        samples: of the batch.
+        calls: weights' modules in the order they were called.
+        rows: for each of them the rows of input that its products had.
+        largest: bytes of the largest input or output of them, as float32.
+        visits: by module name, "" the model itself.
+    """
+
+    seconds: float
+    objective: Objective
+    output_bytes: int
+    samples: int
+    calls: tuple[str, ...]
+    rows: dict[str, int]
+    largest: int
+    visits: dict[str, _Visit]
+
+    @property
+    def kept(self) -> int:
+        """Bytes that backward keeps if nothing is replayed."""
+        return self.visits[""].all
+
+    def blocks_within(self, most: int) -> tuple[list[str], int]:
+        """(modules to replay so that none keeps more than `most` bytes if that can be, bytes that are kept then)."""
+        blocks: list[str] = []
+        peak = largest = 0
+
+        def open_up(name: str) -> int:
+            """Bytes kept of a module that is not replayed itself; what is replayed counts with its inputs."""
+            nonlocal largest
+            visit = self.visits[name]
+            own = visit.all
+            for part in sorted(visit.parts):
+                inner = self.visits[part]
+                own -= inner.all
+                if inner.one <= most and inner.safe and inner.all > inner.inputs:
+                    blocks.append(part)
+                    largest = max(largest, inner.one)
+                    own += inner.inputs
+                else:
+                    own += open_up(part)
+            return max(own, 0)
+
+        peak = open_up("")
+        return blocks, peak + largest
+
+    def least(self) -> tuple[list[str], int]:
+        """The cut into blocks that keeps least, and what it keeps."""
+        most = self.kept
+        best: tuple[list[str], int] = ([], self.kept)
+        while most > 4096:
+            most //= 2
+            found = self.blocks_within(most)
+            if found[1] < best[1]:
+                best = found
+        return best
+
+
+def probe(model: nn.Module, batch: Any, found: Sequence[Found], objective: Objective | None) -> Probe:
+    """Run a batch through a model and keep nothing. Parameters are frozen and the model in evaluation mode.
+
+    Args:
+        model: any module.
+        batch: as for `foveate.quantize`.
+        found: its weights.
+        objective: what the output is for; found out if not given.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    ours = {id(m): name for f in found for name, m in zip(f.names, f.modules, strict=True)}
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    visits: dict[str, _Visit] = {}
+    running: list[tuple[str, list[Tensor], list[int]]] = []
+    booked = [0]  # bytes kept so far by each call that is going on
+    calls: list[str] = []
+    rows: dict[str, int] = {}
+    sizes = [0]
+    spark = torch.zeros((), requires_grad=True)
+
+    def pack(t: Tensor) -> None:
+        if t.untyped_storage().data_ptr() not in known:
+            booked[-1] += t.numel() * t.element_size()
+
+    def unpack(_: None) -> Tensor:
+        raise AssertionError("nothing is kept of a probe")
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        running.append((names[id(module)], given, [t._version for t in given]))
+        booked.append(0)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        name, given, versions = running.pop()
+        kept = booked.pop()
+        if id(module) in ours:
+            size, count = _own_copies(module, given[0])
+            kept += size
+            calls.append(name)
+            rows[name] = rows.get(name, 0) + count
+            sizes.append(max(size, 4 * output.numel()))
+            if isinstance(output, Tensor) and not output.requires_grad:
+                output = output + spark
+        booked[-1] += kept
+        visit = visits.setdefault(name, _Visit())
+        visit.one = max(visit.one, kept)
+        visit.all += kept
+        visit.inputs += sum(t.numel() * t.element_size() for t in given if t.is_floating_point())
+        visit.safe &= versions == [t._version for t in given] and all(name != n for n, _, _ in running)
+        if running:
+            visits.setdefault(running[-1][0], _Visit()).parts.add(name)
+        return output
+
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        for module in model.modules():
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, unpack))
+        output = run(model, batch)
+    seconds = time.perf_counter() - started
+    with torch.no_grad():
+        objective = infer(output) if objective is None else objective
+        outcome = objective.outcome(output, batch)
+    return Probe(seconds, objective, 4 * outcome.numel(), len(outcome), tuple(calls), rows, max(sizes), visits)
+
+
+def _own_copies(module: nn.Module, x: Tensor) -> tuple[int, int]:
+    """(bytes that calibration keeps of a call itself, rows of its product)."""
+    kind = kind_of(module)
+    if kind is Kind.EMBEDDING:
+        return 0, x.numel()
+    columns = weight_matrix_shape(module)[1]
+    if kind is Kind.CONV:
+        conv: Any = module
+        size = 1
+        for n, k, s, p, d in zip(
+            x.shape[-len(conv.kernel_size) :],
+            conv.kernel_size,
+            conv.stride,
+            conv._reversed_padding_repeated_twice[::-2],
+            conv.dilation,
+            strict=True,
+        ):
+            size *= (n + 2 * p - d * (k - 1) - 1) // s + 1
+        count = size * conv.groups * (len(x) if x.dim() > 1 + len(conv.kernel_size) else 1)
+        return 4 * count * columns, count
+    count = x.numel() // max(x.shape[-1], 1)
+    return 4 * count * columns, count

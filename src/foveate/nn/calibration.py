@@ -1,0 +1,287 @@
+"""The passes over a calibration set: a probe, the pass that collects, and further passes where memory is short.
+
+    with the first batch    probe: what backward would keep, which weights are called when, how long it takes
+    plan                    by what is free, or by the limit given (`foveate.nn.streaming`)
+    pass 1                  everything small, and the large statistics of the first share of the weights
+    pass 2, 3, ...          those of the other shares, as far into the model as each of them goes
+
+Whoever rounds the weights takes them share by share from `Calibration.shares` and says when each is `done`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from foveate.collect.collector import Collector
+from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
+from foveate.collect.objectives import Custom, Objective
+from foveate.collect.probe import Probe, probe
+from foveate.collect.replay import Replay
+from foveate.collect.statistics import statistics_of
+from foveate.errors import BudgetError, DataError
+from foveate.nn.estimate import estimate, rough
+from foveate.nn.streaming import Load, Plan, plan
+from foveate.progress import say, track
+from foveate.sizes import format_bytes
+
+#: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
+_SAVE_EVERY = 16
+#: Share of the free memory that is taken where no limit is given.
+_SHARE = 0.75
+#: Seconds below which nothing is said of how long it will take.
+_WORTH_SAYING = 5.0
+#: Tensors of the output's size that the objective and its backward take at once.
+_OUTPUT_COPIES = 6
+#: Tensors of the size of a layer's input that taking its statistics, or going backward through it, takes at once.
+_CALL_COPIES = 3
+
+
+class Calibration:
+    """Runs the passes.
+
+    Attributes:
+        found: the weights.
+        collector: the statistics; small ones complete after the first share was asked for.
+        plan: how it is gone about.
+        probe: what the first batch showed.
+    """
+
+    collector: Collector
+    plan: Plan
+    probe: Probe
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        found: Sequence[Found],
+        objective: Objective | None,
+        loss: Callable[[Any, Any], Tensor] | None,
+        *,
+        memory: int | None = None,
+        resume: Path | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Run the probe and make the plan; arguments as for `foveate.quantize`, `memory` in bytes.
+
+        Raises:
+            DataError: there are no batches, or a resume file that cannot be used.
+            BudgetError: the limit cannot be kept; the message says the least possible.
+        """
+        self._model, self.found, self._resume, self._progress = model, list(found), resume, progress
+        self._names = [name for entry in found for name in entry.names]
+        free = psutil.virtual_memory().available
+        stream = iter(batches)
+        first = next(stream, None)
+        if first is None:
+            raise DataError("there are no batches to calibrate on")
+        with frozen(model):
+            self.probe = probe(model, first, self.found, objective)
+        objective = self.probe.objective
+        if loss is not None:
+            objective = Custom(loss, objective)
+        state = _read_resume(resume) if resume is not None and resume.exists() else None
+        self._loads = _loads(self.found, objective, self.probe)
+        blocks, least = self.probe.least()
+        beside = _OUTPUT_COPIES * self.probe.output_bytes + _CALL_COPIES * self.probe.largest
+        gc.collect()
+        taken = psutil.Process().memory_info().rss
+        room = int(_SHARE * free) if memory is None else memory - taken
+        self.plan = plan(self._loads, self.probe.kept + beside, least + beside, beside, room)
+        if memory is not None and self.plan.peak > room:
+            raise BudgetError(
+                f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(taken)} already, and "
+                f"quantizing this model {format_bytes(self.plan.peak)} more (smaller batches take less)"
+            )
+        modules = dict(model.named_modules())
+        replay = Replay([(name, modules[name]) for name in blocks] if self.plan.replay else ())
+        shares = [[self.found[i] for i in share] for share in self.plan.shares]
+        if state is not None:
+            shares = _as_begun(self.found, self._loads, shares, state)
+        self._shares = shares
+        self.collector = Collector(
+            self.found, objective, held={name for entry in shares[0] for name in entry.names}, replay=replay
+        )
+        if state is not None:
+            self.collector.restore(state)
+        self._count = len(batches) if isinstance(batches, Sized) else None
+        self._stream = chain([first], stream)
+        # what is read more than once is kept, so that it is the same each time
+        self._kept: list[Any] | None = [] if len(shares) > 1 else None
+
+    @property
+    def passes(self) -> int:
+        """How often the data are gone through."""
+        return len(self._shares)
+
+    def shares(self) -> Iterator[list[Found]]:
+        """Go through the data once for each share, and hand out the weights whose statistics are complete."""
+        self._first_pass()
+        yield self._shares[0]
+        for number in range(1, len(self._shares)):
+            self._make_room(number)
+            share = self._shares[number]
+            names = {name for entry in share for name in entry.names}
+            names = {name for name in names if self.collector.by_module[name].large_bytes}
+            if names:
+                for name in names:
+                    self.collector.by_module[name].hold()
+                label = f"calibrating, pass {number + 1} of {self.passes}"
+                assert self._kept is not None
+                with frozen(self._model):
+                    for index, batch in enumerate(track(self._kept, label, show=self._progress)):
+                        self.collector.again(self._model, batch, index, names)
+            yield share
+
+    def done(self, entry: Found) -> None:
+        """A weight is rounded: its large statistics are let go, and itself too where that is needed and can be."""
+        for name in entry.names:
+            self.collector.by_module[name].release()
+        if self.plan.lean and any(entry is last for last in self._shares[-1]):
+            _let_go(entry)
+
+    def finish(self) -> None:
+        """All weights are rounded: none of them is needed any more."""
+        for entry in self.found:
+            _let_go(entry)
+        if self._resume:
+            self._resume.unlink(missing_ok=True)
+
+    def _first_pass(self) -> None:
+        done = self.collector.batches
+        with frozen(self._model):
+            label = "calibrating" if self.passes == 1 else f"calibrating, pass 1 of {self.passes}"
+            for index, batch in enumerate(track(self._stream, label, total=self._count, show=self._progress)):
+                if self._kept is not None:
+                    self._kept.append(batch)
+                if index < done:
+                    continue
+                started = time.perf_counter()
+                self.collector.add(self._model, batch)
+                seen = self.collector.batches
+                if index == done:
+                    self._say_how_long(time.perf_counter() - started, done)
+                if self._resume is not None and (seen % _SAVE_EVERY == 0 or seen in (1, 2, 4, 8)):
+                    _write_resume(self._resume, self.collector)
+        if self._resume is not None and self.passes > 1:
+            _write_resume(self._resume, self.collector)
+
+    def _say_how_long(self, batch: float, done: int) -> None:
+        """Print an estimate, unless it is no time at all."""
+        batches = None if self._count is None else self._count - done
+        if not self._progress or rough(self._loads) + batch * (batches or 1) < _WORTH_SAYING:
+            return
+        rows = [sum(self.probe.rows.get(name, 0) for name in entry.names) for entry in self.found]
+        # where it is not known how many batches there are, they are taken to be enough for every weight
+        inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
+        found = estimate(self._loads, inputs, self.plan, batch, self.probe.seconds, batches)
+        passes = f" ({self.passes} times)" if self.passes > 1 else ""
+        say(f"{found}{passes}")
+
+    def _make_room(self, number: int) -> None:
+        """Let go of the float weights that are rounded and lie behind all that is left."""
+        left = [name for share in self._shares[number:] for entry in share for name in entry.names]
+        needs = [name for name in left if self.collector.by_module[name].large_bytes]
+        if not self.plan.lean or any(self.collector.by_module[name].needs_gradients for name in needs):
+            return
+        batches = range(self.collector.batches)
+        reached = [self.collector.last_call(i, needs) for i in batches]
+        if -1 in reached:
+            return  # resumed: the order of some calls is not known, and passes run to the end
+        for share in self._shares[:number]:
+            for entry in share:
+                if all(self.collector.first_call(i, entry.names) >= reached[i] for i in batches):
+                    _let_go(entry)
+
+
+def _loads(found: Sequence[Found], objective: Objective, seen: Probe) -> list[Load]:
+    place: dict[str, list[int]] = {}
+    for i, name in enumerate(seen.calls):
+        place.setdefault(name, []).append(i)
+    loads = []
+    for entry in found:
+        weight = cast(Tensor, entry.modules[0].weight)
+        each = [statistics_of(module, objective) for module in entry.modules]
+        at = [i for name in entry.names for i in place.get(name, [])]
+        rows, columns = weight_matrix_shape(entry.modules[0])
+        loads.append(
+            Load(
+                rows=rows,
+                columns=columns,
+                copied=weight.dtype != torch.float32 or kind_of(entry.modules[0]) is Kind.LINEAR_TRANSPOSED,
+                floats=weight.numel() * weight.element_size(),
+                large=sum(s.large_bytes for s in each),
+                gradients=any(s.needs_gradients for s in each),
+                first=min(at, default=-1),
+                last=max(at, default=len(seen.calls)),
+            )
+        )
+    return loads
+
+
+def _let_go(entry: Found) -> None:
+    """Give a float weight's memory back; its shape and dtype stay."""
+    weight = cast(nn.Parameter, entry.modules[0].weight)
+    if not weight.is_meta:
+        empty = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        for module in entry.modules:
+            module.weight = empty
+
+
+def _as_begun(
+    found: Sequence[Found], loads: Sequence[Load], shares: Sequence[list[Found]], state: dict[str, Tensor]
+) -> list[list[Found]]:
+    """The shares of a calibration that is resumed: what was begun in the first pass stays in it."""
+    begun = {key.rpartition("|")[0] for key in state if key.endswith(("|covariance_KK", "|fisher_NK"))}
+    first = [e for e, load in zip(found, loads, strict=True) if not load.large or begun & set(e.names)]
+    rest = [[entry for entry in share if not any(entry is one for one in first)] for share in shares]
+    return [first, *(share for share in rest if share)]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no parameter gradients and no caches of keys and values, all put back afterwards."""
+    modes = {m: m.training for m in model.modules()}
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    all_configs = (getattr(m, "config", None) for m in model.modules())
+    configs: dict[int, Any] = {id(c): c for c in all_configs if getattr(c, "use_cache", None) is True}
+    model.eval().requires_grad_(False)
+    try:
+        for config in configs.values():
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, flag in wanted.items():
+            parameter.requires_grad_(flag)
+
+
+def _read_resume(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"the resume file {path} cannot be read ({error}): delete it to start afresh") from error
+
+
+def _write_resume(path: Path, collector: Collector) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({k: t.contiguous() for k, t in collector.state().items()}, temporary)
+    os.replace(temporary, path)

@@ -1,0 +1,383 @@
+"""The cache as transformers sees it: beside DynamicCache, in every way that `generate` uses one."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache
+
+import foveate as fv
+from foveate.activations.cache_blocks import is_exact
+from foveate.activations.cache_layers import QuantizedLayer
+from tiny import generator, llama, llama_config
+
+WINDOW, BLOCK = 8, 32
+LENGTH = {"max_position_embeddings": 512}
+
+
+def states(tokens: int, batch: int = 2, heads: int = 2, width: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = generator(seed)
+    keys = torch.randn(batch, heads, tokens, width, generator=g) + 3 * torch.randn(width, generator=g)
+    return keys, torch.randn(batch, heads, tokens, width, generator=g)
+
+
+def layer(level: int = 4, window: int = WINDOW, block: int = BLOCK) -> QuantizedLayer:
+    return QuantizedLayer(level, level, window, block)
+
+
+def read(of: Any) -> tuple[Tensor, Tensor]:
+    assert of.keys is not None
+    assert of.values is not None
+    return of.keys, of.values
+
+
+def same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def cache(level: int | fv.PrecisionMap = 4, **changes: Any) -> Any:
+    return fv.quantized_cache(llama_config(**LENGTH), level, window=WINDOW, **changes)
+
+
+def ids(batch: int = 2, length: int = 90, seed: int = 3) -> Tensor:
+    return torch.randint(3, 50, (batch, length), generator=generator(seed))
+
+
+@given(cuts=st.lists(st.integers(1, 70), min_size=1, max_size=8), level=st.sampled_from([2, 4, 8, 16, 32]))
+def test_what_is_stored_does_not_depend_on_how_many_tokens_come_at_a_time(cuts: list[int], level: int) -> None:
+    keys, values = states(sum(cuts))
+    at_once, by_parts = layer(level), layer(level)
+    at_once.update(keys, values)
+    seen = 0
+    for k, v in zip(keys.split(cuts, 2), values.split(cuts, 2), strict=True):
+        seen += k.shape[2]
+        returned = by_parts.update(k, v)
+        # the newest tokens, and the window before them, are read as they came
+        fresh = min(seen, k.shape[2] + WINDOW)
+        assert torch.equal(returned[0][:, :, seen - fresh :], keys[:, :, seen - fresh : seen])
+        assert torch.equal(returned[1][:, :, seen - fresh :], values[:, :, seen - fresh : seen])
+        assert by_parts.get_seq_length() == seen == returned[0].shape[2]
+    assert same(read(at_once), read(by_parts))
+    assert at_once.nbytes == by_parts.nbytes
+    assert WINDOW <= at_once.exact_tokens < WINDOW + BLOCK or at_once.exact_tokens == sum(cuts)
+
+
+def test_a_prompt_attends_to_itself_exactly() -> None:
+    keys, values = states(200)
+    assert same(layer(2).update(keys, values), (keys, values))
+
+
+def test_appending_leaves_what_is_packed_as_it_was() -> None:
+    keys, values = states(300)
+    one = layer(2)
+    one.update(keys[:, :, :100], values[:, :, :100])
+    packed = 100 - one.exact_tokens
+    before = [t[:, :, :packed].clone() for t in read(one)]
+    for i in range(100, 300, 7):
+        one.update(keys[:, :, i : i + 7], values[:, :, i : i + 7])
+    assert all(torch.equal(a, b[:, :, :packed]) for a, b in zip(before, read(one), strict=True))
+
+
+@given(
+    steps=st.lists(st.tuples(st.integers(1, 60), st.integers(0, 80)), min_size=1, max_size=8),
+    level=st.sampled_from([4, 32]),
+)
+def test_crop_takes_tokens_from_the_end_and_packs_nothing_twice(steps: list[tuple[int, int]], level: int) -> None:
+    one, exact = layer(level), DynamicCache()
+    for seed, (more, fewer) in enumerate(steps):
+        keys, values = states(more, seed=seed)
+        one.update(keys, values)
+        exact.update(keys, values, 0)
+        before = read(one)
+        fewer = min(fewer, exact.get_seq_length())
+        one.crop(-fewer)
+        exact.layers[0].crop(-fewer)
+        assert one.get_seq_length() == exact.get_seq_length() == read(one)[0].shape[2]
+        # what is left reads as it did
+        left = one.get_seq_length()
+        assert same(read(one), (before[0][:, :, :left], before[1][:, :, :left]))
+        assert level != 32 or same(read(one), (exact.layers[0].keys, exact.layers[0].values))
+
+
+def test_crop_of_more_than_there_is_leaves_nothing_and_of_a_length_is_refused() -> None:
+    keys, values = states(100)
+    one = layer()
+    one.crop(-3)
+    assert one.get_seq_length() == 0
+    one.update(keys, values)
+    one.crop(0)
+    assert one.get_seq_length() == 100
+    one.crop(-1000)
+    assert (one.get_seq_length(), one.nbytes) == (0, 0)
+    assert one.update(keys, values)[0].shape[2] == 100
+    with pytest.raises(ValueError, match=r"tokens_to_remove \(=5\) must be negative"):
+        one.crop(5)
+
+
+@pytest.mark.parametrize("level", [2, 4, 8, 16, 32])
+def test_sequences_are_reordered_repeated_and_selected_as_dynamic_caches_are(level: int) -> None:
+    keys, values = states(100, batch=3)
+    one, exact = layer(level), DynamicCache()
+    one.update(keys, values)
+    # beside a DynamicCache of what was stored
+    exact.update(*read(one), 0)
+    for change in (
+        lambda c: c.reorder_cache(torch.tensor([2, 0, 1])),
+        lambda c: c.batch_repeat_interleave(2),
+        lambda c: c.batch_select_indices(torch.tensor([5, 1, 1])),
+        lambda c: c.batch_select_indices(torch.tensor([True, False, True])),
+    ):
+        change(one)
+        change(exact.layers[0])
+        assert same(read(one), (exact.layers[0].keys, exact.layers[0].values))
+    more = states(60, batch=2, seed=5)
+    returned, wanted = one.update(*more), exact.update(*more, 0)
+    assert same(returned, wanted)
+
+
+def test_an_empty_cache_takes_every_call() -> None:
+    one = layer()
+    one.reorder_cache(torch.tensor([0]))
+    one.batch_repeat_interleave(2)
+    one.batch_select_indices(torch.tensor([0]))
+    assert (one.keys, one.values, one.get_seq_length(), one.nbytes) == (None, None, 0, 0)
+    assert one.get_mask_sizes(5) == (5, 0)
+    assert one.get_max_length() == -1
+    one.update(*states(100))
+    assert one.get_mask_sizes(5) == (105, 0)
+    one.reset()
+    assert (one.keys, one.get_seq_length(), one.nbytes) == (None, 0, 0)
+    # of another batch than before
+    assert one.update(*states(3, batch=5))[0].shape == (5, 2, 3, 8)
+
+
+def test_no_tokens_no_sequences() -> None:
+    one = layer()
+    assert one.update(*states(0))[0].shape == (2, 2, 0, 8)
+    assert one.update(*states(100))[0].shape == (2, 2, 100, 8)
+    assert one.update(*states(0))[0].shape == (2, 2, 100, 8)
+    none = layer()
+    none.update(*states(100, batch=0))
+    assert none.update(*states(1, batch=0))[0].shape == (0, 2, 101, 8)
+
+
+def test_numbers_that_are_not_finite_come_back() -> None:
+    keys, values = states(100)
+    keys[0, 1, 7, 3], values[1, 0, 40, 2] = float("nan"), float("-inf")
+    one = layer(4)
+    one.update(keys, values)
+    held = read(one)
+    assert bool(held[0][0, 1, 7, 3].isnan())
+    assert float(held[1][1, 0, 40, 2]) == float("-inf")
+    assert int((~held[0].isfinite()).sum()) == int((~held[1].isfinite()).sum()) == 1
+
+
+def test_memory_is_codes_ranges_and_the_exact_end() -> None:
+    keys, values = states(1000)
+    one = layer(4)
+    one.update(keys, values)
+    packed = 1000 - one.exact_tokens
+    assert packed % BLOCK == 0
+    assert one.nbytes == 2 * 2 * 2 * 8 * (packed * (4 + 32 / BLOCK) / 8 + 4 * one.exact_tokens)
+
+
+def test_gradients_reach_the_exact_end() -> None:
+    keys, values = states(60)
+    one = layer(4)
+    one.update(keys[:, :, :50], values[:, :, :50])
+    new = (keys[:, :, 50:].clone().requires_grad_(), values[:, :, 50:].clone().requires_grad_())
+    returned = one.update(*new)
+    (returned[0].sum() + 2 * returned[1].sum()).backward()
+    assert torch.equal(new[0].grad, torch.ones_like(new[0]))
+    assert torch.equal(new[1].grad, torch.full_like(new[1], 2))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_go_their_own_way(copied: Any) -> None:
+    model = llama(**LENGTH)
+    one = cache()
+    with torch.no_grad():
+        model(ids(), past_key_values=one)
+        other = copied(one)
+        a = model(ids(length=40), past_key_values=one).logits
+        assert other.get_seq_length() == 90
+        b = model(ids(length=40), past_key_values=other).logits
+    assert torch.equal(a, b)
+
+
+def test_prefilled_exactly_at_level_32_and_closely_at_16() -> None:
+    model = llama(**LENGTH)
+    with torch.no_grad():
+        for level, tolerance in ((32, 0.0), (16, 1e-4)):
+            one, exact = cache(level), DynamicCache(config=model.config)
+            for part in ids(length=200).split(23, 1):
+                a = model(part, past_key_values=one).logits
+                b = model(part, past_key_values=exact).logits
+            assert float((a - b).abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 10},
+        {"do_sample": False, "num_beams": 3},
+        {"do_sample": True, "num_beams": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"do_sample": False, "prefill_chunk_size": 16},
+    ],
+    ids=lambda how: " ".join(how),
+)
+def test_generate_at_level_32_is_generate(how: dict[str, Any]) -> None:
+    model = llama(**LENGTH)
+    padded = ids(length=50)
+    mask = torch.ones_like(padded)
+    padded[0, :7], mask[0, :7] = 0, 0
+
+    def run(**given: Any) -> Any:
+        torch.manual_seed(0)
+        return model.generate(padded, attention_mask=mask, max_new_tokens=60, **how, **given)
+
+    assert torch.equal(run(), run(past_key_values=cache(32)))
+    one = cache(4)
+    assert run(past_key_values=one).shape[0] == 2 * how.get("num_return_sequences", 1)
+    assert one.get_seq_length() > WINDOW + BLOCK
+
+
+def test_assisted_generation_crops() -> None:
+    model, assistant = llama(**LENGTH), llama(seed=1, **LENGTH)
+    prompt = ids(batch=1, length=50)
+    how = {"do_sample": False, "max_new_tokens": 60}
+    one = cache(32)
+    wanted = model.generate(prompt, **how)
+    assert torch.equal(model.generate(prompt, assistant_model=assistant, past_key_values=one, **how), wanted)
+    looked_up = model.generate(prompt, prompt_lookup_num_tokens=4, past_key_values=cache(4), **how)
+    assert looked_up.shape[1] <= 110
+
+
+def test_a_conversation_goes_on_from_the_cache() -> None:
+    model = llama(**LENGTH)
+    one, exact = cache(32), DynamicCache(config=model.config)
+    said = ids(batch=1, length=40)
+    for _ in range(3):
+        a = model.generate(said, past_key_values=one, do_sample=False, max_new_tokens=20, eos_token_id=None)
+        b = model.generate(said, past_key_values=exact, do_sample=False, max_new_tokens=20, eos_token_id=None)
+        assert torch.equal(a, b)
+        said = torch.cat([a, ids(batch=1, length=5)], 1)
+
+
+def test_half_precision_models() -> None:
+    model = llama(**LENGTH).to(torch.bfloat16)
+    with torch.no_grad():
+        for level in (4, 16, 32):
+            one, exact = cache(level), DynamicCache(config=model.config)
+            for part in ids(length=200).split(50, 1):
+                a = model(part, past_key_values=one).logits
+                b = model(part, past_key_values=exact).logits
+            assert a.dtype == torch.bfloat16
+            # 16 bits of a 16-bit number are that number
+            assert not is_exact(level, torch.bfloat16) or torch.equal(a, b)
+            assert float((a - b).abs().max()) < 0.1
+
+
+def test_sliding_windows_keep_the_cache_of_transformers() -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=16, max_position_embeddings=256, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Gemma2ForCausalLM(config).eval()
+    one = fv.quantized_cache(config, 32, window=WINDOW, block=BLOCK)
+    assert [isinstance(part, QuantizedLayer) for part in one.layers] == [not sliding for sliding in one.is_sliding]
+    assert any(one.is_sliding)
+    prompt = ids(batch=2, length=40)
+    wanted = model.generate(prompt, do_sample=False, max_new_tokens=60)
+    assert torch.equal(model.generate(prompt, do_sample=False, max_new_tokens=60, past_key_values=one), wanted)
+    assert one.nbytes > sum(part.nbytes for part in one.layers if isinstance(part, QuantizedLayer))
+    assert [len(part) for part in one] == [3] * 4
+
+
+def test_encoders_and_decoders() -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        vocab_size=50, d_model=32, encoder_layers=1, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=256,
+        forced_eos_token_id=None, eos_token_id=2, pad_token_id=0, bos_token_id=1, decoder_start_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config).eval()
+    prompt = ids(length=60)
+    how = {"do_sample": False, "num_beams": 2, "max_new_tokens": 60, "min_new_tokens": 50}
+    wanted = model.generate(prompt, **how)
+    # what is said, and what is read: models take the keys of the second straight from its layers
+    both = EncoderDecoderCache(
+        fv.quantized_cache(config, 32, window=WINDOW, block=BLOCK), fv.quantized_cache(config, 32, window=WINDOW)
+    )
+    assert torch.equal(model.generate(prompt, past_key_values=both, **how), wanted)
+
+
+def test_maps_give_each_head_its_level() -> None:
+    model = llama(**LENGTH)
+    profile = fv.calibrate_cache(model, [ids(length=120)], block=32, progress=False)
+    plan = profile.uniform(4).with_level("*.0.*:cache.key", 8)
+    named = {s.name: s for s in plan.sites}
+    mixed = fv.PrecisionMap(plan.sites, {**plan.levels, "model.layers.1.self_attn:cache.value": bytes((2, 32))})
+    assert named["model.layers.1.self_attn:cache.value"].tiles == 2
+    one = cache(mixed)
+    with torch.no_grad():
+        model(ids(length=120), past_key_values=one)
+    levels = [(part.key_levels, part.value_levels) for part in one.layers]
+    assert levels == [(8, 4), (4, (2, 32))]
+    assert one.layers[0].block == 32
+    # what the profile says a map holds is what the cache holds
+    assert one.nbytes == profile.nbytes(mixed, 120, window=WINDOW, sequences=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({"levels": 3}, fv.LevelError, r"cache level \(=3\) is not one of 2, 4, 8, 16, 32"),
+        ({"window": -1}, fv.LevelError, r"window \(=-1\)"),
+        ({"window": 1.5}, fv.LevelError, r"window \(=1.5\)"),
+        ({"block": 40}, fv.LevelError, r"block \(=40\) is not a multiple of 32"),
+        ({"block": 0}, fv.LevelError, r"block \(=0\)"),
+    ],
+)
+def test_refusals(given: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        fv.quantized_cache(llama_config(), **given)
+
+
+def test_maps_of_other_models_are_refused() -> None:
+    profile = fv.calibrate_cache(llama(**LENGTH), [ids(length=120)], block=32, progress=False)
+    with pytest.raises(fv.SiteError, match=r"2 cache\.key and 2 cache\.value sites, and the model has 3 layers"):
+        fv.quantized_cache(llama_config(num_hidden_layers=3), profile.uniform(4))
+    other = llama(num_key_value_heads=4, **LENGTH)
+    levels = {s.name: bytes((4, 8)) for s in profile.sites}
+    one = cache(fv.PrecisionMap(profile.sites, levels))
+    with pytest.raises(fv.LevelError, match="levels for 2 heads, and the layer has 4"):
+        other(ids(length=90), past_key_values=one)
+
+
+def test_models_without_plain_attention_are_refused() -> None:
+    from transformers import MambaConfig, MistralConfig
+
+    with pytest.raises(fv.SiteError, match="no layer with plain attention"):
+        fv.quantized_cache(MistralConfig(sliding_window=16, num_hidden_layers=2))
+    with pytest.raises(fv.SiteError, match="no layer with plain attention"):
+        fv.quantized_cache(MambaConfig(num_hidden_layers=2))
+
+
+def test_offloading_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="not offloaded"):
+        layer().offload()
