@@ -14,6 +14,7 @@ from typer.testing import Result
 
 import foveate as fv
 from foveate import cli
+from foveate.bench.result import Measured
 from foveate.cli import inspect as inspect_command
 
 FAST = ("--samples", 2, "--length", 32)
@@ -250,6 +251,19 @@ def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "b.json").read_text())["name"] == "switch"
     assert "bytes_moved" in run("bench", "switch").stdout
     assert run("bench", "switch", "--out", tmp_path / "no" / "b.json").exit_code == 2
+
+
+def test_bench_hands_parts_and_share_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "foveate.bench.activations.measure", lambda **options: asked.append(options) or Measured({"budget_met": 1.0})
+    )
+    assert "budget_met" in run("bench", "activations", "--part", "budgets", "--part", "times", "--share", "0.5").stdout
+    assert run("bench", "activations").exit_code == 0
+    assert asked == [{"parts": ["budgets", "times"], "share": 0.5}, {}]
+    refused = run("bench", "switch", "--part", "times")
+    assert refused.exit_code == 2
+    assert "only activations" in refused.stderr
 
 
 def test_bench_draws_peers_and_nothing_else(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ def test_passes_are_counted_as_far_as_they_go() -> None:
 def test_words() -> None:
     assert [in_words(s) for s in (4.4, 99, 120, 5000, 7200)] == ["4 s", "99 s", "2 min", "83 min", "2.0 h"]
     assert str(Estimate(60, 1, 300)) == "this takes about 6 min: going through the data 60 s, rounding 5 min"
+    assert "through the data 3 times 60 s," in str(Estimate(60, 1, 300, 3))
 
 
 def test_it_is_said_on_stderr_and_can_be_silenced(

@@ -68,7 +68,7 @@ class Planner:
         if settings.levels is not None:
             return Step(number)
         learning = number == 0 or self.ledger.unprobed()
-        early = number & (number - 1) == 0
+        early = settings.error is not None and number & (number - 1) == 0
         trusted = len(self.ledger.trust.logs) >= _FIRST_AUDITS
         audited = not learning and can_pass and (not trusted or early or number % settings.audit_every == 0)
         if settings.bytes is not None:

@@ -149,11 +149,15 @@ class Scope(TorchFunctionMode):
             handle.remove()
 
     def _entered(self, module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         name = self._names.get(id(module))
-        if name is not None and not torch.compiler.is_compiling() and self._thread == threading.get_ident():
+        if name is not None and self._thread == threading.get_ident():
             self._frames.append(Frame(name))
 
     def _left(self, module: nn.Module, *_: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         name = self._names.get(id(module))
         mine = len(self._frames) > 1 and self._frames[-1].module == name and self._thread == threading.get_ident()
         if name is not None and mine:
@@ -163,6 +167,8 @@ class Scope(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # traced without us: what a compiled function saves has its own names
+            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _PLAIN:
             return func(*args, **kwargs)

@@ -98,7 +98,8 @@ class ActivationStore:
                 RuntimeWarning,
                 stacklevel=2,
             )
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        pack, unpack = torch.compiler.disable(self._pack), torch.compiler.disable(self._unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
         hooks.__enter__()  # fails where torch forbids them
         self._hooks = hooks
         self._scope.__enter__()

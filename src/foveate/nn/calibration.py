@@ -188,9 +188,7 @@ class Calibration:
         rows = [sum(self.probe.rows.get(name, 0) for name in entry.names) for entry in self.found]
         # where it is not known how many batches there are, they are taken to be enough for every weight
         inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
-        found = estimate(self._loads, inputs, self.plan, batch, self.probe.seconds, batches)
-        passes = f" ({self.passes} times)" if self.passes > 1 else ""
-        say(f"{found}{passes}")
+        say(str(estimate(self._loads, inputs, self.plan, batch, self.probe.seconds, batches)))
 
     def _make_room(self, number: int) -> None:
         """Let go of the float weights that are rounded and lie behind all that is left."""

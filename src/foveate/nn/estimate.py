@@ -97,18 +97,21 @@ class Estimate:
         passes: going through the data, all passes; NaN if it is not known how many batches there are.
         batch: one batch of the first pass.
         rounding: all weights.
+        times: how often the data are gone through.
     """
 
     passes: float
     batch: float
     rounding: float
+    times: int = 1
 
     def __str__(self) -> str:
         rounding = f"rounding {in_words(self.rounding)}"
         if math.isnan(self.passes):
             return f"calibrating takes about {in_words(self.batch)} a batch, then {rounding}"
         total = in_words(self.passes + self.rounding)
-        return f"this takes about {total}: going through the data {in_words(self.passes)}, {rounding}"
+        often = f" {self.times} times" if self.times > 1 else ""
+        return f"this takes about {total}: going through the data{often} {in_words(self.passes)}, {rounding}"
 
 
 def estimate(
@@ -131,7 +134,7 @@ def estimate(
     )
     further = further_passes(loads, way)
     passes = math.nan if batches is None else batches * (batch * (1 + further.whole) + forward * further.forward)
-    return Estimate(passes, batch, rounding)
+    return Estimate(passes, batch, rounding, len(way.shares))
 
 
 def rough(loads: Sequence[Load]) -> float:

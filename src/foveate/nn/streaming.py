@@ -175,7 +175,7 @@ def further_passes(loads: Sequence[Load], way: Plan) -> Further:
 
 
 def _cost(loads: Sequence[Load], way: Plan) -> float:
-    """Time, in forward passes: one with gradients and statistics takes about six."""
+    """Time, in forward passes: one with gradients and statistics takes about five."""
     further = further_passes(loads, way)
     # what can be undone is kept if it may be
-    return (1 + further.whole) * (6.0 + way.replay) + further.forward + 0.01 * way.lean
+    return (1 + further.whole) * (5.0 + way.replay) + further.forward + 0.01 * way.lean
