@@ -143,6 +143,21 @@ def test_static_scales_that_make_no_sense(
         fv.load(part, model=skeleton())
 
 
+@pytest.mark.parametrize("exponent", [33, -65, 1.0, True, "1", None])
+def test_an_exponent_that_does_not_exist_is_refused(
+    saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path, exponent: Any
+) -> None:
+    part = copy_of(saved[0], tmp_path / "part")
+
+    def change(data: Any) -> Any:
+        next(site for site in data["sites"] if site["kind"] == "weight")["exponent"] = exponent
+        return data
+
+    rewrite(part, change)
+    with pytest.raises(CheckpointError, match="an exponent of scales does not exist"):
+        fv.load(part, model=skeleton())
+
+
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=5),
     st.sampled_from(([], {}, [1], {"a": 1}, [[8, 10**12]], [["a"]], 0, 1, 2, 5, 32, 33, 10**9)),

@@ -257,9 +257,10 @@ MALFORMED = {
     "rows below zero": _replace(3, lambda v: [-1, *v[1:]]),  # type: ignore[index]
     "too many rows": _replace(3, lambda v: [400, *v[1:]]),  # type: ignore[index]
     "other columns": _replace(3, lambda v: [v[0], 99, *v[2:]]),  # type: ignore[index]
-    "another group": _replace(3, lambda v: [*v[:2], 128, v[3]]),  # type: ignore[index]
+    "another group": _replace(3, lambda v: [*v[:2], 128, *v[3:]]),  # type: ignore[index]
     "a group that does not exist": _replace(3, lambda v: [*v[:2], 48, v[3]]),  # type: ignore[index]
-    "a reach that does not exist": _replace(3, lambda v: [*v[:3], 3]),  # type: ignore[index]
+    "a reach that does not exist": _replace(3, lambda v: [*v[:3], 3, v[4]]),  # type: ignore[index]
+    "an exponent that does not exist": _replace(3, lambda v: [*v[:4], 33]),  # type: ignore[index]
     "an input level that does not exist": _replace(4, lambda t: torch.full((2,), 5, dtype=torch.uint8)),
     "one input level": _replace(4, lambda t: t[:1]),  # type: ignore[index]
     "input levels in int64": _replace(4, lambda t: t.long()),  # type: ignore[attr-defined]
