@@ -145,7 +145,7 @@ class SavedReport:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
         for i, head in enumerate(_HEADS):
             text = i in _LEFT  # folded where there is little room; figures never are
-            table.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=not text)
+            table.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=not text or i == 1)
         for line in self._lines():
             table.add_row(*(Text(cell) for cell in line))
         return Group(Text(self._head(), style="bold"), table, Text(self._foot()))
