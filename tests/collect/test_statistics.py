@@ -79,7 +79,7 @@ def _collected_gradients(model: nn.Module, x: Tensor) -> Collector:
 def test_gradients_of_outputs_together(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("foveate.collect.statistics._TOGETHER", together)
     model = mlp((6, 5, 4))
-    (x,) = rows(7, 6, 1)
+    (x,) = rows(40, 6, 1)
     collector = _collected_gradients(model, x)
     a = model[0](x).detach().requires_grad_()
     (g,) = torch.autograd.grad(_loss_of(Logits())(model[2](torch.relu(a)), x), a)
@@ -88,7 +88,7 @@ def test_gradients_of_outputs_together(together: int, monkeypatch: pytest.Monkey
     size = min(together, 5)
     for block, part in zip(kept, g.split(size, 1), strict=True):
         width = part.shape[1]
-        assert torch.allclose(block[:width, :width], part.t() @ part / 7, rtol=1e-4, atol=1e-7)
+        assert torch.allclose(block[:width, :width], part.t() @ part / 40, rtol=1e-4, atol=1e-7)
         assert not block[width:].any()
 
 
@@ -105,8 +105,8 @@ def test_gradients_of_a_convolution_are_of_its_positions() -> None:
 
 def test_gradients_of_too_few_rows_or_of_a_vocabulary_are_not_used() -> None:
     model = mlp((6, 5, 4, 40))
-    collector = _collected_gradients(model, rows(4, 6, 1)[0])
-    assert collector.by_module["0"].gradients() is None  # 4 rows, 5 outputs
+    collector = _collected_gradients(model, rows(39, 6, 1)[0])
+    assert collector.by_module["0"].gradients() is None  # 39 rows, 5 outputs
     assert collector.by_module["2"].gradients() is not None
     assert "gradients_BRR" not in collector.by_module["4"].tensors  # 40 outputs of 4 inputs
 

@@ -41,6 +41,8 @@ _CHUNK = 1 << 24
 #: gradients hang together little.
 _TOGETHER = 512
 _MOST_OUTPUTS = 8
+#: Rows that an output takes: rows of a weight that made up for each other by fewer would fit those few.
+_ROWS_AN_OUTPUT = 8
 
 
 def _blocks_of(rows: int) -> tuple[int, int, int]:
@@ -241,10 +243,10 @@ class WeightStatistics:
         return total / rows if total is not None and rows else None
 
     def gradients(self) -> Tensor | None:
-        """E[g g^T], float32 [B, R, R], for each R outputs; None if not held, or if fewer rows than R were seen."""
+        """E[g g^T], float32 [B, R, R], for each R outputs; None if not held, or if too few rows were seen."""
         total = self.tensors.get("gradients_BRR")
         rows = float(self.tensors["rows"])
-        return total / rows if total is not None and rows >= total.shape[1] else None
+        return total / rows if total is not None and rows >= _ROWS_AN_OUTPUT * total.shape[1] else None
 
     def fisher(self, samples: int) -> Tensor | Factored:
         """F for one sample: [N, K], or its factors."""
