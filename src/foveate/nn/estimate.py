@@ -4,7 +4,7 @@ Rounding a weight of N rows and K columns is arithmetic of four kinds, and how f
 in half a second:
 
     N K          searching grids, choosing codes, packing, scoring          seconds a value
-    K            the loop over columns, whatever their length               seconds a column
+    16 K         the loop over columns for each part of the rows            seconds a column
     17 N K^2     five streams of feedback, six levels scored                seconds a flop, float32
     K^3          factoring the covariance                                   seconds a flop, float64
 """
@@ -23,6 +23,7 @@ from foveate.nn.streaming import Load, Plan, further_passes
 from foveate.planes import from_codes
 from foveate.rounding import round_weight, with_feedback
 from foveate.rounding.feedback import feedback_factor
+from foveate.rounding.rows import PARTS
 from foveate.sensitivity import tile_losses
 
 #: Of a product of a row with a matrix [K, K]: 5 streams see half of it each, 6 levels are scored with all of it twice.
@@ -37,12 +38,14 @@ class Machine:
     Attributes:
         value: a value of a weight.
         column: a column of a weight.
+        sweep: a column again, for each further part of the rows.
         flop: a float32 operation of a matrix product.
         factor: for a matrix of K columns, so many times K^3.
     """
 
     value: float
     column: float
+    sweep: float
     flop: float
     factor: float
 
@@ -55,26 +58,30 @@ class Machine:
         flop = _seconds(lambda: a @ a) / (2 * size**3)
         factor = _seconds(lambda: feedback_factor(covariance_KK)) / size**3
         few, many = _seconds(lambda: _round(16)), _seconds(lambda: _round(1040))
-        columns = 4 * _GROUP
+        rows, columns = 16 * PARTS, 4 * _GROUP
+        together, apart = _seconds(lambda: _round(rows)), _seconds(lambda: _round(rows, torch.eye(rows)[None]))
+        sweep = max(apart - together, 0.0) / (columns * (PARTS - 1))
         value = max(many - few, 0.0) / (1024 * columns)
-        return cls(value, max(few / columns - 16 * value, 0.0), flop, factor)
+        return cls(value, max(few / columns - 16 * value, 0.0), sweep, flop, factor)
 
     def rounding(self, load: Load, feedback: bool) -> float:
         """Seconds that one weight takes."""
         rows, columns = load.rows, load.columns
         seconds = self.value * rows * columns
         if feedback:
-            chunks = -(-rows * columns * 20 // (256 << 20))
-            seconds += self.column * columns * chunks + self.factor * columns**3
+            sweeps = -(-rows * columns * 20 // (256 << 20))
+            if load.gradients:  # rows take up the errors of the rows before them
+                sweeps = max(sweeps, min(PARTS, -(-rows // 16)))
+            seconds += columns * (self.column + self.sweep * (sweeps - 1)) + self.factor * columns**3
             seconds += self.flop * _PRODUCTS * rows * columns**2
         return seconds
 
 
-def _round(rows: int) -> None:
+def _round(rows: int, gradients_BRR: torch.Tensor | None = None) -> None:
     columns = 4 * _GROUP
     w_NK = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     rounded = round_weight(w_NK, group=_GROUP)
-    r = with_feedback(w_NK, rounded, torch.eye(columns))
+    r = with_feedback(w_NK, rounded, torch.eye(columns), gradients_BRR)
     planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=_GROUP, reach=r.reach)
     fisher = Factored(torch.ones(rows), torch.ones(columns))
     tile_losses(w_NK, lambda level: planes.dequantize(), [fisher], _GROUP)

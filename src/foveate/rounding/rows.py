@@ -25,8 +25,8 @@ from torch import Tensor
 #: Of the mean of a covariance's diagonal, added to the diagonal: what GPTQ uses against inputs that calibration never
 #: varied.
 DAMPING = 0.01
-#: At least so many rows are rounded together, and at most a part of a block.
-_LEAST_ROWS, _PARTS = 16, 16
+#: At least so many rows are rounded together, and a block's in so many parts, one after another.
+_LEAST_ROWS, PARTS = 16, 16
 #: Bytes of the streams of rows that are rounded together.
 _CHUNK_BYTES = 256 << 20
 
@@ -41,7 +41,7 @@ class _Block:
     def part(self, number: int) -> slice:
         """Which of its rows are rounded together as the `number`th part; empty behind the last."""
         rows = len(self.rows_R)
-        step = rows if self.upper_RR is None else max(_LEAST_ROWS, -(-rows // _PARTS))
+        step = rows if self.upper_RR is None else max(_LEAST_ROWS, -(-rows // PARTS))
         return slice(min(number * step, rows), min((number + 1) * step, rows))
 
     def pass_on(self, part: slice, missed_SnK: Tensor, wanted_SRK: Tensor) -> None:
@@ -77,7 +77,7 @@ def feed_rows(
         # blocks do not help each other, so the parts of several are rounded in one go
         together = blocks[start : start + at_once]
         wanted = [w_NK[block.rows_R].expand(count, -1, -1).clone() for block in together]
-        for number in range(_PARTS):
+        for number in range(PARTS):
             parts = [block.part(number) for block in together]
             rows_n = torch.cat([block.rows_R[part] for block, part in zip(together, parts, strict=True)])
             if not len(rows_n):
