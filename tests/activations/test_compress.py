@@ -125,3 +125,41 @@ def test_audits_are_closer_together_at_first_and_measure_anew() -> None:
     learnt = next(number for number, (_, audited) in seen.items() if audited) + 4
     assert [number for number, (_, audited) in seen.items() if audited and number >= learnt] == [8, 16, 30, 32]
     assert all(profiled for profiled, audited in seen.values() if audited)
+
+
+def test_another_models_tensors_are_left_alone() -> None:
+    torch.manual_seed(0)
+    own, other = (nn.Sequential(nn.Linear(40, 64), nn.GELU(), nn.Linear(64, 40)) for _ in range(2))
+    x = torch.randn(64, 40)
+
+    def gradients(*given: nn.Module) -> list[Tensor]:
+        (own(x).mean() + other(x).mean()).backward()
+        found = [p.grad.clone() for model in given for p in model.parameters() if p.grad is not None]
+        own.zero_grad()
+        other.zero_grad()
+        return found
+
+    exact = gradients(other)
+    with fv.compress_activations(own, levels=2, smallest=1) as store:
+        assert all(torch.equal(a, b) for a, b in zip(exact, gradients(other), strict=True))
+    assert not [row for row in store.report().rows if row.layer == "foreign"]
+    assert "error of the gradient not measured" in str(store.report())
+
+
+def test_a_part_of_a_large_tensor_counts_for_what_it_is() -> None:
+    model, data = nn.Linear(40, 8), torch.randn(100, 64, 40)
+    with fv.compress_activations(model, levels=8, smallest=1) as store:
+        model(data[3]).sum().backward()
+    assert store.report().bytes_before == 64 * 40 * 4
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_budget_in_bytes_counts_where_each_step_is_entered(accumulated: int) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)))
+    store = fv.compress_activations(model, bytes="4KiB")
+    with pytest.raises(fv.BudgetError, match="the least possible is"):  # noqa: PT012
+        for _ in range(8):
+            with store:
+                for _ in range(accumulated):
+                    model(torch.randn(256, 64)).square().mean().backward()
+            model.zero_grad()

@@ -85,8 +85,8 @@ def compress_activations(
     """
     if sum(given is not None for given in (error, bytes, levels)) != 1:
         raise BudgetError("give one of error=, bytes= and levels=")
-    if error is not None and not 0 < error < float("inf"):
-        raise BudgetError(f"error (={error}) must be a number above 0")
+    if error is not None and not (isinstance(error, (int, float)) and 0 < error < float("inf")):
+        raise BudgetError(f"error (={error!r}) must be a number above 0")
     if default is None:
         default = 4 if bytes is not None else 16 if error is not None and error < _SMALL_ERROR else 8
     fixed = {"*": levels} if isinstance(levels, int) else levels

@@ -135,10 +135,6 @@ class Shelf(Generic[T]):
         """Whether all that was stored is gone."""
         return not self._by_storage
 
-    def knows(self, tensor: Tensor) -> bool:
-        """Whether anything of the tensor's storage is stored."""
-        return tensor.untyped_storage()._cdata in self._by_storage
-
     def find(self, tensor: Tensor, interval: Interval, fits: Callable[[T], bool]) -> T | None:
         """An item that covers the interval at the tensor's version and dtype, and fits."""
         shelved = self._by_storage.get(tensor.untyped_storage()._cdata)

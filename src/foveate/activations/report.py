@@ -154,7 +154,10 @@ class SavedReport:
         sizes = f"{format_bytes(self.bytes_before)} kept in {format_bytes(self.bytes_after)}, {self.ratio:.1f}x less"
         bound = "" if self.bound is None else f" (bound {self.bound:g})"
         unmeasured = f", {len(self.unmeasured)} sites not measured yet" if self.unmeasured else ""
-        return f"step {self.step}: {sizes}; predicted error of the gradient {self.predicted:.3g}{bound}{unmeasured}"
+        lossy = [row for row in self.rows if row.form == "grouped"]
+        known = not lossy or len(self.unmeasured) < len(lossy)
+        predicted = f"{self.predicted:.3g}" if known else "not measured"
+        return f"step {self.step}: {sizes}; predicted error of the gradient {predicted}{bound}{unmeasured}"
 
     def _foot(self) -> str:
         if not self.audits:

@@ -9,6 +9,7 @@ one call of the module `layers.0.mlp`.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +47,8 @@ _PLAIN = frozenset(
 )
 #: The name of what runs outside the model, the loss usually.
 OUTSIDE = "outside"
+#: The name of modules with parameters of other models: what they save is kept exactly, since no audit sees it.
+FOREIGN = "foreign"
 
 
 @dataclass
@@ -114,6 +117,8 @@ class Scope(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._names = {id(module): name or "model" for name, module in model.named_modules()}
+        self._own = {id(parameter) for parameter in model.parameters()}
+        self._foreign: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self._model = model  # keeps the ids above from being given to others
         self._on_backward, self._on_called, self.watched = on_backward, on_called, watched
         self._frames = [Frame(OUTSIDE)]
@@ -148,17 +153,27 @@ class Scope(TorchFunctionMode):
         for handle in self._handles:
             handle.remove()
 
+    def _name_of(self, module: nn.Module) -> str | None:
+        """A module's name; FOREIGN if it holds parameters that are not the model's, and none of its own."""
+        name = self._names.get(id(module))
+        if name is None:
+            foreign = self._foreign.get(module)
+            if foreign is None:
+                foreign = self._foreign[module] = any(id(p) not in self._own for p in module.parameters())
+            name = FOREIGN if foreign else None
+        return name
+
     def _entered(self, module: nn.Module, _: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        name = self._names.get(id(module))
+        name = self._name_of(module)
         if name is not None and self._thread == threading.get_ident():
             self._frames.append(Frame(name))
 
     def _left(self, module: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        name = self._names.get(id(module))
+        name = self._name_of(module)
         mine = len(self._frames) > 1 and self._frames[-1].module == name and self._thread == threading.get_ident()
         if name is not None and mine:
             self._frames.pop()

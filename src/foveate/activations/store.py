@@ -45,7 +45,7 @@ from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
 from foveate.activations.rules import UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
-from foveate.activations.scope import Call, Scope
+from foveate.activations.scope import FOREIGN, Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Record, Step, arguments_of_backward
 from foveate.activations.tracking import Tracking
@@ -128,16 +128,18 @@ class ActivationStore:
             if whole and not origin.views_only and type(origin.parameter) is nn.Parameter:
                 found = recast(tensor, origin.parameter)
             return found or passed(tensor)
-        if torch._C._current_graph_task_id() != -1:  # a graph of the gradient, or a recomputation: used at once
+        call = self._scope.call
+        # in backward: a graph of the gradient, or a recomputation, which is used at once
+        if call.frame.module == FOREIGN or torch._C._current_graph_task_id() != -1:
             return passed(tensor)
-        step, call = self._current_step(), self._scope.call
+        step = self._current_step()
         name = call.next_name()
         rule = rule_of(call.function)
         need = need_of(rule, tensor, call.args, call.kwargs)
         payload = self._found(tensor, interval, need)
         if payload is None:
-            if not self._shelf.knows(tensor):
-                step.original += tensor.untyped_storage().nbytes()
+            if self._shelf.find(tensor, interval, lambda _: True) is None:
+                step.original += min(interval.length, tensor.numel()) * tensor.element_size()
             payload = self._derived(tensor, interval, need, name, step)
             payload = payload or self._stored(tensor, interval, need, name, rule, step)
             payload.token = self._tracking.stored(payload, tensor)

@@ -53,6 +53,7 @@ class Tracking:
         if self._tracker is not None and _get_current_dispatch_mode() is self._tracker:
             self._tracker.__exit__(None, None, None)
             self._tracker = None
+            self._wanted = self.timeline is None  # a step that was left half-way is recorded when it is entered again
 
     def stored(self, payload: Payload, tensor: Tensor) -> Token | None:
         """A payload was made of a tensor."""
