@@ -38,7 +38,8 @@ transformers.QuantizedCache = Rough
 spec = importlib.util.spec_from_file_location("real", {script!r})
 caches = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(caches)
-caches.metadata.version = lambda package: package + " 1.2"
+known = caches.metadata.version
+caches.metadata.version = lambda package: "1.2" if package == "optimum-quanto" else known(package)
 caches.serve({{"decode": caches.decode}})
 """
 
@@ -85,7 +86,7 @@ def test_everything_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert figures["cache_kl_over_transformers"] == peers[0]["ratio"]
     assert figures["cache_kl_over_transformers_b2"] == peers[1]["ratio"]
     assert any("hqq 4 bits, axes 0 0: not measured" in note and "not here" in note for note in found.notes)
-    assert any("transformers 1.2" in note for note in found.notes)
+    assert any("optimum-quanto 1.2" in note for note in found.notes)
 
 
 def test_without_an_environment_ours_is_measured_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
