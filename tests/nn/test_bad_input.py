@@ -181,7 +181,7 @@ def test_outputs_that_nothing_reads() -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, 0.25, -3.0])
-def test_constant_weights_are_within_half_a_step_of_the_widest_offset(value: float) -> None:
+def test_constant_weights_are_within_a_step_of_the_widest_offset(value: float) -> None:
     model = mlp()
     with torch.no_grad():
         model[2].weight.fill_(value)
@@ -190,7 +190,7 @@ def test_constant_weights_are_within_half_a_step_of_the_widest_offset(value: flo
     _sound(profile)
     for level in (2, 3, 4, 6, 8):
         fv.apply(model, profile.uniform(level))
-        # an offset is at most 127 eighths of its scale, and codes have half a scale between them and a value
+        # an offset is at most 127 eighths of its scale, and feedback may take the next code (4 bits of mantissa)
         found = model[2].weight.dequantize().detach()
         assert (
             float((found - original[2].weight.detach()).abs().max()) <= abs(value) * 0.5 * 8 / 127 * 1.07
