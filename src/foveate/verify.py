@@ -47,7 +47,7 @@ class Outcome:
     @property
     def bound(self) -> float:
         """The mean divergence on other data of the same kind is at most this, 39 times of 40: the mean and twice its
-        standard error, the greater of the two that are known. Infinite for a single sample, which says nothing of others.
+        standard error, the greater of the two that are known. Infinite for a single sample: it says nothing of others.
         """
         if self.samples < 2:
             return math.inf
