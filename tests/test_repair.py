@@ -63,6 +63,9 @@ def test_the_bound_is_twice_the_greater_standard_error() -> None:
     (one, _) = fv.measure(model, [plan], [torch.cat(HELD_OUT)], reference=reference, progress=False)
     assert math.isnan(one.batch_error)
     assert one.bound == pytest.approx(one.divergence + 2 * one.standard_error)
+    (single, _) = fv.measure(model, [plan], [HELD_OUT[0][:1]], reference=reference, progress=False)
+    assert single.samples == 1
+    assert single.bound == math.inf
 
 
 def test_verify_says_whether_a_limit_is_kept() -> None:

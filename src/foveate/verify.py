@@ -47,8 +47,10 @@ class Outcome:
     @property
     def bound(self) -> float:
         """The mean divergence on other data of the same kind is at most this, 39 times of 40: the mean and twice its
-        standard error, the greater of the two that are known.
+        standard error, the greater of the two that are known. Infinite for a single sample: it says nothing of others.
         """
+        if self.samples < 2:
+            return math.inf
         errors = (self.standard_error, self.batch_error)
         return self.divergence + 2 * max(error for error in errors if not math.isnan(error))
 

@@ -64,6 +64,9 @@ def test_a_peak_that_nothing_meets_is_refused_with_the_least_possible() -> None:
         ({"levels": {"*": 4, "head*": 64}}, fv.LevelError),
         ({"error": 0.1, "group": 48}, fv.BudgetError),
         ({"error": 0.1, "window": 0}, fv.BudgetError),
+        ({"error": 0.1, "probes": 0}, fv.BudgetError),
+        ({"bytes": 0}, fv.BudgetError),
+        ({"bytes": -5}, fv.BudgetError),
         ({"error": 0.1, "profile": "nowhere.json"}, fv.CheckpointError),
     ],
 )
@@ -121,3 +124,32 @@ def test_a_damaged_profile_is_refused(tmp_path: Path, damage: object) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(fv.CheckpointError):
         fv.compress_activations(model, error=0.2, profile=path)
+
+
+def test_a_peak_is_recorded_by_a_store_that_is_entered_for_each_step() -> None:
+    model = _model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    store = fv.compress_activations(model, bytes=10_000)
+
+    def train() -> None:
+        for _ in range(8):
+            with store:
+                model(torch.randn(512, 64)).square().mean().backward()
+                optimizer.step()  # functions between the steps, of which the second is the one to be recorded
+
+    with pytest.raises(fv.BudgetError, match="the least possible is"):
+        train()
+
+
+def test_a_profile_holds_errors_beyond_all_numbers(tmp_path: Path) -> None:
+    model = nn.Linear(64, 64)
+    x = torch.randn(512, 64)
+    x[0, 0], x[0, 1] = 3e38, -3e38  # the square of their distance is infinite
+    with fv.compress_activations(model, error=0.1) as store:
+        for _ in range(4):
+            (model(x) * 1e-30).sum().backward()
+    store.save_profile(tmp_path / "profile.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["profile.json"]
+    site = json.loads((tmp_path / "profile.json").read_text())["sites"]["model:saved.linear.0.0"]
+    assert site["errors"] == [None, None, None, None, 0.0]
+    fv.compress_activations(model, error=0.1, profile=tmp_path / "profile.json")

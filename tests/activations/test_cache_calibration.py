@@ -211,6 +211,7 @@ def test_sixteen_bits_of_a_16_bit_model_are_exact() -> None:
 
 def test_padding_is_not_scored_and_the_model_is_left_as_it_was() -> None:
     model = confident().train()
+    part = next(iter(model.children())).eval()  # a part that is not trained
     mask = torch.ones(4, 128, dtype=torch.long)
     mask[0, :20], mask[1, 120:] = 0, 0
     state = torch.random.get_rng_state()
@@ -220,6 +221,7 @@ def test_padding_is_not_scored_and_the_model_is_left_as_it_was() -> None:
     assert found.samples == 4 * 64 - 8
     assert torch.equal(torch.random.get_rng_state(), state)
     assert model.training
+    assert not any(module.training for module in part.modules())
     assert all(p.grad is None for p in model.parameters())
     again = fv.calibrate_cache(
         model, [{"input_ids": ids(), "attention_mask": mask}], block=BLOCK, progress=False, measured=0

@@ -163,3 +163,52 @@ def test_a_budget_in_bytes_counts_where_each_step_is_entered(accumulated: int) -
                 for _ in range(accumulated):
                     model(torch.randn(256, 64)).square().mean().backward()
             model.zero_grad()
+
+
+def test_what_only_a_second_backward_reads_is_not_taken_for_idle() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    x = torch.randn(512, 64)
+
+    def run() -> Tensor:
+        model.zero_grad()
+        first, second = model(x).square().mean(), model(2 * x).square().mean()
+        first.backward()
+        second.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    wanted = run()
+    with fv.compress_activations(model, error=0.05) as store:
+        errors = [float((run() - wanted).norm() / wanted.norm()) for _ in range(12)]
+    assert max(errors) < 0.05
+    assert len(store.audits) < 12
+    assert store.latest is not None
+    assert store.latest.kept["outside:saved.square.1.0"].level == 8
+
+
+def test_sites_of_a_forward_without_backward_do_not_keep_it_from_learning() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    with fv.compress_activations(model, error=0.1) as store:
+        torch.tanh(model(torch.randn(64, 64))).exp()  # of a validation, say
+        for _ in range(24):
+            model(torch.randn(64, 64)).square().mean().backward()
+    assert not any("tanh" in name or "exp" in name for name in store.planner.ledger.sites)
+    assert 4 <= len(store.audits) < 12
+
+
+def test_where_nothing_can_be_probed_not_every_step_is_profiled() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)).requires_grad_(False)
+    x = torch.randn(64, 64, requires_grad=True)
+    seen: list[bool] = []
+
+    def train() -> None:
+        with fv.compress_activations(model, error=0.1) as store:
+            for _ in range(20):
+                model(x).square().mean().backward()
+                assert store.latest is not None
+                seen.append(store.latest.profiled)
+
+    with pytest.warns(RuntimeWarning, match="cannot be probed"):
+        train()
+    assert sum(seen) < 10

@@ -106,3 +106,48 @@ def test_what_was_changed_in_place_is_not_taken_from_a_recipe() -> None:
     with fv.compress_activations(linear, levels=16, smallest=1):
         (found,) = torch.autograd.grad(loss(), linear.weight)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm(64), nn.BatchNorm1d(64)])
+def test_norms_with_wider_weights_than_their_input(norm: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64).bfloat16(), nn.Tanh(), norm, nn.Linear(64, 64).bfloat16())
+    x = torch.randn(64, 64).bfloat16()
+    model(x).float().square().mean().backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    with fv.compress_activations(model, levels=8, smallest=1) as store:
+        model(x).float().square().mean().backward()
+    assert _forms(store)["linear@3"] == "derived"
+    assert _distance(wanted, [p.grad for p in model.parameters() if p.grad is not None]) < 0.03
+
+
+def test_torch_batch_norm_has_its_arguments_in_another_order() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64))
+    x, mean, variance = torch.randn(64, 64), 3 * torch.randn(64), 3 + torch.rand(64)
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        h = torch.tanh(model[0](x))
+        y = torch.batch_norm(h, model[1].weight, model[1].bias, mean, variance, True, 0.1, 1e-5, False)
+        model[2](y).square().mean().backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    wanted = run()
+    with fv.compress_activations(model, levels=8, smallest=1):
+        assert _distance(wanted, run()) < 0.02
+
+
+def test_what_a_recipe_reads_must_not_have_changed() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+    with fv.compress_activations(model, error=1e-9, default=32):
+        h = model[0](torch.randn(64, 64))
+        unused = model[1](h)  # this saves h as it is, and no backward looks whether it still is
+        y = model[2](h + model[0].bias)
+        with torch.no_grad():
+            h.zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.square().sum().backward()
+    assert unused.requires_grad

@@ -279,3 +279,14 @@ def test_backward_outside(settings: dict[str, Any]) -> None:
     found = _gradients(model)
     assert not _hooks(model)
     assert _equal(wanted, found) or settings.get("levels") != 32
+
+
+def test_what_a_node_holds_can_be_looked_at(settings: dict[str, Any]) -> None:
+    model = nn.Linear(16, 16)
+    with fv.compress_activations(model, **settings) as store:
+        y = torch.tanh(model(torch.randn(8, 16)))
+        held: Any = y.grad_fn
+        assert held._saved_result.shape == y.shape
+        assert store.steps == 0
+        y.sum().backward()
+        assert store.steps == 1

@@ -76,3 +76,10 @@ def test_a_convolutions_error_is_what_rounding_makes_of_it(given: dict[str, obje
     kernel, options = conv_options((x, w, None), given)
     foretold = conv_error(_variance(x), GROUP, g, x.shape, x.stride(), kernel, options)
     assert float(foretold[0]) == pytest.approx(true, rel=0.1)
+
+
+def test_a_convolution_whose_window_only_meets_padding_beyond_the_image() -> None:
+    x, w = torch.randn(2, 4, 4, 4), torch.randn(4, 4, 1, 1)
+    kernel, options = conv_options((x, w, None), {"stride": 8, "padding": 2})
+    gradient = torch.ones_like(F.conv2d(x, w, None, stride=8, padding=2))
+    assert not conv_error(_variance(x), GROUP, gradient, x.shape, x.stride(), kernel, options).any()

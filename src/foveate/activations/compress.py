@@ -93,7 +93,10 @@ def compress_activations(
     for level in (default, *(fixed or {}).values()):
         if level not in LEVELS:
             raise LevelError(f"level (={level}) is not one of 2, 4, 8, 16, 32")
-    counts = {"profile_every": profile_every, "audit_every": audit_every, "window": window}
+    peak = None if bytes is None else parse_bytes(bytes)
+    if peak is not None and peak < 1:
+        raise BudgetError(f"bytes (={peak}) must be at least 1")
+    counts = {"profile_every": profile_every, "audit_every": audit_every, "window": window, "probes": probes}
     for name, count in counts.items():
         if count < 1:
             raise BudgetError(f"{name} (={count}) must be at least 1")
@@ -101,7 +104,7 @@ def compress_activations(
         raise BudgetError(f"group (={group}) must be a multiple of 32 from 32 to 1024")
     settings = Settings(
         error,
-        None if bytes is None else parse_bytes(bytes),
+        peak,
         fixed,
         granularity,
         default,

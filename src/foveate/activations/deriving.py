@@ -70,7 +70,11 @@ class Recipes:
         return call.callable, args, kwargs
 
     def _norm(self, call: Call, result: Tensor) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
-        """A norm, applied with the statistics that it saved."""
+        """A norm, applied with the statistics that it saved; not `torch.batch_norm`, whose arguments are in another
+        order than `F.batch_norm`'s.
+        """
+        if call.callable is torch.batch_norm:
+            return None
         given = norm_arguments(call.args, call.kwargs, call.function)
         statistics = [source for source in call.packed[1:] if not source.item.lossy][-2:]
         if len(statistics) < 2 or not given.get("training", True) or torch.is_autocast_enabled(result.device.type):

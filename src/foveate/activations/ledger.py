@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +69,7 @@ class Site:
         seen: statistics of its values.
         step: in which `bytes` were counted.
         derived: whether it is computed from others now, and stores nothing.
+        late: whether a second backward of a step has read it.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Site:
     seen: Running
     step: int = -1
     derived: bool = False
+    late: bool = False
 
     def count(self, bytes: tuple[int, ...], step: int) -> None:
         """A tensor of it takes so many bytes at each of LEVELS; those of one step add up."""
@@ -148,6 +151,13 @@ class Ledger:
             site = self.sites[name] = Site(name, rule, bool(rule.linear), (), *windows, Running(self.window))
         return site
 
+    def forget(self, names: Iterable[str], step: int) -> None:
+        """Drop the sites that only a step without a backward has seen: nothing would ever be measured of them."""
+        for name in names:
+            site = self.sites.get(name)
+            if site is not None and site.step == step and not (site.errors or site.local):
+                del self.sites[name]
+
     def new_family(self) -> Family:
         """A family that was never probed."""
         return Family(deque(maxlen=self.window))
@@ -165,6 +175,8 @@ class Ledger:
             if local_L is not None and (transfer or not local_L.any()):  # without a gradient there is no error
                 factor = sum(transfer) / len(transfer) if transfer else 0.0
                 found = tuple((local_L * factor).tolist())
+        if site.late and not any(found):
+            found = unknown  # it has one, from a gradient that was not measured
         if site.rule.curved:
             found = (_BIAS_COUNTS * found[0], *found[1:])
         floors = (math.inf if level < site.rule.floor else 0.0 for level in GROUPED_LEVELS)

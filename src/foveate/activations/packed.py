@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.activations.identity import Interval
-from foveate.activations.payloads import Form, Grouped
+from foveate.activations.payloads import Exact, Form, Grouped
 from foveate.activations.peak import Token
 from foveate.activations.recipes import Recipe, Source
 from foveate.activations.rules import Need
@@ -68,6 +68,11 @@ class Payload:
         self.record: Record | None = None
         self.token: Token | None = None
         self.lossy = isinstance(form, (Grouped, Derived))
+
+    @property
+    def rounded(self) -> tuple[Payload, ...]:
+        """The payloads whose errors it has: itself, or those that it is computed from."""
+        return self.form.recipe.roots if isinstance(self.form, Derived) else (self,)
 
 
 @dataclass(frozen=True)
@@ -159,4 +164,10 @@ def changed(expected: int, found: int, shape: torch.Size) -> RuntimeError:
 
 def source_of(payload: Payload, tensor: Tensor) -> Source:
     """A tensor as it lies in a payload of its storage."""
-    return Source(payload, tensor.shape, tensor.stride(), int(tensor.storage_offset()) - payload.interval.start)
+    offset = int(tensor.storage_offset()) - payload.interval.start
+    return Source(payload, tensor.shape, tensor.stride(), offset, version_of(payload))
+
+
+def version_of(payload: Payload) -> int:
+    """The version of the memory of a payload that is the tensor itself; of a copy it stays what it is."""
+    return payload.form.flat._version if isinstance(payload.form, Exact) else 0

@@ -10,9 +10,11 @@ exact tensors.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from foveate.activations.ledger import Ledger
+from foveate.activations.packed import Payload
 from foveate.activations.policy import LEVELS, within_bytes, within_error
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Step
@@ -67,7 +69,7 @@ class Planner:
         settings = self._settings
         if settings.levels is not None:
             return Step(number)
-        learning = number == 0 or self.ledger.unprobed()
+        learning = number == 0 or (can_pass and self.ledger.unprobed())
         early = settings.error is not None and number & (number - 1) == 0
         trusted = len(self.ledger.trust.logs) >= _FIRST_AUDITS
         audited = not learning and can_pass and (not trusted or early or number % settings.audit_every == 0)
@@ -80,6 +82,16 @@ class Planner:
         if profiled and number and can_pass:
             probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning else settings.probes))
         return Step(number, profiled, audited, probed, self.foretold())
+
+    def read_late(self, payloads: Iterable[Payload]) -> None:
+        """A second backward of a step asks for something. What it does to the gradient is not measured, so that no
+        gradient came back in the first is no reason to give it few bits.
+        """
+        for payload in payloads:
+            site = self.ledger.sites.get(payload.site)
+            if site is not None and not site.late:
+                site.late = True
+                self.levels.pop(site.name, None)
 
     def decide(self, timeline: Timeline | None) -> None:
         """Choose levels anew from all that is known.
@@ -98,5 +110,6 @@ class Planner:
         """The relative error that the ledger predicts for the levels in use."""
         total: float = 0.0
         for site in self.ledger.stored_sites():
-            total += float(self.ledger.errors(site)[LEVELS.index(self.level_of(site.name))])
+            error = float(self.ledger.errors(site)[LEVELS.index(self.level_of(site.name))])
+            total += 0.0 if site.late and math.isnan(error) else error  # audits do not see what is read late
         return math.sqrt(total)

@@ -36,7 +36,11 @@ def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     """
     target = Path(path)
     sites = {site.name: _site_to_json(ledger, site) for site in ledger.stored_sites()}
-    families = {name: list(family.transfer) for name, family in ledger.families.items() if family.transfer}
+    families = {
+        name: [factor for factor in family.transfer if math.isfinite(factor)]
+        for name, family in ledger.families.items()
+        if family.transfer
+    }
     content = {
         "foveate_saved_profile": _VERSION,
         "levels": list(LEVELS),
@@ -48,7 +52,7 @@ def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     try:
         with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
             temporary = file.name
-            json.dump(content, file, indent=1, allow_nan=False)
+            json.dump(_finite(content), file, indent=1, allow_nan=False)
         os.replace(temporary, target)
     except OSError as error:
         Path(temporary).unlink(missing_ok=True) if temporary else None
@@ -56,17 +60,29 @@ def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
 
 
 def _site_to_json(ledger: Ledger, site: Site) -> dict[str, Any]:
+    errors = list(ledger.errors(site))
+    measured = any(map(math.isfinite, errors[:-1]))
     return {
         "bytes": list(site.bytes),
         "closed_form": site.closed,
-        "errors": [error if math.isfinite(error) else None for error in ledger.errors(site)],
-        "measured": _mean(site.errors if site.closed else site.local),
+        "errors": errors,
+        "measured": None if site.late and not measured else _mean(site.errors if site.closed else site.local),
         "statistics": site.seen.summary().to_json(),
     }
 
 
 def _mean(rows: Any) -> list[float] | None:
-    return torch.stack(tuple(rows)).mean(0).tolist() if rows else None
+    mean = torch.stack(tuple(rows)).mean(0) if rows else None
+    return mean.tolist() if mean is not None and bool(mean.isfinite().all()) else None
+
+
+def _finite(value: Any) -> Any:
+    """The same with null in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load_profile_into(ledger: Ledger, path: str | os.PathLike[str]) -> None:

@@ -49,12 +49,14 @@ class Source:
         item: what is stored (a payload).
         shape, stride: of the tensor.
         offset: in values, from the start of what is stored.
+        version: of the memory that holds it, where that is the tensor's own.
     """
 
     item: Any
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
+    version: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Recipe:
 
         with torch.no_grad():
             values: Tensor = self.function(*map(found, self.args), **{k: found(v) for k, v in self.kwargs.items()})
+            values = values.to(self.dtype)  # a norm's statistics and weights may be wider than its output
         if values.stride() != self.stride:
             values = torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device).copy_(
                 values

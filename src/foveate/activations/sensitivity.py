@@ -75,8 +75,9 @@ def conv_error(
         padding = [w // 2 for w in wide]
     met = spread.new_zeros(shape[0], groups, *shape[2:])
     pieces: list[tuple[slice, slice]] = [
-        (slice(p, p + min(n, s - p)), slice(0, min(n, s - p)))
+        (slice(p, p + size), slice(0, size))
         for p, n, s in zip(padding, shape[2:], spread.shape[2:], strict=True)
+        for size in (max(min(n, s - p), 0),)  # 0 where no window reaches beyond the padding
     ]
     inside: Any = (..., *(of for of, _ in pieces))
     reached: Any = (..., *(to for _, to in pieces))

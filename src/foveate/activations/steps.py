@@ -9,6 +9,7 @@ through `torch.autograd.grad`, which touches neither `.grad` nor the hooks that 
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,7 @@ class Step:
         records: of a profiled step, one a stored tensor.
         original: bytes of the storages that plain training would hold, each counted once; parameters are not.
         kept: by site.
+        begun, over: whether a backward of it has begun, and whether one is over: later ones are not measured.
     """
 
     number: int
@@ -113,6 +115,7 @@ class Step:
     original: int = 0
     kept: dict[str, Kept] = field(default_factory=dict)
     begun: bool = False
+    over: bool = False
     audit: float | None = None
     _references: dict[str, list[Tensor | None]] = field(default_factory=dict)
     _energy: list[Tensor] = field(default_factory=list)
@@ -194,6 +197,7 @@ class Step:
     def finish(self, ledger: Ledger) -> None:
         """Backward is over: hand what was measured to the ledger."""
         self.drop()
+        self.over = True
         energy = float(torch.stack(self._energy).double().sum()) if self._energy else 0.0
         if energy > 0 and energy < float("inf"):
             if self.profiled:
@@ -223,9 +227,9 @@ class Step:
             if not record.site.closed and found is not None:
                 local[name] = local.get(name, torch.zeros(())) + found
         for name, total_L in closed.items():
-            ledger.sites[name].errors.append((total_L / energy).double())
+            ledger.sites[name].errors.append(_known(total_L / energy))
         for name, total_L in local.items():
-            ledger.sites[name].local.append((total_L / energy).double())
+            ledger.sites[name].local.append(_known(total_L / energy))
 
     def _write_probes(self, ledger: Ledger) -> None:
         for name in self.probed:
@@ -234,6 +238,11 @@ class Step:
             local = sum(r.probed() for r in self.records if not r.site.closed and family_of(r.site.name) == name)
             if local > 0 and name in self._differences:
                 family.transfer.append(_total(self._differences[name]) / local)
+
+
+def _known(error_L: Tensor) -> Tensor:
+    """An error, infinite where its parts were too large for float32."""
+    return error_L.double().nan_to_num(nan=math.inf, posinf=math.inf)
 
 
 def _total(parts: Sequence[Tensor]) -> float:

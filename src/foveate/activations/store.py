@@ -36,6 +36,7 @@ from foveate.activations.packed import (
     passed,
     recast,
     source_of,
+    version_of,
     with_gaps,
 )
 from foveate.activations.payloads import GROUPED_LEVELS, Exact, Form, Grouped, grouped
@@ -72,7 +73,7 @@ class ActivationStore:
         self.latest: Step | None = None
         watched = ELEMENTWISE | NORMS if settings.recompute else frozenset()
         self._scope = Scope(model, self._backward, self._called, watched)
-        self._tracking = Tracking(self._alive)
+        self._tracking = Tracking(model)
         if settings.bytes is not None:
             self._scope.between = self._tracking.between
         self._refused: BudgetError | None = None
@@ -174,10 +175,8 @@ class ActivationStore:
         def fits(payload: Payload) -> bool:
             if payload.layout is not None and payload.layout != (tensor.shape, tensor.stride()):
                 return False
-            if need is Need.VALUES:
-                return payload.need in (Need.VALUES, Need.EXACT)
-            if need is Need.EXACT:
-                return payload.need in (Need.VALUES, Need.EXACT) and not payload.lossy
+            if need in (Need.VALUES, Need.EXACT):
+                return payload.need in (Need.VALUES, Need.EXACT) and (need is Need.VALUES or not payload.lossy)
             return payload.need is need and need is not Need.INSIDE
 
         return self._shelf.find(tensor, interval, fits)
@@ -244,9 +243,8 @@ class ActivationStore:
             return
         for source in call.packed:
             payload = source.item
-            derived = payload.form.recipe.roots if isinstance(payload.form, Derived) else None
-            rule = rule_of(call.function) if derived is None else UNKNOWN
-            for stored in (payload,) if derived is None else derived:
+            rule = UNKNOWN if isinstance(payload.form, Derived) else rule_of(call.function)
+            for stored in payload.rounded:
                 if stored.record is not None:
                     stored.record.watch(len(differentiable) == 1)
                     differentiable[0].register_hook(self._gradient_watcher(stored, source, rule, call))
@@ -291,12 +289,17 @@ class ActivationStore:
         if packed.witness._version != packed.version:
             raise changed(packed.version, packed.witness._version, packed.source.shape)
         step = packed.source.item.step
-        if not self._reading and not step.begun:
-            self._begin(step)
+        if not self._reading and torch._C._current_graph_task_id() != -1:  # else somebody looks at what a node holds
+            if not step.begun:
+                self._begin(step)
+            elif step.over:
+                self.planner.read_late(packed.source.item.rounded)
         return self._view(packed.source)
 
     def _view(self, source: Source) -> Tensor:
         """A tensor as it lies in what is stored."""
+        if (found := version_of(source.item)) != source.version:  # what a recipe reads, no handle has checked
+            raise changed(source.version, found, source.shape)
         values = self._values(source.item)
         if source.item.layout is not None:
             return with_gaps(values, source.item.layout, not source.item.lossy)
@@ -334,10 +337,6 @@ class ActivationStore:
             raise self._refused
         return result
 
-    def _alive(self) -> list[Tensor]:
-        held = [*self.model.parameters(), *self.model.buffers()]
-        return held + [tensor.grad for tensor in held if tensor.grad is not None]
-
     def _read(self, what: str) -> None:
         self._reading, self._last = what, None
 
@@ -358,6 +357,7 @@ class ActivationStore:
         """Forget a step that will not be finished."""
         if self._step is not None:
             self._step.drop()
+            self.planner.ledger.forget(self._step.kept, self._step.number)
         self._step, self._last = None, None
         self._recipes.clear()
 
@@ -376,8 +376,8 @@ class ActivationStore:
         self.latest = step
         if self._step is step:
             self._step = None
-        if self.settings.bytes is not None and step.number <= RECORDED_STEP:
-            self._tracking.done() if step.number == RECORDED_STEP else self._tracking.want()
+        if self.settings.bytes is not None:
+            self._tracking.want() if step.number < RECORDED_STEP else self._tracking.done()
         if step.profiled or step.audited or step.number == RECORDED_STEP:
             try:
                 self.planner.decide(self._tracking.timeline)

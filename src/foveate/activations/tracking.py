@@ -6,9 +6,7 @@ store says what it wants, and the scope does it before the next function is call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from foveate.activations.packed import Derived, Payload
@@ -21,11 +19,11 @@ class Tracking:
     """Records one step, once it is asked to.
 
     Args:
-        alive: what is there before a step: parameters, their gradients, buffers.
+        model: whose parameters, gradients and buffers are there before the step.
     """
 
-    def __init__(self, alive: Callable[[], Iterable[Tensor]]) -> None:
-        self._alive = alive
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._tracker: PeakTracker | None = None
         self._wanted = False
         self.timeline: Timeline | None = None
@@ -36,24 +34,24 @@ class Tracking:
 
     def done(self) -> None:
         """The step is over: keep what was recorded, and stop before the next function."""
-        if self._tracker is not None:
+        if self._tracker is not None and self.timeline is None:
             self.timeline = self._tracker.timeline()
 
     def between(self) -> None:
         """Between two functions: start or stop."""
         if self._wanted and self._tracker is None:
-            self._tracker = PeakTracker(self._alive())
+            held = [*self._model.parameters(), *self._model.buffers()]
+            self._tracker = PeakTracker([*held, *(tensor.grad for tensor in held if tensor.grad is not None)])
             self._tracker.__enter__()  # type: ignore[no-untyped-call]
             self._wanted = False
         elif self.timeline is not None:
             self.leave()
 
     def leave(self) -> None:
-        """Stop, if this is the mode on top; another's must go first."""
+        """Stop, if this is the mode on top; another's must go first. What is not done is recorded anew."""
         if self._tracker is not None and _get_current_dispatch_mode() is self._tracker:
             self._tracker.__exit__(None, None, None)
-            self._tracker = None
-            self._wanted = self.timeline is None  # a step that was left half-way is recorded when it is entered again
+            self._tracker, self._wanted = None, self.timeline is None
 
     def stored(self, payload: Payload, tensor: Tensor) -> Token | None:
         """A payload was made of a tensor."""

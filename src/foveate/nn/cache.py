@@ -109,12 +109,13 @@ def calibrate_cache(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def _sites(model: nn.Module, plain: Sequence[int], cached: Sequence[Tensor], block: int) -> tuple[Site, ...]:

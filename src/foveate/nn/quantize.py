@@ -197,7 +197,7 @@ def _check_values(name: str, weight: Tensor) -> None:
     if not largest < float("inf"):  # NaN fails too
         raise WeightError(f"{name}.weight holds NaN or Inf")
     if largest > torch.finfo(torch.float16).max:
-        raise WeightError(f"{name}: weight (largest magnitude {largest:g}) is beyond the float16 of its scales")
+        raise WeightError(f"{name}: weight (largest magnitude {largest:g}) is beyond 65504, the range of float16")
 
 
 @dataclass(frozen=True, eq=False)
