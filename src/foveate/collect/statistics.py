@@ -72,7 +72,7 @@ class WeightStatistics:
         gradient_N: sum over rows of g^2, float64 (factored).
         fisher_NK: sum over samples of the squared gradient, float32 (not factored), while held.
         covariance_KK: sum over rows of x x^T, float32 (not embeddings, nor convolutions of groups), while held.
-        gradients_BRR: sum over rows of g g^T, float32, for each R outputs; with the covariance.
+        gradients_BRR: sum over rows of g g^T, float32, for each R outputs, until it is released.
         frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
         rows: rows of x seen.
         output_range: least and greatest output.
@@ -88,8 +88,6 @@ class WeightStatistics:
                 self._large["fisher_NK"] = shape
             if covariance:
                 self._large["covariance_KK"] = (columns, columns)
-                if rows <= _MOST_OUTPUTS * columns:
-                    self._large["gradients_BRR"] = _blocks_of(rows)
         self.tensors: dict[str, Tensor] = {
             "rows": torch.zeros((), dtype=torch.float64),
             "output_range": torch.tensor([float("inf"), float("-inf")]),
@@ -102,6 +100,8 @@ class WeightStatistics:
             self.tensors["energy_K"] = torch.zeros(columns, dtype=torch.float64)
             if factored:
                 self.tensors["gradient_N"] = torch.zeros(rows, dtype=torch.float64)
+            if covariance and rows <= _MOST_OUTPUTS * columns:
+                self.tensors["gradients_BRR"] = torch.zeros(_blocks_of(rows))
 
     @property
     def large_bytes(self) -> int:
@@ -111,7 +111,13 @@ class WeightStatistics:
     @property
     def needs_gradients(self) -> bool:
         """Whether what is large is made of gradients."""
-        return "fisher_NK" in self._large or "gradients_BRR" in self._large
+        return "fisher_NK" in self._large
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the gradients' covariance, which is kept from the first pass until the weight is rounded."""
+        kept = self.tensors.get("gradients_BRR")
+        return 0 if kept is None else 4 * kept.numel()
 
     def hold(self) -> None:
         """Begin the large statistics."""
@@ -119,7 +125,7 @@ class WeightStatistics:
 
     def release(self) -> None:
         """Give their memory back."""
-        for key in self._large:
+        for key in (*self._large, "gradients_BRR"):
             self.tensors.pop(key, None)
 
     def see(self, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None]:
@@ -170,16 +176,11 @@ class WeightStatistics:
         x_float = x.detach().to(torch.float32, copy=self.needs_gradients)
         x_BTK = x_float.reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
         self._see_covariance(x_BTK)
-        if not self.needs_gradients:
+        if self.factored:
             return None
-
-        def after(g: Tensor) -> None:
-            g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
-            self._see_gradients_together(g_BTN.flatten(0, 1))
-            if not self.factored:
-                self._see_sample_gradients(x_BTK.transpose(1, 2), g_BTN.transpose(1, 2))
-
-        return after
+        return lambda g: self._see_sample_gradients(
+            x_BTK.transpose(1, 2), g.float().reshape(*x_BTK.shape[:2], -1).transpose(1, 2)
+        )
 
     def _see_conv_inputs(self, conv: nn.Conv2d, x: Tensor, columns_BgKP: Tensor) -> Callable[[Tensor], None]:
         inputs = cast(InputStatistics, self.inputs)
@@ -188,6 +189,7 @@ class WeightStatistics:
         w_NK = weight_matrix(conv)
 
         def after(g: Tensor) -> None:
+            self._see_gradients_together(g.float().flatten(2).transpose(1, 2).flatten(0, 1))
             self._see_conv_gradient(columns_BgKP, g)
             # a grouped convolution is computed from its inputs as they are
             if conv.groups == 1:
@@ -216,7 +218,6 @@ class WeightStatistics:
     def _see_conv_gradient(self, columns_BgKP: Tensor, g: Tensor) -> None:
         batch, groups, _, positions = columns_BgKP.shape
         g_BgNP = g.float().reshape(batch, groups, -1, positions)
-        self._see_gradients_together(g_BgNP[:, 0].transpose(1, 2).flatten(0, 1))
         rows = g_BgNP.shape[2]
         for i in range(groups):
             self._see_sample_gradients(columns_BgKP[:, i], g_BgNP[:, i], slice(i * rows, (i + 1) * rows))

@@ -226,6 +226,7 @@ def _loads(found: Sequence[Found], objective: Objective, seen: Probe) -> list[Lo
                 gradients=any(s.needs_gradients for s in each),
                 first=min(at, default=-1),
                 last=max(at, default=len(seen.calls)),
+                kept=sum(s.kept_bytes for s in each),
             )
         )
     return loads

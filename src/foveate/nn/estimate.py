@@ -70,7 +70,7 @@ class Machine:
         seconds = self.value * rows * columns
         if feedback:
             sweeps = -(-rows * columns * 20 // (256 << 20))
-            if load.gradients:  # rows take up the errors of the rows before them
+            if load.kept:  # rows take up the errors of the rows before them
                 sweeps = max(sweeps, min(PARTS, -(-rows // 16)))
             seconds += columns * (self.column + self.sweep * (sweeps - 1)) + self.factor * columns**3
             seconds += self.flop * _PRODUCTS * rows * columns**2

@@ -35,6 +35,7 @@ class Load:
         floats: of the weight as it is.
         large: of its large statistics.
         gradients: whether these need a backward pass.
+        kept: of statistics that are there from the first pass until it is rounded.
         first, last: its first and last place in the order of calls; -1 and the last of all if it was not seen.
     """
 
@@ -46,6 +47,7 @@ class Load:
     gradients: bool
     first: int
     last: int
+    kept: int = 0
 
     @property
     def planes(self) -> int:
@@ -128,7 +130,7 @@ def freed_after(loads: Sequence[Load], shares: Sequence[Sequence[int]], done: in
 
 def _peak(loads: Sequence[Load], shares: Sequence[Sequence[int]], kept: int, forward: int, lean: bool) -> int:
     """Bytes beyond the model, at most, while a plan is carried out."""
-    made = peak = 0
+    made, peak = sum(load.kept for load in loads), 0
     gone: set[int] = set()
     for number, share in enumerate(shares):
         large = sum(loads[i].large for i in share)
