@@ -7,41 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_training import equal, exact, gradients, hooks, small_model
 from torch import Tensor, nn
 
 import foveate as fv
 from foveate.activations.identity import Interval, Shelf, interval_of
-
-
-def _model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
-
-
-def _exact(model: nn.Module) -> Any:
-    return fv.compress_activations(model, levels=32, smallest=1)
-
-
-def _gradients(model: nn.Module) -> list[Tensor]:
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return found
-
-
-def _equal(wanted: list[Tensor], found: list[Tensor]) -> bool:
-    return len(wanted) == len(found) > 0 and all(map(torch.equal, wanted, found))
-
-
-def _hooks(model: nn.Module) -> int:
-    of_modules = nn.modules.module
-    count = len(of_modules._global_forward_hooks) + len(of_modules._global_forward_pre_hooks)
-    return count + sum(len(p._backward_hooks or ()) for p in model.parameters())
-
-
-@pytest.fixture(params=[{"levels": 32}, {"levels": 4}, {"error": 0.1}])
-def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return {**request.param, "smallest": 1}
-
 
 # --- edits in place
 
@@ -75,7 +45,7 @@ def _edited(h: Tensor, edit: Callable[[Tensor], Any]) -> None:
 
 
 def test_an_edit_of_what_cannot_be_stored_raises_too() -> None:
-    with _exact(nn.Linear(2, 2)):
+    with exact(nn.Linear(2, 2)):
         h = torch.randn(4, requires_grad=True) * torch.complex(torch.ones(4), torch.ones(4))
         out = h * h
         with torch.no_grad():
@@ -85,7 +55,7 @@ def test_an_edit_of_what_cannot_be_stored_raises_too() -> None:
 
 
 def test_a_step_of_the_optimizer_before_backward_raises(settings: dict[str, Any]) -> None:
-    model = _model()
+    model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     model(torch.randn(8, 16)).sum().backward()
     with fv.compress_activations(model, **settings):
@@ -93,7 +63,7 @@ def test_a_step_of_the_optimizer_before_backward_raises(settings: dict[str, Any]
         optimizer.step()
         with pytest.raises(RuntimeError, match="inplace"):
             loss.backward()
-    assert not _hooks(model)
+    assert not hooks(model)
 
 
 def test_data_is_not_looked_at_as_in_plain_autograd() -> None:
@@ -105,7 +75,7 @@ def test_data_is_not_looked_at_as_in_plain_autograd() -> None:
         return torch.autograd.grad(out.sum(), x)[0]
 
     wanted = gradient()
-    with _exact(nn.Linear(2, 2)):
+    with exact(nn.Linear(2, 2)):
         assert torch.equal(wanted, gradient())
 
 
@@ -161,7 +131,7 @@ def test_views(name: str) -> None:
 
     wanted = gradient()
     for _ in range(2):
-        with _exact(nn.Linear(2, 2)):
+        with exact(nn.Linear(2, 2)):
             assert torch.equal(wanted, gradient())
     errors = []
     for seed in range(8):
@@ -196,7 +166,7 @@ def test_memory_that_is_used_again_is_not_taken_for_what_it_was() -> None:
     store = fv.compress_activations(nn.ParameterList([weight]), levels=32, smallest=1)
     with store:
         found = [step(n) for n in range(6)]
-    assert _equal(wanted, found)
+    assert equal(wanted, found)
     assert store._shelf.empty
 
 
@@ -219,13 +189,13 @@ def test_a_shelf_forgets_what_is_gone() -> None:
 
 
 def test_backward_twice_gives_the_same(settings: dict[str, Any]) -> None:
-    model = _model()
+    model = small_model()
     with fv.compress_activations(model, **settings):
         loss = model(torch.randn(8, 16)).square().mean()
         loss.backward(retain_graph=True)
-        first = _gradients(model)
+        first = gradients(model)
         loss.backward()
-    assert _equal(first, _gradients(model))
+    assert equal(first, gradients(model))
 
 
 def _penalty(model: nn.Module, x: Tensor) -> Tensor:
@@ -235,21 +205,21 @@ def _penalty(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_double_backward() -> None:
-    model, x = _model(), torch.randn(8, 16)
+    model, x = small_model(), torch.randn(8, 16)
     _penalty(model, x).backward()
-    wanted = _gradients(model)
-    with _exact(model):
+    wanted = gradients(model)
+    with exact(model):
         _penalty(model, x).backward()
-    assert _equal(wanted, _gradients(model))
+    assert equal(wanted, gradients(model))
     for lossy in ({"levels": 8}, {"error": 0.1}):
         with fv.compress_activations(model, smallest=1, group=32, **lossy):  # type: ignore[arg-type]
             _penalty(model, x).backward()
-        for w, f in zip(wanted, _gradients(model), strict=True):
+        for w, f in zip(wanted, gradients(model), strict=True):
             assert (w - f).norm() < 0.1 * w.norm() + 1e-4
 
 
 def test_graphs_alive_at_once_and_accumulation() -> None:
-    model, batches = _model(), torch.randn(4, 8, 16)
+    model, batches = small_model(), torch.randn(4, 8, 16)
 
     def run() -> list[Tensor]:
         losses = [model(x).square().mean() for x in batches[:3]]
@@ -257,11 +227,11 @@ def test_graphs_alive_at_once_and_accumulation() -> None:
         losses.append(model(batches[3]).square().mean())
         for i in (3, 0, 2):
             losses[i].backward()
-        return _gradients(model)
+        return gradients(model)
 
     wanted = run()
-    with _exact(model):
-        assert _equal(wanted, run())
+    with exact(model):
+        assert equal(wanted, run())
     with fv.compress_activations(model, error=0.1, smallest=1):
         for _ in range(3):
             found = run()
@@ -270,15 +240,15 @@ def test_graphs_alive_at_once_and_accumulation() -> None:
 
 
 def test_backward_outside(settings: dict[str, Any]) -> None:
-    model, x = _model(), torch.randn(8, 16)
+    model, x = small_model(), torch.randn(8, 16)
     model(x).square().mean().backward()
-    wanted = _gradients(model)
+    wanted = gradients(model)
     with fv.compress_activations(model, **settings):
         loss = model(x).square().mean()
     loss.backward()
-    found = _gradients(model)
-    assert not _hooks(model)
-    assert _equal(wanted, found) or settings.get("levels") != 32
+    found = gradients(model)
+    assert not hooks(model)
+    assert equal(wanted, found) or settings.get("levels") != 32
 
 
 def test_what_a_node_holds_can_be_looked_at(settings: dict[str, Any]) -> None:

@@ -11,44 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from small_training import equal, exact, gradients, hooks, small_model
 from torch import Tensor, nn
 
 import foveate as fv
 from foveate.activations.identity import Interval
 
 
-def _model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
-
-
-def _exact(model: nn.Module) -> Any:
-    return fv.compress_activations(model, levels=32, smallest=1)
-
-
-def _gradients(model: nn.Module) -> list[Tensor]:
-    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    model.zero_grad()
-    return found
-
-
-def _equal(wanted: list[Tensor], found: list[Tensor]) -> bool:
-    return len(wanted) == len(found) > 0 and all(map(torch.equal, wanted, found))
-
-
-def _hooks(model: nn.Module) -> int:
-    of_modules = nn.modules.module
-    count = len(of_modules._global_forward_hooks) + len(of_modules._global_forward_pre_hooks)
-    return count + sum(len(p._backward_hooks or ()) for p in model.parameters())
-
-
-@pytest.fixture(params=[{"levels": 32}, {"levels": 4}, {"error": 0.1}])
-def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return {**request.param, "smallest": 1}
-
-
 def test_failures_leave_the_store_usable_and_nothing_behind(settings: dict[str, Any]) -> None:
-    model, x = _model(), torch.randn(8, 16)
+    model, x = small_model(), torch.randn(8, 16)
     fails = {"forward": False}
 
     def check(module: nn.Module, args: Any) -> None:
@@ -70,12 +41,12 @@ def test_failures_leave_the_store_usable_and_nothing_behind(settings: dict[str, 
         with pytest.raises(ValueError, match="backward"):
             loss.backward()
         model.zero_grad()
-        assert not _hooks(model)
+        assert not hooks(model)
         with store:
             model(x).sum().backward()
-        assert len(_gradients(model)) == 8
+        assert len(gradients(model)) == 8
     handle.remove()
-    assert not _hooks(model)
+    assert not hooks(model)
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     assert store.steps == 2
 
@@ -92,48 +63,48 @@ def _refusing(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def test_two_stores_of_two_models() -> None:
-    one, other, x = _model(), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(8, 16)
+    one, other, x = small_model(), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)), torch.randn(8, 16)
 
     def run() -> list[Tensor]:
         made = one(x)
         other(made.detach()).square().mean().backward()
-        first = _gradients(other)
+        first = gradients(other)
         other(made).square().mean().backward()
-        return first + _gradients(one) + _gradients(other)
+        return first + gradients(one) + gradients(other)
 
     wanted = run()
-    with _exact(one), _exact(other):
-        assert _equal(wanted, run())
+    with exact(one), exact(other):
+        assert equal(wanted, run())
     with fv.compress_activations(one, levels=8, smallest=1) as outer:
         with fv.compress_activations(other, levels=8, smallest=1):
             found = run()
-        assert _hooks(other) == 2  # the outer store's own
+        assert hooks(other) == 2  # the outer store's own
         one(x).sum().backward()
     for w, f in zip(wanted, found, strict=True):
         assert (w - f).norm() < 0.2 * w.norm() + 1e-4
     assert outer.steps
-    assert not _hooks(one)
+    assert not hooks(one)
 
 
 def test_entering_twice_is_refused_and_again_later_is_not() -> None:
-    model, x = _model(), torch.randn(8, 16)
-    store = _exact(model)
+    model, x = small_model(), torch.randn(8, 16)
+    store = exact(model)
     with store, pytest.raises(RuntimeError, match="entered already"):
         store.__enter__()
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"), pytest.raises(RuntimeError, match="not here"):
         store.__enter__()
-    assert not _hooks(model)
+    assert not hooks(model)
     with store:
         model(x).sum().backward()
     assert store.steps == 1
 
 
 def test_threads() -> None:
-    model, x = _model(), torch.randn(8, 16)
+    model, x = small_model(), torch.randn(8, 16)
     model(x).square().mean().backward()
-    wanted = _gradients(model)
+    wanted = gradients(model)
     twin = copy.deepcopy(model)
-    store, errors = _exact(model), []
+    store, errors = exact(model), []
     started, finished = threading.Barrier(2), threading.Barrier(2)
 
     def other() -> None:
@@ -141,10 +112,10 @@ def test_threads() -> None:
             with pytest.raises(RuntimeError, match="entered already"):
                 store.__enter__()
             started.wait(20)
-            with _exact(model), torch.no_grad():
+            with exact(model), torch.no_grad():
                 for _ in range(30):
                     model(x)  # its modules come and go beside ours
-            with _exact(twin):
+            with exact(twin):
                 twin(x).square().mean().backward()
             finished.wait(20)
         except BaseException as error:
@@ -161,8 +132,8 @@ def test_threads() -> None:
         finished.wait(20)
         thread.join()
     assert not errors
-    assert _equal(wanted, _gradients(model))
-    assert _equal(wanted, _gradients(twin))
+    assert equal(wanted, gradients(model))
+    assert equal(wanted, gradients(twin))
     assert store.latest is not None
     assert any(name.startswith("3:saved.linear") for name in store.latest.kept)
 
@@ -206,7 +177,7 @@ def test_memory_is_freed_without_the_collector(used: bool, exact: bool) -> None:
 
 @pytest.mark.usefixtures("_no_collector")
 def test_graphs_dropped_without_backward_do_not_pile_up() -> None:
-    model = _model()
+    model = small_model()
     with fv.compress_activations(model, error=0.1, smallest=1) as store:
         for _ in range(5):
             model(torch.randn(8, 16)).sum()

@@ -52,7 +52,7 @@ def compress_activations(
     Args:
         model: whose parameters' gradients count, and whose modules give sites their names.
         error: the root of E||g' - g||^2 / ||g||^2 that audits should stay under, g the exact gradient of all parameters
-            together. The noise of minibatches is far larger in most training: 0.1 is cautious, 0.3 seldom visible.
+            together. What a target does to the final loss is for each training to see (docs/benchmarks.md).
         bytes: instead of an error: the peak of a step's tensor memory, parameters, gradients and temporaries included,
             as a number or as "12GiB"; the least error that fits is chosen. Holds once all is measured, for steps that
             measure nothing: probes take one more copy of the gradients. Audits, which hold the exact tensors, are not

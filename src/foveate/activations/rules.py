@@ -15,7 +15,7 @@ treated with the greatest care: exact until a probe has measured it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -208,11 +208,7 @@ def need_of(rule: Rule, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[s
 
 def _storage_of(tensor: Tensor) -> int | None:
     """The storage's address, or None of tensors that have none (sparse ones, subclasses)."""
-    return _quiet(lambda: int(tensor.untyped_storage()._cdata))
-
-
-def _quiet(read: Callable[[], int]) -> int | None:
     try:
-        return read()
-    except (NotImplementedError, RuntimeError):
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # what torch raises for them
         return None
