@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
 from foveate.collect.kinds import Kind, find_weights, kind_of, patches, weight_matrix, weight_matrix_shape
-from foveate.collect.objectives import Custom, Embedding, Logits, infer, run
+from foveate.collect.objectives import Custom, Embedding, Logits, run
 from foveate.collect.statistics import Factored
 from foveate.errors import DataError
 from tiny import generator, mlp, rows
@@ -361,42 +361,3 @@ def test_batches_are_passed_as_they_are() -> None:
     one, two = torch.tensor(3.0), torch.tensor(1.0)
     for batch in ({"b": two, "a": one}, (one, two), [one, two]):
         assert float(run(Two(), batch)) == 2
-
-
-def test_the_loss_of_logits_has_their_fisher_information_as_its_squared_gradient() -> None:
-    z = torch.randn(1, 5, generator=generator(3)).mul(2)
-    p = z.softmax(-1)[0]
-    repeated = z.expand(40_000, 5).clone().requires_grad_()
-    loss, samples = Logits().loss(repeated, None, generator(4))
-    (g,) = torch.autograd.grad(loss, repeated)
-    assert samples == 40_000
-    expected = p.diag() - p[:, None] * p
-    # a mean over 40000 draws, each with a variance of about twice the square
-    assert torch.allclose(g.t() @ g / samples, expected, atol=5 * 2**0.5 * float(expected.max()) / 200)
-
-
-def test_classes_that_are_ruled_out_do_no_harm() -> None:
-    z = torch.randn(4, 5)
-    z[:, 2] = -float("inf")
-    z.requires_grad_()
-    loss, _ = Logits().loss(z, None, generator(4))
-    (g,) = torch.autograd.grad(loss, z)
-    assert torch.isfinite(loss.detach())
-    assert torch.isfinite(g).all()
-    assert float(g[:, 2].abs().max()) == 0
-
-
-def test_objectives() -> None:
-    output = type("Output", (), {"logits": torch.randn(2, 5)})()
-    assert isinstance(infer(output), Logits)
-    assert isinstance(infer(torch.randn(2, 5)), Embedding)
-    a, b = torch.randn(6, 5), torch.randn(6, 5)
-    kl = F.kl_div(b.log_softmax(-1), a.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    assert torch.allclose(Logits().divergence(a, b), kl, atol=1e-6)
-    assert torch.allclose(Logits().divergence(a, a), torch.zeros(6))
-    assert torch.allclose(Embedding().divergence(a, 3 * a), torch.zeros(6), atol=1e-6)
-    assert torch.allclose(Embedding().divergence(a, -a), torch.full((6,), 2.0))
-    assert Logits().agreement(a, a + 1).all()
-    assert Embedding().agreement(a, 2 * a).all()
-    with pytest.raises(DataError, match="without a tensor"):
-        Logits().outcome(["text"], None)
