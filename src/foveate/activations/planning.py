@@ -44,7 +44,7 @@ class Planner:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.ledger = Ledger(settings.window, settings.default)
+        self.ledger = Ledger(settings.window, settings.default, settings.relative_to)
         self.levels: dict[str, int] = {}
         self.unseen = set(settings.levels or ()) - {"*"}  # which one level for all is
 
@@ -80,7 +80,7 @@ class Planner:
         profiled = learning or audited or early or number % settings.profile_every == 0
         probed: tuple[str, ...] = ()
         if profiled and number and can_pass:
-            probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning else settings.probes))
+            probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning or early else settings.probes))
         return Step(number, profiled, audited, probed, self.foretold())
 
     def read_late(self, payloads: Iterable[Payload]) -> None:
