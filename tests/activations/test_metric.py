@@ -13,6 +13,7 @@ from small_training import gradients, relative_error, small_model
 from torch import Tensor, nn
 
 import foveate as fv
+from foveate.activations.ledger import recent
 from foveate.activations.metric import FLOOR, Weights, weights_of
 
 ENERGIES = st.lists(
@@ -50,6 +51,18 @@ def test_the_floor_is_a_share_of_the_median_root_mean_square() -> None:
     square_T = torch.tensor([1e9, 4.0, 1e-9], dtype=torch.float64)
     weight_T = weights_of(square_T * count_T, count_T, fv.Relative.EACH_PARAMETER)
     torch.testing.assert_close(1 / (160 * weight_T), torch.tensor([1e9, 4.0, FLOOR**2 * 4.0], dtype=torch.float64))
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=1, max_size=10))
+def test_what_was_measured_last_counts_for_half(values: list[float]) -> None:
+    rows = [torch.tensor([value, 2 * value], dtype=torch.float64) for value in values]
+    mean_L = recent(rows)
+    assert min(values) * (1 - 1e-12) <= float(mean_L[0]) <= max(values) * (1 + 1e-12)
+    assert float(mean_L[1]) == pytest.approx(2 * float(mean_L[0]))
+    if len(values) > 1:
+        torch.testing.assert_close(mean_L, (recent(rows[:-1]) + rows[-1]) / 2)
+    else:
+        assert torch.equal(mean_L, rows[0])
 
 
 def test_weights_by_place() -> None:
@@ -178,3 +191,40 @@ def test_one_weight_with_two_inputs_and_one_input_of_two_weights() -> None:
             model(x).square().mean().backward()
         total += relative_error(wanted, gradients(model), fv.Relative.EACH_PARAMETER) ** 2 / 40
     assert own[1] == pytest.approx(total, rel=0.15)
+
+
+class Gated(nn.Module):
+    """What a gate does to the gradient is decided by a buffer, which nothing measures."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.register_buffer("scale", torch.tensor(0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(x) + self.scale * torch.sin(3 * self.up(x))
+        return y
+
+
+def test_a_broken_bound_makes_it_probe_anew() -> None:
+    torch.manual_seed(0)
+    model = Gated()
+    probed: dict[int, tuple[str, ...]] = {}
+    with fv.compress_activations(
+        model, error=0.1, relative_to=fv.Relative.WHOLE_GRADIENT, audit_every=40, profile_every=1000
+    ) as store:
+        for number in range(56):
+            model.scale.fill_(0.01 if number < 35 else 30.0)
+            model(torch.randn(256, 64)).square().mean().backward()
+            assert store.latest is not None
+            probed[number] = store.latest.probed
+    broken = [step for step, _, audited in store.audits if audited > 0.1]
+    assert broken
+    assert broken[0] == 40
+    assert not any(probed[number] for number in range(33, 40))
+    assert probed[41]
+    # and what is learned is used
+    last = store.planner.foretold()
+    assert last < 0.1

@@ -213,9 +213,14 @@ class Ledger:
         return order[:count]
 
     def family_at(self, name: str) -> int:
-        """The step at which a family was probed last; -1 if never."""
+        """The step at which a family was probed last; -1 if never, or if that is in doubt."""
         return self.families[name].probed_at if name in self.families else -1
 
+    def doubt(self) -> None:
+        """Probe every family anew, as in the first steps: what was measured does not hold any more."""
+        for family in self.families.values():
+            family.probed_at = -1
+
     def unprobed(self) -> bool:
-        """Whether a family that needs a probe has had none."""
+        """Whether a family that needs a probe has had none, or none since what was measured is in doubt."""
         return any(self.family_at(family_of(s.name)) < 0 for s in self.stored_sites() if not s.closed)

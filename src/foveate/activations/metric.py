@@ -10,8 +10,11 @@ parameter, with n_t values each,
     w_t = n_t / N / max(||g_t||^2, n_t floor^2)        N = sum_t n_t
 
 the error is the root of the mean, over all values, of their tensors' squared relative errors. The floor is a hundredth
-of a typical tensor's root mean square: without it a gradient that is nothing but noise (that of a key's bias, which
-softmax does not see) would decide everything.
+of the root mean square that half of all values' tensors have no more than: without it a gradient that is nothing but
+noise (that of a key's bias, which softmax does not see: 5e-7 of the median in float32) would decide everything.
+
+Sizes are those of the exact gradient where a step is audited, for one that is all error would hide behind its own size;
+else of the gradient that training uses.
 
     T parameter tensors that have a gradient
 """

@@ -3,8 +3,8 @@
 The first step finds the sites. The next ones probe all families that need it, a few at a time, and audit until there is
 some trust in predictions. Later steps do so now and then, the 8th, 16th, 32nd and so on too, for training changes fast
 at first. An audited step is profiled as well, or predictions would be compared with a gradient that has long changed.
-Under a budget in bytes one early step is recorded instead of measured, and none is audited, since an audit holds the
-exact tensors.
+Where an audit breaks the bound all families are probed anew. Under a budget in bytes one early step is recorded instead
+of measured, and none is audited, since an audit holds the exact tensors.
 """
 
 from __future__ import annotations

@@ -347,6 +347,8 @@ class ActivationStore:
         step.finish(self.planner.ledger)
         if step.audit is not None:
             self.audits.append((step.number, step.foretold, step.audit))
+            if self.settings.error is not None and step.audit > self.settings.error:
+                self.planner.ledger.doubt()
         self.steps += 1
         self.latest = step
         if self._step is step:
