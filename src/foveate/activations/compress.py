@@ -64,7 +64,7 @@ def compress_activations(
             wins, exact without one.
         relative_to: what errors are relative to: `Relative.EACH_PARAMETER`'s own gradient, since that is what Adam
             divides by (of a gradient that is next to nothing, less than a hundredth of a typical one, that hundredth);
-            or the `Relative.WHOLE_GRADIENT` of all parameters together, which saves more, where plain SGD trains.
+            or the `Relative.WHOLE_GRADIENT` of all parameters together, for plain SGD.
         granularity: what shares one level: each site, each layer, or the model.
         default: the level of a tensor before it has been measured: 8, or 16 where `error` is below 0.01, or 4 under a
             budget in bytes. Of functions nothing is known about it is 32.
