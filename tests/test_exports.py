@@ -13,7 +13,7 @@ import foveate as fv
 
 PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not inspect.ismodule(getattr(fv, name)))
 PROMISED = {
-    "ActivationStore", "CompressActivations", "Granularity", "SavedReport", "compress_activations",
+    "ActivationStore", "CompressActivations", "Granularity", "Relative", "SavedReport", "compress_activations",
     "Audit", "Perturbation", "audit", "fold_batchnorm",
     "CacheProfile", "calibrate_cache", "quantized_cache",
     "Budget", "BudgetError", "CheckpointError", "DataError", "Embedding", "FoveateError", "Frontier", "Head",

@@ -10,6 +10,7 @@ A weight is stored once as bit planes, most significant first; its precision is 
 from foveate.activations.cache import quantized_cache as quantized_cache
 from foveate.activations.callback import CompressActivations as CompressActivations
 from foveate.activations.compress import compress_activations as compress_activations
+from foveate.activations.metric import Relative as Relative
 from foveate.activations.policy import Granularity as Granularity
 from foveate.activations.report import SavedReport as SavedReport
 from foveate.activations.store import ActivationStore as ActivationStore

@@ -33,3 +33,22 @@ def hooks(model: nn.Module) -> int:
     of_modules = nn.modules.module
     count = len(of_modules._global_forward_hooks) + len(of_modules._global_forward_pre_hooks)
     return count + sum(len(p._backward_hooks or ()) for p in model.parameters())
+
+
+def relative_error(wanted: list[Tensor], found: list[Tensor], relative_to: fv.Relative) -> float:
+    """The error of a gradient as the documentation defines it, in plain loops."""
+    squares = [float((w.double() - f.double()).square().sum()) for w, f in zip(wanted, found, strict=True)]
+    energies = [float(w.double().square().sum()) for w in wanted]
+    if relative_to is fv.Relative.WHOLE_GRADIENT:
+        return float((sum(squares) / sum(energies)) ** 0.5)
+    # half of all values are in tensors whose mean square is no more than this
+    in_order = sorted((e / w.numel(), w.numel()) for e, w in zip(energies, wanted, strict=True) if e > 0)
+    half, so_far, middle = sum(count for _, count in in_order) / 2, 0, 0.0
+    for square, count in in_order:
+        if so_far < half:
+            middle, so_far = square, so_far + count
+    total = sum(w.numel() for w in wanted)
+    error = 0.0
+    for square, energy, w in zip(squares, energies, wanted, strict=True):
+        error += w.numel() / total * square / max(energy, w.numel() * middle * 0.01**2)
+    return float(error**0.5)

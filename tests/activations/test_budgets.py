@@ -106,7 +106,7 @@ def test_a_profile_survives_its_file_and_needs_no_learning(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda c: c.update(foveate_saved_profile=2),
+        lambda c: c.update(foveate_saved_profile=1),
         lambda c: c["sites"].update({"x": {}}),
         lambda c: c["families"].update(x=["a"]),
         lambda c: c["families"].update(x=[float("-1")]),
@@ -124,6 +124,17 @@ def test_a_damaged_profile_is_refused(tmp_path: Path, damage: object) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(fv.CheckpointError):
         fv.compress_activations(model, error=0.2, profile=path)
+
+
+def test_a_profile_of_another_metric_is_refused(tmp_path: Path) -> None:
+    model, path = _model(), tmp_path / "saved.json"
+    for measured, asked in (list(fv.Relative), list(fv.Relative)[::-1]):
+        with fv.compress_activations(model, error=0.2, relative_to=measured) as store:
+            _train(model, 3)
+        store.save_profile(path)
+        fv.compress_activations(model, bytes=10**9, relative_to=measured, profile=path)
+        with pytest.raises(fv.CheckpointError, match=f"measured relative to '{measured.value}'.*'{asked.value}'"):
+            fv.compress_activations(model, error=0.2, relative_to=asked, profile=path)
 
 
 def test_a_peak_is_recorded_by_a_store_that_is_entered_for_each_step() -> None:

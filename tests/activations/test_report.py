@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,9 +43,12 @@ def test_errors_add_up_in_squares() -> None:
 def test_it_reads_as_a_table_of_families() -> None:
     lines = str(REPORT).splitlines()
     assert lines[0] == (
-        "step 9: 48.83 KiB kept in 3.42 KiB, 14.3x less; predicted error of the gradient 0.05 (bound 0.06), "
-        "1 sites not measured yet"
+        "step 9: 48.83 KiB kept in 3.42 KiB, 14.3x less; predicted error of each parameter's gradient 0.05 "
+        "(bound 0.06), 1 sites not measured yet"
     )
+    whole = replace(REPORT, relative_to=fv.Relative.WHOLE_GRADIENT)
+    assert "predicted error of the whole gradient 0.05 (bound 0.06)" in str(whole)
+    assert whole.to_json()["relative_to"] == "whole gradient"
     assert " ".join(lines[3].split()) == "layers.*.up linear 2 3 bits 15.62 KiB 1.46 KiB 10.7 0.05 100.0%"
     assert " ".join(lines[4].split()) == "layers.* relu 1 mask 31.25 KiB 1000 B 32.0 0 0"
     assert " ".join(lines[5].split()) == "head gelu 1 8 bits 3.91 KiB 1000 B 4.0 ? ?"

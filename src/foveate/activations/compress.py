@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from foveate.activations.metric import Relative
 from foveate.activations.policy import LEVELS, Granularity
 from foveate.activations.settings import Settings
 from foveate.activations.store import ActivationStore
@@ -24,6 +25,7 @@ def compress_activations(
     error: float | None = None,
     bytes: int | str | None = None,
     levels: Mapping[str, int] | int | None = None,
+    relative_to: Relative = Relative.EACH_PARAMETER,
     granularity: Granularity = Granularity.SITE,
     default: int | None = None,
     profile_every: int = 50,
@@ -51,14 +53,18 @@ def compress_activations(
 
     Args:
         model: whose parameters' gradients count, and whose modules give sites their names.
-        error: the root of E||g' - g||^2 / ||g||^2 that audits should stay under, g the exact gradient of all parameters
-            together. What a target does to the final loss is for each training to see (docs/benchmarks.md).
+        error: the gradient's relative error that audits should stay under: the root of E||g' - g||^2 / ||g||^2, g a
+            parameter tensor's exact gradient, meaned over all values of all tensors. What a target does to the final
+            loss is for each training to see (docs/benchmarks.md).
         bytes: instead of an error: the peak of a step's tensor memory, parameters, gradients and temporaries included,
             as a number or as "12GiB"; the least error that fits is chosen. Holds once all is measured, for steps that
             measure nothing: probes take one more copy of the gradients. Audits, which hold the exact tensors, are not
             made.
         levels: instead of measuring: one level for all sites (32: exact), or shell patterns of site names, first match
             wins, exact without one.
+        relative_to: what errors are relative to: `Relative.EACH_PARAMETER`'s own gradient, since that is what Adam
+            divides by (of a gradient that is next to nothing, less than a hundredth of a typical one, that hundredth);
+            or the `Relative.WHOLE_GRADIENT` of all parameters together, for plain SGD.
         granularity: what shares one level: each site, each layer, or the model.
         default: the level of a tensor before it has been measured: 8, or 16 where `error` is below 0.01, or 4 under a
             budget in bytes. Of functions nothing is known about it is 32.
@@ -81,7 +87,7 @@ def compress_activations(
         BudgetError: not exactly one of `error`, `bytes` and `levels` is given, or it is no positive number. Raised by
             backward where no levels keep the peak within `bytes`; the message says the least possible.
         LevelError: a level that saved tensors cannot have.
-        CheckpointError: `profile` is not one.
+        CheckpointError: `profile` is not one, or was measured relative to something else.
     """
     if sum(given is not None for given in (error, bytes, levels)) != 1:
         raise BudgetError("give one of error=, bytes= and levels=")
@@ -106,6 +112,7 @@ def compress_activations(
         error,
         peak,
         fixed,
+        relative_to,
         granularity,
         default,
         profile_every,

@@ -1,13 +1,15 @@
 """What is known of each site: its bytes, its share of the gradient's error at each level, and how far to trust that.
 
 Errors add up over sites, because stochastic rounding is independent from tensor to tensor and right on average. So a
-site is a row of numbers, E||err g||^2 / ||g||^2 at each level, from one of two sources:
+site is a row of numbers, its share of the squared relative error (metric.py) at each level, from one of two sources:
 
 **Closed form**, where all that reads the tensor is linear in it and ends in a weight's gradient (sensitivity.py).
 
 **Probes**, for all else. What a rounding does to the gradient at the operation is about its variance times the squared
 gradient there, `local`; what becomes of that on the way to the parameters is a factor, `transfer`, that no local
-statistic shows. It is measured: one step's backward is run again with other random bits in the sites of one family (the
+statistic shows. `local` is times the mean weight of the parameters around the site, for in a metric that looks at each
+parameter by itself an error counts for more where gradients are small, and these are the first that it meets. The
+factor is measured: one step's backward is run again with other random bits in the sites of one family (the
 same function in all layers), and the gradient's difference is divided by what `local` foretold. Measured where it
 operates: 1-bit probes foretell errors a hundred times too large.
 
@@ -28,6 +30,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from foveate.activations.metric import Relative
 from foveate.activations.payloads import GROUPED_LEVELS
 from foveate.activations.policy import LEVELS, SavedSite
 from foveate.activations.rules import Rule
@@ -48,6 +51,14 @@ def family_of(site: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", module) + colon + rest
 
 
+def recent(rows: Iterable[Tensor]) -> Tensor:
+    """A mean in which each row counts for half of what the next one does: training changes."""
+    mean_L, *following = rows
+    for row_L in following:
+        mean_L = (mean_L + row_L) / 2
+    return mean_L
+
+
 def grouped_bytes(values: int, group: int, itemsize: int) -> tuple[int, ...]:
     """Bytes of so many values at each of LEVELS, ranges and padding counted."""
     groups = -(-values // group)
@@ -65,7 +76,7 @@ class Site:
         closed: whether all that reads it has a closed form.
         bytes: in the latest step, at each of LEVELS.
         errors: the last windows' relative squared errors by the closed form, at each of the four grouped levels.
-        local: the last windows' variance times squared gradient over the gradient's square, at each of the same.
+        local: the last windows' variance times squared gradient times the weight around it, at each of the same.
         seen: statistics of its values.
         step: in which `bytes` were counted.
         derived: whether it is computed from others now, and stores nothing.
@@ -135,10 +146,11 @@ class Ledger:
     Args:
         window: profiled steps that running means cover.
         default: the level of a known function's tensor that was not measured.
+        relative_to: what errors are relative to.
     """
 
-    def __init__(self, window: int, default: int) -> None:
-        self.window, self.default = window, default
+    def __init__(self, window: int, default: int, relative_to: Relative = Relative.EACH_PARAMETER) -> None:
+        self.window, self.default, self.relative_to = window, default, relative_to
         self.sites: dict[str, Site] = {}
         self.families: dict[str, Family] = {}
         self.trust = Trust()
@@ -163,17 +175,17 @@ class Ledger:
         return Family(deque(maxlen=self.window))
 
     def errors(self, site: Site) -> tuple[float, ...]:
-        """E||err g||^2 / ||g||^2 of a site at each of LEVELS; NaN where not measured, infinite below its floor."""
+        """The squared relative errors of a site at each of LEVELS; NaN where not measured, infinite below its floor."""
         unknown = (math.nan,) * len(GROUPED_LEVELS)
         found: tuple[float, ...] = unknown
         if site.closed:
             if site.errors:
-                found = tuple(torch.stack(tuple(site.errors)).mean(0).tolist())
+                found = tuple(recent(site.errors).tolist())
         else:
             transfer = self.families[family_of(site.name)].transfer if family_of(site.name) in self.families else ()
-            local_L = torch.stack(tuple(site.local)).mean(0) if site.local else None
+            local_L = recent(site.local) if site.local else None
             if local_L is not None and (transfer or not local_L.any()):  # without a gradient there is no error
-                factor = sum(transfer) / len(transfer) if transfer else 0.0
+                factor = float(recent([torch.tensor(v, dtype=torch.float64) for v in transfer])) if transfer else 0.0
                 found = tuple((local_L * factor).tolist())
         if site.late and not any(found):
             found = unknown  # it has one, from a gradient that was not measured
@@ -201,9 +213,14 @@ class Ledger:
         return order[:count]
 
     def family_at(self, name: str) -> int:
-        """The step at which a family was probed last; -1 if never."""
+        """The step at which a family was probed last; -1 if never, or if that is in doubt."""
         return self.families[name].probed_at if name in self.families else -1
 
+    def doubt(self) -> None:
+        """Probe every family anew, as in the first steps: what was measured does not hold any more."""
+        for family in self.families.values():
+            family.probed_at = -1
+
     def unprobed(self) -> bool:
-        """Whether a family that needs a probe has had none."""
+        """Whether a family that needs a probe has had none, or none since what was measured is in doubt."""
         return any(self.family_at(family_of(s.name)) < 0 for s in self.stored_sites() if not s.closed)

@@ -3,8 +3,8 @@
 The first step finds the sites. The next ones probe all families that need it, a few at a time, and audit until there is
 some trust in predictions. Later steps do so now and then, the 8th, 16th, 32nd and so on too, for training changes fast
 at first. An audited step is profiled as well, or predictions would be compared with a gradient that has long changed.
-Under a budget in bytes one early step is recorded instead of measured, and none is audited, since an audit holds the
-exact tensors.
+Where an audit breaks the bound all families are probed anew. Under a budget in bytes one early step is recorded instead
+of measured, and none is audited, since an audit holds the exact tensors.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Planner:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.ledger = Ledger(settings.window, settings.default)
+        self.ledger = Ledger(settings.window, settings.default, settings.relative_to)
         self.levels: dict[str, int] = {}
         self.unseen = set(settings.levels or ()) - {"*"}  # which one level for all is
 
@@ -80,7 +80,7 @@ class Planner:
         profiled = learning or audited or early or number % settings.profile_every == 0
         probed: tuple[str, ...] = ()
         if profiled and number and can_pass:
-            probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning else settings.probes))
+            probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning or early else settings.probes))
         return Step(number, profiled, audited, probed, self.foretold())
 
     def read_late(self, payloads: Iterable[Payload]) -> None:

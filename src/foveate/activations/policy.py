@@ -1,7 +1,7 @@
 """How many bits each saved tensor gets: pure decisions from bytes and errors.
 
 Rounding errors of different tensors are independent and each is zero on average, so their shares of the gradient's
-relative squared error, E||dg||^2 / ||g||^2, add up. Choosing levels is then a knapsack with several choices an item.
+relative squared error (metric.py) add up. Choosing levels is then a knapsack with several choices an item.
 All units start exact and step down their convex hulls of (bytes, error), the least error per byte saved first (Everett
 1963; ActNN's heap, Chen et al. 2021): one chain, which no budget changes. What is chosen is the best of everything in
 the budget among the chain's members and all that differ from one of them in one unit. So a larger budget is never used
@@ -47,8 +47,8 @@ class SavedSite:
         name: `layers.0.mlp.up_proj:saved.linear.0`.
         layer: the module's dotted path; sites of one layer share a level where the granularity says so.
         bytes: what the site stores in a step, at each of `LEVELS`.
-        errors: what the site adds to E||dg||^2 / ||g||^2, at each of `LEVELS`: 0 at 32, infinite where the level cannot
-            be used, NaN where it was not measured.
+        errors: what the site adds to the gradient's squared relative error, at each of `LEVELS`: 0 at 32, infinite
+            where the level cannot be used, NaN where it was not measured.
         default: the level it keeps while no level below 32 has been measured.
 
     Raises:
@@ -190,7 +190,7 @@ def within_error(sites: Sequence[SavedSite], error: float, granularity: Granular
 
     Args:
         sites: all lossy sites.
-        error: the bound on sqrt(E||dg||^2 / ||g||^2), 0 or more. Unmeasured sites are not part of it.
+        error: the bound on the relative error, 0 or more. Unmeasured sites are not part of it.
         granularity: what shares a level.
 
     Raises:

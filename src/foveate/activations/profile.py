@@ -2,8 +2,9 @@
 
     store.save_profile("model.saved.json")      fv.compress_activations(model, error=0.1, profile="model.saved.json")
 
-With it a later run of the same model has no first steps to learn in. It is JSON: for each site bytes, errors and what
-was measured locally, for each family how much of a local error reaches the parameters, and how audits came out.
+With it a later run of the same model has no first steps to learn in. It is JSON: what errors are relative to (a file of
+one metric is refused where another is asked for), for each site bytes, errors and what was measured locally, for each
+family how much of a local error reaches the parameters, and how audits came out.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.activations.ledger import Ledger, Site
+from foveate.activations.ledger import Ledger, Site, recent
 from foveate.activations.payloads import GROUPED_LEVELS
 from foveate.activations.policy import LEVELS
 from foveate.activations.rules import rule_of
 from foveate.errors import CheckpointError
 
-_VERSION = 1
+_VERSION = 2
 
 
 def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
@@ -44,6 +45,7 @@ def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     content = {
         "foveate_saved_profile": _VERSION,
         "levels": list(LEVELS),
+        "relative_to": ledger.relative_to.value,
         "sites": sites,
         "families": families,
         "audits": list(ledger.trust.logs),
@@ -72,7 +74,7 @@ def _site_to_json(ledger: Ledger, site: Site) -> dict[str, Any]:
 
 
 def _mean(rows: Any) -> list[float] | None:
-    mean = torch.stack(tuple(rows)).mean(0) if rows else None
+    mean = recent(rows) if rows else None
     return mean.tolist() if mean is not None and bool(mean.isfinite().all()) else None
 
 
@@ -89,12 +91,19 @@ def load_profile_into(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     """Read a file that `save_profile` wrote into an empty ledger.
 
     Raises:
-        CheckpointError: there is no such file, or it is not a profile of this version, or numbers make no sense.
+        CheckpointError: there is no such file, or it is not a profile of this version, or was measured relative to
+            something else, or numbers make no sense.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(content, dict) or content.get("foveate_saved_profile") != _VERSION:
             raise CheckpointError(f"{path} is not a profile of saved tensors of version {_VERSION}")
+        found = content["relative_to"]
+        if found != ledger.relative_to.value:
+            raise CheckpointError(
+                f"{path} was measured relative to {found!r}, and errors are asked for relative to "
+                f"{ledger.relative_to.value!r}: give relative_to= as it was then, or measure anew"
+            )
         for name, entry in content["sites"].items():
             _read_site(ledger, name, entry)
         for name, transfers in content["families"].items():

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from foveate.activations.ledger import Ledger, family_of
+from foveate.activations.metric import Relative
 from foveate.activations.policy import LEVELS
 from foveate.activations.steps import Step
 from foveate.sizes import format_bytes
@@ -35,8 +36,8 @@ class SavedRow:
             without loss: `masked`, `narrow`, `empty`, `exact`.
         bits: a value, scales not counted.
         bytes_before, bytes_after: of the tensors as they came, and as they are kept.
-        error: sqrt(E||err g||^2 / ||g||^2) that its rounding is predicted to make of the whole gradient; 0 without
-            loss, NaN where it was not measured yet.
+        error: the gradient's relative error that its rounding alone is predicted to make; 0 without loss, NaN where it
+            was not measured yet.
     """
 
     site: str
@@ -73,6 +74,7 @@ class SavedReport:
         bytes_after: of what is held instead.
         bound: the error that was asked for; None where levels were given.
         audits: all so far.
+        relative_to: what errors are relative to.
     """
 
     step: int
@@ -81,6 +83,7 @@ class SavedReport:
     bytes_after: int
     bound: float | None
     audits: tuple[SavedAudit, ...]
+    relative_to: Relative = Relative.EACH_PARAMETER
 
     @property
     def ratio(self) -> float:
@@ -119,6 +122,7 @@ class SavedReport:
             "bytes_after": self.bytes_after,
             "ratio": self.ratio,
             "bound": self.bound,
+            "relative_to": self.relative_to.value,
             "predicted": self.predicted,
             "bound_held": _or_none(self.bound_held),
             "rows": rows,
@@ -157,7 +161,8 @@ class SavedReport:
         lossy = [row for row in self.rows if row.form == "grouped"]
         known = not lossy or len(self.unmeasured) < len(lossy)
         predicted = f"{self.predicted:.3g}" if known else "not measured"
-        return f"step {self.step}: {sizes}; predicted error of the gradient {predicted}{bound}{unmeasured}"
+        of = "each parameter's" if self.relative_to is Relative.EACH_PARAMETER else "the whole"
+        return f"step {self.step}: {sizes}; predicted error of {of} gradient {predicted}{bound}{unmeasured}"
 
     def _foot(self) -> str:
         if not self.audits:
@@ -217,6 +222,7 @@ def report_of(
         0 if step is None else step.held,
         bound,
         tuple(SavedAudit(*audit) for audit in audits),
+        ledger.relative_to,
     )
 
 

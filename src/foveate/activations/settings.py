@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from foveate.activations.metric import Relative
 from foveate.activations.policy import Granularity
 
 
@@ -13,9 +14,10 @@ class Settings:
     """How a store decides.
 
     Attributes:
-        error: E||err g||^2 / ||g||^2 may be its square; None where something else is given.
+        error: the gradient's relative error that audits should stay under; None where something else is given.
         bytes: the peak of a step's memory, instead of an error.
         levels: shell pattern of site names -> level, instead of measuring.
+        relative_to: what errors are relative to.
         granularity: what shares one level.
         default: the level of a tensor that has not been measured yet.
         profile_every, audit_every: steps between two profiles and two audits.
@@ -30,6 +32,7 @@ class Settings:
     error: float | None
     bytes: int | None
     levels: Mapping[str, int] | None
+    relative_to: Relative
     granularity: Granularity
     default: int
     profile_every: int

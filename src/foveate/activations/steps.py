@@ -20,7 +20,11 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from foveate.activations.ledger import Family, Ledger, Site, family_of
+from foveate.activations.metric import Relative, Weights
 from foveate.activations.payloads import GROUPED_LEVELS, Form
+
+#: The pass that reads the exact tensors, among the names of families.
+EXACT = "exact"
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Record:
         variance_LQ: of stochastic rounding, at each grouped level and for each group.
         group: values of each.
         level, other: at which the step stores it, and at which its second rounding is; 32 where there is none.
-        closed_L: its closed-form errors so far, one term for each consumer.
+        closed: its closed-form errors so far, [L], by the key of the weight whose gradient has them.
         gradient: the mean square of the gradients of its consumers' outputs, summed over them.
         watched: whether any gradient that comes back to its consumers is seen.
     """
@@ -42,7 +46,7 @@ class Record:
     group: int
     level: int = 32
     other: int = 32
-    closed_L: Tensor | None = None
+    closed: dict[int, Tensor] = field(default_factory=dict)
     gradient: Tensor | None = None
     watched: bool | None = None
 
@@ -50,9 +54,9 @@ class Record:
         """One consumer's outputs are watched, all of them or some."""
         self.watched = all_outputs and self.watched is not False
 
-    def add_closed(self, error_L: Tensor) -> None:
-        """One consumer's E ||err dW||^2."""
-        self.closed_L = error_L if self.closed_L is None else self.closed_L + error_L
+    def add_closed(self, key: int, error_L: Tensor) -> None:
+        """One consumer's E ||err dW||^2, and its weight."""
+        self.closed[key] = self.closed[key] + error_L if key in self.closed else error_L
 
     def add_gradient(self, mean_square: Tensor) -> None:
         """One consumer's mean squared gradient."""
@@ -64,9 +68,11 @@ class Record:
             return self._nothing()
         return self.variance_LQ.double().sum(1) * self.gradient
 
-    def error_L(self) -> Tensor | None:
+    def error_L(self, weights: Weights) -> Tensor | None:
         """The closed-form error, at each grouped level."""
-        return self._nothing() if self.closed_L is None else self.closed_L
+        if not self.closed:
+            return self._nothing()
+        return torch.stack([weights.of(key) * error_L.double() for key, error_L in self.closed.items()]).sum(0)
 
     def _nothing(self) -> Tensor | None:
         """No error at all where no gradient came back: the loss does not depend on what was computed there."""
@@ -117,9 +123,10 @@ class Step:
     begun: bool = False
     over: bool = False
     audit: float | None = None
+    _parameters: Mapping[str, Tensor] = field(default_factory=dict)
     _references: dict[str, list[Tensor | None]] = field(default_factory=dict)
-    _energy: list[Tensor] = field(default_factory=list)
-    _differences: dict[str, list[Tensor]] = field(default_factory=dict)
+    _energy: dict[str, Tensor] = field(default_factory=dict)
+    _differences: dict[str, dict[int, Tensor]] = field(default_factory=dict)
     _handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -154,10 +161,10 @@ class Step:
         Args:
             roots, gradients: of the step's own backward.
             parameters: the leaves whose gradients count.
-            reading: called with a family's name, or with `exact`, before its pass, and with an empty string at the end.
+            reading: called with a family's name, or with `EXACT`, before its pass, and with an empty string at the end.
         """
         try:
-            for name in (*self.probed, *(("exact",) if self.audited else ())):
+            for name in (*self.probed, *((EXACT,) if self.audited else ())):
                 reading(name)
                 self._references[name] = list(
                     torch.autograd.grad(roots, parameters, gradients, retain_graph=True, allow_unused=True)
@@ -174,23 +181,26 @@ class Step:
             reading("")
         return True
 
-    def begin(self, parameters: Sequence[Tensor]) -> None:
+    def begin(self, parameters: Mapping[str, Tensor]) -> None:
         """Backward begins: watch the parameters' gradients go by."""
         self.begun = True
         if self.profiled or self._references:
-            for index, parameter in enumerate(parameters):
-                self._handles.append(parameter.register_hook(self._watcher(index)))
+            self._parameters = parameters
+            for index, (name, parameter) in enumerate(parameters.items()):
+                self._handles.append(parameter.register_hook(self._watcher(index, name, id(parameter))))
 
-    def _watcher(self, index: int) -> Callable[[Tensor], None]:
+    def _watcher(self, index: int, name: str, key: int) -> Callable[[Tensor], None]:
         def watch(gradient: Tensor) -> None:
-            dense = gradient.detach().to_dense() if gradient.layout != torch.strided else gradient.detach()
-            self._energy.append(dense.abs().float().square().sum())
-            for name, references in self._references.items():
+            dense = _strided(gradient.detach())
+            size = dense  # errors are relative to the exact gradient where there is one
+            for family, references in self._references.items():
                 reference = references[index]
                 if reference is not None:
-                    strided = reference.to_dense() if reference.layout != torch.strided else reference
-                    self._differences.setdefault(name, []).append((dense - strided).abs().float().square().sum())
+                    other = _strided(reference)
+                    self._differences.setdefault(family, {})[key] = (dense - other).abs().float().square().sum()
                     references[index] = None
+                    size = other if family == EXACT else size
+            self._energy[name] = size.abs().float().square().sum()
 
         return watch
 
@@ -198,15 +208,31 @@ class Step:
         """Backward is over: hand what was measured to the ledger."""
         self.drop()
         self.over = True
-        energy = float(torch.stack(self._energy).double().sum()) if self._energy else 0.0
-        if energy > 0 and energy < float("inf"):
+        weights = self._weights(ledger.relative_to)
+        if weights is not None:
             if self.profiled:
-                self._write_records(ledger, energy)
-            self._write_probes(ledger)
-            if "exact" in self._differences:
-                self.audit = (_total(self._differences["exact"]) / energy) ** 0.5
+                self._write_records(ledger, weights)
+            self._write_probes(ledger, weights)
+            if EXACT in self._differences:
+                self.audit = self._difference(EXACT, weights) ** 0.5
                 ledger.trust.saw(self.foretold, self.audit)
         self.records.clear()
+
+    def _weights(self, relative_to: Relative) -> Weights | None:
+        """The weights of the parameters that have a gradient; None where all are 0, or one is infinite."""
+        if not self._energy:
+            return None
+        energy_T = torch.stack(list(self._energy.values())).double().cpu()
+        if not 0 < float(energy_T.sum()) < math.inf:
+            return None
+        parameters = [self._parameters[name] for name in self._energy]
+        count_T = torch.tensor([parameter.numel() for parameter in parameters])
+        return Weights(list(self._energy), [id(p) for p in parameters], energy_T, count_T, relative_to)
+
+    def _difference(self, name: str, weights: Weights) -> float:
+        """The weighted square of what one pass's gradient and the step's differ by."""
+        found = self._differences[name]
+        return weights.error(dict(zip(found, torch.stack(list(found.values())).double().tolist(), strict=True)))
 
     def drop(self) -> None:
         """Let go of hooks and gradients."""
@@ -215,38 +241,40 @@ class Step:
         self._handles.clear()
         self._references.clear()
 
-    def _write_records(self, ledger: Ledger, energy: float) -> None:
+    def _write_records(self, ledger: Ledger, weights: Weights) -> None:
         closed: dict[str, Tensor] = {}
         local: dict[str, Tensor] = {}
         for record in self.records:
             name = record.site.name
-            error_L = record.error_L()
+            error_L = record.error_L(weights)
             if record.site.closed and error_L is not None:
                 closed[name] = closed.get(name, torch.zeros(())) + error_L
             found = record.local_L()
             if not record.site.closed and found is not None:
-                local[name] = local.get(name, torch.zeros(())) + found
+                local[name] = local.get(name, torch.zeros(())) + found * weights.near(record.site.layer)
         for name, total_L in closed.items():
-            ledger.sites[name].errors.append(_known(total_L / energy))
+            ledger.sites[name].errors.append(_known(total_L))
         for name, total_L in local.items():
-            ledger.sites[name].local.append(_known(total_L / energy))
+            ledger.sites[name].local.append(_known(total_L))
 
-    def _write_probes(self, ledger: Ledger) -> None:
+    def _write_probes(self, ledger: Ledger, weights: Weights) -> None:
         for name in self.probed:
             family: Family = ledger.families.setdefault(name, ledger.new_family())
             family.probed_at = self.number
-            local = sum(r.probed() for r in self.records if not r.site.closed and family_of(r.site.name) == name)
+            open_ones = [r for r in self.records if not r.site.closed and family_of(r.site.name) == name]
+            local = sum(record.probed() * weights.near(record.site.layer) for record in open_ones)
             if local > 0 and name in self._differences:
-                family.transfer.append(_total(self._differences[name]) / local)
+                family.transfer.append(self._difference(name, weights) / local)
+
+
+def _strided(gradient: Tensor) -> Tensor:
+    """A gradient as an ordinary tensor; that of an embedding may be sparse."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def _known(error_L: Tensor) -> Tensor:
     """An error, infinite where its parts were too large for float32."""
     return error_L.double().nan_to_num(nan=math.inf, posinf=math.inf)
-
-
-def _total(parts: Sequence[Tensor]) -> float:
-    return float(torch.stack(list(parts)).double().sum())
 
 
 def arguments_of_backward(

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.activations import sensitivity
 from foveate.activations.deriving import Recipes
 from foveate.activations.extra import can_run_again
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
@@ -48,8 +47,9 @@ from foveate.activations.report import SavedReport, report_of
 from foveate.activations.rules import UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
 from foveate.activations.scope import FOREIGN, Call, Scope
 from foveate.activations.settings import Settings
-from foveate.activations.steps import Record, Step, arguments_of_backward
+from foveate.activations.steps import EXACT, Record, Step, arguments_of_backward
 from foveate.activations.tracking import Tracking
+from foveate.activations.watching import gradient_watcher
 from foveate.errors import BudgetError
 
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
@@ -247,33 +247,8 @@ class ActivationStore:
             for stored in payload.rounded:
                 if stored.record is not None:
                     stored.record.watch(len(differentiable) == 1)
-                    differentiable[0].register_hook(self._gradient_watcher(stored, source, rule, call))
-
-    def _gradient_watcher(self, payload: Payload, source: Source, rule: Rule, call: Call) -> Callable[[Tensor], None]:
-        shape, stride = source.shape, source.stride
-        whole = source.offset == 0 and shape.numel() == payload.interval.length
-        options: dict[str, Any] = {}
-        kernel: tuple[int, ...] = ()
-        if rule.linear == "conv":
-            kernel, options = sensitivity.conv_options(call.args, call.kwargs)
-
-        def watch(gradient: Tensor) -> None:
-            record = payload.record
-            if self._reading or record is None:
-                return
-            record.add_gradient(gradient.detach().abs().float().square().mean())
-            if not rule.linear:
-                return
-            if rule.linear == "conv" and whole:
-                record.add_closed(
-                    sensitivity.conv_error(record.variance_LQ, record.group, gradient, shape, stride, kernel, options)
-                )
-            else:
-                columns = shape[-1] if whole else payload.interval.length
-                rows = gradient if whole else gradient.reshape(1, -1)
-                record.add_closed(sensitivity.linear_error(record.variance_LQ, record.group, rows, columns))
-
-        return watch
+                    watch = gradient_watcher(stored, source, rule, call, lambda: bool(self._reading))
+                    differentiable[0].register_hook(watch)
 
     # --- backward
 
@@ -307,7 +282,7 @@ class ActivationStore:
 
     def _values(self, payload: Payload) -> Tensor:
         form = payload.form
-        if self._reading == "exact":
+        if self._reading == EXACT:
             form = payload.exact or form
         elif self._reading and payload.other is not None and family_of(payload.site) == self._reading:
             form = payload.other
@@ -325,9 +300,8 @@ class ActivationStore:
         if step is not None and not step.begun and step.wants_passes and self._can_pass:
             found = arguments_of_backward(func, args, kwargs)
             if found is not None:
-                self._can_pass = can_run_again(found[0], self._parameters()) and step.run_passes(
-                    *found, self._parameters(), self._read
-                )
+                parameters = list(self._parameters().values())
+                self._can_pass = can_run_again(found[0], parameters) and step.run_passes(*found, parameters, self._read)
         try:
             result = func(*args, **kwargs)
         except BaseException:
@@ -340,8 +314,9 @@ class ActivationStore:
     def _read(self, what: str) -> None:
         self._reading, self._last = what, None
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for p in self.model.parameters() if p.requires_grad and type(p) in (Tensor, nn.Parameter)]
+    def _parameters(self) -> dict[str, Tensor]:
+        plain = (Tensor, nn.Parameter)
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad and type(p) in plain}
 
     def _current_step(self) -> Step:
         """The step that is being stored; a new one where the last one's backward is over or failed."""
@@ -363,7 +338,7 @@ class ActivationStore:
 
     def _begin(self, step: Step) -> None:
         self._recipes.clear()
-        step.begin(self._parameters() if self._hooks is not None else ())
+        step.begin(self._parameters() if self._hooks is not None else {})
         torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(step))
 
     def _finish(self, step: Step) -> None:
@@ -372,6 +347,8 @@ class ActivationStore:
         step.finish(self.planner.ledger)
         if step.audit is not None:
             self.audits.append((step.number, step.foretold, step.audit))
+            if self.settings.error is not None and step.audit > self.settings.error:
+                self.planner.ledger.doubt()
         self.steps += 1
         self.latest = step
         if self._step is step:
