@@ -19,23 +19,20 @@ def _load(rows: int, columns: int, *, last: int = 0, large: int = 1, gradients: 
 
 
 def test_rounding_grows_as_its_arithmetic_does() -> None:
-    machine = Machine(value=1.0, column=10.0, sweep=3.0, flop=0.0, factor=0.0)
-    assert machine.rounding(_load(5, 7), feedback=False) == 35
-    assert machine.rounding(_load(5, 7), feedback=True) == 35 + 70
-    products = Machine(value=0.0, column=0.0, sweep=0.0, flop=1.0, factor=2.0)
-    assert products.rounding(_load(5, 10), feedback=True) == 17 * 5 * 100 + 2 * 1000
-    # rows go in chunks, and each goes along all columns
-    assert machine.rounding(_load(1 << 14, 1 << 12), feedback=True) == (1 << 26) + (10 + 3 * 4) * (1 << 12)
-    # and so they do where they take up each other's errors, in parts of 16 rows at least and 16 parts at most
-    assert machine.rounding(_load(40, 7, kept=1), feedback=True) == 280 + 7 * (10 + 3 * 2)
-    assert machine.rounding(_load(4000, 7, kept=1), feedback=True) == 28000 + 7 * (10 + 3 * 15)
+    machine = Machine(value=1.0, code=3.0, pull=0.5, flop=0.0)
+    assert machine.rounding(_load(5, 7), descends=False) == 35
+    assert machine.rounding(_load(5, 7), descends=True) == 35 * (1 + 10 * 3)
+    # rows that make up for each other's errors see each other, up to 512 of them
+    assert machine.rounding(_load(5, 7, kept=1), descends=True) == 35 * (1 + 10 * (3 + 0.5 * 5))
+    assert machine.rounding(_load(4000, 7, kept=1), descends=True) == 28000 * (1 + 10 * (3 + 0.5 * 512))
+    products = Machine(value=0.0, code=0.0, pull=0.0, flop=1.0)
+    assert products.rounding(_load(5, 10), descends=True) == 112 * 5 * 100
 
 
 def test_a_machine_is_measured() -> None:
     machine = Machine.measured()
-    assert all(v >= 0 for v in (machine.value, machine.column, machine.sweep))
+    assert all(v >= 0 for v in (machine.value, machine.code, machine.pull))
     assert 0 < machine.flop < 1e-6
-    assert 0 < machine.factor < 1e-6
 
 
 def test_passes_are_counted_as_far_as_they_go() -> None:

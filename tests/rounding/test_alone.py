@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.rounding import round_alone, round_weight, with_feedback
+from foveate.rounding import round_alone, round_weight, with_descent
 from tiny import read_at
 
 
@@ -23,9 +23,9 @@ def test_no_worse_than_nested_codes(level: int, rows: int, columns: int, group: 
     nested = round_weight(w, group=group, input_energy_K=energy)
     nearest = round_alone(w, level, group=group, input_energy_K=energy)
     assert error(nearest, energy.diag()) < error(read_at(nested, level), energy.diag())
-    fed = round_alone(w, level, group=group, input_energy_K=energy, covariance_KK=covariance)
-    assert error(fed, covariance) < error(read_at(with_feedback(w, nested, covariance), level), covariance)
-    assert error(fed, covariance) < 0.8 * error(nearest, covariance)
+    better = round_alone(w, level, group=group, input_energy_K=energy, covariance_KK=covariance)
+    assert error(better, covariance) < error(read_at(with_descent(w, nested, covariance), level), covariance)
+    assert error(better, covariance) < 0.8 * error(nearest, covariance)
 
 
 def test_as_many_values_a_group_as_codes() -> None:

@@ -209,13 +209,13 @@ def _any(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_search_never_costs_more_than_the_whole_range() -> None:
     w_gR, root_gR = torch.randn(128, 300) ** 3, torch.rand(128, 300)
-    noise_R = nearest.NOISE * root_gR.square().sum(0)
-    scale_R, offset_R = nearest.search(w_gR, root_gR, partial(nearest._cost, w_gR, root_gR, noise_R), _any, 1e-9)
+    cost = partial(nearest._cost, w_gR, root_gR, sum(nearest.PRICES), 0.05 * root_gR.square().sum(0))
+    scale_R, offset_R = nearest.search(w_gR, root_gR, cost, _any, 1e-9)
     low, high = torch.aminmax(w_gR, dim=0)
     whole = ((high - low) / 15, (low + high) / 2)
-    cost_R = nearest._cost(w_gR, root_gR, noise_R, scale_R, offset_R)
-    assert bool((cost_R <= nearest._cost(w_gR, root_gR, noise_R, *whole) * 1.01).all())
-    assert float(cost_R.sum()) < 0.8 * float(nearest._cost(w_gR, root_gR, noise_R, *whole).sum())
+    cost_R = cost(scale_R, offset_R)
+    assert bool((cost_R <= cost(*whole) * 1.01).all())
+    assert float(cost_R.sum()) < 0.8 * float(cost(*whole).sum())
 
 
 def test_cost_is_the_sum_of_errors_in_own_steps() -> None:
@@ -226,8 +226,8 @@ def test_cost_is_the_sum_of_errors_in_own_steps() -> None:
     for step, half in ((4, 2), (2, 4), (1, 8)):
         centre = (torch.floor(u / step).clamp(-half, half - 1) + 0.5) * step
         want += (root_gR.double().square() * ((u - centre) / step).square()).sum(0)
-    want += nearest.CLIP * (root_gR.double() * (u.abs() - 8).clamp_min(0)).square().sum(0)
-    got = nearest._cost(w_gR, root_gR, torch.zeros(5), scale_R, offset_R)
+    want += 7.0 * (root_gR.double() * (u.abs() - 8).clamp_min(0)).square().sum(0)
+    got = nearest._cost(w_gR, root_gR, 7.0, torch.zeros(5), scale_R, offset_R)
     torch.testing.assert_close(got.double(), want * 0.25**2, rtol=1e-5, atol=0)
 
 

@@ -39,15 +39,15 @@ _CHUNK = 1 << 24
 
 #: Outputs whose gradients are kept together, and how many outputs an input there may be: more are a vocabulary, whose
 #: gradients hang together little.
-_TOGETHER = 512
+TOGETHER = 512
 _MOST_OUTPUTS = 8
 #: Rows that an output takes: rows of a weight that made up for each other by fewer would fit those few.
 _ROWS_AN_OUTPUT = 8
 
 
 def _blocks_of(rows: int) -> tuple[int, int, int]:
-    """The shape of the gradients' covariance: blocks of at most `_TOGETHER` outputs."""
-    size = min(rows, _TOGETHER)
+    """The shape of the gradients' covariance: blocks of at most `TOGETHER` outputs."""
+    size = min(rows, TOGETHER)
     return -(-rows // size), size, size
 
 

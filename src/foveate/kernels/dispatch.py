@@ -11,6 +11,7 @@ from functools import cache
 
 from foveate.kernels import cpu
 from foveate.kernels.ops import planes as planes  # defines the ops
+from foveate.kernels.ops import rounding as rounding
 from foveate.kernels.ops import saved as saved
 
 

@@ -1,12 +1,12 @@
-"""How long quantizing will take, said after the first batch: its own time for the passes, flops for the rounding.
+"""How long quantizing will take, said after the first batch: its own time for the passes, arithmetic for the rounding.
 
-Rounding a weight of N rows and K columns is arithmetic of four kinds, and how fast this machine does each is measured
-in half a second:
+Rounding a weight of N rows and K columns, R rows of which hang together, is arithmetic of four kinds, and how fast this
+machine does each is measured in half a second:
 
-    N K          searching grids, choosing codes, packing, scoring          seconds a value
-    16 K         the loop over columns for each part of the rows            seconds a column
-    17 N K^2     five streams of feedback, six levels scored                seconds a flop, float32
-    K^3          factoring the covariance                                   seconds a flop, float64
+    N K            searching grids, packing, scoring                    seconds a value
+    10 N K         choosing codes in ten sweeps                         seconds a code
+    10 N K R       what the errors of R rows mean for each other        seconds a pull
+    112 N K^2      five streams in ten sweeps, six levels scored        seconds a flop, float32
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.collect.statistics import Factored
+from foveate.collect.statistics import TOGETHER, Factored
 from foveate.nn.streaming import Load, Plan, further_passes
 from foveate.planes import from_codes
-from foveate.rounding import round_weight, with_feedback
-from foveate.rounding.feedback import feedback_factor
-from foveate.rounding.rows import PARTS
+from foveate.rounding import round_weight, with_descent
+from foveate.rounding.descent import SWEEPS
 from foveate.sensitivity import tile_losses
 
-#: Of a product of a row with a matrix [K, K]: 5 streams see half of it each, 6 levels are scored with all of it twice.
-_PRODUCTS = 5 * 1 + 6 * 2
+#: Operations of products of a row with a matrix [K, K], over K^2: 5 streams in each sweep, and 6 levels are scored.
+_PRODUCTS = 2 * (5 * SWEEPS + 6)
 _GROUP = 64
 
 
@@ -37,51 +36,44 @@ class Machine:
 
     Attributes:
         value: a value of a weight.
-        column: a column of a weight.
-        sweep: a column again, for each further part of the rows.
+        code: a code, in each sweep.
+        pull: a code again, for each row that its row hangs together with.
         flop: a float32 operation of a matrix product.
-        factor: for a matrix of K columns, so many times K^3.
     """
 
     value: float
-    column: float
-    sweep: float
+    code: float
+    pull: float
     flop: float
-    factor: float
 
     @classmethod
     def measured(cls) -> Machine:
         """Time small pieces of the work itself."""
-        size = 768
+        size, rows, columns = 768, 512, 2 * _GROUP
         a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-        covariance_KK = a @ a.t() / size + torch.eye(size)
         flop = _seconds(lambda: a @ a) / (2 * size**3)
-        factor = _seconds(lambda: feedback_factor(covariance_KK)) / size**3
-        few, many = _seconds(lambda: _round(16)), _seconds(lambda: _round(1040))
-        rows, columns = 16 * PARTS, 4 * _GROUP
-        together, apart = _seconds(lambda: _round(rows)), _seconds(lambda: _round(rows, torch.eye(rows)[None]))
-        sweep = max(apart - together, 0.0) / (columns * (PARTS - 1))
-        value = max(many - few, 0.0) / (1024 * columns)
-        return cls(value, max(few / columns - 16 * value, 0.0), sweep, flop, factor)
+        products = flop * _PRODUCTS * columns
+        nearest = _seconds(lambda: _round(rows, 0)) / (rows * columns)
+        apart = _seconds(lambda: _round(rows, SWEEPS)) / (rows * columns)
+        together = _seconds(lambda: _round(rows, SWEEPS, torch.eye(rows)[None])) / (rows * columns)
+        code = max(apart - nearest - products, 0.0) / SWEEPS
+        return cls(nearest, code, max(together - apart, 0.0) / (SWEEPS * rows), flop)
 
-    def rounding(self, load: Load, feedback: bool) -> float:
+    def rounding(self, load: Load, descends: bool) -> float:
         """Seconds that one weight takes."""
         rows, columns = load.rows, load.columns
-        seconds = self.value * rows * columns
-        if feedback:
-            sweeps = -(-rows * columns * 20 // (256 << 20))
-            if load.kept:  # rows take up the errors of the rows before them
-                sweeps = max(sweeps, min(PARTS, -(-rows // 16)))
-            seconds += columns * (self.column + self.sweep * (sweeps - 1)) + self.factor * columns**3
-            seconds += self.flop * _PRODUCTS * rows * columns**2
-        return seconds
+        seconds = self.value
+        if descends:
+            together = min(rows, TOGETHER) if load.kept else 0
+            seconds += SWEEPS * (self.code + self.pull * together) + self.flop * _PRODUCTS * columns
+        return seconds * rows * columns
 
 
-def _round(rows: int, gradients_BRR: torch.Tensor | None = None) -> None:
-    columns = 4 * _GROUP
+def _round(rows: int, sweeps: int, gradients_BRR: torch.Tensor | None = None) -> None:
+    columns = 2 * _GROUP
     w_NK = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     rounded = round_weight(w_NK, group=_GROUP)
-    r = with_feedback(w_NK, rounded, torch.eye(columns), gradients_BRR)
+    r = with_descent(w_NK, rounded, torch.eye(columns), gradients_BRR, sweeps=sweeps)
     planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=_GROUP, reach=r.reach)
     fisher = Factored(torch.ones(rows), torch.ones(columns))
     tile_losses(w_NK, lambda level: planes.dequantize(), [fisher], _GROUP)
@@ -146,7 +138,7 @@ def estimate(
 
 def rough(loads: Sequence[Load]) -> float:
     """Seconds that rounding takes on a fast core, without measuring anything: a lower bound."""
-    return sum(3e-7 * w.rows * w.columns + _PRODUCTS * w.rows * w.columns**2 / 2e11 for w in loads)
+    return sum(3e-7 * w.rows * w.columns + _PRODUCTS * w.rows * w.columns**2 / 4e11 for w in loads)
 
 
 def in_words(seconds: float) -> str:

@@ -36,8 +36,9 @@ from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.routing import Routing
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
-from foveate.rounding import round_weight, with_feedback
-from foveate.rounding.feedback import SHORTFALL, SHORTFALL_LOOKED_UP
+from foveate.rounding import round_weight, with_descent
+from foveate.rounding.descent import SHARES, SHARES_LOOKED_UP
+from foveate.rounding.nearest import PRICES, PRICES_FOR_DESCENT
 from foveate.sensitivity import tile_losses
 from foveate.sizes import parse_bytes
 
@@ -255,7 +256,7 @@ def _notes(calibration: Calibration, routing: Routing, few: Sequence[str], guess
         notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
     if few:
         notes.append(
-            f"{_listed(few)} had fewer rows of input than columns: rounded to nearest, for feedback would fit those "
+            f"{_listed(few)} had fewer rows of input than columns: rounded to nearest, for descent would fit those "
             "few rows"
         )
     return notes
@@ -274,16 +275,18 @@ def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], gro
     else:
         columns = seen[0].tensors.get("gradient_K")
         energy = columns.float() if columns is not None and bool(columns.any()) else None
+    covariances = [c for c in (s.covariance() for s in seen) if c is not None]
+    descends = bool(covariances) and not _saw_too_little(seen)
+    looked_up = any(s.kind is Kind.EMBEDDING for s in seen)
+    prices = PRICES_FOR_DESCENT if descends and not looked_up else PRICES
     try:
-        rounded = round_weight(w_NK, group=size, input_energy_K=energy)
+        rounded = round_weight(w_NK, group=size, input_energy_K=energy, prices=prices)
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
-    covariances = [c for c in (s.covariance() for s in seen) if c is not None]
-    if covariances and not _saw_too_little(seen):
+    if descends:
         covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
-        looked_up = any(s.kind is Kind.EMBEDDING for s in seen)
-        shortfall = SHORTFALL_LOOKED_UP if looked_up else SHORTFALL
-        rounded = with_feedback(w_NK, rounded, covariance, _gradients(seen), shortfall=shortfall)
+        shares = SHARES_LOOKED_UP if looked_up else SHARES
+        rounded = with_descent(w_NK, rounded, covariance, _gradients(seen), shares=shares)
     return from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )

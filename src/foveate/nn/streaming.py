@@ -19,8 +19,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-#: Bytes of temporaries that rounding takes beside its results at most; see `rounding.feedback`.
-_STREAMS = 288 << 20
+import torch
+
+from foveate.collect.statistics import TOGETHER
+
+#: Bytes of temporaries that searching grids and scoring take at most.
+_TEMPORARIES = 288 << 20
 #: Bytes that anything takes: code, small statistics, what allocators keep.
 _SLACK = 32 << 20
 
@@ -56,9 +60,11 @@ class Load:
 
     @property
     def rounding(self) -> int:
-        """That rounding takes meanwhile: the covariance reordered and factored in double precision, codes, streams."""
+        """That rounding takes meanwhile: copies of covariances, codes, and the errors of each thread's rows."""
         size = self.rows * self.columns
-        return 40 * self.columns**2 * bool(self.large) + (2 + 4 * self.copied) * size + min(_STREAMS, 28 * size)
+        errors = 20 * self.columns * min(self.rows, TOGETHER * torch.get_num_threads())
+        copies = 12 * self.columns**2 * bool(self.large) + 2 * self.kept
+        return copies + (4 + 4 * self.copied) * size + max(min(_TEMPORARIES, 28 * size), errors)
 
 
 @dataclass(frozen=True)

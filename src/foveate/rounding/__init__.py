@@ -1,6 +1,6 @@
 """How weights become the codes that planes hold."""
 
 from foveate.rounding.alone import round_alone as round_alone
-from foveate.rounding.feedback import with_feedback as with_feedback
+from foveate.rounding.descent import with_descent as with_descent
 from foveate.rounding.nearest import Rounded as Rounded
 from foveate.rounding.nearest import round_weight as round_weight

@@ -1,7 +1,7 @@
 """Round a weight for one level and no other: what nested codes are measured against.
 
 The grid is searched as `nearest` searches it, but in float16, as other libraries have it, and for the error of this
-level alone; with a covariance the codes get the error feedback of this level alone, which is GPTQ with searched scales.
+level alone; with a covariance, codes are chosen by feedback and descent for this level alone.
 """
 
 from __future__ import annotations
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from foveate.formats.packing import check_group
-from foveate.rounding.feedback import feed_back, feedback_factor, grid_of, order_of
-from foveate.rounding.nearest import importance_of, in_groups, inverse, search
-from foveate.rounding.rows import feed_rows
+from foveate.rounding.descent import SWEEPS, best_codes
+from foveate.rounding.nearest import Rounded, importance_of, in_groups, inverse, search
 
 _LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
 
@@ -35,15 +34,15 @@ def round_alone(
 
     Args:
         w_NK: floating point [N, K].
-        level: bits.
+        level: bits, 2 to 4.
         group: inputs a group, 32, 64 or 128; K need not divide.
         input_energy_K: as `round_weight` takes it.
-        covariance_KK: E[x x^T] of the inputs, for error feedback; nearest codes without it.
-        gradients_BRR: as `with_feedback` takes it.
+        covariance_KK: E[x x^T] of the inputs, for feedback and descent; nearest codes without it.
+        gradients_BRR: as `with_descent` takes it.
     """
     check_group(group)
     w_NK = w_NK.detach().float()
-    rows, half = len(w_NK), 2 ** (level - 1)
+    (rows, columns), half = w_NK.shape, 2 ** (level - 1)
     w_gR, root_gR = in_groups(w_NK, importance_of(input_energy_K, w_NK), group)
 
     def codes_from(steps: Tensor) -> Tensor:
@@ -53,24 +52,17 @@ def round_alone(
         steps_gR = (w_gR - offset_R) * inverse(scale_R)
         return (steps_gR - codes_from(steps_gR)).mul_(root_gR).square_().sum(0) * scale_R.square()
 
-    scale_NG, offset_NG = (t.view(rows, -1) for t in search(w_gR, root_gR, cost, _as_float16, _LEAST_SCALE, level))
-    order_K = torch.arange(w_NK.shape[1]) if covariance_KK is None else order_of(covariance_KK)
-    factor_KK = None if covariance_KK is None else feedback_factor(covariance_KK[order_K][:, order_K])
-    if factor_KK is None:
-        factor_KK = torch.eye(w_NK.shape[1])
-
-    def choose(wanted_1n: Tensor) -> tuple[Tensor, Tensor]:
-        code_1n = codes_from(wanted_1n)
-        return code_1n + (half - 0.5), wanted_1n - code_1n
-
-    dense_NK = torch.empty_like(w_NK)
-
-    def round_rows(rows_n: Tensor, wanted_1nK: Tensor) -> Tensor:
-        grid = grid_of(scale_NG[rows_n], offset_NG[rows_n], group, order_K)
-        codes_Kn = feed_back(wanted_1nK[:, :, order_K].transpose(1, 2).contiguous(), factor_KK, grid, choose)[0].float()
-        values_Kn = grid.offset_Gn[grid.group_K] + grid.scale_Gn[grid.group_K] * (codes_Kn - (half - 0.5))
-        dense_NK[rows_n[:, None], order_K] = values_Kn.t()
-        return wanted_1nK - dense_NK[rows_n]
-
-    feed_rows(w_NK, 1, gradients_BRR, round_rows)
+    scale_R, offset_R = search(w_gR, root_gR, cost, _as_float16, _LEAST_SCALE, level)
+    code_gR = codes_from((w_gR - offset_R) * inverse(scale_R)) + (half - 0.5)
+    code_NK = code_gR.t().reshape(rows, -1)[:, :columns].to(torch.uint8)
+    scale_NG, offset_NG = scale_R.view(rows, -1), offset_R.view(rows, -1)
+    if covariance_KK is not None:
+        # a nested code whose prefix is this one, on a grid whose steps at this level are these
+        shift = 4 - level
+        anchor_NK, none_NK = code_NK << shift, torch.zeros_like(code_NK)
+        grid = Rounded(anchor_NK, none_NK, scale_NG / 2**shift, offset_NG, torch.ones(2, 1), group)
+        better_2NK = best_codes(w_NK, grid, covariance_KK, gradients_BRR, {level: 1.0}, SWEEPS)
+        code_NK = code_NK if better_2NK is None else better_2NK[0] >> shift
+    scale_NK, offset_NK = (t.repeat_interleave(group, 1)[:, :columns] for t in (scale_NG, offset_NG))
+    dense_NK: Tensor = offset_NK + scale_NK * (code_NK.float() - (half - 0.5))
     return dense_NK

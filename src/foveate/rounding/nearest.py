@@ -5,13 +5,14 @@ the best grid for 4 bits cuts off large weights, and at 8 bits little else would
 judged by its cost over the levels, the squared error of each in units of its own step, weighted by the importance of
 each input:
 
-    cost = s^2 sum_j A_j (d2_j^2 + d3_j^2 + d4_j^2 + CLIP x_j^2 + NOISE)
+    cost = s^2 sum_j A_j (d2_j^2 + d3_j^2 + d4_j^2 + (p6 + p8) x_j^2 + (p6 / 16 + p8 / 256) / 12)
 
 `d` is the error in steps of 2, 3 and 4 bits. `x` is how far the weight lies beyond the outermost 4-bit cell, in 4-bit
-steps: that part is left at 6 and 8 bits, and `CLIP` is its price there. `NOISE` is the rest of their error, which is
-uniform rounding. docs/decisions.md has the figures behind the weights of the levels. The search scans clips, the same
-at both ends, moves the ends one by one with halving steps, and last refits `s` and `m` to the 4-bit codes by weighted
-least squares (the imatrix quantizers of llama.cpp scan and refit in the same way, for one level).
+steps: that part is left at 6 and 8 bits, and `p6` and `p8` are its prices there. The last term is the rest of their
+error, which is uniform rounding. Nearest codes are all that 8 bits have, so there `p8` is high; where other codes make
+up for an error (`foveate.rounding.descent`) more may be cut off. docs/decisions.md has the figures. The search scans
+clips, the same at both ends, moves the ends one by one with halving steps, and last refits `s` and `m` to the 4-bit
+codes by weighted least squares (the imatrix quantizers of llama.cpp scan and refit in the same way, for one level).
 
 With the codes fixed, each row has a gain at 2 and at 3 bits that restores the energy of its weights:
 `gain^2 sum A (w^ - m)^2 = sum A (w - m)^2`, with `w^` before the gain. Least squares would shrink the row: less squared
@@ -39,8 +40,10 @@ from foveate.formats.packing import check_group
 # Inputs from which each row has gains of its own.
 _ROW_GAINS_FROM = 1024
 
-CLIP = 4.0 + 96.0  # the weight of the error at 6 bits and at 8 bits, where that of 4 bits is 1
-NOISE = (4.0 / 4**2 + 96.0 / 4**4) / 12
+#: What a squared error costs at 6 and at 8 bits, where it costs 1 at 4: of nearest codes, and of those that descent
+#: will exchange.
+PRICES = (4.0, 96.0)
+PRICES_FOR_DESCENT = (1.0, 4.0)
 
 # How far each end of the grid goes: 1 puts the outermost 4-bit codes on the farthest weight.
 _SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
@@ -79,7 +82,9 @@ class Rounded:
     reach: int = 0
 
 
-def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = None) -> Rounded:
+def round_weight(
+    w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = None, prices: tuple[float, float] = PRICES
+) -> Rounded:
     """Round a weight to the nearest codes, on grids searched for all levels.
 
     The same weight gives the same codes. Beyond the result, memory is a few times a chunk of 2^18 values.
@@ -88,6 +93,7 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
         w_NK: floating point [N, K].
         group: inputs a group, 32, 64 or 128; K need not divide.
         input_energy_K: [K], the mean square of each input, in any unit; all alike if not given.
+        prices: what a squared error costs at 6 and at 8 bits.
 
     Raises:
         WeightError: a weight that is not a matrix of finite floating point in the range of float16.
@@ -107,7 +113,8 @@ def round_weight(w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = No
     chunk = max(1, _CHUNK // (groups * group))
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        _round_rows(w_NK[part].float(), importance_K, group, exponent, codes[:, part], grids[:, part], gain_2N[:, part])
+        outcome = codes[:, part], grids[:, part], gain_2N[:, part]
+        _round_rows(w_NK[part].float(), importance_K, group, exponent, prices, *outcome)
     return Rounded(codes[0], codes[1], grids[0], grids[1], _one_if_narrow(gain_2N, columns), group)
 
 
@@ -176,13 +183,20 @@ def importance_of(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
 
 
 def _round_rows(
-    w_nK: Tensor, importance_K: Tensor, group: int, exponent: int, codes: Tensor, grids: Tensor, gain_2n: Tensor
+    w_nK: Tensor,
+    importance_K: Tensor,
+    group: int,
+    exponent: int,
+    prices: tuple[float, float],
+    codes: Tensor,
+    grids: Tensor,
+    gain_2n: Tensor,
 ) -> None:
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
     w_gR, root_gR = in_groups(w_nK, importance_K, group)
-    noise_R = NOISE * root_gR.square().sum(0)
-    cost = partial(_cost, w_gR, root_gR, noise_R)
+    noise_R = (prices[0] / 4**2 + prices[1] / 4**4) / 12 * root_gR.square().sum(0)
+    cost = partial(_cost, w_gR, root_gR, sum(prices), noise_R)
     scale_R, offset_R = search(w_gR, root_gR, cost, partial(snapped, exponent=exponent), least_scale(exponent))
 
     from_offset_gR = w_gR - offset_R
@@ -201,11 +215,11 @@ def inverse(scale_R: Tensor) -> Tensor:
     return torch.where(scale_R > 0, 1.0 / scale_R, 0.0)
 
 
-def _cost(w_gR: Tensor, root_gR: Tensor, noise_R: Tensor, scale_R: Tensor, offset_R: Tensor) -> Tensor:
+def _cost(w_gR: Tensor, root_gR: Tensor, clip: float, noise_R: Tensor, scale_R: Tensor, offset_R: Tensor) -> Tensor:
     """What each group's grid costs over the levels, [R]: the formula at the head of the file."""
     v_gR = (w_gR - offset_R).mul_(inverse(scale_R)).sub_(0.5)  # integers are the middles of 4-bit cells
     error_gR = v_gR - v_gR.round().clamp_(-8, 7)
-    cost_R = CLIP * functional.softshrink(error_gR, 0.5).mul_(root_gR).square_().sum(0) + noise_R
+    cost_R = clip * functional.softshrink(error_gR, 0.5).mul_(root_gR).square_().sum(0) + noise_R
     cost_R += error_gR.mul_(root_gR).square_().sum(0)
     for half in (4, 2):
         v_gR.mul_(0.5).sub_(0.25)  # of 3-bit cells, then of 2-bit cells

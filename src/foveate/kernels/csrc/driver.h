@@ -8,6 +8,7 @@
 #include "rows.h"
 #include "strip.h"
 #include "panel.h"
+#include "descend.h"
 
 template <class V>
 Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
@@ -23,5 +24,5 @@ Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, 
 
 template <class V>
 Kernels kernels_of(const char* name, const SavedKernels* saved) {
-  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, saved};
+  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, descend<V>, feed<V>, saved};
 }

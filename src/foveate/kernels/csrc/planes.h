@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "descent.h"
+
 namespace foveate {
 
 constexpr int kPlanes = 5;
@@ -84,6 +86,9 @@ struct Kernels {
   Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
   // Rows indices[i] of the dense weight, float32 [.., K].
   Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
+  // Codes of a block of columns: better ones for those there are; and the first, from what is wanted.
+  void (*descend)(const Descent&);
+  void (*feed)(const Descent&);
   const SavedKernels* saved;
 };
 

@@ -1,0 +1,50 @@
+// What coordinate descent over the codes of a weight (descend.h) and its torch op (rounding.cpp) say to each other: plain
+// structs, no torch. kernels/rounding_reference.py has the meaning.
+//
+// Legend: S = 5 streams, one a level; R rows that are rounded together; b columns of a block.
+#pragma once
+
+#include <cstdint>
+
+namespace foveate {
+
+constexpr int kStreams = 5;        // levels 2, 3, 4, 6, 8
+constexpr int kAnchors = 3;        // of them read the anchor alone
+constexpr int64_t kDescentColumns = 64;
+
+// One block of columns, all of its rows: they, or the errors of their other columns, must not change meanwhile.
+struct Descent {
+  int64_t rows, columns;    // R, b
+  int64_t padded;           // R, to a multiple of 16
+  int64_t stride;           // elements from a row to the next of w, codes and errors
+  int64_t plane;            // elements from a stream of errors to the next
+  int64_t grid_stride;      // elements from a row to the next of scales and offsets
+  const float* w;           // [R, b] of it
+  uint8_t* anchor;          // [R, b]
+  uint8_t* residual;        // [R, b]
+  float* errors;            // [S, R, b], values of the codes minus w; not for feeding
+  float* pull;              // [S, R, 64], used up: errors of all columns times the covariance
+                            // for feeding: what is wanted of each weight; becomes wanted minus value
+  const float* between;     // [b, b] of the covariance; for feeding: of the factor of its inverse
+  int64_t between_stride;
+  const float* gradients;   // [R, padded], or null: rows are on their own. For feeding: row i is column i of the factor,
+                            // without its diagonal
+  const float* scales;      // [R, G]
+  const float* offsets;
+  const int64_t* group_of;  // [b]
+  const float* gains;       // [2, R]
+  float* column;            // memory of [S, padded], zeros behind the rows
+  float shares[kStreams];
+};
+
+// The values of a pair of codes in each stream, in steps from the offset.
+inline void code_values(int anchor, int residual, float gain2, float gain3, float (&value)[kStreams]) {
+  const float middle = static_cast<float>(anchor) - 7.5f;
+  value[0] = (static_cast<float>(anchor / 4 * 4) - 6.0f) * gain2;
+  value[1] = (static_cast<float>(anchor / 2 * 2) - 7.0f) * gain3;
+  value[2] = middle;
+  value[3] = middle + (static_cast<float>(residual / 4) - 1.5f) * 0.25f;
+  value[4] = middle + (static_cast<float>(residual) - 7.5f) * 0.0625f;
+}
+
+}  // namespace foveate

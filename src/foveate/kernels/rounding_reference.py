@@ -1,0 +1,172 @@
+"""What `codes_feed` and `codes_descend` mean, in plain torch: loops over elements, over rows at once where those are on
+their own.
+
+With dW_s the error of a weight in stream s (the values that its codes have at one of the nested levels, minus the
+weight), H the covariance of inputs and G that of outputs' gradients, the codes are to make
+
+    J = sum_s share_s tr(G dW_s H dW_s^T)
+
+small. **Feedback** goes through the elements once, column by column, and assumes that all that follow can still be
+anything: then the best that they can do about an error is to change by -U_jk / U_jj of it, U the upper Cholesky factor
+of H^-1, and likewise for rows and G. So a stream is the weight as its errors so far have left it. **Descent** knows
+all elements as they are: in one of them J is a parabola, whose least is where the value would be
+
+    wanted_s = value_s - (G dW_s H)_ij / (G_ii H_jj)
+
+and no step makes J greater. Both take the pair of codes whose values have the least sum of
+share_s (wanted_s - value_s)^2.
+
+Legend: S = 5 streams, levels 2, 3, 4, 6, 8; N rows and K inputs; n rows at once; B blocks of R rows; G groups a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CODES = 16
+
+
+def code_values(gain_2n: Tensor) -> Tensor:
+    """The values of all pairs of codes, in steps from the offset, float32 [S, 16 anchors, 16 residuals, n]."""
+    code_16 = torch.arange(float(_CODES))
+    anchor_A16 = torch.stack([4 * (code_16 // 4) - 6, 2 * (code_16 // 2) - 7, code_16 - 7.5])
+    residual_B16 = torch.stack([(code_16 // 4 - 1.5) / 4, (code_16 - 7.5) / 16])
+    gain_An = torch.cat([gain_2n, torch.ones_like(gain_2n[:1])])
+    anchors = (anchor_A16[:, :, None] * gain_An[:, None])[:, :, None].expand(-1, -1, _CODES, -1)
+    both = anchor_A16[2][:, None] + residual_B16[:, None]
+    return torch.cat([anchors, both[..., None].expand(*both.shape, gain_2n.shape[1])])
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Rows that hang together, and their part of everything; codes are written in place."""
+
+    codes_2nK: Tensor
+    w_nK: Tensor
+    between_nn: Tensor | None
+    step_nK: Tensor
+    middle_nK: Tensor
+    values_SAAn: Tensor
+    share_S: Tensor
+
+    def rows(self) -> list[Tensor]:
+        """The rows that are rounded together, part after part."""
+        here_n = torch.arange(len(self.w_nK))
+        return [here_n] if self.between_nn is None else list(here_n.split(1))
+
+    def values(self, column: slice | int, n: Tensor) -> Tensor:
+        """What the codes of some rows stand for, [S, n] or [S, n, K]."""
+        anchor, residual = (codes[n][:, column].long() for codes in self.codes_2nK)
+        rows = n if isinstance(column, int) else n[:, None]
+        chosen = self.values_SAAn[:, anchor, residual, rows]
+        return self.middle_nK[n][:, column] + self.step_nK[n][:, column] * chosen
+
+    def choose(self, j: int, n: Tensor, wanted_Sn: Tensor) -> Tensor:
+        """Take the best codes; their values [S, n]. Where the scale is 0 codes stay."""
+        left_SAAn = ((wanted_Sn - self.middle_nK[n, j]) / self.step_nK[n, j])[:, None, None] - self.values_SAAn[..., n]
+        best_n = (left_SAAn.square() * self.share_S[:, None, None, None]).sum(0).flatten(0, 1).argmin(0)
+        pair_2n = torch.stack([best_n // _CODES, best_n % _CODES]).to(torch.uint8)
+        self.codes_2nK[:, n, j] = torch.where(self.step_nK[n, j] > 0, pair_2n, self.codes_2nK[:, n, j])
+        return self.values(j, n)
+
+
+def _blocks(
+    codes_2NK: Tensor,
+    w_NK: Tensor,
+    between_BRR: Tensor | None,
+    scale_NG: Tensor,
+    offset_NG: Tensor,
+    gain_2N: Tensor,
+    group_of_K: Tensor,
+    shares: Sequence[float],
+) -> Iterator[_Block]:
+    size = max(len(w_NK), 1) if between_BRR is None else between_BRR.shape[1]
+    for number, start in enumerate(range(0, len(w_NK), size)):
+        rows = slice(start, min(start + size, len(w_NK)))
+        count = rows.stop - rows.start
+        yield _Block(
+            codes_2NK[:, rows],
+            w_NK[rows],
+            None if between_BRR is None else between_BRR[number, :count, :count],
+            scale_NG[rows][:, group_of_K],
+            offset_NG[rows][:, group_of_K],
+            code_values(gain_2N[:, rows]),
+            torch.tensor(list(shares)),
+        )
+
+
+def codes_feed(
+    codes_2NK: Tensor,
+    w_NK: Tensor,
+    factor_KK: Tensor,
+    row_factor_BRR: Tensor | None,
+    scale_NG: Tensor,
+    offset_NG: Tensor,
+    gain_2N: Tensor,
+    group_of_K: Tensor,
+    shares: Sequence[float],
+) -> None:
+    """Choose codes, in the order of columns and in each column in that of rows.
+
+    Args:
+        codes_2NK: uint8, written: the 4-bit codes and the residuals.
+        w_NK: float32.
+        factor_KK: U_jk / U_jj above the diagonal, float32; what else there is does not count.
+        row_factor_BRR: of each R rows, transposed and without its diagonal: row i has U_ki / U_kk for each k before it
+            (the last block may be cut off). Rows are on their own if not given.
+        scale_NG, offset_NG: float32, of each group of columns.
+        gain_2N: float32, of levels 2 and 3.
+        group_of_K: int64, the group of each column.
+        shares: of each stream.
+    """
+    for block in _blocks(codes_2NK, w_NK, row_factor_BRR, scale_NG, offset_NG, gain_2N, group_of_K, shares):
+        stream_SnK = block.w_nK.expand(len(block.share_S), -1, -1).clone()
+        for j in range(w_NK.shape[1]):
+            missed_Sn = torch.zeros_like(stream_SnK[:, :, j])
+            for n in block.rows():
+                wanted_Sn = stream_SnK[:, n, j]
+                if block.between_nn is not None:
+                    wanted_Sn = wanted_Sn - (missed_Sn @ block.between_nn[n[0]])[:, None]
+                missed_Sn[:, n] = wanted_Sn - block.choose(j, n, wanted_Sn)
+            all_Sn = stream_SnK[:, :, j] - block.values(j, torch.arange(len(block.w_nK)))
+            stream_SnK[:, :, j + 1 :] -= all_Sn[:, :, None] * factor_KK[j, j + 1 :]
+
+
+def codes_descend(
+    codes_2NK: Tensor,
+    w_NK: Tensor,
+    covariance_KK: Tensor,
+    gradients_BRR: Tensor | None,
+    scale_NG: Tensor,
+    offset_NG: Tensor,
+    gain_2N: Tensor,
+    group_of_K: Tensor,
+    shares: Sequence[float],
+    sweeps: int,
+) -> None:
+    """Change codes to better ones, in the same order.
+
+    Args:
+        codes_2NK: uint8, changed in place.
+        w_NK: float32.
+        covariance_KK: H, float32, symmetric and positive definite.
+        gradients_BRR: G of each R rows, likewise (the last block may be cut off); rows are on their own if not given.
+        scale_NG, offset_NG, gain_2N, group_of_K, shares: as for `codes_feed`.
+        sweeps: how often all elements are gone through.
+    """
+    for block in _blocks(codes_2NK, w_NK, gradients_BRR, scale_NG, offset_NG, gain_2N, group_of_K, shares):
+        error_SnK = block.values(slice(None), torch.arange(len(block.w_nK))) - block.w_nK
+        for j in (j for _ in range(sweeps) for j in range(w_NK.shape[1])):
+            pull_Sn = error_SnK @ covariance_KK[j]
+            for n in block.rows():
+                pulled_Sn = pull_Sn[:, n]
+                if block.between_nn is not None:
+                    pulled_Sn = (pull_Sn @ block.between_nn[n[0]])[:, None] / block.between_nn[n[0], n[0]]
+                wanted_Sn = block.w_nK[n, j] + error_SnK[:, n, j] - pulled_Sn / covariance_KK[j, j]
+                now_Sn = block.choose(j, n, wanted_Sn) - block.w_nK[n, j]
+                pull_Sn[:, n] += (now_Sn - error_SnK[:, n, j]) * covariance_KK[j, j]
+                error_SnK[:, n, j] = now_Sn

@@ -1,0 +1,168 @@
+"""`codes_feed` and `codes_descend`: compiled loops choose the codes of the reference, with every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from foveate.kernels import rounding_reference as reference
+from foveate.rounding import round_weight
+from kernels.cases import forced, isas
+from tiny import generator
+
+ISAS = isas()
+SHARES = (1 / 16, 1 / 4, 1.0, 1.0, 4.0)
+descend, feed = torch.ops.foveate.codes_descend, torch.ops.foveate.codes_feed
+
+
+def _covariance(size: int, seed: int) -> Tensor:
+    x = torch.randn(4 * size + 8, size, generator=generator(seed)) + 0.5
+    return x.t() @ x / len(x) + 0.1 * torch.eye(size)
+
+
+def _factor(metric: Tensor) -> Tensor:
+    """U_jk / U_jj of the inverse."""
+    upper = torch.linalg.cholesky(torch.linalg.inv(metric.double()), upper=True)
+    return (upper / upper.diagonal()[:, None]).float().contiguous()
+
+
+class Call(NamedTuple):
+    """Arguments in the order of the schema, up to the shares."""
+
+    codes: Tensor
+    w: Tensor
+    covariance: Tensor
+    gradients: Tensor | None
+    scale: Tensor
+    offset: Tensor
+    gain: Tensor
+    group_of: Tensor
+
+    def descend(self, sweeps: int = 1) -> Tensor:
+        """The codes that the op in use changes a copy of these to."""
+        codes = self.codes.clone()
+        descend(codes, *self[1:], SHARES, sweeps)
+        return codes
+
+    def feed(self, by: Callable[..., None]) -> Tensor:
+        """The codes that feedback gives, by the op or the reference."""
+        codes = self.codes.clone()
+        rows = None if self.gradients is None else torch.stack([_factor(g).t().tril(-1) for g in self.gradients])
+        by(codes, self.w, _factor(self.covariance), rows, *self[4:], SHARES)
+        return codes
+
+    def expected(self, sweeps: int = 1) -> Tensor:
+        """What `descend` should give, by the reference."""
+        codes = self.codes.clone()
+        reference.codes_descend(codes, *self[1:], SHARES, sweeps)
+        return codes
+
+    def form(self, codes: Tensor) -> float:
+        """J in float64, the metrics of blocks cut to the rows there are."""
+        rows = len(self.w)
+        values = reference.code_values(self.gain)[:, codes[0].long(), codes[1].long(), torch.arange(rows)[:, None]]
+        step, middle = (t[:, self.group_of] for t in (self.scale, self.offset))
+        error = (middle + step * values - self.w).double()
+        pulled = error @ self.covariance.double()
+        if self.gradients is not None:
+            pulled = torch.block_diag(*self.gradients.double())[:rows, :rows] @ pulled
+        return float((torch.tensor(SHARES, dtype=torch.float64) * (error * pulled).sum((1, 2))).sum())
+
+
+def _call(rows: int, columns: int, together: int | None, group: int, seed: int) -> Call:
+    w = torch.randn(rows, columns, generator=generator(seed))
+    nearest = round_weight(w, group=group)
+    gradients = None
+    if together is not None:
+        gradients = torch.stack([_covariance(together, seed + 1 + b) for b in range(-(-rows // together))])
+    gain = nearest.gain.float().expand(2, rows).contiguous()
+    codes = torch.stack([nearest.anchor, nearest.residual])
+    group_of = torch.randperm(columns, generator=generator(seed)) // group
+    return Call(codes, w, _covariance(columns, seed), gradients, nearest.scale, nearest.offset, gain, group_of)
+
+
+@pytest.mark.skipif(not ISAS, reason="no compiled kernels: no C++ compiler was found")
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 140),
+    together=st.sampled_from((None, 1, 7, 16, 40)),
+    group=st.sampled_from((32, 64, 128)),
+    seed=st.integers(0, 1000),
+)
+def test_as_the_reference(rows: int, columns: int, together: int | None, group: int, seed: int) -> None:
+    call = _call(rows, columns if together is None else min(columns, 40), together, group, seed)
+    wanted = [call.expected(), call.feed(reference.codes_feed)]
+    found = []
+    for isa in ISAS:
+        with forced(isa):
+            found.append([call.descend(), call.feed(feed)])
+    for here, want in enumerate(wanted):
+        codes = found[0][here]
+        assert all(torch.equal(each[here], codes) for each in found)
+        # sums in another order may tip a code, and then those that follow; the outcome is as good
+        assert call.form(codes) == pytest.approx(call.form(want), rel=5e-3)
+        assert float((want == codes).float().mean()) > 0.95
+
+
+def test_threads_change_nothing() -> None:
+    call, found = _call(200, 150, 33, 64, 5), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(call.descend(2))
+    # a product of matrices may be added in another order
+    assert all(float((codes == found[0]).float().mean()) > 0.99 for codes in found)
+
+
+@pytest.mark.parametrize("together", [None, 12])
+def test_every_sweep_lowers_the_form(together: int | None) -> None:
+    call = _call(30, 60, together, 32, 3)
+    forms = [call.form(call.descend(sweeps)) for sweeps in range(5)]
+    assert forms == sorted(forms, reverse=True)
+    assert forms[-1] < 0.95 * forms[0]
+
+
+@pytest.mark.parametrize("together", [None, 12])
+def test_feedback_is_a_better_start(together: int | None) -> None:
+    call = _call(30, 60, together, 32, 3)
+    assert call.form(call.feed(feed)) < 0.97 * call.form(call.codes)
+
+
+def test_groups_without_spread_stay() -> None:
+    call = _call(10, 70, 5, 32, 1)
+    call.scale[:, 1] = 0
+    flat = call.group_of == 1
+    for codes in (call.descend(), call.expected(), call.feed(feed), call.feed(reference.codes_feed)):
+        assert torch.equal(codes[:, :, flat], call.codes[:, :, flat])
+        assert not torch.equal(codes[:, :, ~flat], call.codes[:, :, ~flat])
+
+
+@pytest.mark.skipif(not ISAS, reason="the reference does not check")
+def test_what_does_not_fit_is_refused() -> None:
+    call = _call(10, 70, 5, 32, 1)
+    wrong = (
+        call._replace(codes=torch.zeros(2, 10, 69, dtype=torch.uint8)),
+        call._replace(covariance=torch.eye(69)),
+        call._replace(offset=torch.ones(10, 2)),
+        call._replace(w=call.w.double()),
+        call._replace(w=call.w.t().contiguous().t()),
+    )
+    for each in wrong:
+        with pytest.raises(RuntimeError, match="not contiguous"):
+            each.descend()
+    with pytest.raises(RuntimeError, match="outside the 3 groups"):
+        call._replace(group_of=torch.full((70,), 3)).descend()
+    with pytest.raises(RuntimeError, match="one a level"):
+        descend(*call, SHARES[:4], 1)
+
+
+def test_opcheck() -> None:
+    call = _call(6, 40, None, 32, 2)
+    torch.library.opcheck(descend.default, (*call, list(SHARES), 1))
+    torch.library.opcheck(feed.default, (*call, list(SHARES)))
