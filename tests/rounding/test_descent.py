@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.kernels.cpu import Status
 from foveate.rounding import Rounded, round_weight, with_descent
-from foveate.rounding.descent import DAMPING, SHARES
+from foveate.rounding.descent import INPUT_DAMPING, SHARES
 from tiny import read_at
 
 
@@ -51,7 +51,7 @@ def _cost(w: Tensor, rounded: Rounded, covariance: Tensor) -> float:
 def test_no_sweep_makes_it_worse() -> None:
     x, w = _inputs(100), torch.randn(30, 100)
     covariance = x.t() @ x / len(x)
-    damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(100)
+    damped = covariance + INPUT_DAMPING * covariance.diagonal().mean() * torch.eye(100)
     nearest = round_weight(w, group=64, input_energy_K=covariance.diagonal())
     costs = []
     for sweeps in range(6):

@@ -39,8 +39,9 @@ SHARES: Mapping[int, float] = {2: 1 / 16, 3: 1 / 4, 4: 1.0, 6: 1.0, 8: 4.0}
 SHARES_LOOKED_UP: Mapping[int, float] = {**SHARES, 6: 4.0, 8: 96.0}
 #: How often all codes are gone through.
 SWEEPS = 10
-#: Of the mean of a covariance's diagonal, added to the diagonal, against what calibration never varied.
-DAMPING = 0.03
+#: Of the mean of a covariance's diagonal, added to the diagonal: against what calibration never varied of the inputs, and
+#: what it saw too little of in gradients, which may be of as many as there are samples.
+INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.3
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def best_codes(
 ) -> Tensor | None:
     """4-bit codes and residuals, uint8 [2, N, K], on the scales, offsets and gains of `grid`; None where the covariance
     is of no use. The rest is as `with_descent` has it."""
-    metric_KK = _as_metric(covariance_KK)
+    metric_KK = _as_metric(covariance_KK, INPUT_DAMPING)
     if metric_KK is None:
         return None
     order_K = torch.argsort(covariance_KK.diagonal(), descending=True, stable=True)
@@ -112,13 +113,13 @@ def best_codes(
     return found_2NK
 
 
-def _as_metric(covariance: Tensor) -> Tensor | None:
+def _as_metric(covariance: Tensor, damping: float) -> Tensor | None:
     """A covariance damped, its diagonal 1 in the mean, float32; None if it is of no use."""
     mean = covariance.diagonal().double().mean()
     if not bool(torch.isfinite(covariance).all()) or not float(mean) > 0:
         return None
     metric = (covariance / mean).float()
-    metric.diagonal().add_(DAMPING)
+    metric.diagonal().add_(damping)
     return metric
 
 
@@ -141,7 +142,7 @@ def _metrics(gradients_BRR: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     factor_BRR = torch.zeros_like(metric_BRR)
     for number, block_RR in enumerate(gradients_BRR):
         count = min(size, rows - number * size)
-        metric = _as_metric(block_RR[:count, :count])
+        metric = _as_metric(block_RR[:count, :count], GRADIENT_DAMPING)
         factor = None if metric is None else _feedback_factor(metric)
         if metric is not None and factor is not None:
             metric_BRR[number, :count, :count] = metric
