@@ -13,8 +13,8 @@ Behdin et al., arXiv:2309.01885, for one side and one level). Columns go in the 
 greatest first, which leaves the most to make up for them.
 
 A nested code is read at five levels, and each makes errors of its own. So a code is the one with the least sum over
-all levels, weighted by `SHARES`: one code for all of them, and each level's errors are made up for by its own. The loops
-are in ops, whose reference has the formulae (`foveate.kernels.rounding_reference`).
+all levels, weighted by `SHARES`: one code for all of them, and each level's errors are made up for by its own. The
+loops are in ops, whose reference has the formulae (`foveate.kernels.rounding_reference`).
 
 G is kept for some hundred rows at a time (`foveate.collect.statistics`); rows that are further apart do not help each
 other. docs/decisions.md has the figures behind the numbers here.
@@ -39,8 +39,8 @@ SHARES: Mapping[int, float] = {2: 1 / 16, 3: 1 / 4, 4: 1.0, 6: 1.0, 8: 4.0}
 SHARES_LOOKED_UP: Mapping[int, float] = {**SHARES, 6: 4.0, 8: 96.0}
 #: How often all codes are gone through.
 SWEEPS = 10
-#: Of the mean of a covariance's diagonal, added to the diagonal: against what calibration never varied of the inputs, and
-#: what it saw too little of in gradients, which may be of as many as there are samples.
+#: Of the mean of a covariance's diagonal, added to the diagonal: against what calibration never varied of the inputs,
+#: and what it saw too little of in gradients, which may be of no more than there are samples.
 INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.3
 
 
