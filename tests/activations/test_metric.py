@@ -228,3 +228,20 @@ def test_a_broken_bound_makes_it_probe_anew() -> None:
     # and what is learned is used
     last = store.planner.foretold()
     assert last < 0.1
+
+
+def test_a_parameter_without_values_has_no_weight() -> None:
+    class WithNothing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.nothing = small_model(), nn.ParameterList([nn.Parameter(torch.empty(0, 4))])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.body(x), self.nothing[0]])
+
+    model = WithNothing()
+    with fv.compress_activations(model, error=0.2, smallest=1) as store:
+        for _ in range(8):
+            model(torch.randn(64, 16)).square().mean().backward()
+    assert store.audits
+    assert all(0 < audited < 1 for _, _, audited in store.audits)

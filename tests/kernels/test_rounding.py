@@ -166,3 +166,24 @@ def test_opcheck() -> None:
     call = _call(6, 40, None, 32, 2)
     torch.library.opcheck(descend.default, (*call, list(SHARES), 1))
     torch.library.opcheck(feed.default, (*call, list(SHARES)))
+
+
+def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, at_once = reference._LONE_ROWS + 5, []
+    values = reference.code_values
+
+    def watched(gain_2n: Tensor) -> Tensor:
+        at_once.append(gain_2n.shape[1])
+        return values(gain_2n)
+
+    monkeypatch.setattr(reference, "code_values", watched)
+    w = torch.randn(rows, 2, generator=generator(0))
+    codes = torch.zeros(2, rows, 2, dtype=torch.uint8)
+    grid = torch.ones(rows, 1), torch.zeros(rows, 1), torch.ones(2, rows), torch.zeros(2, dtype=torch.int64)
+    reference.codes_feed(codes, w, torch.eye(2), None, *grid, SHARES)
+    assert at_once == [reference._LONE_ROWS, 5]
+    last = torch.zeros(2, 5, 2, dtype=torch.uint8)
+    reference.codes_feed(
+        last, w[-5:], torch.eye(2), None, *(t[-5:] for t in grid[:2]), torch.ones(2, 5), grid[3], SHARES
+    )
+    assert torch.equal(codes[:, -5:], last)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+from torch import Tensor
 
 import foveate as fv
+from foveate.kernels.cpu import Status
 from foveate.nn import calibration
 from foveate.nn.estimate import Estimate, Machine, estimate, in_words
 from foveate.nn.least import least_map
@@ -78,3 +80,15 @@ def test_the_least_map_is_not_above_any() -> None:
     lowest = profile.uniform(2)
     assert 0.9 * lowest.bytes_resident < least.bytes_resident <= lowest.bytes_resident
     assert 0.9 * lowest.bits < least.bits <= lowest.bits
+
+
+def test_without_kernels_little_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = []
+
+    def watched(rows: int, sweeps: int, gradients_BRR: Tensor | None = None) -> None:
+        swept.append(sweeps)
+
+    monkeypatch.setattr("foveate.nn.estimate._round", watched)
+    monkeypatch.setattr("foveate.nn.estimate.ensure_loaded", lambda: Status(None, "", None), raising=False)
+    assert Machine.measured().pull == 0
+    assert max(swept) == 1

@@ -352,3 +352,15 @@ def test_a_limit_that_cannot_be_kept() -> None:
     with pytest.raises(BudgetError, match=r"memory \(=1.00 MiB\) is too little: the process takes"):
         fv.quantize(model, rows(), memory="1MiB", progress=False)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_rounding_counts_what_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    # the damped covariance and a factor in single precision, three factors in double
+    wide = Load(64, 8192, False, 4 * 64 * 8192, 4 * 8192**2, False, 0, 0)
+    assert wide.rounding >= (4 + 3 * 8 + 4) * 8192**2
+    # of two threads' rows what is wanted of five streams, and the product that is taken from it
+    tall = Load(65536, 1024, False, 4 << 26, 4 << 20, False, 0, 0)
+    beside = Load(65536, 1024, False, 4 << 26, 0, False, 0, 0)
+    assert tall.rounding >= 2 * 20 * 1024 * 1024 + 6 * 65536 * 1024
+    assert beside.rounding < tall.rounding

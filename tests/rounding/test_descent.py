@@ -149,3 +149,25 @@ def test_blocks_of_gradients_are_rounded_apart() -> None:
         own = replace(nearest, **{n: getattr(nearest, n)[part] for n in ("anchor", "residual", "scale", "offset")})
         anchor = with_descent(w[part], own, covariance, block).anchor
         assert float((anchor == whole.anchor[part]).float().mean()) > 0.99
+
+
+def test_kernels_are_loaded_without_gradients_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    monkeypatch.setattr("foveate.rounding.descent.ensure_loaded", lambda: loaded.append(1) or Status(None, "", None))
+    w = torch.randn(4, 32)
+    with_descent(w, round_weight(w, group=32), torch.eye(32))
+    assert loaded
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    w, x = torch.randn(20, 70), _inputs(70)
+    covariance, gradients = x.t() @ x / len(x), torch.eye(20)[None]
+    nearest = round_weight(w, group=32)
+    wanted = with_descent(w, nearest, covariance, gradients)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = with_descent(w, nearest, covariance, gradients)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.anchor, wanted.anchor)
+    assert torch.equal(found.residual, wanted.residual)

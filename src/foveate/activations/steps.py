@@ -187,6 +187,8 @@ class Step:
         if self.profiled or self._references:
             self._parameters = parameters
             for index, (name, parameter) in enumerate(parameters.items()):
+                if not parameter.numel():
+                    continue  # it has no size that an error could be relative to
                 self._handles.append(parameter.register_hook(self._watcher(index, name, id(parameter))))
 
     def _watcher(self, index: int, name: str, key: int) -> Callable[[Tensor], None]:

@@ -11,7 +11,7 @@ sample share one loss (the patches of an image, the tokens of an embedded senten
 is accumulated as the squared gradient of each sample. An embedding's F is its rows' frequency times the gradient's
 energy in each column.
 
-Memory: the factored statistics take N + K numbers a weight, the others N x K. Rounding with error feedback needs the
+Memory: the factored statistics take N + K numbers a weight, the others N x K. Rounding by descent needs the
 covariance of inputs, K x K, and that of the outputs' gradients, N x R with R at most 512. What takes a matrix a weight
 is called large here, and may be collected for some of the weights at a time (`hold`, `release`). What inputs cost at
 each level is measured in the first pass, see `foveate.collect.inputs`; for that the inputs of one batch are kept from

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 _CODES = 16
+#: Rows at once where they are on their own: all pairs of codes are compared, 5 kB a row and copy.
+_LONE_ROWS = 2048
 
 
 def code_values(gain_2n: Tensor) -> Tensor:
     """The values of all pairs of codes, in steps from the offset, float32 [S, 16 anchors, 16 residuals, n]."""
-    code_16 = torch.arange(float(_CODES))
+    code_16 = torch.arange(_CODES, dtype=torch.float32)
     anchor_A16 = torch.stack([4 * (code_16 // 4) - 6, 2 * (code_16 // 2) - 7, code_16 - 7.5])
     residual_B16 = torch.stack([(code_16 // 4 - 1.5) / 4, (code_16 - 7.5) / 16])
     gain_An = torch.cat([gain_2n, torch.ones_like(gain_2n[:1])])
@@ -84,7 +86,7 @@ def _blocks(
     group_of_K: Tensor,
     shares: Sequence[float],
 ) -> Iterator[_Block]:
-    size = max(len(w_NK), 1) if between_BRR is None else between_BRR.shape[1]
+    size = _LONE_ROWS if between_BRR is None else between_BRR.shape[1]
     for number, start in enumerate(range(0, len(w_NK), size)):
         rows = slice(start, min(start + size, len(w_NK)))
         count = rows.stop - rows.start
@@ -95,7 +97,7 @@ def _blocks(
             scale_NG[rows][:, group_of_K],
             offset_NG[rows][:, group_of_K],
             code_values(gain_2N[:, rows]),
-            torch.tensor(list(shares)),
+            torch.tensor(list(shares), dtype=torch.float32),
         )
 
 

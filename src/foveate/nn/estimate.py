@@ -19,15 +19,22 @@ from dataclasses import dataclass
 import torch
 
 from foveate.collect.statistics import TOGETHER, Factored
+from foveate.kernels.dispatch import ensure_loaded
 from foveate.nn.streaming import Load, Plan, further_passes
 from foveate.planes import from_codes
 from foveate.rounding import round_weight, with_descent
 from foveate.rounding.descent import SWEEPS
 from foveate.sensitivity import tile_losses
 
-#: Operations of products of a row with a matrix [K, K], over K^2: 5 streams in each sweep, and 6 levels are scored.
-_PRODUCTS = 2 * (5 * SWEEPS + 6)
 _GROUP = 64
+
+
+def _products(sweeps: int) -> int:
+    """Operations of products of a row with a matrix [K, K], over K^2: 5 streams a sweep, and 6 levels are scored."""
+    return 2 * (5 * sweeps + 6)
+
+
+_PRODUCTS = _products(SWEEPS)
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,20 @@ class Machine:
 
     @classmethod
     def measured(cls) -> Machine:
-        """Time small pieces of the work itself."""
+        """Time small pieces of the work itself; without compiled kernels one sweep, for a sweep takes seconds there."""
+        compiled = ensure_loaded().isa is not None
+        sweeps = SWEEPS if compiled else 1
         size, rows, columns = 768, 512, 2 * _GROUP
         a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
         flop = _seconds(lambda: a @ a) / (2 * size**3)
-        products = flop * _PRODUCTS * columns
+        products = flop * _products(sweeps) * columns
         nearest = _seconds(lambda: _round(rows, 0)) / (rows * columns)
-        apart = _seconds(lambda: _round(rows, SWEEPS)) / (rows * columns)
-        together = _seconds(lambda: _round(rows, SWEEPS, torch.eye(rows)[None])) / (rows * columns)
-        code = max(apart - nearest - products, 0.0) / SWEEPS
-        return cls(nearest, code, max(together - apart, 0.0) / (SWEEPS * rows), flop)
+        apart = _seconds(lambda: _round(rows, sweeps)) / (rows * columns)
+        code = max(apart - nearest - products, 0.0) / sweeps
+        if not compiled:  # rows are each for themselves
+            return cls(nearest, code, 0.0, flop)
+        together = _seconds(lambda: _round(rows, sweeps, torch.eye(rows)[None])) / (rows * columns)
+        return cls(nearest, code, max(together - apart, 0.0) / (sweeps * rows), flop)
 
     def rounding(self, load: Load, descends: bool) -> float:
         """Seconds that one weight takes."""

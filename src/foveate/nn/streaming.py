@@ -60,11 +60,18 @@ class Load:
 
     @property
     def rounding(self) -> int:
-        """That rounding takes meanwhile: copies of covariances, codes, and the errors of each thread's rows."""
-        size = self.rows * self.columns
-        errors = 20 * self.columns * min(self.rows, TOGETHER * torch.get_num_threads())
-        copies = 12 * self.columns**2 * bool(self.large) + 2 * self.kept
-        return copies + (4 + 4 * self.copied) * size + max(min(_TEMPORARIES, 28 * size), errors)
+        """That rounding takes meanwhile: searching and scoring, factoring in double precision, or choosing codes,
+        whichever takes most.
+
+        Choosing holds the metric and its factor, and the errors of each thread's rows twice: what is wanted of them,
+        and what is taken from that.
+        """
+        size, matrix = self.rows * self.columns, 4 * self.columns**2 * bool(self.large)
+        errors = 2 * 20 * self.columns * min(self.rows, TOGETHER * torch.get_num_threads()) * bool(self.large)
+        choosing = 2 * matrix + 2 * self.kept + 6 * size + errors
+        most = max(min(_TEMPORARIES, 28 * size), 8 * matrix, choosing)
+        # means of the statistics, and the codes
+        return matrix + self.kept + (2 + 4 * self.copied) * size + most
 
 
 @dataclass(frozen=True)

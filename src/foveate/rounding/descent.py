@@ -95,7 +95,8 @@ def best_codes(
     if factor_KK is None:
         return None
     together_BRR = row_factor_BRR = None
-    if gradients_BRR is not None and ensure_loaded().isa is not None:
+    compiled = ensure_loaded().isa is not None
+    if gradients_BRR is not None and compiled:
         together_BRR, row_factor_BRR = _metrics(gradients_BRR, len(w_NK))
     codes_2NK = torch.stack([grid.anchor, grid.residual])[:, :, order_K]
     w_NK = w_NK.detach().float()[:, order_K].contiguous()
@@ -138,7 +139,7 @@ def _metrics(gradients_BRR: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     What is behind the last row does not count.
     """
     size = gradients_BRR.shape[1]
-    metric_BRR = torch.eye(size).repeat(len(gradients_BRR), 1, 1)
+    metric_BRR = torch.eye(size, dtype=torch.float32).repeat(len(gradients_BRR), 1, 1)
     factor_BRR = torch.zeros_like(metric_BRR)
     for number, block_RR in enumerate(gradients_BRR):
         count = min(size, rows - number * size)

@@ -3,7 +3,7 @@
     S_tile(level) = 1/2 sum over the tile's weights of F_ij (w_ij - w_ij(level))^2
 
 in the objective's unit for one sample (nats a token for a language model), so that the sum over a map's tiles predicts
-its KL. See `foveate.collect.statistics` for F. Rounding with error feedback makes errors that cancel each other, which
+its KL. See `foveate.collect.statistics` for F. Rounding by descent makes errors that cancel each other, which
 a sum of squares does not see. So where the covariance H of the inputs is known, the groups of each row are scaled
 together by dW_i H dW_i^T / dW_i diag(H) dW_i^T. Where F has factors, their sum is then the row's whole quadratic form.
 Rows that make up for each other's errors are scaled in the same way, by tr(G dW H dW^T) over what its diagonal says,

@@ -149,7 +149,7 @@ void codes_feed(Tensor& codes, const Tensor& w, const Tensor& factor, const std:
   rounding.check_all();
   rounding.each_block([&](int64_t row, Descent& d) {
     const int64_t columns = rounding.columns;
-    Tensor wanted = w.narrow(0, row, d.rows).unsqueeze(0).expand({kStreams, d.rows, columns}).reshape({kStreams * d.rows, columns}).clone();
+    Tensor wanted = at::empty({kStreams, d.rows, columns}, w.options()).copy_(w.narrow(0, row, d.rows)).view({kStreams * d.rows, columns});
     rounding.each_part(d, [&](int64_t first, Descent& part) {
       Tensor block = as_block(wanted.narrow(1, first, part.columns));
       part.pull = block.data_ptr<float>();
