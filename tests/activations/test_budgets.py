@@ -64,6 +64,7 @@ def test_a_peak_that_nothing_meets_is_refused_with_the_least_possible() -> None:
         ({"levels": {"*": 4, "head*": 64}}, fv.LevelError),
         ({"error": 0.1, "group": 48}, fv.BudgetError),
         ({"error": 0.1, "window": 0}, fv.BudgetError),
+        ({"error": 0.1, "relative_to": "each parameter"}, fv.BudgetError),
         ({"error": 0.1, "probes": 0}, fv.BudgetError),
         ({"bytes": 0}, fv.BudgetError),
         ({"bytes": -5}, fv.BudgetError),

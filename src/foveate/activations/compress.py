@@ -84,7 +84,8 @@ def compress_activations(
         The store, to be entered around whole steps, forward and backward; once or again and again.
 
     Raises:
-        BudgetError: not exactly one of `error`, `bytes` and `levels` is given, or it is no positive number. Raised by
+        BudgetError: not exactly one of `error`, `bytes` and `levels` is given, or it is no positive number, or
+            `relative_to` is not a `Relative`. Raised by
             backward where no levels keep the peak within `bytes`; the message says the least possible.
         LevelError: a level that saved tensors cannot have.
         CheckpointError: `profile` is not one, or was measured relative to something else.
@@ -93,6 +94,8 @@ def compress_activations(
         raise BudgetError("give one of error=, bytes= and levels=")
     if error is not None and not (isinstance(error, (int, float)) and 0 < error < float("inf")):
         raise BudgetError(f"error (={error!r}) must be a number above 0")
+    if not isinstance(relative_to, Relative):
+        raise BudgetError(f"relative_to (={relative_to!r}) is not a Relative, such as foveate.Relative.WHOLE_GRADIENT")
     if default is None:
         default = 4 if bytes is not None else 16 if error is not None and error < _SMALL_ERROR else 8
     fixed = {"*": levels} if isinstance(levels, int) else levels

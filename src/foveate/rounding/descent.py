@@ -33,7 +33,7 @@ from foveate.kernels.dispatch import ensure_loaded
 from foveate.rounding.nearest import Rounded, restoring_gains
 
 #: What a squared error costs at each level.
-SHARES: Mapping[int, float] = {2: 1 / 16, 3: 1 / 4, 4: 1.0, 6: 1.0, 8: 4.0}
+SHARES: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.0}
 #: The same for a weight that is also an embedding: nothing makes up for the errors of rows that are looked up, and
 #: allocation gives them many bits.
 SHARES_LOOKED_UP: Mapping[int, float] = {**SHARES, 6: 4.0, 8: 96.0}
