@@ -74,6 +74,8 @@ class Model(nn.Module):
         self.up, self.down, self.idle = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 8)
         self.head = nn.Linear(32, 40, bias=False)
         self.head.weight = self.embed.weight
+        with torch.no_grad():  # a divergence at 4 bits that float32 can tell from that at 8
+            self.down.weight *= 8
 
     def forward(self, ids):
         x = self.embed(ids)
@@ -192,9 +194,7 @@ def test_ours_takes_at_most_the_bytes_of_a_peer(stub):
     )
     maps = {r["map"]: r for r in measured.rounds if "map" in r}
     assert {f"uniform {b}" for b in (2, 3, 4, 6, 8)} | {"alone 4", "alone 3"} <= set(maps)
-    # from 4 bits up it is what float32 leaves of differences
-    assert maps["uniform 4"]["divergence"] < maps["uniform 3"]["divergence"] < maps["uniform 2"]["divergence"]
-    assert maps["uniform 8"]["divergence"] < maps["uniform 3"]["divergence"]
+    assert maps["uniform 8"]["divergence"] < maps["uniform 4"]["divergence"] < maps["uniform 2"]["divergence"]
     for point, bits in POINTS.items():
         assert maps[f"allocated {point}"]["bits"] <= bits
     wanted = {"kl_over_best_peer_b4_25", "kl_over_best_peer_b3_25", "kl_over_best_peer_worst", "kl_b6_over_b4"}

@@ -89,6 +89,6 @@ def test_without_kernels_little_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
         swept.append(sweeps)
 
     monkeypatch.setattr("foveate.nn.estimate._round", watched)
-    monkeypatch.setattr("foveate.nn.estimate.ensure_loaded", lambda: Status(None, "", None), raising=False)
+    monkeypatch.setattr("foveate.nn.estimate.ensure_loaded", lambda: Status(None, "", None))
     assert Machine.measured().pull == 0
     assert max(swept) == 1

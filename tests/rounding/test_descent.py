@@ -34,7 +34,7 @@ def test_less_error_of_the_output(rows: int, columns: int, group: int) -> None:
     nearest = round_weight(w, group=group, input_energy_K=covariance.diagonal())
     better = with_descent(w, nearest, covariance)
     before, after = ({k: _output_error(w, r, k, covariance) for k in (2, 3, 4, 6, 8)} for r in (nearest, better))
-    assert after[4] < 0.7 * before[4]
+    assert after[4] < 0.6 * before[4]
     assert after[3] < 0.8 * before[3]
     assert after[2] < 0.9 * before[2]
     # the price: residuals that cannot reach everything
@@ -61,6 +61,15 @@ def test_no_sweep_makes_it_worse() -> None:
     assert costs[5] < 0.7 * costs[0]
 
 
+def test_independent_inputs_only_trade_levels() -> None:
+    w = torch.randn(16, 96)
+    nearest = round_weight(w, group=32)
+    better = with_descent(w, nearest, torch.eye(96))
+    same = replace(better, gain=nearest.gain)
+    assert _cost(w, same, torch.eye(96)) < _cost(w, nearest, torch.eye(96))
+    assert _output_error(w, better, 4, torch.eye(96)) < 1.3 * _output_error(w, nearest, 4, torch.eye(96))
+
+
 def test_a_level_that_has_no_share_pays() -> None:
     x, w = _inputs(96), torch.randn(24, 96)
     covariance = x.t() @ x / len(x)
@@ -78,6 +87,16 @@ def test_half_precision_and_strided_weights() -> None:
     assert torch.equal(
         with_descent(w, nearest, x.t() @ x).anchor, with_descent(w.float().contiguous(), nearest, x.t() @ x).anchor
     )
+
+
+def test_a_weight_in_parts_of_rows_is_the_same() -> None:
+    x, w = _inputs(70), torch.randn(150, 70)
+    nearest = round_weight(w, group=64)
+    whole = with_descent(w, nearest, x.t() @ x)
+    part = slice(50, 103)  # across the blocks that rows are taken in
+    own = replace(nearest, **{n: getattr(nearest, n)[part] for n in ("anchor", "residual", "scale", "offset")})
+    codes = with_descent(w[part], own, x.t() @ x)
+    assert float((whole.anchor[part] == codes.anchor).float().mean()) > 0.98
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
@@ -107,7 +126,7 @@ def test_rows_make_up_for_each_other(rows: int, columns: int, group: int) -> Non
     covariance, gradients = x.t() @ x / len(x), g.t() @ g / len(g)
     nearest = round_weight(w, group=group, input_energy_K=covariance.diagonal())
     alone, together = with_descent(w, nearest, covariance), with_descent(w, nearest, covariance, gradients[None])
-    for level, ratio in ((3, 0.9), (4, 0.9), (6, 0.95)):
+    for level, ratio in ((3, 0.9), (4, 0.8), (6, 0.95)):
         cost = _form(read_at(together, level) - w, covariance, gradients)
         assert cost < ratio * _form(read_at(alone, level) - w, covariance, gradients)
     assert torch.equal(together.scale, nearest.scale)

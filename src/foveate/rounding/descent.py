@@ -84,8 +84,10 @@ def best_codes(
     shares: Mapping[int, float],
     sweeps: int,
 ) -> Tensor | None:
-    """4-bit codes and residuals, uint8 [2, N, K], on the scales, offsets and gains of `grid`; None where the covariance
-    is of no use. The rest is as `with_descent` has it."""
+    """4-bit codes and residuals, uint8 [2, N, K], on the scales, offsets and gains of `grid`.
+
+    None where the covariance is of no use. The rest is as `with_descent` has it.
+    """
     metric_KK = _as_metric(covariance_KK, INPUT_DAMPING)
     if metric_KK is None:
         return None

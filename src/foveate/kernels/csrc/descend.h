@@ -1,10 +1,8 @@
 // Codes of a weight, one element after another: by feedback (feed), and by coordinate descent. Included by each instruction
 // set; all give the same bits: 16 lanes of one arithmetic, in vectors as wide as the machine's.
 
-
 constexpr int kCodes = 16;
 typedef float Sixteen __attribute__((vector_size(64)));
-typedef int32_t SixteenInts __attribute__((vector_size(64)));
 
 inline Sixteen sixteen(float v) { return Sixteen{} + v; }
 
@@ -28,9 +26,9 @@ inline const Sixteen* anchor_values() {
     Sixteen of[kAnchors];
     Table() {
       for (int a = 0; a < kCodes; ++a) {
-        of[0][a] = static_cast<float>(4 * (a / 4)) - 6.0f;
-        of[1][a] = static_cast<float>(2 * (a / 2)) - 7.0f;
-        of[2][a] = static_cast<float>(a) - 7.5f;
+        float values[kStreams];
+        code_values(a, 0, 1.0f, 1.0f, values);
+        for (int s = 0; s < kAnchors; ++s) of[s][a] = values[s];
       }
     }
   } table;
@@ -100,8 +98,7 @@ inline bool exchange(const Descent& d, int64_t i, int64_t j, const float (&wante
   return anchor != before[0] || residual != before[1];
 }
 
-template <class V>
-void descend(const Descent& d) {
+inline void descend(const Descent& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
     const float own = between[j];
@@ -128,8 +125,7 @@ void descend(const Descent& d) {
   }
 }
 
-template <class V>
-void feed(const Descent& d) {
+inline void feed(const Descent& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
     __builtin_memset(d.column, 0, sizeof(float) * static_cast<size_t>(kStreams * d.padded));

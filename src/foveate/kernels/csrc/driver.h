@@ -24,5 +24,5 @@ Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, 
 
 template <class V>
 Kernels kernels_of(const char* name, const SavedKernels* saved) {
-  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, descend<V>, feed<V>, saved};
+  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, descend, feed, saved};
 }
