@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.activations.attention import Again
 from foveate.activations.identity import Interval
 from foveate.activations.payloads import Exact, Form, Grouped
 from foveate.activations.peak import Token
@@ -25,6 +27,11 @@ class Derived:
 
     recipe: Recipe
     read: Callable[[Source], Tensor]
+
+    @property
+    def roots(self) -> tuple[Any, ...]:
+        """The payloads that it is computed from."""
+        return self.recipe.roots
 
     @property
     def bytes(self) -> int:
@@ -67,12 +74,12 @@ class Payload:
         self.other: Form | None = None
         self.record: Record | None = None
         self.token: Token | None = None
-        self.lossy = isinstance(form, (Grouped, Derived))
+        self.lossy = isinstance(form, (Grouped, Derived, Again))
 
     @property
     def rounded(self) -> tuple[Payload, ...]:
         """The payloads whose errors it has: itself, or those that it is computed from."""
-        return self.form.recipe.roots if isinstance(self.form, Derived) else (self,)
+        return self.form.roots if isinstance(self.form, (Derived, Again)) else (self,)
 
 
 @dataclass(frozen=True)

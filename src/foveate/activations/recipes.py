@@ -109,11 +109,14 @@ class Recipe:
         with torch.no_grad():
             values: Tensor = self.function(*map(found, self.args), **{k: found(v) for k, v in self.kwargs.items()})
             values = values.to(self.dtype)  # a norm's statistics and weights may be wider than its output
-        if values.stride() != self.stride:
-            values = torch.empty_strided(self.shape, self.stride, dtype=values.dtype, device=values.device).copy_(
-                values
-            )
+        return laid_out(values, self.stride)
+
+
+def laid_out(values: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """The same values with the given strides, copied if they have others."""
+    if values.stride() == stride:
         return values
+    return torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device).copy_(values)
 
 
 def normalised(

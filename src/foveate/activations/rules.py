@@ -9,14 +9,15 @@ whether they are within bounds, or their shape (lossless at a bit or at nothing)
 error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is
 saved: stochastic rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a
 bias does not average out, so the error at 2 bits counts several times (ledger.py). `floor` is the least level on offer:
-log-probabilities, on which everything after them depends, may go to 16 bits and no lower. A function without a rule is
+log-probabilities, on which everything after them depends, may go to 16 bits and no lower; attention's arguments to 4,
+if its results are not computed again from them (attention.py). A function without a rule is
 treated with the greatest care: exact until a probe has measured it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -35,6 +36,8 @@ class Need(Enum):
     INSIDE = "inside"
     SHAPE = "shape"
     EXACT = "exact"
+    #: Itself as the function gives it again from what is stored of its arguments.
+    AGAIN = "again"
     #: The very memory, which the function fills after autograd has saved it.
     LEAVE = "leave"
 
@@ -81,6 +84,9 @@ _CURVED = Rule(curved=True)
 _NORM = Rule(curved=True, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5)
 _SHAPE = Rule(Need.SHAPE)
 _EXACT = Rule(Need.EXACT)
+_ATTENTION = Rule(curved=True, floor=4, exact=(3, "attn_mask"), smallest_share=0.5)
+#: Of the arguments of attention whose results are computed again from them.
+ATTENTION_AGAIN = replace(_ATTENTION, floor=2)
 _GUARDED = Rule(floor=16, curved=True, exact=(1, 2, "target", "weight"))
 
 #: Losses, and what has nothing to round but masks and indices.
@@ -148,7 +154,7 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("pow", "pow_", "__pow__", "__ipow__", "float_power"), Rule(curved=True, power=True)),
     **dict.fromkeys(("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), Rule(exact=(1, "grid"))),
     **dict.fromkeys(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"), _NORM),
-    "scaled_dot_product_attention": Rule(curved=True, exact=(3, "attn_mask"), smallest_share=0.5),
+    "scaled_dot_product_attention": _ATTENTION,
     "multi_head_attention_forward": Rule(curved=True, smallest_share=0.05),
     **dict.fromkeys(("log_softmax", "cross_entropy"), _GUARDED),
     **dict.fromkeys((*_LOSSES, *_SELECTING, *_SINGULAR), _EXACT),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -61,6 +61,8 @@ class Call:
         args, kwargs: what it was called with.
         frame: the module call that it belongs to.
         packed: what was saved during it, in order (whatever the store puts there).
+        tensors: of a call of attention, the tensors that it saved, in order, while it runs.
+        again: how it is run again, if it is.
     """
 
     function: str
@@ -69,6 +71,8 @@ class Call:
     kwargs: Mapping[str, Any]
     frame: Frame
     packed: list[Any] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)
+    again: Any = None
     occurrence: int = -1
     count: int = 0
 

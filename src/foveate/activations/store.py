@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.activations.attention import ATTENTION, Again, Attentions
 from foveate.activations.deriving import Recipes
 from foveate.activations.extra import can_run_again
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
@@ -44,7 +45,7 @@ from foveate.activations.policy import LEVELS
 from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
-from foveate.activations.rules import UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
+from foveate.activations.rules import ATTENTION_AGAIN, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
 from foveate.activations.scope import FOREIGN, Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import EXACT, Record, Step, arguments_of_backward
@@ -77,6 +78,7 @@ class ActivationStore:
         if settings.bytes is not None:
             self._scope.between = self._tracking.between
         self._refused: BudgetError | None = None
+        self._attentions = Attentions(self._view)
         self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._shelf: Shelf[Payload] = Shelf()
@@ -136,12 +138,15 @@ class ActivationStore:
         step = self._current_step()
         name = call.next_name()
         rule = rule_of(call.function)
-        need = need_of(rule, tensor, call.args, call.kwargs)
+        again = self._again(tensor, interval, call) if call.function == ATTENTION else None
+        need = Need.AGAIN if again else need_of(rule, tensor, call.args, call.kwargs)
         payload = self._found(tensor, interval, need)
         if payload is None:
             if self._shelf.find(tensor, interval, lambda _: True) is None:
                 step.original += min(interval.length, tensor.numel()) * tensor.element_size()
-            payload = self._derived(tensor, interval, need, name, step)
+            if again:
+                payload = self._held_by_others(Payload(name, step, need, interval, again))
+            payload = payload or self._derived(tensor, interval, need, name, step)
             payload = payload or self._stored(tensor, interval, need, name, rule, step)
             payload.token = self._tracking.stored(payload, tensor)
             self._shelf.put(tensor, payload.interval, payload)
@@ -149,7 +154,8 @@ class ActivationStore:
         elif payload.record is not None and not rule.linear:
             payload.record.site.closed = False
         source = source_of(payload, tensor)
-        call.packed.append(source)
+        if not again:
+            call.packed.append(source)
         return Handle(source, witness(tensor), tensor._version)
 
     def _derived(self, tensor: Tensor, interval: Interval, need: Need, name: str, step: Step) -> Payload | None:
@@ -161,12 +167,28 @@ class ActivationStore:
         if recipe is None or (exact and not any(root.lossy for root in recipe.roots)):
             return None
         whole = Interval(0, tensor.untyped_storage().nbytes() // tensor.element_size(), True)
-        payload = Payload(name, step, need, whole, Derived(recipe, self._view))
-        for root in recipe.roots:
+        return self._held_by_others(Payload(name, step, need, whole, Derived(recipe, self._view)))
+
+    def _again(self, tensor: Tensor, interval: Interval, call: Call) -> Again | None:
+        """How a result of attention that it saves is computed again, where its arguments are rounded."""
+        call.tensors.append(tensor)
+        if not (self.settings.recompute and interval.dense and interval.start == 0):
+            return None
+        form = self._attentions.form(call, tensor)
+        if form is None or not any(root.lossy for root in form.roots):
+            return None
+        for root in form.roots:
+            if root.lossy and (site := self.planner.ledger.sites[root.site]).rule == rule_of(ATTENTION):
+                site.rule = ATTENTION_AGAIN
+        return form
+
+    def _held_by_others(self, payload: Payload) -> Payload:
+        """Note that a payload is computed from others, whose errors are then no closed form."""
+        for root in payload.rounded:
             if root.record is not None:
                 root.record.site.closed = False
-        if name in self.planner.ledger.sites:
-            self.planner.ledger.sites[name].derived = True
+        if payload.site in self.planner.ledger.sites:
+            self.planner.ledger.sites[payload.site].derived = True
         return payload
 
     def _found(self, tensor: Tensor, interval: Interval, need: Need) -> Payload | None:
