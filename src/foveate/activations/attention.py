@@ -140,6 +140,12 @@ class Attentions:
         return Again(call.again, which, tensor.stride()) if self._agrees[key] else None
 
 
+def are_sums(call: Call, tensor: Tensor) -> bool:
+    """Whether a tensor can be the logarithms of sums a fused kernel saves, [B, H, *], not probabilities."""
+    first = call.tensors[-2] if len(call.tensors) > 1 else tensor
+    return tensor.dim() == 3 and first.dim() == 4 and tensor.shape[0] == first.shape[0]
+
+
 def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether they can be queries, keys and values: as wide as one another, and so many heads a group."""
     return (

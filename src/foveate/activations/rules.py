@@ -9,8 +9,8 @@ whether they are within bounds, or their shape (lossless at a bit or at nothing)
 error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is
 saved: stochastic rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a
 bias does not average out, so the error at 2 bits counts several times (ledger.py). `floor` is the least level on offer:
-log-probabilities, on which everything after them depends, may go to 16 bits and no lower; attention's arguments to 4,
-if its results are not computed again from them (attention.py). A function without a rule is
+log-probabilities, on which everything after them depends, may go to 16 bits and no lower; fused attention's arguments
+to 4, if its results are not computed again from them (attention.py). A function without a rule is
 treated with the greatest care: exact until a probe has measured it.
 """
 
@@ -84,9 +84,9 @@ _CURVED = Rule(curved=True)
 _NORM = Rule(curved=True, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5)
 _SHAPE = Rule(Need.SHAPE)
 _EXACT = Rule(Need.EXACT)
-_ATTENTION = Rule(curved=True, floor=4, exact=(3, "attn_mask"), smallest_share=0.5)
-#: Of the arguments of attention whose results are computed again from them.
-ATTENTION_AGAIN = replace(_ATTENTION, floor=2)
+_ATTENTION = Rule(curved=True, exact=(3, "attn_mask"), smallest_share=0.5)
+#: Where attention keeps no probabilities, and is not run again (attention.py).
+FUSED_ATTENTION = replace(_ATTENTION, floor=4)
 _GUARDED = Rule(floor=16, curved=True, exact=(1, 2, "target", "weight"))
 
 #: Losses, and what has nothing to round but masks and indices.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.activations.attention import ATTENTION, Again, Attentions
+from foveate.activations.attention import ATTENTION, Again, Attentions, are_sums
 from foveate.activations.deriving import Recipes
 from foveate.activations.extra import can_run_again
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
@@ -45,7 +45,7 @@ from foveate.activations.policy import LEVELS
 from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
-from foveate.activations.rules import ATTENTION_AGAIN, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
+from foveate.activations.rules import FUSED_ATTENTION, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
 from foveate.activations.scope import FOREIGN, Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import EXACT, Record, Step, arguments_of_backward
@@ -172,15 +172,12 @@ class ActivationStore:
     def _again(self, tensor: Tensor, interval: Interval, call: Call) -> Again | None:
         """How a result of attention that it saves is computed again, where its arguments are rounded."""
         call.tensors.append(tensor)
-        if not (self.settings.recompute and interval.dense and interval.start == 0):
-            return None
-        form = self._attentions.form(call, tensor)
-        if form is None or not any(root.lossy for root in form.roots):
-            return None
-        for root in form.roots:
-            if root.lossy and (site := self.planner.ledger.sites[root.site]).rule == rule_of(ATTENTION):
-                site.rule = ATTENTION_AGAIN
-        return form
+        whole = self.settings.recompute and interval.dense and interval.start == 0
+        form = self._attentions.form(call, tensor) if whole else None
+        if form is None and are_sums(call, tensor):
+            for site in {source.item.site for source in call.packed} & self.planner.ledger.sites.keys():
+                self.planner.ledger.sites[site].rule = FUSED_ATTENTION
+        return form if form is not None and any(root.lossy for root in form.roots) else None
 
     def _held_by_others(self, payload: Payload) -> Payload:
         """Note that a payload is computed from others, whose errors are then no closed form."""
