@@ -75,7 +75,7 @@ def compress_activations(
         group: values that share a least value and a step, 32 bits together; chosen for each site from the statistics of
             its values if not given.
         smallest: tensors of fewer values are kept exactly.
-        recompute: whether cheap functions of stored tensors (activations, products, norms) and attention are computed again
+        recompute: whether cheap functions of stored tensors (activations, products, norms) and attention are run again
             instead of being stored too.
         profile: a file that `store.save_profile` wrote of the same model: what it knows need not be learned.
         seed: of the private generator of stochastic rounding; torch's is never touched.
