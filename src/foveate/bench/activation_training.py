@@ -66,9 +66,11 @@ def paired(plain: Sequence[float], other: Sequence[float]) -> Interval:
 
 
 def train_step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any) -> None:
-    """Forward, backward and the optimizer."""
+    """Forward, backward, clipping and the optimizer."""
     optimizer.zero_grad()
     task.loss(model, batch).backward()
+    if task.clip is not None:
+        nn.utils.clip_grad_norm_(model.parameters(), task.clip)
     optimizer.step()
 
 
