@@ -45,7 +45,8 @@ def test_each_entry_is_the_divergence_of_that_site_alone(llama: tuple[nn.Module,
             divergences.append((logits[0].exp() * (logits[0] - logits[1])).sum(-1).flatten())
     fv.apply(model, before)
     assert entry.measured == pytest.approx(float(torch.cat(divergences).mean()), rel=1e-4)
-    assert entry.predicted == pytest.approx(profile.predict(lowered) - profile.predict(top))
+    alone = dataclasses.replace(profile, measured_over_summed=(1.0,) * 6)
+    assert entry.predicted == pytest.approx(alone.predict(lowered) - alone.predict(top))
     assert entry.ratio == pytest.approx(entry.measured / entry.predicted)
 
 

@@ -169,9 +169,11 @@ def audit(
         registry_of(model).check(plan)
     objective = objective or named(profile.objective)
     outcomes = measure(model, list(plans.values()), batches, objective=objective, progress=progress)
-    base = profile.predict(top)
+    # of one site alone: what all sites together lose beyond the sum does not come into it
+    alone = replace(profile, measured_over_summed=(1.0,) * len(profile.measured_over_summed))
+    base = alone.predict(top)
     entries = tuple(
-        Perturbation(name, level, profile.predict(plan) - base, got.divergence, got.standard_error)
+        Perturbation(name, level, alone.predict(plan) - base, got.divergence, got.standard_error)
         for ((name, level), plan), got in zip(plans.items(), outcomes, strict=False)
     )
     return Audit(entries, outcomes[-1].samples, "divergence" if objective is None else objective.unit)

@@ -34,6 +34,9 @@ from foveate.sizes import format_bytes, parse_bytes
 
 Levels = int | bytes
 
+#: The statistic of a weight whose codes were fitted to its inputs: see `Profile.statistics`.
+FITTED = "fitted"
+
 
 def tile_levels(levels: Levels, tiles: int) -> bytes:
     """One byte a tile."""
@@ -286,11 +289,14 @@ class Profile:
         objective: which loss: see `foveate.collect.objectives`.
         statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
             `output_range` float32 [2] (of its products, or of the rows looked up), `row_frequency` float32 [NT] of an
-            embedding (the share of look-ups that read each strip of rows). For each input, float32: `mean`,
-            `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits a value, of 8-bit codes), `values` [1]
-            (read by the product, a sample),
+            embedding (the share of look-ups that read each strip of rows), `fitted` float32 [1] of one rounded by
+            descent (what it loses on other data over what it loses on calibration's; `losses` are those on other
+            data). For each input, float32: `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits
+            a value, of 8-bit codes), `values` [1] (read by the product, a sample),
             `batch_moments` [2, 2] (the least and the greatest mean and variance of a batch), `batch_values` [1].
         notes: things the user should know, a sentence each.
+        measured_over_summed: for each of WEIGHT_LEVELS, the divergence that was measured with all weights at that level
+            over the sum of `losses`; 1 where it was not measured.
     """
 
     sites: tuple[Site, ...]
@@ -300,6 +306,7 @@ class Profile:
     objective: str
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    measured_over_summed: tuple[float, ...] = (1.0,) * len(WEIGHT_LEVELS)
 
     def __repr__(self) -> str:
         sites = self.weight_sites()
@@ -307,23 +314,19 @@ class Profile:
         return f"Profile({weights:,} weights at {len(sites)} sites, {self.objective}, {self.samples:,} samples)"
 
     def predict(self, plan: PrecisionMap) -> float:
-        """The loss that the profile expects of a map: the sum over tiles and inputs. Nested levels only interact
-        through it, so it is low where errors add up (docs/concepts.md).
+        """The loss that the profile expects of a map: the sum over tiles and inputs, each level of weights times what
+        was measured of it over what was summed.
         """
         total = self.predict_inputs(plan.levels)
         for site in self.weight_sites():
-            levels, table = plan.levels[site.name], self.losses[site.name]
+            levels, table = plan.levels[site.name], self.losses[site.name].double()
             if isinstance(levels, int):
-                total += float(table[:, WEIGHT_LEVELS.index(levels)].double().sum())
-            else:
-                column = torch.tensor(
-                    [
-                        WEIGHT_LEVELS.index(level) if level in WEIGHT_LEVELS else 0
-                        for level in range(max(WEIGHT_LEVELS) + 1)
-                    ]
-                )
-                index = column[torch.frombuffer(bytearray(levels), dtype=torch.uint8).long()]
-                total += float(table.gather(1, index[:, None]).double().sum())
+                column = WEIGHT_LEVELS.index(levels)
+                total += float(table[:, column].sum()) * self.measured_over_summed[column]
+                continue
+            tiles = torch.frombuffer(bytearray(levels), dtype=torch.uint8)
+            for level, column, factor in zip(WEIGHT_LEVELS, table.t(), self.measured_over_summed, strict=True):
+                total += float(column[tiles == level].sum()) * factor
         return total
 
     def predict_inputs(self, levels: Mapping[str, Levels]) -> float:

@@ -46,7 +46,8 @@ def test_passes_are_counted_as_far_as_they_go() -> None:
     backward = [_load(4, 4, last=i, gradients=True) for i in range(4)]
     assert further_passes(backward, way).whole == 3
     got = estimate(loads, [9.0] * 4, way, batch=2.0, forward=0.5, batches=10)
-    assert got.passes == pytest.approx(10 * (2.0 + 0.5 * 1.8))
+    # and ten batches again at five levels
+    assert got.passes == pytest.approx(10 * (2.0 + 0.5 * 1.8) + 10 * 5 * 0.5)
     unknown = estimate(loads, [9.0] * 4, way, batch=2.0, forward=0.5, batches=None)
     assert math.isnan(unknown.passes)
     assert "2 s a batch" in str(unknown)

@@ -328,7 +328,8 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def watch(module: nn.Module, args: tuple[Tensor]) -> None:
-        seen.append(args[0])
+        if torch.is_grad_enabled():
+            seen.append(args[0])
 
     handle = model.register_forward_pre_hook(watch)
     profile = fv.quantize(model, batches, resume=file, progress=False)
@@ -337,6 +338,7 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(seen) == 1 + 3
     assert profile.samples == 70
     assert all(torch.equal(t, expected.losses[n]) for n, t in profile.losses.items())
+    assert profile.measured_over_summed == pytest.approx(expected.measured_over_summed)
     assert not file.exists()
 
 

@@ -143,7 +143,8 @@ def test_further_passes_go_only_as_far_as_they_must(forced: Callable[..., list[P
     model = nn.Sequential(*(_Counts() for _ in range(4)))
     fv.quantize(model, [torch.randn(9, 8), torch.randn(9, 8)], objective=fv.Logits(), progress=False)
     # a probe, two batches of the first pass, and two for each share that lies at or behind a layer, but the first share
-    assert [m.calls for m in model] == [1 + 2 * 4, 1 + 2 * 3, 1 + 2 * 2, 1 + 2 * 1]
+    # (in the end two on planes at each of five levels)
+    assert [m.calls - 2 * 5 for m in model] == [1 + 2 * 4, 1 + 2 * 3, 1 + 2 * 2, 1 + 2 * 1]
 
 
 def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Plan]]) -> None:
@@ -152,7 +153,8 @@ def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Plan]
     floats = []
 
     def watch(module: nn.Module, args: Any) -> None:
-        floats.append(sum(not m.layer.weight.is_meta for m in model))  # type: ignore[union-attr]
+        if isinstance(model[0].layer, nn.Linear):
+            floats.append(sum(not m.layer.weight.is_meta for m in model))  # type: ignore[union-attr]
 
     handle = model.register_forward_pre_hook(watch)
     fv.quantize(model, [torch.randn(9, 8)], objective=fv.Logits(), progress=False)

@@ -30,13 +30,13 @@ def allocate(
     input_bits: float | None = None,
     input_levels: Sequence[int] = INPUT_CHOICE,
 ) -> PrecisionMap:
-    """Choose the level of every weight, or of every tile of it, under a budget.
+    """Choose the level of every weight, or of every strip of its tiles, under a budget.
 
     Args:
         profile: what `foveate.quantize` measured.
         budget: bytes, bits or loss.
         levels: the levels to choose among; add 0 to let tiles be dropped.
-        per_tile: whether tiles may differ within a weight.
+        per_tile: whether tiles may differ within a weight, each strip of 16 rows with a level of its own.
         tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight",
             "*.k_proj:weight")]`.
         input_level: the level of every input, 4, 8, 16 or 32; chosen by its weight's level if not given.

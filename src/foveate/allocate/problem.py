@@ -1,7 +1,9 @@
 """The allocation problem as frozen numbers: units to choose for, what each choice costs and loses.
 
-A unit is what gets one level: a tile, a whole weight, or several weights that are tied (q, k and v, say). Its cost is
-    bytes of planes and scales; the bytes that no choice changes are `fixed`.
+A unit is what gets one level: a tile, a strip of 16 rows, a whole weight, or several weights that are tied (q, k and v,
+say). A weight whose codes were chosen by descent is cut into strips: the errors of a row's groups cancel each other,
+level by level. Where neighbours are read at different levels that is lost, and with it more than levels of their own
+gain (docs/decisions.md). A unit's cost is bytes of planes and scales; the bytes that no choice changes are `fixed`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from foveate.errors import BudgetError, SiteError
 from foveate.formats.levels import WEIGHT_LEVELS, check_weight_level
-from foveate.maps import PrecisionMap, Profile, find_sites, input_level_for
+from foveate.maps import FITTED, PrecisionMap, Profile, find_sites, input_level_for
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,11 @@ class Choices:
     levels: tuple[int, ...]
     loss_UL: Tensor
     cost_UL: Tensor
+
+    @property
+    def predicted_UL(self) -> Tensor:
+        """What the choices are said to lose, where that is not what they are compared by."""
+        return self.loss_UL
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +52,12 @@ class Problem(Choices):
     profile: Profile
     input_levels: Mapping[str, int] | None
 
+    @property
+    def predicted_UL(self) -> Tensor:
+        """The losses as `Profile.predict` has them: times what was measured of each level over what was summed."""
+        known = dict(zip(WEIGHT_LEVELS, self.profile.measured_over_summed, strict=True))
+        return self.loss_UL * torch.tensor([known[level] for level in self.levels], dtype=torch.float64)
+
     def to_map(self, choice_U: Tensor) -> PrecisionMap:
         """The map of a choice: an index into `levels` for each unit."""
         level_U = torch.tensor(self.levels, dtype=torch.uint8)[choice_U]
@@ -59,7 +72,7 @@ class Problem(Choices):
                 weight = f"{site.name.removesuffix(':input')}:weight"
                 given = self.input_levels
                 levels[site.name] = input_level_for(mean[weight]) if given is None else given[site.name]
-        loss = float(self.loss_UL.gather(1, choice_U[:, None]).sum()) + self.profile.predict_inputs(levels)
+        loss = float(self.predicted_UL.gather(1, choice_U[:, None]).sum()) + self.profile.predict_inputs(levels)
         return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss)
 
 
@@ -90,8 +103,9 @@ def build(
         losses.append(table.cummin(1).values)
         costs.append(torch.tensor(site.tile_costs(), dtype=torch.float64)[columns].expand(site.tiles, -1))
         if per_tile and site.name not in owner:
-            unit_of[site.name] = torch.arange(count, count + site.tiles)
-            count += site.tiles
+            together = site.grid[1] if FITTED in profile.statistics.get(site.name, {}) else 1
+            unit_of[site.name] = count + torch.arange(site.tiles) // together
+            count += site.tiles // together
         else:
             key = owner.get(site.name, site.name)
             if key not in keys:

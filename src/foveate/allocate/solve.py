@@ -103,12 +103,26 @@ def solve_bytes(problem: Choices, room: float, least_note: str) -> Tensor:
     return min([spent, *uniform], key=lambda c: float(problem.loss_UL.gather(1, c[:, None]).sum()))
 
 
+def _predicted_gain(predicted_UL: Tensor, steps: Steps) -> Tensor:
+    """What each step takes away of what is predicted, float64 [S]."""
+    order = torch.sort(steps.unit, stable=True).indices
+    unit, level = steps.unit[order], steps.level[order]
+    before = torch.cat([level.new_zeros(1), level[:-1]])[: len(level)]
+    first = torch.cat([unit.new_full((1,), -1), unit[:-1]])[: len(unit)] != unit
+    before = torch.where(first, 0, before)
+    gain = torch.empty(len(order), dtype=torch.float64)
+    gain[order] = predicted_UL[unit, before] - predicted_UL[unit, level]
+    return gain
+
+
 def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
     """The fewest bytes whose loss, with what inputs lose, is at most `limit`."""
     steps = ordered_steps(problem)
-    start = float(problem.loss_UL[:, 0].sum())
-    least = float(problem.loss_UL[:, -1].sum())
-    left = least + steps.gain.flip(0).cumsum(0).flip(0) - steps.gain  # added up from the end, where it is least
+    predicted = problem.predicted_UL
+    start = float(predicted[:, 0].sum())
+    least = float(predicted[:, -1].sum())
+    gain = _predicted_gain(predicted, steps)
+    left = least + gain.flip(0).cumsum(0).flip(0) - gain  # added up from the end, where it is least
     limit *= 1 + 1e-9  # a map's own loss, given back as a limit, must not fail by the last place of a float
     limit -= inputs
     if least > limit:
@@ -116,11 +130,11 @@ def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
         raise BudgetError(f"no map loses as little as {total:g}: the least predicted loss is {least + inputs:g}")
     if start <= limit:
         return take(problem, steps, 0)
-    count = int((left > limit).sum()) + 1
+    count = int((left > limit).nonzero().max()) + 2 if bool((left > limit).any()) else 1
     choice = take(problem, steps, count)
     # the last step may have overshot: give back what is not needed, the most bytes first
     slack = limit - float(left[count - 1])
-    loss, cost = problem.loss_UL, problem.cost_UL
+    loss, cost = predicted, problem.cost_UL
     everyone = torch.arange(len(loss))
     below = (choice - 1).clamp_min(0)
     rise = loss[everyone, below] - loss[everyone, choice]

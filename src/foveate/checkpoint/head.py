@@ -13,7 +13,7 @@ from typing import Any
 
 from foveate.errors import CheckpointError, SiteError
 from foveate.formats.grids import EXPONENTS
-from foveate.formats.levels import PLANES, REACHES
+from foveate.formats.levels import PLANES, REACHES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS
 from foveate.maps import PrecisionMap, Site
 
@@ -193,6 +193,9 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
             raise ValueError("the profile is not described")
         if not all(isinstance(note, str) for note in about["notes"]):
             raise ValueError("a note of the profile is no text")
+        over = about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS))
+        if len(over) != len(WEIGHT_LEVELS) or not all(type(x) in (int, float) and 0 < x < float("inf") for x in over):
+            raise ValueError("measured_over_summed is not a positive number for each level")
     return head
 
 

@@ -44,7 +44,12 @@ def write(
                 parts[f"plane{p}"][name] = plane
     about: dict[str, Any] | None = None
     if profile is not None:
-        about = {"samples": profile.samples, "objective": profile.objective, "notes": list(profile.notes)}
+        about = {
+            "samples": profile.samples,
+            "objective": profile.objective,
+            "notes": list(profile.notes),
+            "measured_over_summed": list(profile.measured_over_summed),
+        }
         parts["profile"] = {f"{name}|losses": t for name, t in profile.losses.items()}
         parts["profile"].update(
             {f"{name}|{key}": t for name, kept in profile.statistics.items() for key, t in kept.items()}
@@ -249,5 +254,12 @@ def load_profile(path: PathLike) -> Profile:
                 raise CheckpointError(f"{folder}: {what} of {name} has shape {tuple(tensor.shape)}")
     about = head.profile
     return Profile(
-        head.sites, losses, head.other_bytes, about["samples"], about["objective"], statistics, tuple(about["notes"])
+        head.sites,
+        losses,
+        head.other_bytes,
+        about["samples"],
+        about["objective"],
+        statistics,
+        tuple(about["notes"]),
+        tuple(map(float, about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS)))),  # older ones have none
     )

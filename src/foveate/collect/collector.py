@@ -69,11 +69,12 @@ class Collector:
             if held is None or name in held:
                 self.by_module[name].hold()
 
-    def add(self, model: nn.Module, batch: Any) -> None:
-        """One forward and one backward pass. Raises `DataError` if the loss is not finite."""
+    def add(self, model: nn.Module, batch: Any, show: Callable[[Any], None] | None = None) -> None:
+        """One forward and one backward pass; `show` gets the output. Raises `DataError` if the loss is not finite."""
         self.calls.append([])
         with torch.enable_grad(), self._hooks(self._take, True), self._replay.running():
-            loss, samples = self._loss(model, batch, self.batches)
+            output = run(model, batch)
+            loss, samples = self._loss(output, batch, self.batches)
             if samples == 0:
                 raise DataError(f"batch {self.batches} holds no samples")
             if not bool(torch.isfinite(loss)):
@@ -83,12 +84,15 @@ class Collector:
                 )
             if not loss.requires_grad:
                 raise DataError("the model's output does not depend on any weight that can be quantized")
+            if show is not None:
+                show(output)
+            del output
             loss.backward()
         self.samples += samples
         self.batches += 1
 
-    def _loss(self, model: nn.Module, batch: Any, index: int) -> tuple[Tensor, int]:
-        return self.objective.loss(run(model, batch), batch, torch.Generator().manual_seed(self._seed + index))
+    def _loss(self, output: Any, batch: Any, index: int) -> tuple[Tensor, int]:
+        return self.objective.loss(output, batch, torch.Generator().manual_seed(self._seed + index))
 
     def again(self, model: nn.Module, batch: Any, index: int, names: Collection[str]) -> None:
         """The large statistics of some modules, from a batch that `add` has taken before.
@@ -122,7 +126,7 @@ class Collector:
                     run(model, batch)
                 return
             with self._replay.running():
-                loss, _ = self._loss(model, batch, index)
+                loss, _ = self._loss(run(model, batch), batch, index)
                 loss.backward()
 
     def last_call(self, index: int, names: Collection[str]) -> int:

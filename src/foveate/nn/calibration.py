@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -28,13 +29,14 @@ from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
 from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
-from foveate.collect.objectives import Custom, Objective
+from foveate.collect.objectives import Custom, Objective, run
 from foveate.collect.probe import Probe, probe
 from foveate.collect.replay import Replay
 from foveate.collect.statistics import statistics_of
 from foveate.errors import BudgetError, DataError
 from foveate.nn.estimate import estimate, rough
 from foveate.nn.streaming import Load, Plan, plan
+from foveate.nn.witness import Witness, witness_bytes
 from foveate.progress import say, track
 from foveate.sizes import format_bytes
 
@@ -58,6 +60,7 @@ class Calibration:
         collector: the statistics; small ones complete after the first share was asked for.
         plan: how it is gone about.
         probe: what the first batch showed.
+        witness: what the float model made of some of the batches; complete after the first share was asked for.
     """
 
     collector: Collector
@@ -101,6 +104,7 @@ class Calibration:
         gc.collect()
         taken = psutil.Process().memory_info().rss
         room = int(_SHARE * free) if memory is None else memory - taken
+        room -= witness_bytes(first, self.probe.output_bytes)
         self.plan = plan(self._loads, self.probe.kept + beside, least + beside, beside, room)
         if memory is not None and self.plan.peak > room:
             raise BudgetError(
@@ -116,6 +120,7 @@ class Calibration:
         self.collector = Collector(
             self.found, objective, held={name for entry in shares[0] for name in entry.names}, replay=replay
         )
+        self.witness = Witness(objective)
         if state is not None:
             self.collector.restore(state)
         self._count = len(batches) if isinstance(batches, Sized) else None
@@ -168,10 +173,14 @@ class Calibration:
             for index, batch in enumerate(track(self._stream, label, total=self._count, show=self._progress)):
                 if self._kept is not None:
                     self._kept.append(batch)
+                wanted = self.witness.wants(batch)
                 if index < done:
+                    if wanted:
+                        with torch.no_grad():
+                            self.witness.keep(batch, run(self._model, batch))
                     continue
                 started = time.perf_counter()
-                self.collector.add(self._model, batch)
+                self.collector.add(self._model, batch, partial(self.witness.keep, batch) if wanted else None)
                 seen = self.collector.batches
                 if index == done:
                     self._say_how_long(time.perf_counter() - started, done)

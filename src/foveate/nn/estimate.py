@@ -19,8 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from foveate.collect.statistics import TOGETHER, Factored
+from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.nn.streaming import Load, Plan, further_passes
+from foveate.nn.witness import MOST
 from foveate.planes import from_codes
 from foveate.rounding import round_weight, with_descent
 from foveate.rounding.descent import SWEEPS
@@ -143,7 +145,10 @@ def estimate(
         for load, rows in zip(loads, inputs, strict=True)
     )
     further = further_passes(loads, way)
-    passes = math.nan if batches is None else batches * (batch * (1 + further.whole) + forward * further.forward)
+    passes = math.nan
+    if batches is not None:
+        passes = batches * (batch * (1 + further.whole) + forward * further.forward)
+        passes += min(batches, MOST) * len(NESTED_LEVELS) * forward  # again on planes, at each level
     return Estimate(passes, batch, rounding, len(way.shares))
 
 

@@ -27,18 +27,19 @@ from foveate.errors import DataError, SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.formats.packing import GROUPS, TILE_ROWS, check_group
 from foveate.kernels.dispatch import ensure_loaded
-from foveate.maps import Profile, Site
-from foveate.nn.calibration import Calibration
+from foveate.maps import FITTED, Profile, Site
+from foveate.nn.calibration import Calibration, frozen
 from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.heap import given_back
 from foveate.nn.install import install, site_of
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.routing import Routing
+from foveate.nn.witness import with_measured
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
-from foveate.rounding import round_weight, with_descent
-from foveate.rounding.descent import SHARES, SHARES_LOOKED_UP
-from foveate.rounding.nearest import PRICES, PRICES_FOR_DESCENT
+from foveate.rounding import Belief, belief, beyond, freedom, round_weight, with_descent
+from foveate.rounding.descent import INPUT_DAMPING, SHARES_LOOKED_UP
+from foveate.rounding.nearest import PRICES
 from foveate.sensitivity import tile_losses
 from foveate.sizes import parse_bytes
 
@@ -157,6 +158,8 @@ def _quantized(
         statistics,
         tuple(notes),
     )
+    with frozen(model):
+        profile = with_measured(profile, model, registry, calibration.witness, progress)
     registry.profile = profile
     top = profile.uniform(TOP_LEVEL)
     registry.apply(top, top)
@@ -234,14 +237,18 @@ def _all_rounded(
 
 def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Routing, group: int | None) -> _Quantized:
     w_NK = weight_matrix(entry.modules[0])
-    planes = _on_planes(entry, w_NK, seen, group)
+    planes, elsewhere = _on_planes(entry, w_NK, seen, group, routing.samples)
     fishers = [routing.fisher(name) for name in entry.names]
+    losses = _losses(w_NK, planes, fishers, [s.covariance() for s in seen], [s.gradients() for s in seen])
+    kept = {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])}
+    if elsewhere is not None:
+        kept[FITTED] = torch.tensor([elsewhere])
     return _Quantized(
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,
         cast(Tensor, entry.modules[0].weight).dtype,
-        _losses(w_NK, planes, fishers, [s.covariance() for s in seen], [s.gradients() for s in seen]),
-        {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])},
+        losses * (elsewhere or 1.0),
+        kept,
     )
 
 
@@ -266,8 +273,12 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
-def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], group: int | None) -> PlaneTensor:
-    """Round and pack one weight."""
+def _on_planes(
+    entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], group: int | None, samples: int
+) -> tuple[PlaneTensor, float | None]:
+    """Round and pack one weight; with what it loses on other data over what it loses on these, if it was fitted to
+    them.
+    """
     size = check_group(group) if group is not None else group_for(w_NK.shape[1])
     energies = [e for e in (s.input_energy() for s in seen if float(s.tensors["rows"])) if e is not None]
     if energies:
@@ -276,20 +287,23 @@ def _on_planes(entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], gro
         columns = seen[0].tensors.get("gradient_K")
         energy = columns.float() if columns is not None and bool(columns.any()) else None
     covariances = [c for c in (s.covariance() for s in seen) if c is not None]
-    descends = bool(covariances) and not _saw_too_little(seen)
-    looked_up = any(s.kind is Kind.EMBEDDING for s in seen)
-    prices = PRICES_FOR_DESCENT if descends and not looked_up else PRICES
+    way, elsewhere, covariance = Belief(SHARES_LOOKED_UP, PRICES, INPUT_DAMPING), None, None
+    if covariances and not _saw_too_little(seen):
+        covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
+        free = freedom(covariance, _rows_of_covariances(seen))
+        elsewhere = beyond(free)
+        if not any(s.kind is Kind.EMBEDDING for s in seen):
+            way = belief(free, samples)
     try:
-        rounded = round_weight(w_NK, group=size, input_energy_K=energy, prices=prices)
+        rounded = round_weight(w_NK, group=size, input_energy_K=energy, prices=way.prices)
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
-    if descends:
-        covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
-        shares = SHARES_LOOKED_UP if looked_up else SHARES
-        rounded = with_descent(w_NK, rounded, covariance, _gradients(seen), shares=shares)
-    return from_codes(
+    if covariance is not None:
+        rounded = with_descent(w_NK, rounded, covariance, _gradients(seen), shares=way.shares, damping=way.damping)
+    planes = from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )
+    return planes, elsewhere
 
 
 def _gradients(seen: Sequence[WeightStatistics]) -> Tensor | None:
@@ -301,7 +315,12 @@ def _gradients(seen: Sequence[WeightStatistics]) -> Tensor | None:
 def _saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
     """Whether a weight's covariance is of fewer rows than it has columns."""
     with_one = [s.tensors for s in seen if "covariance_KK" in s.tensors]
-    return bool(with_one) and 0 < sum(float(t["rows"]) for t in with_one) < len(with_one[0]["energy_K"])
+    return bool(with_one) and 0 < _rows_of_covariances(seen) < len(with_one[0]["energy_K"])
+
+
+def _rows_of_covariances(seen: Sequence[WeightStatistics]) -> float:
+    """Rows that the covariances of a weight's uses are of."""
+    return sum(float(s.tensors["rows"]) for s in seen if "covariance_KK" in s.tensors)
 
 
 def _losses(

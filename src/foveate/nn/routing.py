@@ -40,6 +40,11 @@ class Routing:
                 known = [name for name in names if name in collector.by_module]
                 self._places.update({n: (layer, i, known) for i, n in enumerate(names) if n in collector.by_module})
 
+    @property
+    def samples(self) -> int:
+        """How many samples calibration saw."""
+        return self._collector.samples
+
     def __contains__(self, name: str) -> bool:
         return name in self._places
 

@@ -22,26 +22,102 @@ other. docs/decisions.md has the figures behind the numbers here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.dispatch import ensure_loaded
-from foveate.rounding.nearest import Rounded, restoring_gains
+from foveate.rounding.nearest import PRICES, PRICES_FOR_DESCENT, Rounded, restoring_gains
 
 #: What a squared error costs at each level.
 SHARES: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.0}
 #: The same for a weight that is also an embedding: nothing makes up for the errors of rows that are looked up, and
 #: allocation gives them many bits.
 SHARES_LOOKED_UP: Mapping[int, float] = {**SHARES, 6: 4.0, 8: 96.0}
+#: Freedom (d/n) up to which H is believed at all levels, and from which it is not at 6 and 8 bits; how many samples it
+#: takes until what the rows of one have in common weighs no more than that there are few rows; and the damping of few.
+_BELIEVED = (0.18, 0.32)
+_SAMPLES = 300
+_DAMPING_OF_FEW = 1.0
 #: How often all codes are gone through.
 SWEEPS = 10
 #: Of the mean of a covariance's diagonal, added to the diagonal: against what calibration never varied of the inputs,
 #: and what it saw too little of in gradients, which may be of no more than there are samples.
 INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.3
+
+
+def freedom(covariance_KK: Tensor, rows: float) -> float:
+    """Of the rows that inputs were seen in, the share that descent has directions to fit to them; at most a half.
+
+    As many as damping leaves, tr H (H + damping)^-1, over the rows. It is what decides how far H can be believed.
+
+    Args:
+        covariance_KK: E[x x^T], as `with_descent` takes it.
+        rows: of how many.
+    """
+    metric_KK = _as_metric(covariance_KK, INPUT_DAMPING)
+    if metric_KK is None:
+        return 0.0
+    lower_KK, failed = torch.linalg.cholesky_ex(metric_KK)
+    if int(failed):
+        return 0.0
+    left = float(torch.cholesky_inverse(lower_KK).diagonal().double().sum())
+    return min(max(len(metric_KK) - INPUT_DAMPING * left, 0.0) / rows, 0.5)
+
+
+def beyond(free: float) -> float:
+    """What codes that were chosen by descent lose on other inputs, over what they lose on those they were chosen on.
+
+    dW H dW^T is made small on the H of some rows, and directions in which that is small by chance look cheap. For a
+    form that is minimized freely in d directions on n rows the two differ by 1 / (1 - d/n)^2, as the risk of a
+    portfolio does (Varga-Haszonits et al., arXiv:1606.08679).
+
+    Args:
+        free: d/n (`freedom`).
+    """
+    return 1 / (1 - free) ** 2
+
+
+@dataclass(frozen=True)
+class Belief:
+    """How far descent goes by what calibration saw.
+
+    Attributes:
+        shares: what an error costs at each level.
+        prices: what it costs at 6 and 8 bits for the grids that descent starts from.
+        damping: of the inputs' covariance, in means of its diagonal.
+    """
+
+    shares: Mapping[int, float]
+    prices: tuple[float, float]
+    damping: float
+
+
+def belief(free: float, samples: float) -> Belief:
+    """How far descent should go by a covariance of so many rows, of so many independent samples.
+
+    Where few were seen, part of what descent gains at 4 bits and below is still there on others, but at 8 bits, where
+    nearest codes leave hardly any error, fitting loses more than there was. So there the covariance is damped more, and
+    6 and 8 bits weigh more, up to what they do for nearest codes.
+
+    Args:
+        free: d/n (`freedom`).
+        samples: tokens of a language model, sentences of an encoder, images: rows of one have much in common.
+    """
+    low, high = _BELIEVED
+    free *= 1 + _SAMPLES / max(samples, 1)
+    part = min(max(math.log(max(free, low) / low) / math.log(high / low), 0.0), 1.0)
+
+    def between(many: float, few: float) -> float:
+        return math.exp((1 - part) * math.log(many) + part * math.log(few))
+
+    shares = {level: between(SHARES[level], SHARES_LOOKED_UP[level]) for level in SHARES}
+    (six, eight), (six_few, eight_few) = PRICES_FOR_DESCENT, PRICES
+    return Belief(shares, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _DAMPING_OF_FEW))
 
 
 @torch.no_grad()
@@ -53,6 +129,7 @@ def with_descent(
     *,
     shares: Mapping[int, float] = SHARES,
     sweeps: int = SWEEPS,
+    damping: float = INPUT_DAMPING,
 ) -> Rounded:
     """The same grids with other codes, chosen for the least error of the outcome over all levels.
 
@@ -65,11 +142,12 @@ def with_descent(
             compiled (a plain loop over all elements would take hours).
         shares: what an error costs at each nested level.
         sweeps: how often all codes are gone through.
+        damping: of the covariance, in means of its diagonal.
 
     Returns:
         `rounded` with other codes and gains; `rounded` itself if the covariance is of no use (zero, or not finite).
     """
-    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, shares, sweeps)
+    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, shares, sweeps, damping)
     if codes_2NK is None:
         return rounded
     gain = restoring_gains(w_NK, codes_2NK[0], rounded, covariance_KK.diagonal())
@@ -83,12 +161,13 @@ def best_codes(
     gradients_BRR: Tensor | None,
     shares: Mapping[int, float],
     sweeps: int,
+    damping: float = INPUT_DAMPING,
 ) -> Tensor | None:
     """4-bit codes and residuals, uint8 [2, N, K], on the scales, offsets and gains of `grid`.
 
     None where the covariance is of no use. The rest is as `with_descent` has it.
     """
-    metric_KK = _as_metric(covariance_KK, INPUT_DAMPING)
+    metric_KK = _as_metric(covariance_KK, damping)
     if metric_KK is None:
         return None
     order_K = torch.argsort(covariance_KK.diagonal(), descending=True, stable=True)
