@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,8 +163,7 @@ class ActivationStore:
         if need is not Need.VALUES or interval.length < self.settings.smallest:
             return None
         recipe = self._recipes.find(tensor)
-        exact = self.settings.levels is not None  # is promised where it is asked for, to the bit
-        if recipe is None or (exact and not any(root.lossy for root in recipe.roots)):
+        if recipe is None or not self._may_run_again(recipe.roots):
             return None
         whole = Interval(0, tensor.untyped_storage().nbytes() // tensor.element_size(), True)
         return self._held_by_others(Payload(name, step, need, whole, Derived(recipe, self._view)))
@@ -177,7 +176,11 @@ class ActivationStore:
         if form is None and are_sums(call, tensor):
             for site in {source.item.site for source in call.packed} & self.planner.ledger.sites.keys():
                 self.planner.ledger.sites[site].rule = FUSED_ATTENTION
-        return form if form is not None and any(root.lossy for root in form.roots) else None
+        return form if form is not None and self._may_run_again(form.roots) else None
+
+    def _may_run_again(self, roots: Sequence[Payload]) -> bool:
+        """Whether what is made from these may be made again: exact is to the bit where it is asked for."""
+        return self.settings.levels is None or any(root.lossy for root in roots)
 
     def _held_by_others(self, payload: Payload) -> Payload:
         """Note that a payload is computed from others, whose errors are then no closed form."""
