@@ -215,3 +215,33 @@ def test_where_nothing_can_be_probed_not_every_step_is_profiled() -> None:
     with pytest.warns(RuntimeWarning, match="cannot be probed"):
         train()
     assert sum(seen) < 10
+
+
+class _RootMeanSquare(nn.Module):
+    """A norm made of parts, as transformers' Llama has it, and a gate of one value a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head, self.gate = nn.Embedding(50, 64), nn.Linear(64, 50), nn.Linear(64, 1)
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids) * torch.logspace(-2, 1, 50)[ids][..., None]
+        normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        logits: Tensor = self.head(self.scale * normed * self.gate(normed))
+        return logits
+
+
+def test_what_scales_a_whole_row_keeps_sixteen_bits_or_more() -> None:
+    torch.manual_seed(12)
+    model = _RootMeanSquare()
+    with fv.compress_activations(model, error=0.5, smallest=1, audit_every=1) as store:
+        for _ in range(14):
+            ids = torch.randint(0, 50, (16, 65))
+            _loss(model, [ids[:, :-1]], ids[:, 1:].flatten()).backward()
+    assert store.latest is not None
+    rows = {name: kept for name, kept in store.latest.kept.items() if kept.original == 4 * 16 * 64}
+    assert any(":saved.rsqrt" in name for name in rows)
+    assert all(kept.level >= 16 for name, kept in rows.items() if kept.held), rows
+    assert min(kept.level for kept in store.latest.kept.values() if kept.form == "grouped") <= 4
+    assert all(audited <= 0.5 for _, _, audited in store.audits)

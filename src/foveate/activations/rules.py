@@ -9,9 +9,10 @@ whether they are within bounds, or their shape (lossless at a bit or at nothing)
 error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is
 saved: stochastic rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a
 bias does not average out, so the error at 2 bits counts several times (ledger.py). `floor` is the least level on offer:
-log-probabilities, on which everything after them depends, may go to 16 bits and no lower; fused attention's arguments
-to 4, if its results are not computed again from them (attention.py). A function without a rule is
-treated with the greatest care: exact until a probe has measured it.
+log-probabilities, on which everything after them depends, and reciprocal roots, of which a norm made of parts has one
+for a whole row, may go to 16 bits and no lower; fused attention's arguments to 4, if its results are not computed again
+from them (attention.py). A function without a rule is treated with the greatest care: exact until a probe has measured
+it.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class Rule:
 _LINEAR = Rule(exact=(1, "weight", 2, "bias"), linear="linear")
 _CONV = Rule(exact=(1, "weight", 2, "bias"), linear="conv")
 _BILINEAR = Rule()
+#: Of products element by element: what one factor has few values of is a scale of many of the other's.
+_PRODUCT = Rule(smallest_share=1 / 16)
 _CURVED = Rule(curved=True)
 _NORM = Rule(curved=True, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5)
 _SHAPE = Rule(Need.SHAPE)
@@ -131,7 +134,7 @@ RULES: Mapping[str, Rule] = {
         ("addmm", "baddbmm", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "dot", "einsum", "addcmul"),
         _BILINEAR,
     ),
-    **dict.fromkeys(("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"), _BILINEAR),
+    **dict.fromkeys(("mul", "__mul__", "__rmul__", "mul_", "__imul__", "multiply"), _PRODUCT),
     **dict.fromkeys(("relu", "relu_"), Rule(Need.PASSES)),
     **dict.fromkeys(("leaky_relu", "leaky_relu_"), Rule(Need.POSITIVE)),
     **dict.fromkeys(("relu6", "hardtanh", "hardtanh_", "hardsigmoid"), Rule(Need.INSIDE)),
@@ -150,7 +153,8 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(
         ("gelu", "silu", "elu", "celu", "selu", "softplus", "mish", "hardswish", "sigmoid", "tanh"), _CURVED
     ),
-    **dict.fromkeys(("square", "exp", "exp_", "rsqrt", "sigmoid_", "tanh_", "softmax"), _CURVED),
+    **dict.fromkeys(("square", "exp", "exp_", "sigmoid_", "tanh_", "softmax"), _CURVED),
+    "rsqrt": Rule(curved=True, floor=16),
     **dict.fromkeys(("pow", "pow_", "__pow__", "__ipow__", "float_power"), Rule(curved=True, power=True)),
     **dict.fromkeys(("grid_sample", "grid_sampler", "grid_sampler_2d", "grid_sampler_3d"), Rule(exact=(1, "grid"))),
     **dict.fromkeys(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"), _NORM),
