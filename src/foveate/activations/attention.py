@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.activations.payloads import Computed
 from foveate.activations.recipes import Source, laid_out
 from foveate.activations.scope import Call
 
@@ -65,7 +66,7 @@ class Attended:
 
 
 @dataclass(frozen=True)
-class Again:
+class Again(Computed):
     """A result of attention that is computed again: a form that holds nothing.
 
     Attributes:
@@ -82,16 +83,6 @@ class Again:
     def roots(self) -> tuple[Any, ...]:
         """The payloads that it is computed from."""
         return tuple(source.item for source in self.attended.inputs[-3:])
-
-    @property
-    def bytes(self) -> int:
-        """Bytes held."""
-        return 0
-
-    @property
-    def level(self) -> int:
-        """Bits a value."""
-        return 0
 
     def values(self) -> Tensor:
         """The values, [n], in the order in which they lay in memory."""

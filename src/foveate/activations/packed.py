@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.activations.attention import Again
 from foveate.activations.identity import Interval
-from foveate.activations.payloads import Exact, Form, Grouped
+from foveate.activations.payloads import Computed, Exact, Form, Grouped
 from foveate.activations.peak import Token
 from foveate.activations.recipes import Recipe, Source
 from foveate.activations.rules import Need
@@ -22,7 +21,7 @@ from foveate.activations.steps import Record, Step
 
 
 @dataclass(frozen=True)
-class Derived:
+class Derived(Computed):
     """A recipe, and how its sources are read now: a form that holds nothing."""
 
     recipe: Recipe
@@ -32,16 +31,6 @@ class Derived:
     def roots(self) -> tuple[Any, ...]:
         """The payloads that it is computed from."""
         return self.recipe.roots
-
-    @property
-    def bytes(self) -> int:
-        """Bytes held."""
-        return 0
-
-    @property
-    def level(self) -> int:
-        """Bits a value."""
-        return 0
 
     def values(self) -> Tensor:
         """The values, [n], in the order in which the result lay in memory."""
@@ -74,12 +63,12 @@ class Payload:
         self.other: Form | None = None
         self.record: Record | None = None
         self.token: Token | None = None
-        self.lossy = isinstance(form, (Grouped, Derived, Again))
+        self.lossy = isinstance(form, (Grouped, Computed))
 
     @property
     def rounded(self) -> tuple[Payload, ...]:
         """The payloads whose errors it has: itself, or those that it is computed from."""
-        return self.form.roots if isinstance(self.form, (Derived, Again)) else (self,)
+        return self.form.roots if isinstance(self.form, Computed) else (self,)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ are in packed.py. `bytes` counts what the form holds that plain training would n
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -128,13 +129,8 @@ class Narrow:
         return unpacked
 
 
-@dataclass(frozen=True)
-class Empty:
-    """No values: memory that is never read, of the right shape."""
-
-    length: int
-    dtype: torch.dtype
-    device: torch.device
+class Nothing:
+    """Forms that hold nothing."""
 
     @property
     def bytes(self) -> int:
@@ -145,6 +141,24 @@ class Empty:
     def level(self) -> int:
         """Bits a value."""
         return 0
+
+
+class Computed(Nothing, ABC):
+    """Forms whose values are computed from others' when they are asked for."""
+
+    @property
+    @abstractmethod
+    def roots(self) -> tuple[Any, ...]:
+        """The payloads that they are computed from."""
+
+
+@dataclass(frozen=True)
+class Empty(Nothing):
+    """No values: memory that is never read, of the right shape."""
+
+    length: int
+    dtype: torch.dtype
+    device: torch.device
 
     def values(self) -> Tensor:
         """The values, [n]."""

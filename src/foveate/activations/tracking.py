@@ -9,9 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from foveate.activations.attention import Again
-from foveate.activations.packed import Derived, Payload
-from foveate.activations.payloads import Empty, Exact
+from foveate.activations.packed import Payload
+from foveate.activations.payloads import Exact, Nothing
 from foveate.activations.peak import PeakTracker, Token
 from foveate.activations.timeline import Timeline
 
@@ -56,7 +55,7 @@ class Tracking:
 
     def stored(self, payload: Payload, tensor: Tensor) -> Token | None:
         """A payload was made of a tensor."""
-        if self._tracker is None or self.timeline is not None or isinstance(payload.form, (Again, Derived, Empty)):
+        if self._tracker is None or self.timeline is not None or isinstance(payload.form, Nothing):
             return None
         held = [value for value in vars(payload.form).values() if isinstance(value, Tensor)]
         flat = tensor.detach().as_strided((payload.interval.length,), (1,), payload.interval.start)
