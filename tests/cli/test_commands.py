@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -328,3 +329,8 @@ def test_without_typer_it_says_what_to_install(
         cli.main()
     assert exit_.value.code == 2
     assert 'pip install "foveate[cli]"' in capsys.readouterr().err
+
+
+def test_the_package_runs_as_the_command() -> None:
+    run = subprocess.run([sys.executable, "-m", "foveate", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"{fv.__version__}\n"

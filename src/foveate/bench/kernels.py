@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from foveate.kernels.dispatch import ensure_loaded
 from foveate.kernels.threads import threads
 from foveate.planes import PlaneTensor, gathered, linear
 from foveate.progress import track
+from foveate.sizes import free_memory
 
 _NO_BIAS = torch.empty(0)
 #: Rows of x for every level, and more for 4 bits.
@@ -162,7 +162,7 @@ def _runs(sizes: Sizes) -> list[list[Run]]:
         torch.randint(0, len(NESTED_LEVELS), grid, generator=generator)
     ]
     half = 4 * torch.randint(0, 2, grid, dtype=torch.uint8, generator=generator)
-    set_bytes = min(sizes.set_bytes, psutil.virtual_memory().available // 3 // (len(NESTED_LEVELS) + 2))
+    set_bytes = min(sizes.set_bytes, free_memory() // 3 // (len(NESTED_LEVELS) + 2))
 
     def level(level: int) -> list[Run]:
         copies = Copies.of(weight.kept(torch.full(grid, level, dtype=torch.uint8)), set_bytes)

@@ -38,7 +38,7 @@ from foveate.nn.estimate import estimate, rough
 from foveate.nn.streaming import Load, Plan, plan
 from foveate.nn.witness import Witness, witness_bytes
 from foveate.progress import say, track
-from foveate.sizes import format_bytes
+from foveate.sizes import format_bytes, free_memory
 
 #: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
 _SAVE_EVERY = 16
@@ -87,7 +87,7 @@ class Calibration:
         """
         self._model, self.found, self._resume, self._progress = model, list(found), resume, progress
         self._names = [name for entry in found for name in entry.names]
-        free = psutil.virtual_memory().available
+        free = free_memory()
         stream = iter(batches)
         first = next(stream, None)
         if first is None:

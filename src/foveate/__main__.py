@@ -1,0 +1,5 @@
+"""`python -m foveate`: the command."""
+
+from foveate.cli import main
+
+main()
