@@ -38,7 +38,7 @@ def tiny_task() -> activation_tasks.Task:
     def optimizer(model):
         return torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 
-    return activation_tasks.Task("tiny8", "random weights", 6, build, optimizer, batches, loss, held_out)
+    return activation_tasks.Task("tiny8", "random weights", 6, build, optimizer, batches, loss, held_out, seeds=2)
 
 
 def test_an_interval_of_paired_differences_is_that_of_a_t_test():
@@ -55,7 +55,7 @@ def test_an_interval_of_paired_differences_is_that_of_a_t_test():
 
 def test_training_is_compared_seed_by_seed():
     pytest.importorskip("scipy.stats")
-    measured = activation_training.measure_training([tiny_task()], seeds=2, targets=(0.5, 0.3))
+    measured = activation_training.measure_training([tiny_task()], targets=(0.5, 0.3))
     figures = measured.figures
     assert figures["saved_ratio"] == pytest.approx(figures["saved_ratio_tiny"])
     assert figures["saved_ratio"] > 2

@@ -44,6 +44,7 @@ class Task:
         held_out: (model in evaluation mode) -> its loss on data that it is not trained on.
         settle: plain steps before bounds are measured, so that the gradient is not that of random weights.
         clip: the norm that a longer gradient is cut down to; None for any.
+        seeds: of runs, each plainly and compressed.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Task:
     held_out: Callable[[nn.Module], float]
     settle: int = 0
     clip: float | None = None
+    seeds: int = 5
 
     def schedule(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
         """A short rise and a cosine down to zero."""
@@ -67,7 +69,7 @@ class Task:
 
 
 def tasks(folder: Path, share: float = 1.0) -> Iterator[Task]:
-    """The three, one at a time; `share` scales steps and held-out data."""
+    """The three, one at a time; `share` scales steps, seeds and held-out data."""
     for load in (resnet20, llama, minilm):
         yield load(folder, share)
 
@@ -147,6 +149,7 @@ def resnet20(folder: Path, share: float = 1.0) -> Task:
         batches,
         _classified,
         held_out,
+        seeds=_some(5, share),
     )
 
 
@@ -185,7 +188,8 @@ def llama(folder: Path, share: float = 1.0) -> Task:
     """A Llama of width 256 and 6 layers from random weights, AdamW, 4 windows of 256 bytes a step, norms clipped at 1.
 
     Llamas are trained with clipping. Without it the loss ends 4 % higher, and weights that start off by 1 in 100,000
-    end up to .4 % apart, which hides what compression does; with it, 5 in 10,000,000.
+    end up to .4 % apart, which hides what compression does; with it, 5 in 10,000,000. From random weights, runs whose
+    gradients differ by a tenth end .5 % apart (one deviation) in either direction, so it takes 16 of them.
     """
     text = torch.frombuffer(bytearray((folder / "text" / TEXT).read_bytes()), dtype=torch.uint8).long()
     seen, kept = text[: len(text) * 7 // 8], text[len(text) * 7 // 8 :]
@@ -216,6 +220,7 @@ def llama(folder: Path, share: float = 1.0) -> Task:
         held_out,
         _some(60, share),
         clip=1.0,
+        seeds=_some(16, share),
     )
 
 
@@ -269,6 +274,7 @@ def minilm(folder: Path, share: float = 1.0) -> Task:
         batches,
         _scored,
         held_out,
+        seeds=_some(5, share),
     )
 
 

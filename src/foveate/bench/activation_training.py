@@ -33,7 +33,6 @@ from foveate.progress import log
 
 #: Error targets from the largest down.
 TARGETS = (0.5, 0.3, 0.1)
-SEEDS = 5
 #: The gap that may not be exceeded, as a share of the loss.
 GAP = 0.005
 
@@ -134,27 +133,27 @@ def _peak(
                 return bytes
 
 
-def measure_training(tasks: Iterable[Task], seeds: int = SEEDS, targets: Sequence[float] = TARGETS) -> Measured:
-    """Train every task with every seed, plainly and at the largest error target whose gap is unseen."""
+def measure_training(tasks: Iterable[Task], targets: Sequence[float] = TARGETS) -> Measured:
+    """Train every task with its seeds, plainly and at the largest error target whose gap is unseen."""
     rounds: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     notes: list[str] = []
     for task in tasks:
-        plain = [_run(task, seed, None) for seed in range(seeds)]
+        plain = [_run(task, seed, None) for seed in range(task.seeds)]
         rounds += plain
         losses = [row["loss"] for row in plain]
         for error in targets:
-            ours = [_run(task, seed, error) for seed in range(seeds)]
+            ours = [_run(task, seed, error) for seed in range(task.seeds)]
             gap = paired(losses, [row["loss"] for row in ours])
             rounds += [row | {"gap_low": gap.low, "gap_high": gap.high} for row in ours]
             log.info("%s at %g: gap %+.4f to %+.4f", task.name, error, gap.low, gap.high)
             if gap.unseen:
                 break
-        ratio = math.exp(sum(math.log(row["saved_ratio"]) for row in ours) / seeds)
+        ratio = math.exp(sum(math.log(row["saved_ratio"]) for row in ours) / task.seeds)
         name = task.name.rstrip("0123456789")
         figures |= {
             f"error_{name}": error,
-            f"loss_{name}": sum(losses) / seeds,
+            f"loss_{name}": sum(losses) / task.seeds,
             f"gap_low_{name}": gap.low,
             f"gap_high_{name}": gap.high,
             f"loss_gap_within_{name}": float(gap.unseen),
@@ -162,7 +161,7 @@ def measure_training(tasks: Iterable[Task], seeds: int = SEEDS, targets: Sequenc
             f"peak_ratio_{name}": plain[0]["peak"] / ours[0]["peak"],
         }
         notes.append(
-            f"{task.name}: from {task.start}, {task.steps} steps, {seeds} seeds; plain loss "
+            f"{task.name}: from {task.start}, {task.steps} steps, {task.seeds} seeds; plain loss "
             f"{min(losses):.4f} to {max(losses):.4f}"
         )
     return Measured(figures | _overall(figures), rounds, notes)

@@ -17,7 +17,7 @@ from foveate.bench.activation_bounds import STEPS, measure_bounds
 from foveate.bench.activation_budgets import measure_budgets
 from foveate.bench.activation_tasks import tasks
 from foveate.bench.activation_times import Sizes, measure_times
-from foveate.bench.activation_training import SEEDS, measure_training
+from foveate.bench.activation_training import measure_training
 from foveate.bench.cases import VARIABLE, data_folder
 from foveate.bench.result import Measured, Neighbours
 from foveate.errors import BudgetError, FoveateError
@@ -52,7 +52,7 @@ def measure(parts: Sequence[str] = PARTS, share: float = 1.0) -> Measured:
         found.append(Measured({}, (), (note,)))
     with Neighbours() as neighbours:
         if folder is not None and "training" in parts:
-            found.append(measure_training(tasks(folder, share), max(2, round(SEEDS * share))))
+            found.append(measure_training(tasks(folder, share)))
         if folder is not None and "bounds" in parts:
             found.append(measure_bounds(tasks(folder, share), steps=max(12, round(STEPS * share))))
         if folder is not None and "budgets" in parts:
