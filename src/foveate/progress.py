@@ -36,8 +36,8 @@ def track(items: Iterable[Item], label: str, *, total: int | None = None, show: 
 
 
 def say(text: str) -> None:
-    """A line for whoever waits: to the log where somebody listens, else to stderr."""
+    """A line for whoever waits: to the log where somebody listens, else, if the log has no level of its own, to stderr."""
     if log.isEnabledFor(logging.INFO):
         log.info(text)
-    else:
+    elif log.level == logging.NOTSET:
         print(text, file=sys.stderr)

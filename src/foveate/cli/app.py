@@ -15,6 +15,7 @@ from foveate.cli import allocate, audit, evaluate, generate, inspect, quantize, 
 from foveate.cli.console import emit, figures_table, show
 from foveate.cli.options import Json
 from foveate.errors import CheckpointError, FoveateError
+from foveate.version import __version__
 
 #: What typer raises for an option or an argument that is wrong; typer does not export it by name.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -66,7 +67,11 @@ def _prepare(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")
     ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
     log = logging.getLogger("foveate")
     log.handlers[:] = [_ToStderr()]
     log.setLevel(logging.WARNING if quiet else logging.INFO)

@@ -70,14 +70,15 @@ def is_causal(config: Any) -> bool:
 
 
 def load_original(name: str) -> nn.Module:
-    """The model in float32: `AutoModelForCausalLM` if it predicts tokens, else `AutoModel`.
+    """The model in float32, head included: of the class that its configuration names, or else `AutoModel`.
 
     Raises:
         CheckpointError: no such model, or no weights.
     """
     config = config_of(name)
     package = transformers()
-    kind = package.AutoModelForCausalLM if is_causal(config) else package.AutoModel
+    named = [getattr(package, architecture, None) for architecture in config.architectures or ()]
+    kind = next((one for one in named if one is not None), package.AutoModel)
     log.info("loading %s", name)
     try:
         return cast(nn.Module, kind.from_pretrained(name, dtype=torch.float32).eval())
@@ -92,15 +93,15 @@ def load_planes(path: Path, keep: fv.PrecisionMap | int | None = None) -> nn.Mod
     return fv.load(path, keep=keep)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, instead: str = "give token ids with --tokens FILE.npy or .safetensors") -> Any:
     """The model's tokenizer.
 
     Raises:
-        DataError: there is none; the message says what to give instead.
+        DataError: there is none; the message says what to do `instead`.
     """
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise DataError(f"{name} holds no tokenizer: give token ids with --tokens FILE.npy or .safetensors")
+        raise DataError(f"{name} holds no tokenizer: {instead}")
     try:
         return transformers().AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
