@@ -36,7 +36,7 @@ def track(items: Iterable[Item], label: str, *, total: int | None = None, show: 
 
 
 def say(text: str) -> None:
-    """A line for whoever waits: to the log where somebody listens, else, if the log has no level of its own, to stderr."""
+    """A line for whoever waits: to the log where somebody listens, else to stderr; nowhere if it is to be quiet."""
     if log.isEnabledFor(logging.INFO):
         log.info(text)
     elif log.level == logging.NOTSET:

@@ -74,6 +74,7 @@ def load_original(name: str) -> nn.Module:
 
     Raises:
         CheckpointError: no such model, or no weights.
+        DataError: it takes something else than token ids.
     """
     config = config_of(name)
     package = transformers()
@@ -81,9 +82,18 @@ def load_original(name: str) -> nn.Module:
     kind = next((one for one in named if one is not None), package.AutoModel)
     log.info("loading %s", name)
     try:
-        return cast(nn.Module, kind.from_pretrained(name, dtype=torch.float32).eval())
+        model = cast(nn.Module, kind.from_pretrained(name, dtype=torch.float32).eval())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the model {name}: {_first_line(error)}") from error
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}: a {type(model).__name__} does not run on token ids alone ({_first_line(error)}): "
+            "use foveate.quantize in Python"
+        ) from error
+    return model
 
 
 def load_planes(path: Path, keep: fv.PrecisionMap | int | None = None) -> nn.Module:
