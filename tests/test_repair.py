@@ -88,5 +88,5 @@ def test_what_no_map_keeps() -> None:
     model, _, reference = _quantized()
     with pytest.raises(BudgetError, match=r"no map loses as little as 1e-12: the best one measures"):
         fv.repair(model, fv.Budget(loss=1e-12), HELD_OUT, reference=reference, progress=False)
-    with pytest.raises(BudgetError, match="is not one of loss"):
+    with pytest.raises(BudgetError, match="is not a budget of loss"):
         fv.repair(model, fv.Budget(bits=4), HELD_OUT, progress=False)

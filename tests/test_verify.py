@@ -115,6 +115,8 @@ def test_no_data_and_bad_data() -> None:
     model, profile = quantized_mlp()
     with pytest.raises(DataError, match="there are no batches to measure on"):
         fv.verify(model, profile.uniform(2), [], progress=False)
+    with pytest.raises(SiteError, match="4 is not a PrecisionMap"):
+        fv.verify(model, 4, HELD_OUT, progress=False)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="batch 1: the reference's output is not finite"):
         fv.verify(model, profile.uniform(2), [HELD_OUT[0], HELD_OUT[1] * math.nan], progress=False)
 

@@ -8,6 +8,7 @@ says exactly the bytes that takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -141,10 +142,15 @@ class PrecisionMap:
             taken = f"{self.cache_bits:.3f} bits a cached number"
         else:
             taken = f"{self.bits:.3f} bits a weight, {format_bytes(self.bytes_resident)} in memory"
-        return f"PrecisionMap({taken}, predicted loss {self.predicted_loss:.4g}, {len(self.sites)} sites)"
+        known = math.isfinite(self.predicted_loss)
+        lost = f"predicted loss {self.predicted_loss:.4g}" if known else "loss not predicted"
+        return f"PrecisionMap({taken}, {lost}, {len(self.sites)} sites)"
 
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
-        """A copy in which every site that the shell pattern names has `level`; the predicted loss is then unknown."""
+        """A copy in which every site that the shell pattern names has `level`.
+
+        Its loss is not predicted; `Profile.predict` does it.
+        """
         hits = find_sites(self.sites, pattern)
         if type(level) is not int:
             raise LevelError(f"level (={level!r}) is not a whole number")

@@ -36,8 +36,8 @@ def track(items: Iterable[Item], label: str, *, total: int | None = None, show: 
 
 
 def say(text: str) -> None:
-    """A line for whoever waits: to the log where somebody listens, else to stderr."""
+    """A line for whoever waits: to the log where somebody listens, else to stderr; nowhere if it is to be quiet."""
     if log.isEnabledFor(logging.INFO):
         log.info(text)
-    else:
+    elif log.level == logging.NOTSET:
         print(text, file=sys.stderr)

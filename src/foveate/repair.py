@@ -73,7 +73,7 @@ def repair(
         FoveateError: the model was loaded without its profile.
     """
     if not isinstance(budget, Budget) or budget.loss is None:
-        raise BudgetError(f"budget (={budget!r}) is not one of loss, such as Budget(loss=0.01)")
+        raise BudgetError(f"budget (={budget!r}) is not a budget of loss, such as Budget(loss=0.01)")
     profile, limit, data = profile_of(model), budget.loss, list(held_out)
     best = allocate(profile, Budget(bits=64), levels=levels, per_tile=per_tile, tie=tie, input_level=input_level)
 

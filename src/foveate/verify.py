@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.objectives import Objective, infer, named, run
+from foveate.collect.objectives import Objective, check_batches, infer, named, run
 from foveate.errors import DataError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
@@ -105,9 +105,10 @@ class Verification:
         if self.limit is not None:
             said = "within" if self.within else "NOT within"
             limit = f"; at most {self.measured.bound:.5f}, {said} the limit of {self.limit:g}"
+        predicted = f"predicted {self.predicted:.5f}" if math.isfinite(self.predicted) else "not predicted"
         return (
             f"divergence ({self.unit}) {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
-            f"(predicted {self.predicted:.5f}), uniform at equal bytes {self.uniform.divergence:.5f}; "
+            f"({predicted}), uniform at equal bytes {self.uniform.divergence:.5f}; "
             f"agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
             f"{self.measured.samples} samples, reference: {self.reference}{limit}"
         )
@@ -185,7 +186,7 @@ def measure(
         model.eval()
         reference_model.eval()
         with torch.no_grad():
-            for index, batch in enumerate(track(batches, "measuring", show=progress)):
+            for index, batch in enumerate(track(check_batches(batches), "measuring", show=progress)):
                 if reference is None:
                     apply(model, highest)
                 output = run(reference_model, batch)
@@ -237,6 +238,7 @@ def verify(
     Raises:
         PlaneNotResidentError: the model was loaded without planes that the map, or the uniform one, reads.
     """
+    registry_of(model).check(plan)
     even = uniform_of_bytes(plan)
     registry_of(model).check(even)
     measured, uniform_measured, _ = measure(

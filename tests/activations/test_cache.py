@@ -358,6 +358,11 @@ def test_refusals(given: dict[str, Any], error: type[Exception], words: str) -> 
         fv.quantized_cache(llama_config(), **given)
 
 
+def test_a_model_is_no_configuration() -> None:
+    with pytest.raises(fv.DataError, match=r"config is a LlamaForCausalLM.*give model\.config"):
+        fv.quantized_cache(llama(**LENGTH), 4)
+
+
 def test_maps_of_other_models_are_refused() -> None:
     profile = fv.calibrate_cache(llama(**LENGTH), [ids(length=120)], block=32, progress=False)
     with pytest.raises(fv.SiteError, match=r"2 cache\.key and 2 cache\.value sites, and the model has 3 layers"):

@@ -174,10 +174,11 @@ def test_budgets_of_loss_are_kept_with_fewest_bits() -> None:
         (fv.Budget(bytes=30000), {"tokens": 1000}, "no map holds 1000 tokens"),
         (fv.Budget(bytes=100), {}, r"tokens \(=None\)"),
         (fv.Budget(bytes=100), {"tokens": 0}, r"tokens \(=0\)"),
+        (4, {}, r"budget \(=4\) is not a Budget"),
         (fv.Budget(loss=1e-30), {"levels": (2, 4)}, "no map loses as little"),
     ],
 )
-def test_budgets_that_cannot_be_met_say_the_least(budget: fv.Budget, given: dict[str, Any], words: str) -> None:
+def test_budgets_that_cannot_be_met_say_the_least(budget: Any, given: dict[str, Any], words: str) -> None:
     with pytest.raises(fv.BudgetError, match=words):
         profile().plan(budget, **given)
 

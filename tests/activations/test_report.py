@@ -44,7 +44,7 @@ def test_it_reads_as_a_table_of_families() -> None:
     lines = str(REPORT).splitlines()
     assert lines[0] == (
         "step 9: 48.83 KiB kept in 3.42 KiB, 14.3x less; predicted error of each parameter's gradient 0.05 "
-        "(bound 0.06), 1 sites not measured yet"
+        "(bound 0.06), 1 site not measured"
     )
     whole = replace(REPORT, relative_to=fv.Relative.WHOLE_GRADIENT)
     assert "predicted error of the whole gradient 0.05 (bound 0.06)" in str(whole)
@@ -127,3 +127,14 @@ def test_with_levels_given_there_is_no_bound() -> None:
     assert report.bound is None
     assert "bound" not in str(report)
     assert set(report.unmeasured) == {row.site for row in report.rows if row.form == "grouped"}
+
+
+def test_a_narrow_table_keeps_its_names() -> None:
+    rows = tuple(replace(row, site=row.site.replace("layers", "model.transformer.layers")) for row in REPORT.rows)
+    text = io.StringIO()
+    Console(file=text, width=72).print(replace(REPORT, rows=rows))
+    shown = text.getvalue()
+    assert all(len(line) <= 72 for line in shown.splitlines())
+    head = shown.splitlines()[3].split()
+    assert head == ["site", "operation", "stored", "as", "after", "ratio", "error"]
+    assert "model.transf" in shown.replace("\n", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -206,6 +207,16 @@ def test_generate_refuses(run: Run, folder: Path) -> None:
         assert message in result.stderr
 
 
+def test_generate_without_a_tokenizer(run: Run, folder: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    result = run("generate", bare, "--prompt", "x")
+    assert result.exit_code == 2
+    assert "copy the original model's tokenizer files into it" in result.stderr
+
+
 def test_generate_stops_where_positions_end(run: Run, folder: Path) -> None:
     result = run("generate", folder, "--prompt", "x" * 126, "--max-tokens", 9, "--json")
     assert result.exit_code == 0, result.output
@@ -297,6 +308,7 @@ def test_help_and_unknown_commands(run: Run) -> None:
         result = run(*words)
         assert result.exit_code == 0
         assert "Usage" in result.stdout
+    assert run("--version").stdout == f"{fv.__version__}\n"
     result = run("fly")
     assert result.exit_code == 2
     assert result.stderr == "error: No such command 'fly'.\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from typer.testing import Result
 
@@ -129,6 +130,34 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert last.startswith("error: ")
     assert message in last
     assert not list(tmp_path.iterdir())
+
+
+def test_a_classifier_keeps_its_head(run: Run, text_file: Path, original: Path, tmp_path: Path) -> None:
+    config = transformers.BertConfig(
+        vocab_size=256, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=3
+    )
+    model = tmp_path / "model"
+    transformers.BertForSequenceClassification(config).save_pretrained(model)
+    transformers.AutoTokenizer.from_pretrained(original).save_pretrained(model)
+    result = run("quantize", model, tmp_path / "out", "--data", text_file, "--length", 16, "--samples", 8, "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["objective"] == "logits"
+    assert type(fv.load(tmp_path / "out")).__name__ == "BertForSequenceClassification"
+
+
+def test_models_of_other_inputs_are_refused(run: Run, tmp_path: Path) -> None:
+    small = {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 64}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    np.save(tmp_path / "ids.npy", np.zeros((4, 16), dtype=np.int64))
+    for model in (
+        transformers.T5ForConditionalGeneration(transformers.T5Config(**small)),
+        transformers.ViTForImageClassification(transformers.ViTConfig(image_size=32, **vision)),
+    ):
+        folder = tmp_path / type(model).__name__
+        model.save_pretrained(folder)
+        result = run("quantize", folder, tmp_path / "out", "--tokens", tmp_path / "ids.npy")
+        assert result.exit_code == 2
+        assert "does not run on token ids alone" in result.stderr
 
 
 def test_a_budget_that_nothing_meets_says_the_least(run: Run, original: Path, text_file: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
-from foveate.collect.objectives import Embedding, Logits, infer
+from foveate.collect.objectives import Embedding, Logits, infer, run
 from foveate.errors import DataError
 from tiny import generator
 
@@ -48,3 +49,23 @@ def test_objectives() -> None:
     assert Embedding().agreement(a, 2 * a).all()
     with pytest.raises(DataError, match="without a tensor"):
         Logits().outcome(["text"], None)
+
+
+def test_outputs_that_are_mappings_are_read_by_their_keys() -> None:
+    tokens, sentence = torch.randn(2, 3, 4), torch.randn(2, 4)
+    output = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "token_embeddings": tokens}
+    assert torch.equal(Embedding().outcome({**output, "sentence_embedding": sentence}, ()), sentence)
+    assert isinstance(infer({"logits": sentence}), Logits)
+    assert torch.equal(Logits().outcome({"mask": tokens, "logits": sentence}, ()), sentence)
+
+
+class _Adding(nn.Module):
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        features["sentence_embedding"] = 2 * features["x"]
+        return features
+
+
+def test_a_mapping_among_positions_is_not_written_to() -> None:
+    features = {"x": torch.randn(2, 4)}
+    assert torch.equal(Embedding().outcome(run(_Adding(), (features,)), ()), 2 * features["x"])
+    assert list(features) == ["x"]

@@ -41,6 +41,16 @@ def test_no_batches(batches: Any) -> None:
         fv.quantize(mlp(), batches, progress=False)
 
 
+@pytest.mark.parametrize("one", [torch.zeros(8, 70), {"x": torch.zeros(8, 70)}, "text"])
+def test_one_batch_is_no_sequence_of_batches(one: Any) -> None:
+    model = mlp()
+    with pytest.raises(DataError, match=r"if that is one batch, give \[batch\]"):
+        fv.quantize(model, one, progress=False)
+    profile = fv.quantize(model, rows(8, batches=1), progress=False)
+    with pytest.raises(DataError, match=r"give \[batch\]"):
+        fv.verify(model, profile.uniform(4), one, progress=False)
+
+
 @pytest.mark.parametrize("objective", [fv.Logits(), fv.Embedding()])
 def test_an_empty_batch(objective: fv.Objective) -> None:
     with pytest.raises(DataError, match="batch 1 holds no samples"):

@@ -168,7 +168,7 @@ def test_every_parameter_that_is_not_a_weight_stays() -> None:
 
 def test_skip() -> None:
     model = mlp()
-    profile = fv.quantize(model, rows(), skip=["2"], progress=False)
+    profile = fv.quantize(model, rows(), skip="2", progress=False)
     assert type(model[2]) is nn.Linear
     assert model[2].weight.requires_grad
     assert "2 was left as it is" in profile.notes

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from foveate.errors import LevelError, MissingExtraError, SiteError
+from foveate.errors import DataError, LevelError, MissingExtraError, SiteError
 from foveate.formats.levels import check_cache_level
 from foveate.maps import PrecisionMap
 
@@ -52,6 +52,7 @@ def quantized_cache(
         The cache. `cache.nbytes` is what it holds at the moment.
 
     Raises:
+        DataError: `config` is no configuration.
         LevelError: a level, window or block that does not exist.
         SiteError: the map was made for another model, or the model has no layer with plain attention.
         MissingExtraError: transformers is not installed.
@@ -62,6 +63,8 @@ def quantized_cache(
         raise MissingExtraError("a quantized cache is one of transformers': pip install 'foveate[cli]'") from error
     if type(window) is not int or window < 0:
         raise LevelError(f"window (={window!r}) is not a whole number of tokens, 0 or more")
+    if not hasattr(config, "get_text_config"):
+        raise DataError(f"config is a {type(config).__name__}, not a transformers configuration: give model.config")
     layers, plain = plain_layers(config)
     if not plain:
         raise SiteError("the model has no layer with plain attention over all tokens: there is no cache to quantize")

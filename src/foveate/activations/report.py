@@ -7,7 +7,7 @@ them. `print(report)` needs nothing else; rich shows the same as a table, `rich.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,12 @@ from foveate.activations.steps import Step
 from foveate.sizes import format_bytes
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 _HEADS = ("site", "operation", "sites", "stored as", "before", "after", "ratio", "error", "share")
 _LEFT = (0, 1, 3)  # columns of text
+_EXPENDABLE = (2, 4, 8)  # columns of figures that a narrow table does without, in this order
+_NAMES = 44  # characters that the columns of text need to be read
 _FORMS: Mapping[str, str] = {"masked": "mask", "narrow": "integers", "empty": "shape"}
 
 
@@ -140,24 +142,28 @@ class SavedReport:
         ]
         return "\n".join(line.rstrip() for line in (self._head(), "", *text, "", self._foot()))
 
-    def __rich__(self) -> Group:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich import box
-        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
+        lines = self._lines()
+        shown = _columns(lines, options.max_width)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-        for i, head in enumerate(_HEADS):
+        for i in shown:
             text = i in _LEFT  # folded where there is little room; figures never are
-            table.add_column(head, justify="left" if text else "right", overflow="fold", no_wrap=not text or i == 1)
-        for line in self._lines():
-            table.add_row(*(Text(cell) for cell in line))
-        return Group(Text(self._head(), style="bold"), table, Text(self._foot()))
+            table.add_column(_HEADS[i], justify="left" if text else "right", overflow="fold", no_wrap=not text)
+        for line in lines:
+            table.add_row(*(Text(line[i]) for i in shown))
+        yield Text(self._head(), style="bold")
+        yield table
+        yield Text(self._foot())
 
     def _head(self) -> str:
         sizes = f"{format_bytes(self.bytes_before)} kept in {format_bytes(self.bytes_after)}, {self.ratio:.1f}x less"
         bound = "" if self.bound is None else f" (bound {self.bound:g})"
-        unmeasured = f", {len(self.unmeasured)} sites not measured yet" if self.unmeasured else ""
+        count = len(self.unmeasured)
+        unmeasured = f", {count} site{'s' * (count != 1)} not measured" if count else ""
         lossy = [row for row in self.rows if row.form == "grouped"]
         known = not lossy or len(self.unmeasured) < len(lossy)
         predicted = f"{self.predicted:.3g}" if known else "not measured"
@@ -224,6 +230,17 @@ def report_of(
         tuple(SavedAudit(*audit) for audit in audits),
         ledger.relative_to,
     )
+
+
+def _columns(lines: Sequence[Sequence[str]], room: int) -> list[int]:
+    """The columns that a table of so many characters shows: where names have too little room, some figures go."""
+    widths = [max([len(head), *(len(line[i]) for line in lines)]) for i, head in enumerate(_HEADS)]
+    names = min(_NAMES, sum(widths[i] for i in _LEFT))
+    shown = list(range(len(_HEADS)))
+    for column in _EXPENDABLE:
+        if sum(widths[i] for i in shown if i not in _LEFT) + len(shown) + names > room:
+            shown.remove(column)
+    return shown
 
 
 def _together(rows: Iterable[SavedRow]) -> float:

@@ -78,6 +78,8 @@ class CacheProfile:
             BudgetError: nothing meets the budget; the message says the least possible.
             LevelError: a level that caches do not have.
         """
+        if not isinstance(budget, Budget):
+            raise BudgetError(f"budget (={budget!r}) is not a Budget, such as Budget(bits=4.0)")
         chosen = tuple(sorted({check_cache_level(level) for level in levels}))
         if not chosen:
             raise BudgetError("levels is empty: give at least one of 2, 4, 8, 16, 32")

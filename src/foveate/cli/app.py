@@ -67,7 +67,7 @@ def _prepare(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")
     ] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         print(__version__)

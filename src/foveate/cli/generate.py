@@ -56,7 +56,7 @@ def generate(
         keep = fv.allocate(fv.load_profile(out), fv.Budget(bits=bits))
     elif levels:
         keep = max(levels)
-    tokenizer = load_tokenizer(str(out))
+    tokenizer = load_tokenizer(str(out), "copy the original model's tokenizer files into it")
     given = tokenizer(prompt, return_tensors="pt")["input_ids"]
     most = getattr(config, "max_position_embeddings", None)
     if not given.shape[1] or (isinstance(most, int) and given.shape[1] >= most):

@@ -70,19 +70,30 @@ def is_causal(config: Any) -> bool:
 
 
 def load_original(name: str) -> nn.Module:
-    """The model in float32: `AutoModelForCausalLM` if it predicts tokens, else `AutoModel`.
+    """The model in float32, head included: of the class that its configuration names, or else `AutoModel`.
 
     Raises:
         CheckpointError: no such model, or no weights.
+        DataError: it takes something else than token ids.
     """
     config = config_of(name)
     package = transformers()
-    kind = package.AutoModelForCausalLM if is_causal(config) else package.AutoModel
+    named = [getattr(package, architecture, None) for architecture in config.architectures or ()]
+    kind = next((one for one in named if isinstance(one, type) and issubclass(one, package.PreTrainedModel)), None)
     log.info("loading %s", name)
     try:
-        return cast(nn.Module, kind.from_pretrained(name, dtype=torch.float32).eval())
+        model = cast(nn.Module, (kind or package.AutoModel).from_pretrained(name, dtype=torch.float32).eval())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the model {name}: {_first_line(error)}") from error
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{name}: a {type(model).__name__} does not run on token ids alone ({_first_line(error)}): "
+            "use foveate.quantize in Python"
+        ) from error
+    return model
 
 
 def load_planes(path: Path, keep: fv.PrecisionMap | int | None = None) -> nn.Module:
@@ -92,15 +103,15 @@ def load_planes(path: Path, keep: fv.PrecisionMap | int | None = None) -> nn.Mod
     return fv.load(path, keep=keep)
 
 
-def load_tokenizer(name: str) -> Any:
+def load_tokenizer(name: str, instead: str = "give token ids with --tokens FILE.npy or .safetensors") -> Any:
     """The model's tokenizer.
 
     Raises:
-        DataError: there is none; the message says what to give instead.
+        DataError: there is none; the message says what to do `instead`.
     """
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
-        raise DataError(f"{name} holds no tokenizer: give token ids with --tokens FILE.npy or .safetensors")
+        raise DataError(f"{name} holds no tokenizer: {instead}")
     try:
         return transformers().AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:

@@ -10,7 +10,8 @@ information (Kunstner et al., arXiv:1905.12558), for unit embeddings the identit
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import copy
 from typing import Any, final
 
 import torch
@@ -26,7 +27,8 @@ def run(model: nn.Module, batch: Any) -> Any:
         return model(**batch)
     if isinstance(batch, (tuple, list)):
         try:
-            return model(*batch)
+            # a copy: sentence-transformers' modules write what they make into the mapping they are given
+            return model(*(copy(part) if isinstance(part, Mapping) else part for part in batch))
         except TypeError as error:
             raise DataError(
                 f"the model cannot be called on a batch that is a {type(batch).__name__} of {len(batch)} ({error}); "
@@ -35,18 +37,30 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def check_batches(batches: Iterable[Any]) -> Iterable[Any]:
+    """The batches; `DataError` where they look like one batch, whose rows or keys would be taken for batches."""
+    if isinstance(batches, (Tensor, Mapping, str)):
+        raise DataError(f"batches is a {type(batches).__name__}: if that is one batch, give [batch]")
+    return batches
+
+
 def _field(output: Any, *names: str) -> Tensor:
-    """The tensor in a model's output: the first named attribute it has, else itself, else its first element."""
+    """The tensor in a model's output: the first named attribute or key it has, else itself, else its first element."""
     if isinstance(output, Tensor):
         return output
     for name in names:
-        value = getattr(output, name, None)
+        value = _attribute(output, name)
         if isinstance(value, Tensor):
             return value
     first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
     if isinstance(first, Tensor):
         return first
     raise DataError(f"the model's output is a {type(output).__name__} without a tensor to measure")
+
+
+def _attribute(output: Any, name: str) -> Any:
+    """An output's attribute or, of a mapping, what is at the key; None without either."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _real(batch: Any, rows: Tensor) -> Tensor:
@@ -130,7 +144,8 @@ class Embedding(Objective):
 
     def outcome(self, output: Any, batch: Any) -> Tensor:
         """Vectors [n, D], padding left out."""
-        return _real(batch, _field(output, "embeddings", "pooler_output", "last_hidden_state")).float()
+        names = ("embeddings", "sentence_embedding", "pooler_output", "last_hidden_state")
+        return _real(batch, _field(output, *names)).float()
 
     def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
         """Inner product of the unit vector with a random normal direction: its squared gradient is, on average, the
@@ -188,4 +203,4 @@ def named(name: str) -> Objective | None:
 
 def infer(output: Any) -> Objective:
     """`Logits` if the output has logits, else `Embedding`."""
-    return Logits() if isinstance(getattr(output, "logits", None), Tensor) else Embedding()
+    return Logits() if isinstance(_attribute(output, "logits"), Tensor) else Embedding()

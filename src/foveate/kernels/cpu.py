@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from foveate.progress import say
+
 SOURCES = Path(__file__).parent / "csrc"
 # A fused multiply-add must be one where the kernels ask for it, and nowhere else: the bits are the same everywhere.
 FLAGS = ("-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
@@ -112,6 +114,7 @@ def load() -> Status:
         elif compiler is None:
             raise RuntimeError("no C++ compiler was found (set CXX, or install g++ or clang++)")
         else:
+            say("compiling foveate's kernels, which is done once and takes a minute or two")
             _build(target)
             reason = "built now"
     except (OSError, RuntimeError, ImportError, subprocess.CalledProcessError) as error:

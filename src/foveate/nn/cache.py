@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from foveate.activations.cache import BLOCK, check_block
 from foveate.activations.cache_blocks import Blocks, is_exact
 from foveate.allocate.cache import CacheProfile
-from foveate.collect.objectives import Logits
+from foveate.collect.objectives import Logits, check_batches
 from foveate.errors import DataError, MissingExtraError, SiteError
 from foveate.formats.levels import CACHE_LEVELS
 from foveate.maps import Site
@@ -82,7 +82,7 @@ def calibrate_cache(
     samples, itemsize = 0, 4
     generator = torch.Generator().manual_seed(seed)
     with _evaluating(model):
-        for number, batch in enumerate(track(batches, "calibrating the cache", show=progress)):
+        for number, batch in enumerate(track(check_batches(batches), "calibrating the cache", show=progress)):
             half = _Half(model, batch, plain, block)
             if not sites:
                 sites = _sites(model, plain, half.cached, block)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
 from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
-from foveate.collect.objectives import Custom, Objective, run
+from foveate.collect.objectives import Custom, Objective, check_batches, run
 from foveate.collect.probe import Probe, probe
 from foveate.collect.replay import Replay
 from foveate.collect.statistics import statistics_of
@@ -88,7 +88,7 @@ class Calibration:
         self._model, self.found, self._resume, self._progress = model, list(found), resume, progress
         self._names = [name for entry in found for name in entry.names]
         free = free_memory()
-        stream = iter(batches)
+        stream = iter(check_batches(batches))
         first = next(stream, None)
         if first is None:
             raise DataError("there are no batches to calibrate on")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -185,7 +186,9 @@ def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     if not type(model).__module__.startswith("transformers."):
         return {}, {}
     config = cast(Any, model).config
-    texts = {"config": config.to_json_string(use_diff=False)}
+    named = copy(config)
+    named.architectures = [type(model).__name__]  # as save_pretrained has it; a model made of a configuration has none
+    texts = {"config": named.to_json_string(use_diff=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         texts["generation_config"] = generation.to_json_string()

@@ -178,6 +178,7 @@ def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str
     names = [name for f in found for name in f.names]
     if "" in names:
         raise WeightError("the model is itself a single layer: put it into a module, such as nn.Sequential")
+    skip = (skip,) if isinstance(skip, str) else skip
     for pattern in skip:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise SiteError(

@@ -95,6 +95,8 @@ class Registry:
 
     def check(self, plan: PrecisionMap) -> None:
         """Raise unless the map is of this model and the planes it reads are resident."""
+        if not isinstance(plan, PrecisionMap):
+            raise SiteError(f"{plan!r} is not a PrecisionMap; profile.uniform(4) is one")
         if plan.sites is not self._known_sites:
             self._check_sites(plan)
         missing = self._first_missing(plan)
