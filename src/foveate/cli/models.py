@@ -79,10 +79,11 @@ def load_original(name: str) -> nn.Module:
     config = config_of(name)
     package = transformers()
     named = [getattr(package, architecture, None) for architecture in config.architectures or ()]
-    kind = next((one for one in named if isinstance(one, type) and issubclass(one, package.PreTrainedModel)), None)
+    models = [one for one in named if isinstance(one, type) and issubclass(one, package.PreTrainedModel)]
+    kind: Any = models[0] if models else package.AutoModel
     log.info("loading %s", name)
     try:
-        model = cast(nn.Module, (kind or package.AutoModel).from_pretrained(name, dtype=torch.float32).eval())
+        model = cast(nn.Module, kind.from_pretrained(name, dtype=torch.float32).eval())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load the model {name}: {_first_line(error)}") from error
     try:
