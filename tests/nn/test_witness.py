@@ -22,6 +22,7 @@ from foveate.errors import CheckpointError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.maps import FITTED
 from foveate.nn import witness as module
+from foveate.nn.registry import registry_of
 from foveate.nn.witness import MOST, Witness
 from tiny import generator, llama, mlp, rows, tokens
 
@@ -70,6 +71,31 @@ def test_the_divergence_is_that_of_the_samples_kept() -> None:
     assert witness.samples == 60
     assert witness.divergence(other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
     assert witness.divergence(one) == pytest.approx(0, abs=1e-6)
+
+
+def test_an_interruption_leaves_a_model_at_8_bits_with_its_profile() -> None:
+    class Stopped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.left = mlp(), 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.left -= not isinstance(self.layers[0], nn.Linear)
+            if self.left == 0:
+                raise KeyboardInterrupt
+            result: Tensor = self.layers(x)
+            return result
+
+    model = Stopped()
+    with pytest.raises(KeyboardInterrupt):
+        fv.quantize(model, rows(66), objective=fv.Logits(), progress=False)
+    registry = registry_of(model)
+    assert registry.profile is not None
+    assert registry.profile.measured_over_summed == (1.0,) * 6
+    assert registry.applied is not None
+    assert registry.applied[0] == registry.profile.uniform(8)
+    assert model.training
+    assert model(torch.randn(2, 70)).isfinite().all()
 
 
 def test_predictions_of_uniform_maps_are_what_calibration_measures() -> None:
