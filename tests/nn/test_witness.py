@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from collections import UserDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,6 +73,28 @@ def test_the_divergence_is_that_of_the_samples_kept() -> None:
     assert witness.samples == 60
     assert witness.divergence(other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
     assert witness.divergence(one) == pytest.approx(0, abs=1e-6)
+
+
+def test_batches_in_one_buffer_are_kept_as_they_were() -> None:
+    data = rows(66, batches=6)
+
+    def one_buffer() -> Iterator[Tensor]:
+        buffer = torch.empty_like(data[0])
+        for batch in data:
+            yield buffer.copy_(batch)
+
+    profiles = [fv.quantize(mlp(), b, objective=fv.Logits(), progress=False) for b in (data, one_buffer())]
+    assert profiles[0].measured_over_summed == profiles[1].measured_over_summed
+
+
+def test_mappings_of_any_kind_take_a_bounded_memory() -> None:
+    batch = {"x": torch.zeros(1000, 1000)}
+    assert module.witness_bytes(UserDict(batch), 0) == module.witness_bytes(batch, 0)
+    witness = Witness(Logits())
+    for _ in range(20):
+        if witness.wants(UserDict(batch)):
+            witness.keep(UserDict(batch), torch.randn(3, 4))
+    assert len(witness._kept) <= module._ROOM // 4_000_000
 
 
 def test_an_interruption_leaves_a_model_at_8_bits_with_its_profile() -> None:

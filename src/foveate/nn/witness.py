@@ -12,12 +12,13 @@ Batches are kept evenly spread over however many there are, and of their outcome
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from foveate.collect.objectives import Objective, run
 from foveate.errors import FoveateError
@@ -41,7 +42,17 @@ def witness_bytes(batch: Any, outcome: int) -> int:
 
 
 def _bytes_of(batch: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in tree_leaves(_plain(batch)) if isinstance(t, Tensor))
+
+
+def _plain(batch: Any) -> Any:
+    """A batch in which tensors can be found: mappings, which tokenizers have their own of, as dictionaries."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _copied(batch: Any) -> Any:
+    """A batch that stays as it is when whoever made it fills its memory with the next one."""
+    return tree_map_only(Tensor, torch.clone, _plain(batch))
 
 
 class Witness:
@@ -75,7 +86,7 @@ class Witness:
         """Take a batch, with what the float model put out."""
         outcome_nD = self._objective.outcome(output, batch).detach()
         step = max(1, -(-MOST * outcome_nD.numel() * outcome_nD.element_size() // _ROOM))
-        self._kept.append((batch, step, outcome_nD[::step].clone()))
+        self._kept.append((_copied(batch), step, outcome_nD[::step].clone()))
 
     def divergence(self, model: nn.Module) -> float:
         """The mean over samples of how far a model's outcomes are from those that were kept."""
