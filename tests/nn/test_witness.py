@@ -97,6 +97,16 @@ def test_mappings_of_any_kind_take_a_bounded_memory() -> None:
     assert len(witness._kept) <= module._ROOM // 4_000_000
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_loss_of_ones_own_is_not_compared_with_a_divergence(scale: float) -> None:
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        return scale * output.log_softmax(-1).square().sum()
+
+    profile = fv.quantize(mlp(), rows(256), objective=fv.Logits(), loss=loss, progress=False)
+    assert profile.measured_over_summed == (1.0,) * 6
+    assert profile.notes[-1].endswith("the loss given is not the divergence that is measured")
+
+
 def test_an_interruption_leaves_a_model_at_8_bits_with_its_profile() -> None:
     class Stopped(nn.Module):
         def __init__(self) -> None:

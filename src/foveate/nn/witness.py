@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from foveate.collect.objectives import Objective, run
+from foveate.collect.objectives import Custom, Objective, run
 from foveate.errors import FoveateError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.maps import FITTED, Profile
@@ -73,8 +73,15 @@ class Witness:
         """Outcomes that are kept."""
         return sum(len(outcome) for _, _, outcome in self._kept)
 
+    @property
+    def compares(self) -> bool:
+        """Whether what is measured is what profiles sum: not of a loss of the user's, which may have any unit."""
+        return not isinstance(self._objective, Custom)
+
     def wants(self, batch: Any) -> bool:
         """Whether the next batch is to be kept; `keep` then takes it."""
+        if not self.compares:
+            return False
         index, self._seen = self._seen, self._seen + 1
         most = max(1, min(MOST, _ROOM // max(_bytes_of(batch), 1)))
         while index % self._every == 0 and len(self._kept) >= most:
@@ -113,6 +120,7 @@ def with_measured(profile: Profile, model: nn.Module, registry: Registry, witnes
     try:
         measured = _measured(profile, model, registry, witness, progress) if witness.samples > 1 else {}
         why = "there is no second sample" if witness.samples < 2 else "an output is not finite"
+        why = why if witness.compares else "the loss given is not the divergence that is measured"
     except FoveateError as error:
         measured, why = {}, str(error)
     if not measured:
