@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import foveate as fv
+from foveate.allocate.problem import build
+from foveate.allocate.solve import solve_loss
 from foveate.errors import BudgetError, LevelError, SiteError
 from foveate.maps import PrecisionMap, Profile, Site
 from tiny import generator
@@ -277,3 +279,18 @@ def test_a_handful_of_tiles_is_no_worse_than_uniform() -> None:
             even = profile.uniform(level)
             plan = fv.allocate(profile, fv.Budget(bytes=even.bytes_resident))
             assert plan.predicted_loss <= even.predicted_loss * (1 + 1e-6)
+
+
+@given(seed=st.integers(0, 400), part=st.floats(0.0, 1.0))
+def test_a_loss_budget_is_one_of_predictions_where_levels_lose_alike(seed: int, part: float) -> None:
+    plain = _profile([(16 * (1 + seed % 3), 64, 32)], seed)
+    g = generator(seed)
+    # at 8 bits the tables say no less than at 6, and all together more or less of it is measured
+    flat = {name: torch.cat([t[:, :5], t[:, 4:5]], 1) for name, t in plain.losses.items()}
+    factors = tuple((1 + 4 * torch.rand(6, generator=g)).tolist())
+    profile = replace(plain, losses=flat, measured_over_summed=factors)
+    problem = build(profile, NESTED, True, (), None)
+    low, high = (float(t.sum()) for t in (problem.predicted_UL.min(1).values, problem.predicted_UL[:, 0]))
+    limit = low + part * max(high - low, 0.0)
+    choice = solve_loss(problem, limit)
+    assert float(problem.predicted_UL.gather(1, choice[:, None]).sum()) <= limit * (1 + 1e-6)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -354,6 +356,17 @@ def test_a_limit_that_cannot_be_kept() -> None:
     with pytest.raises(BudgetError, match=r"memory \(=1.00 MiB\) is too little: the process takes"):
         fv.quantize(model, rows(), memory="1MiB", progress=False)
     assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_the_least_memory_that_is_said_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr("foveate.nn.calibration.psutil.Process", lambda: process)
+    with pytest.raises(BudgetError, match=r"quantizing this model [\d.]+ MiB more") as refused:
+        fv.quantize(mlp(), rows(), objective=fv.Logits(), memory="1MiB", progress=False)
+    said = re.search(r"this model ([\d.]+) MiB", str(refused.value))
+    assert said is not None
+    enough = f"{float(said[1]) + 0.01:.2f}MiB"
+    assert fv.quantize(mlp(), rows(), objective=fv.Logits(), memory=enough, progress=False).losses
 
 
 def test_rounding_counts_what_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

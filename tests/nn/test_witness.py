@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+from collections import UserDict
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +24,7 @@ from foveate.errors import CheckpointError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.maps import FITTED
 from foveate.nn import witness as module
+from foveate.nn.registry import registry_of
 from foveate.nn.witness import MOST, Witness
 from tiny import generator, llama, mlp, rows, tokens
 
@@ -70,6 +73,63 @@ def test_the_divergence_is_that_of_the_samples_kept() -> None:
     assert witness.samples == 60
     assert witness.divergence(other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
     assert witness.divergence(one) == pytest.approx(0, abs=1e-6)
+
+
+def test_batches_in_one_buffer_are_kept_as_they_were() -> None:
+    data = rows(66, batches=6)
+
+    def one_buffer() -> Iterator[Tensor]:
+        buffer = torch.empty_like(data[0])
+        for batch in data:
+            yield buffer.copy_(batch)
+
+    profiles = [fv.quantize(mlp(), b, objective=fv.Logits(), progress=False) for b in (data, one_buffer())]
+    assert profiles[0].measured_over_summed == profiles[1].measured_over_summed
+
+
+def test_mappings_of_any_kind_take_a_bounded_memory() -> None:
+    batch = {"x": torch.zeros(1000, 1000)}
+    assert module.witness_bytes(UserDict(batch), 0) == module.witness_bytes(batch, 0)
+    witness = Witness(Logits())
+    for _ in range(20):
+        if witness.wants(UserDict(batch)):
+            witness.keep(UserDict(batch), torch.randn(3, 4))
+    assert len(witness._kept) <= module._ROOM // 4_000_000
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_a_loss_of_ones_own_is_not_compared_with_a_divergence(scale: float) -> None:
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        return scale * output.log_softmax(-1).square().sum()
+
+    profile = fv.quantize(mlp(), rows(256), objective=fv.Logits(), loss=loss, progress=False)
+    assert profile.measured_over_summed == (1.0,) * 6
+    assert profile.notes[-1].endswith("the loss given is not the divergence that is measured")
+
+
+def test_an_interruption_leaves_a_model_at_8_bits_with_its_profile() -> None:
+    class Stopped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers, self.left = mlp(), 3
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.left -= not isinstance(self.layers[0], nn.Linear)
+            if self.left == 0:
+                raise KeyboardInterrupt
+            result: Tensor = self.layers(x)
+            return result
+
+    model = Stopped()
+    with pytest.raises(KeyboardInterrupt):
+        fv.quantize(model, rows(66), objective=fv.Logits(), progress=False)
+    registry = registry_of(model)
+    assert registry.profile is not None
+    assert registry.profile.measured_over_summed == (1.0,) * 6
+    assert registry.applied is not None
+    assert registry.applied[0] == registry.profile.uniform(8)
+    assert model.training
+    assert model(torch.randn(2, 70)).isfinite().all()
 
 
 def test_predictions_of_uniform_maps_are_what_calibration_measures() -> None:

@@ -120,9 +120,7 @@ def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
     steps = ordered_steps(problem)
     predicted = problem.predicted_UL
     start = float(predicted[:, 0].sum())
-    least = float(predicted[:, -1].sum())
-    gain = _predicted_gain(predicted, steps)
-    left = least + gain.flip(0).cumsum(0).flip(0) - gain  # added up from the end, where it is least
+    least = float(predicted.min(1).values.sum())
     limit *= 1 + 1e-9  # a map's own loss, given back as a limit, must not fail by the last place of a float
     limit -= inputs
     if least > limit:
@@ -130,10 +128,17 @@ def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
         raise BudgetError(f"no map loses as little as {total:g}: the least predicted loss is {least + inputs:g}")
     if start <= limit:
         return take(problem, steps, 0)
-    count = int((left > limit).nonzero().max()) + 2 if bool((left > limit).any()) else 1
-    choice = take(problem, steps, count)
+    end = take(problem, steps, len(steps.unit))
+    reached = float(predicted.gather(1, end[:, None]).sum())
+    if reached > limit:  # no step leads to levels that lose as much as lower ones, but less may be predicted of them
+        choice, taken = predicted.argmin(1), least
+    else:
+        gain = _predicted_gain(predicted, steps)
+        left = reached + gain.flip(0).cumsum(0).flip(0) - gain  # added up from the end, where it is least
+        count = int((left > limit).nonzero().max()) + 2 if bool((left > limit).any()) else 1
+        choice, taken = take(problem, steps, count), float(left[count - 1])
     # the last step may have overshot: give back what is not needed, the most bytes first
-    slack = limit - float(left[count - 1])
+    slack = limit - taken
     loss, cost = predicted, problem.cost_UL
     everyone = torch.arange(len(loss))
     below = (choice - 1).clamp_min(0)

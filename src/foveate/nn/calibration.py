@@ -104,12 +104,13 @@ class Calibration:
         gc.collect()
         taken = psutil.Process().memory_info().rss
         room = int(_SHARE * free) if memory is None else memory - taken
-        room -= witness_bytes(first, self.probe.output_bytes)
+        witness = witness_bytes(first, self.probe.output_bytes)
+        room -= witness
         self.plan = plan(self._loads, self.probe.kept + beside, least + beside, beside, room)
         if memory is not None and self.plan.peak > room:
             raise BudgetError(
                 f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(taken)} already, and "
-                f"quantizing this model {format_bytes(self.plan.peak)} more (smaller batches take less)"
+                f"quantizing this model {format_bytes(self.plan.peak + witness)} more (smaller batches take less)"
             )
         modules = dict(model.named_modules())
         replay = Replay([(name, modules[name]) for name in blocks] if self.plan.replay else ())

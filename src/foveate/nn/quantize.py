@@ -158,11 +158,13 @@ def _quantized(
         statistics,
         tuple(notes),
     )
-    with frozen(model):
-        profile = with_measured(profile, model, registry, calibration.witness, progress)
-    registry.profile = profile
-    top = profile.uniform(TOP_LEVEL)
-    registry.apply(top, top)
+    try:
+        with frozen(model):
+            profile = with_measured(profile, model, registry, calibration.witness, progress)
+    finally:  # an interruption, too, leaves a model that is read at 8 bits and has its profile
+        registry.profile = profile
+        top = profile.uniform(TOP_LEVEL)
+        registry.apply(top, top)
     return profile
 
 

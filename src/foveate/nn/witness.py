@@ -12,14 +12,15 @@ Batches are kept evenly spread over however many there are, and of their outcome
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from foveate.collect.objectives import Objective, run
+from foveate.collect.objectives import Custom, Objective, run
 from foveate.errors import FoveateError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.maps import FITTED, Profile
@@ -41,7 +42,17 @@ def witness_bytes(batch: Any, outcome: int) -> int:
 
 
 def _bytes_of(batch: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(batch) if isinstance(t, Tensor))
+    return sum(t.numel() * t.element_size() for t in tree_leaves(_plain(batch)) if isinstance(t, Tensor))
+
+
+def _plain(batch: Any) -> Any:
+    """A batch in which tensors can be found: mappings, which tokenizers have their own of, as dictionaries."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
+def _copied(batch: Any) -> Any:
+    """A batch that stays as it is when whoever made it fills its memory with the next one."""
+    return tree_map_only(Tensor, torch.clone, _plain(batch))
 
 
 class Witness:
@@ -62,8 +73,15 @@ class Witness:
         """Outcomes that are kept."""
         return sum(len(outcome) for _, _, outcome in self._kept)
 
+    @property
+    def compares(self) -> bool:
+        """Whether what is measured is what profiles sum: not of a loss of the user's, which may have any unit."""
+        return not isinstance(self._objective, Custom)
+
     def wants(self, batch: Any) -> bool:
         """Whether the next batch is to be kept; `keep` then takes it."""
+        if not self.compares:
+            return False
         index, self._seen = self._seen, self._seen + 1
         most = max(1, min(MOST, _ROOM // max(_bytes_of(batch), 1)))
         while index % self._every == 0 and len(self._kept) >= most:
@@ -75,7 +93,7 @@ class Witness:
         """Take a batch, with what the float model put out."""
         outcome_nD = self._objective.outcome(output, batch).detach()
         step = max(1, -(-MOST * outcome_nD.numel() * outcome_nD.element_size() // _ROOM))
-        self._kept.append((batch, step, outcome_nD[::step].clone()))
+        self._kept.append((_copied(batch), step, outcome_nD[::step].clone()))
 
     def divergence(self, model: nn.Module) -> float:
         """The mean over samples of how far a model's outcomes are from those that were kept."""
@@ -102,6 +120,7 @@ def with_measured(profile: Profile, model: nn.Module, registry: Registry, witnes
     try:
         measured = _measured(profile, model, registry, witness, progress) if witness.samples > 1 else {}
         why = "there is no second sample" if witness.samples < 2 else "an output is not finite"
+        why = why if witness.compares else "the loss given is not the divergence that is measured"
     except FoveateError as error:
         measured, why = {}, str(error)
     if not measured:
