@@ -7,7 +7,8 @@ clean data: how much of what static scales lose on shifted data does `watch_inpu
 where nothing shifted?
 
 Shifts: images brightened, or through the rounding of a JPEG at low quality (Wallace, IEEE Trans. Consumer Electronics
-1992); a language model calibrated on English prose that reads C and Python.
+1992); a language model calibrated on English prose that reads C and Python. A watch answers after the batch that showed
+the drift, and that text is two batches long: `recovered_after_first_batch_*` leave the first one out.
 
 Legend: B images, C channels, H and W sizes, K inputs, M rows, n samples, D width of what is compared.
 """
@@ -206,7 +207,10 @@ def _normalised(p_BCHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Run:
+    """What came of a run: the mean divergence, that of all batches but the first, and what the watch did."""
+
     divergence: float
+    later: float
     changes: int
     raised: int
 
@@ -226,6 +230,7 @@ def _drift(
             use_static_scales(model, static)
             found = _run(case, reference, batches, watched)
             row[f"divergence_{label}"] = found.divergence
+            row[f"divergence_{label}_later"] = found.later
             if watched:
                 row.update(changes=found.changes, raised=found.raised, inputs=len(profile.input_sites()))
         use_static_scales(model, False)
@@ -234,18 +239,22 @@ def _drift(
 
 
 def _run(case: Case, reference: nn.Module, batches: Sequence[Any], watched: bool) -> _Run:
-    divergence, samples = 0.0, 0
+    parts: list[tuple[float, int]] = []
     watch = watch_inputs(case.model) if watched else None
     with torch.no_grad():
         for batch in batches:
             wanted = case.objective.outcome(run(reference, batch), batch)
             got = case.objective.outcome(run(case.model, batch), batch)
-            divergence += float(case.objective.divergence(wanted, got).double().sum())
-            samples += len(wanted)
+            parts.append((float(case.objective.divergence(wanted, got).double().sum()), len(wanted)))
     changes, raised = (len(watch.changes), len(watch.raised)) if watch is not None else (0, 0)
     if watch is not None:
         watch.close()
-    return _Run(divergence / max(samples, 1), changes, raised)
+    return _Run(_mean(parts), _mean(parts[1:]), changes, raised)
+
+
+def _mean(parts: Sequence[tuple[float, int]]) -> float:
+    """Of all samples, from batches' sums and counts."""
+    return sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1)
 
 
 def _figures(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -283,6 +292,8 @@ def _figures(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
         figures[f"kl_static_{name}"] = static
         figures[f"raised_{name}"] = row["raised"]
         figures[f"recovered_{name}"] = (static - watched) / max(static, 1e-12)
+        later = row["divergence_static_later"] - row["divergence_watched_later"]
+        figures[f"recovered_after_first_batch_{name}"] = later / max(row["divergence_static_later"], 1e-12)
         recovered.setdefault(row["input_bits"], []).append(figures[f"recovered_{name}"])
     if recovered:
         figures.update({f"recovered_worst_b{bits}": min(shares) for bits, shares in recovered.items()})
