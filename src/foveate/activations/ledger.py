@@ -25,7 +25,7 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -36,13 +36,15 @@ from foveate.activations.policy import LEVELS, SavedSite
 from foveate.activations.rules import Rule
 from foveate.activations.statistics import Running
 
-#: Of audits that stay under the bound 99 % do, if their logarithms are normal.
-_QUANTILE = 2.33
+#: The 99 % quantile of a normal distribution.
+_QUANTILE = 2.326
 #: What the spread of log(true / foretold) is taken to be, and for how many audits that counts.
 _PRIOR_SPREAD, _PRIOR_COUNT = 0.35, 4.0
 _MEMORY = 16  # audits that count
 #: How many times the squared error at 2 bits counts where rounding is biased.
 _BIAS_COUNTS = 4.0
+#: The same, at all levels, where what an error does differs much from batch to batch.
+_UNSTEADY_COUNTS = 4.0
 
 
 def family_of(site: str) -> str:
@@ -132,12 +134,21 @@ class Trust:
 
     @property
     def factor(self) -> float:
-        """The predicted error that may be chosen, as a share of the bound."""
+        """The predicted error that may be chosen, as a share of the bound: 99 % of audits stay under it if their
+        logarithms are normal, with a mean and a spread that are known from as many as there were.
+        """
         count = len(self.logs)
         mean = sum(self.logs) / count if count else 0.0
         squares = sum((v - mean) ** 2 for v in self.logs)
         spread = math.sqrt((squares + _PRIOR_COUNT * _PRIOR_SPREAD**2) / (count + _PRIOR_COUNT))
-        return math.exp(-mean - _QUANTILE * spread * math.sqrt(1 + 1 / (count + _PRIOR_COUNT)))
+        known = count + _PRIOR_COUNT
+        return math.exp(-mean - _student(known) * spread * math.sqrt(1 + 1 / known))
+
+
+def _student(freedom: float) -> float:
+    """The 99 % quantile of Student's t distribution (Abramowitz and Stegun 26.7.5; 4 % low at 4 degrees of freedom)."""
+    z = _QUANTILE
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 class Ledger:
@@ -170,6 +181,12 @@ class Ledger:
             if site is not None and site.step == step and not (site.errors or site.local):
                 del self.sites[name]
 
+    def raise_floor(self, names: Iterable[str], floor: int) -> None:
+        """The least level of some sites is at least this one."""
+        for site in (self.sites[name] for name in names if name in self.sites):
+            if site.rule.floor < floor:
+                site.rule = replace(site.rule, floor=floor)
+
     def new_family(self) -> Family:
         """A family that was never probed."""
         return Family(deque(maxlen=self.window))
@@ -189,7 +206,9 @@ class Ledger:
                 found = tuple((local_L * factor).tolist())
         if site.late and not any(found):
             found = unknown  # it has one, from a gradient that was not measured
-        if site.rule.curved:
+        if site.rule.unsteady:
+            found = tuple(_UNSTEADY_COUNTS * error for error in found)
+        elif site.rule.curved:
             found = (_BIAS_COUNTS * found[0], *found[1:])
         floors = (math.inf if level < site.rule.floor else 0.0 for level in GROUPED_LEVELS)
         return (*(error + floor for error, floor in zip(found, floors, strict=True)), 0.0)

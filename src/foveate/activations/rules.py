@@ -6,19 +6,20 @@ A rule says, for one torch function, which saved tensors may lose bits (`Need.VA
 whether they are within bounds, or their shape (lossless at a bit or at nothing), and which must stay exact
 (`Need.EXACT`): weights, statistics, what is divided by, what is compared with another (the greatest of some values).
 `linear` marks functions whose backward is linear in the saved input and reaches the gradient of the weight alone: their
-error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is
-saved: stochastic rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a
-bias does not average out, so the error at 2 bits counts several times (ledger.py). `floor` is the least level on offer:
-log-probabilities, on which everything after them depends, and reciprocal roots, of which a norm made of parts has one
-for a whole row, may go to 16 bits and no lower; fused attention's arguments to 4, if its results are not computed again
-from them (attention.py). A function without a rule is treated with the greatest care: exact until a probe has measured
-it.
+error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is saved: stochastic
+rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a bias does not
+average out, so the error at 2 bits counts several times (ledger.py). `unsteady` marks attention, where one batch whose
+keys are long makes an error of a query matter several times as much as in the last: at all levels it counts several
+times. `floor` is the least level on offer: log-probabilities, on which everything after them depends, and reciprocal
+roots, of which a norm made of parts has one for a whole row, may go to 16 bits and no lower; fused attention's
+arguments to 4, if its results are not computed again from them (attention.py). A function without a rule is treated
+with the greatest care: exact until a probe has measured it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -61,6 +62,7 @@ class Rule:
         exact: positions or names of arguments whose saved copies stay exact: weights, masks, running statistics.
         linear: the closed form that holds for its one lossy tensor: `linear`, `conv` or none (measured by probes).
         curved: whether backward is not linear in what is saved.
+        unsteady: whether what an error does differs much from batch to batch.
         power: whether it raises its first argument to its second.
         floor: the least level.
         smallest_share: saved tensors with fewer values than this share of the largest argument's are statistics (mean,
@@ -72,6 +74,7 @@ class Rule:
     exact: tuple[int | str, ...] = ()
     linear: str = ""
     curved: bool = False
+    unsteady: bool = False
     power: bool = False
     floor: int = 2
     smallest_share: float = 0.0
@@ -87,9 +90,9 @@ _CURVED = Rule(curved=True)
 _NORM = Rule(curved=True, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5)
 _SHAPE = Rule(Need.SHAPE)
 _EXACT = Rule(Need.EXACT)
-_ATTENTION = Rule(curved=True, exact=(3, "attn_mask"), smallest_share=0.5)
-#: Where attention keeps no probabilities, and is not run again (attention.py).
-FUSED_ATTENTION = replace(_ATTENTION, floor=4)
+_ATTENTION = Rule(curved=True, unsteady=True, exact=(3, "attn_mask"), smallest_share=0.5)
+#: The least level of attention's arguments where it keeps no probabilities and is not run again (attention.py).
+FUSED_FLOOR = 4
 _GUARDED = Rule(floor=16, curved=True, exact=(1, 2, "target", "weight"))
 
 #: Losses, and what has nothing to round but masks and indices.

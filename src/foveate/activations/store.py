@@ -45,7 +45,7 @@ from foveate.activations.policy import LEVELS
 from foveate.activations.profile import load_profile_into, save_profile
 from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
 from foveate.activations.report import SavedReport, report_of
-from foveate.activations.rules import FUSED_ATTENTION, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
+from foveate.activations.rules import FUSED_FLOOR, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
 from foveate.activations.scope import FOREIGN, Call, Scope
 from foveate.activations.settings import Settings
 from foveate.activations.steps import EXACT, Record, Step, arguments_of_backward
@@ -174,8 +174,7 @@ class ActivationStore:
         whole = self.settings.recompute and interval.dense and interval.start == 0
         form = self._attentions.form(call, tensor) if whole else None
         if form is None and are_sums(call, tensor):
-            for site in {source.item.site for source in call.packed} & self.planner.ledger.sites.keys():
-                self.planner.ledger.sites[site].rule = FUSED_ATTENTION
+            self.planner.ledger.raise_floor({source.item.site for source in call.packed}, FUSED_FLOOR)
         return form if form is not None and self._may_run_again(form.roots) else None
 
     def _may_run_again(self, roots: Sequence[Payload]) -> bool:
