@@ -131,6 +131,21 @@ def test_file_names_cannot_point_elsewhere(
         fv.load(part, model=skeleton())
 
 
+@pytest.mark.parametrize("factors", [[1.0] * 5, [0.0] * 6, [-1.0] * 6, ["a"] * 6, [float("inf")] * 6, [10**400] * 6])
+def test_factors_of_predictions_are_checked(
+    saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path, factors: Any
+) -> None:
+    part = copy_of(saved[0], tmp_path / "part")
+
+    def change(data: Any) -> Any:
+        data["profile"]["measured_over_summed"] = factors
+        return data
+
+    rewrite(part, change)
+    with pytest.raises(CheckpointError, match="is malformed"):
+        fv.load_profile(part)
+
+
 @pytest.mark.parametrize(
     "ranges", [5, {"nothing:input": [0, 1]}, {"0:input": [1, 0]}, {"0:input": ["a", 1]}, {"0:input": [0, 1e300]}]
 )

@@ -194,7 +194,7 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         if not all(isinstance(note, str) for note in about["notes"]):
             raise ValueError("a note of the profile is no text")
         over = about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS))
-        if len(over) != len(WEIGHT_LEVELS) or not all(type(x) in (int, float) and 0 < x < float("inf") for x in over):
+        if len(over) != len(WEIGHT_LEVELS) or not all(type(x) in (int, float) and 0 < x < _LARGEST for x in over):
             raise ValueError("measured_over_summed is not a positive number for each level")
     return head
 
