@@ -8,11 +8,12 @@ whether they are within bounds, or their shape (lossless at a bit or at nothing)
 `linear` marks functions whose backward is linear in the saved input and reaches the gradient of the weight alone: their
 error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is saved: stochastic
 rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a bias does not
-average out, so the error at 2 bits counts several times (ledger.py). `unsteady` marks attention, where an error of
-a query can matter several times as much in one batch as in the last: at all levels it counts several times. `floor` is the least level on offer: log-probabilities, on which everything after them depends, and reciprocal
-roots, of which a norm made of parts has one for a whole row, may go to 16 bits and no lower; fused attention's
-arguments to 4, if its results are not computed again from them (attention.py). A function without a rule is treated
-with the greatest care: exact until a probe has measured it.
+average out, so the error at 2 bits counts several times (ledger.py). `unsteady` marks attention, where an error of a
+query can matter several times as much in one batch as in the last: at all levels it counts several times. `floor` is
+the least level on offer: log-probabilities, on which everything after them depends, and reciprocal roots, of which a
+norm made of parts has one for a whole row, may go to 16 bits and no lower; fused attention's arguments to 4, if its
+results are not computed again from them (attention.py). A function without a rule is treated with the greatest care:
+exact until a probe has measured it.
 """
 
 from __future__ import annotations
