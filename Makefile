@@ -18,24 +18,23 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.installed
 	mkdir -p bench-out
-	for name in $(BENCHES); do $(BIN)/foveate bench $$name --out bench-out/$$name.json || exit 1; done
+	for name in $(BENCHES); do $(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 
 # Other libraries, each in an environment of its own (about 8 GB under ~/.cache/foveate; llama.cpp is compiled: ten
 # minutes the first time). One that cannot be made is left out, and the results say so.
 bench-peers: $(VENV)/.installed
-	-$(BIN)/python -m foveate.bench.peers
+	-$(BIN)/python -m benchmarks.peers
 	mkdir -p bench-out
-	$(BIN)/foveate bench peers --out bench-out/peers.json --plot bench-out/peers.svg
-	$(BIN)/foveate bench decode --out bench-out/decode.json
-	$(BIN)/foveate bench quality --peers --out bench-out/quality_peers.json
-	$(BIN)/foveate bench cache --out bench-out/cache.json
+	$(BIN)/python -m benchmarks peers --out bench-out/peers.json --plot bench-out/peers.svg
+	for name in decode_peers quality_peers cache; do \
+		$(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) demo-out bench-out

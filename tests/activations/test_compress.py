@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.bench.resnet import ResNet
+from benchmarks.models.resnet import ResNet
 
 
 class Gated(nn.Module):

@@ -16,7 +16,6 @@ from typer.testing import Result
 
 import foveate as fv
 from foveate import cli
-from foveate.bench.result import Measured
 from foveate.cli import inspect as inspect_command
 
 FAST = ("--samples", 2, "--length", 32)
@@ -254,7 +253,7 @@ def test_a_folder_that_is_missing_or_damaged(run: Run, folder: Path, tmp_path: P
 
 
 def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(name: str, peers: bool) -> dict[str, Any]:
+    def fake(name: str) -> dict[str, Any]:
         return {"name": name, "figures": {"bytes_moved": 0.0, "unknown": float("nan")}}
 
     monkeypatch.setattr("foveate.bench.run", fake)
@@ -263,31 +262,6 @@ def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "b.json").read_text())["name"] == "switch"
     assert "bytes_moved" in run("bench", "switch").stdout
     assert run("bench", "switch", "--out", tmp_path / "no" / "b.json").exit_code == 2
-
-
-def test_bench_hands_parts_and_share_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        "foveate.bench.activations.measure", lambda **options: asked.append(options) or Measured({"budget_met": 1.0})
-    )
-    assert "budget_met" in run("bench", "activations", "--part", "budgets", "--part", "times", "--share", "0.5").stdout
-    assert run("bench", "activations").exit_code == 0
-    assert asked == [{"parts": ["budgets", "times"], "share": 0.5}, {}]
-    refused = run("bench", "switch", "--part", "times")
-    assert refused.exit_code == 2
-    assert "only activations" in refused.stderr
-
-
-def test_bench_draws_peers_and_nothing_else(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = {"bits": 8, "bytes": 10, "rows": 1, "seconds": 1.0, "bandwidth": 12.0}
-    rounds = [turn | {"form": form} for form in ("foveate 4", "foveate 8", "a peer")]
-    monkeypatch.setattr("foveate.bench.run", lambda name, peers: {"name": name, "figures": {}, "rounds": rounds})
-    file = tmp_path / "speed.svg"
-    assert run("bench", "peers", "--plot", file).exit_code == 0
-    assert "a peer" in file.read_text()
-    refused = run("bench", "switch", "--plot", file)
-    assert refused.exit_code == 2
-    assert "the benchmark peers measures, not switch" in refused.stderr
 
 
 def test_bench_lists_its_names(run: Run) -> None:
