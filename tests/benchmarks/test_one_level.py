@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.rounding import round_for_one_level, round_weight, with_descent
+from benchmarks.peers.quality.one_level import round_for_one_level
+from foveate.rounding import round_weight, with_descent
 from tiny import read_at
 
 

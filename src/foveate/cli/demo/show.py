@@ -30,7 +30,9 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.cli.console import emit, plain_table
-from foveate.cli.demo_model import Corpus, Progress, Recipe, Trained, corpus, default_cache, trained, windows
+from foveate.cli.demo.cache import default_cache, trained
+from foveate.cli.demo.corpus import Corpus, corpus, windows
+from foveate.cli.demo.training import Progress, Recipe, Trained
 from foveate.cli.tables import legend
 from foveate.kernels.threads import threads
 from foveate.maps import PrecisionMap, Profile

@@ -11,43 +11,19 @@ Shapes: B windows a step, S bytes a window, V = 256 byte values; a stack of equa
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from foveate.cli.demo.corpus import Corpus, windows
 from foveate.cli.models import transformers
-from foveate.errors import CheckpointError, DataError
 from foveate.kernels.threads import threads
 
 _VALUES = 256  # a byte is a token
-_SKIPPED = frozenset(
-    {
-        "test",
-        "tests",
-        "idle_test",
-        "site-packages",
-        "dist-packages",
-        "encodings",
-        "pydoc_data",
-        "lib2to3",
-        "turtledemo",
-        "ensurepip",
-    }
-)
-_HELD_OUT_EVERY = 16
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024: the quintic that brings every singular value near 1
 
 
@@ -80,16 +56,6 @@ class Recipe:
     seed: int = 0
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
-    """Python source as bytes: uint8 [n] to train on, uint8 [m] of files kept from training; how many files each."""
-
-    train: Tensor
-    held_out: Tensor
-    train_files: int
-    held_out_files: int
-
-
 @dataclass(frozen=True)
 class Progress:
     """Where training stands: `done` is the share of it that is over, `loss` a running mean in nats a byte."""
@@ -118,33 +84,6 @@ class Trained:
     products: str
 
 
-def corpus(root: Path | None = None) -> Corpus:
-    """Read the standard library's sources, without tests and tables; every sixteenth file is held out.
-
-    Raises:
-        DataError: there is too little source (some installations keep only compiled files).
-    """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    files = sorted(f for f in root.rglob("*.py") if not _SKIPPED.intersection(f.relative_to(root).parts))
-    texts = [f.read_bytes() for f in files]
-    held_out = texts[_HELD_OUT_EVERY // 2 :: _HELD_OUT_EVERY]
-    train = [t for i, t in enumerate(texts) if i % _HELD_OUT_EVERY != _HELD_OUT_EVERY // 2]
-    parts = [b"\n\n".join(part) for part in (train, held_out)]
-    if min(map(len, parts)) < 8192:
-        raise DataError(
-            f"{root} holds {sum(map(len, texts))} bytes of Python source, too little to learn from:"
-            " the demo needs an installation of Python with its .py files"
-        )
-    left, right = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
-    return Corpus(left, right, len(train), len(held_out))
-
-
-def windows(text: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """`count` windows from anywhere in a text: int64 [count, length]."""
-    starts = torch.randint(0, len(text) - length, (count,), generator=generator)
-    return text[starts[:, None] + torch.arange(length)].long()
-
-
 def new_model(recipe: Recipe) -> nn.Module:
     """An untrained Llama of the recipe's shape."""
     package = transformers()
@@ -168,44 +107,6 @@ def new_model(recipe: Recipe) -> nn.Module:
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(parameter)
     return model
-
-
-def default_cache() -> Path:
-    """`foveate/demo` under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveate" / "demo"
-
-
-def trained(
-    recipe: Recipe,
-    text: Corpus,
-    cache: Path,
-    *,
-    watch: Callable[[Progress], None],
-    notice: Callable[[str], None],
-) -> Trained:
-    """The recipe's model: from the cache, or trained now and put there.
-
-    Args:
-        recipe: what to train.
-        text: what to train on.
-        cache: the folder that keeps trained models.
-        watch: called after every step of training.
-        notice: told, in a sentence, of a cached file that cannot be used or written.
-    """
-    identity = json.dumps({"recipe": asdict(recipe), "python": sys.version_info[:3]}, sort_keys=True)
-    path = cache / f"llama-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.safetensors"
-    model = new_model(recipe)
-    if path.exists():
-        try:
-            return _restored(model, path, identity)
-        except CheckpointError as error:
-            notice(f"{error}; training anew")
-    result = train(model, recipe, text, watch)
-    try:
-        _keep(result, path, identity)
-    except OSError as error:
-        notice(f"the trained model could not be kept for next time: {error}")
-    return result
 
 
 def train(model: nn.Module, recipe: Recipe, text: Corpus, watch: Callable[[Progress], None]) -> Trained:
@@ -317,43 +218,3 @@ def _quickest(model: nn.Module, bytes_BS: Tensor) -> _Pace:
     for count in sorted({1, min(2, most), min(4, most)} - {most}):
         consider(_Pace(count, best.products))
     return best
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _keep(result: Trained, path: Path, identity: str) -> None:
-    tensors = {name: t.detach().contiguous() for name, t in result.model.state_dict().items()}
-    about = {
-        "seconds": result.seconds,
-        "steps": result.steps,
-        "bytes_seen": result.bytes_seen,
-        "threads": result.threads,
-        "products": result.products,
-    }
-    content = save(tensors, metadata={"identity": identity, "about": json.dumps(about), "sha256": _checksum(tensors)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _restored(model: nn.Module, path: Path, identity: str) -> Trained:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"the kept model {path} cannot be read ({error})") from error
-    if metadata.get("identity") != identity or metadata.get("sha256") != _checksum(tensors):
-        raise CheckpointError(f"the kept model {path} was altered since it was written")
-    model.load_state_dict(tensors)
-    return Trained(model.eval(), True, **json.loads(metadata["about"]))
