@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.allocate import allocate
+from foveate.allocate import Constraints, allocate
 from foveate.bench.cases import VARIABLE, Case, cases, data_folder
 from foveate.bench.peers.child import PeerError
 from foveate.bench.peers.figures import figures
@@ -109,9 +109,9 @@ class Ours:
         """The map of least predicted loss in so many bytes; tiles are dropped only where 2 bits are too many."""
         budget = Budget(bits=8 * size / self.weights)
         try:
-            return allocate(self.profile, budget, input_level=EXACT_INPUTS)
+            return allocate(self.profile, budget, Constraints(input_level=EXACT_INPUTS))
         except BudgetError:
-            return allocate(self.profile, budget, levels=WEIGHT_LEVELS, input_level=EXACT_INPUTS)
+            return allocate(self.profile, budget, Constraints(levels=WEIGHT_LEVELS, input_level=EXACT_INPUTS))
 
     def divergence(self, plan: PrecisionMap) -> float:
         """Measured."""
