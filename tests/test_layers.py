@@ -24,7 +24,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("sensitivity", "allocate", "checkpoint", "memory"),
     ("nn",),
     ("verify", "inputs", "importance", "runtime"),
-    ("audit", "repair"),
+    ("audit", "fit_to_loss"),
     ("serve", "bench", "report"),
     ("cli",),
 )

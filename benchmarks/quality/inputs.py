@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.models.cases import VARIABLE, Case, data_folder, mixed_llama, resnet20, resnet32, sentences
 from benchmarks.models.resnet import MEAN, STD
-from foveate.allocate import allocate, by_variance
+from foveate.allocate import Constraints, allocate, variance_proxy
 from foveate.bench.result import Measured
 from foveate.collect.objectives import run
 from foveate.inputs import watch_inputs
@@ -120,14 +120,14 @@ def rounded_inputs(model: nn.Module, bits: int, zero_point: bool) -> Iterator[No
 
 def _levels(case: Case, reference: nn.Module, profile: Profile) -> list[dict[str, Any]]:
     """Weights at 4 bits' bytes, and at 8 bits, with every choice of inputs."""
-    rows = []
+    rows, constraints = [], Constraints(input_bits=AVERAGE)
     for weights, base in (
         ("4 bits", allocate(profile, Budget(bytes=profile.uniform(4).bytes_resident))),
         ("8 bits", profile.uniform(8)),
     ):
         chosen = {
-            "gradient": allocate(profile, Budget(bits=1e6), input_bits=AVERAGE),
-            "variance": allocate(by_variance(profile), Budget(bits=1e6), input_bits=AVERAGE),
+            "gradient": allocate(profile, Budget(bits=1e6), constraints),
+            "variance": allocate(variance_proxy(profile), Budget(bits=1e6), constraints),
         }
         plans = {name: _with_inputs(profile, base, plan.levels) for name, plan in chosen.items()}
         for level in (4, 8, 32):
@@ -221,7 +221,7 @@ def _drift(
     """Weights at 8 bits, inputs at 6 on average or at 8: static scales with and without a watch, on clean and shifted
     data.
     """
-    bases = {AVERAGE: allocate(profile, Budget(bits=1e6), input_bits=AVERAGE), 8: profile.uniform(8, 8)}
+    bases = {AVERAGE: allocate(profile, Budget(bits=1e6), Constraints(input_bits=AVERAGE)), 8: profile.uniform(8, 8)}
     model, rows = case.model, []
     for (bits, base), (name, batches) in itertools.product(bases.items(), {"none": case.evaluation, **shifts}.items()):
         row: dict[str, Any] = {"model": case.name, "input_bits": bits, "shift": name}

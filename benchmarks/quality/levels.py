@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.models.cases import VARIABLE, Case, cases, data_folder
-from foveate.allocate import allocate
+from foveate.allocate import Constraints, allocate
 from foveate.bench.result import Measured
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.maps import Budget, PrecisionMap, Profile, input_level_for
@@ -50,7 +50,7 @@ def _maps(profile: Profile) -> dict[str, PrecisionMap]:
     maps = {f"uniform {level}": profile.uniform(level) for level in NESTED_LEVELS}
     for level in ALLOCATED:
         budget = Budget(bytes=maps[f"uniform {level}"].bytes_resident)
-        maps[f"allocated {level}"] = allocate(profile, budget, input_level=input_level_for(level))
+        maps[f"allocated {level}"] = allocate(profile, budget, Constraints(input_level=input_level_for(level)))
     return maps
 
 

@@ -232,8 +232,8 @@ def verify(
     """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`.
 
     Args:
-        limit: the most divergence that is wanted; `Verification.within` says whether it is kept, and `foveate.repair`
-            finds a map that keeps it.
+        limit: the most divergence that is wanted; `Verification.within` says whether it is kept, and
+            `foveate.fit_to_loss` finds a map that keeps it.
 
     Raises:
         PlaneNotResidentError: the model was loaded without planes that the map, or the uniform one, reads.

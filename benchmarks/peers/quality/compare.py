@@ -30,7 +30,7 @@ from benchmarks.peers.quality.layers import Layers, gather, round_embeddings, se
 from benchmarks.peers.quality.one_level import round_for_one_level
 from benchmarks.peers.quality.rounded import Peers, Work
 from benchmarks.peers.quality.settings import POINTS, SETTINGS, STAND_IN, WINDOW, Setting
-from foveate.allocate import allocate
+from foveate.allocate import Constraints, allocate
 from foveate.bench.result import Measured
 from foveate.collect.kinds import Kind, find_weights, kind_of
 from foveate.collect.objectives import run
@@ -109,9 +109,9 @@ class Ours:
         """The map of least predicted loss in so many bytes; tiles are dropped only where 2 bits are too many."""
         budget = Budget(bits=8 * size / self.weights)
         try:
-            return allocate(self.profile, budget, input_level=EXACT_INPUTS)
+            return allocate(self.profile, budget, Constraints(input_level=EXACT_INPUTS))
         except BudgetError:
-            return allocate(self.profile, budget, levels=WEIGHT_LEVELS, input_level=EXACT_INPUTS)
+            return allocate(self.profile, budget, Constraints(levels=WEIGHT_LEVELS, input_level=EXACT_INPUTS))
 
     def divergence(self, plan: PrecisionMap) -> float:
         """Measured."""

@@ -55,12 +55,7 @@ def allocate(
     if budget is None:
         plan = replace(head.plan, levels={**head.plan.levels, **_with_inputs(head.sites, weights)})
     else:
-        chosen, ties = options.levels_of(levels), options.ties_of(tie)
-
-        def solve(part: Profile, room: fv.Budget) -> PrecisionMap:
-            return fv.allocate(part, room, levels=chosen, per_tile=not per_weight, tie=ties, input_bits=input_bits)
-
-        plan = within(profile, budget, weights, solve)
+        plan = within(profile, budget, weights, options.constraints_of(levels, per_weight, tie, input_bits))
     plan = replace(plan, levels={**plan.levels, **inputs})
     plan = replace(plan, predicted_loss=profile.predict(plan))
     even = fv.uniform_of_bytes(plan)
@@ -118,10 +113,7 @@ def _met(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> PrecisionMa
 
 
 def within(
-    profile: Profile,
-    budget: fv.Budget,
-    weights: Mapping[str, Levels],
-    solve: Callable[[Profile, fv.Budget], PrecisionMap],
+    profile: Profile, budget: fv.Budget, weights: Mapping[str, Levels], constraints: fv.Constraints
 ) -> PrecisionMap:
     """The best map whose `weights` have the levels given: the rest is solved for what these leave of the budget.
 
@@ -129,13 +121,13 @@ def within(
         profile: what was measured.
         budget: for the whole map.
         weights: levels that are fixed, by site.
-        solve: allocates a profile under a budget.
+        constraints: what the rest must keep to.
 
     Raises:
         BudgetError: the fixed weights alone exceed the budget, or the rest does not fit beside them.
     """
     if not weights:
-        return solve(profile, budget)
+        return fv.allocate(profile, budget, constraints)
     levels = _with_inputs(profile.sites, weights)
     own = [s for s in profile.sites if s.name in levels]
     rest = tuple(s for s in profile.sites if s.name not in levels)
@@ -151,7 +143,7 @@ def within(
     elif budget.loss is not None:
         budget = _left(fv.Budget, loss=budget.loss - replace(profile, sites=tuple(own)).predict(pinned))
     try:
-        plan = solve(part, budget)
+        plan = fv.allocate(part, budget, constraints)
     except BudgetError as error:
         raise BudgetError(f"for the weights that --set leaves: {error}") from error
     return PrecisionMap(profile.sites, {**plan.levels, **levels}, profile.other_bytes)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from foveate.allocate import Constraints
 from foveate.errors import LevelError, SiteError
 from foveate.formats.levels import check_weight_level
 from foveate.maps import Budget
@@ -40,6 +41,11 @@ def budget_of(bits: float | None, bytes_: str | None, loss: float | None) -> Bud
     if bits is None and bytes_ is None and loss is None:
         return None
     return Budget(bits=bits, bytes=bytes_, loss=loss)
+
+
+def constraints_of(levels: str, per_weight: bool, tie: Sequence[str] | None, input_bits: float | None) -> Constraints:
+    """What a map must keep to beside its budget."""
+    return Constraints(levels=levels_of(levels), per_tile=not per_weight, tie=ties_of(tie), input_bits=input_bits)
 
 
 def level_of(text: str) -> int:

@@ -112,7 +112,7 @@ def _choose(
     """The map for a budget, or uniform precision at its bytes where that measured better."""
     original = load_original(model)
     if budget.loss is not None:
-        verification = fv.repair(net, budget, held_out, reference=original)
+        verification = fv.fit_to_loss(net, budget, held_out, reference=original)
         log.info("measured over predicted loss: %.2f", verification.ratio)
     else:
         plan = fv.allocate(profile, budget)

@@ -34,14 +34,14 @@ def test_the_measured_loss_is_within_the_budget_whatever_was_predicted(scale: fl
     for table in profile.losses.values():
         table.mul_(scale)  # predictions as wrong as those of a model that breaks, or one that is robust
     before = fv.current_map(model)
-    found = fv.repair(model, fv.Budget(loss=limit), HELD_OUT, reference=reference, progress=False)
+    found = fv.fit_to_loss(model, fv.Budget(loss=limit), HELD_OUT, reference=reference, progress=False)
     assert fv.current_map(model) == before
     assert found.within
     assert found.limit == limit
     assert found.measured.bound <= limit
     assert "within the limit" in str(found)
     # nor is it wasteful: half of the limit needs more bytes
-    half = fv.repair(model, fv.Budget(loss=limit / 2), HELD_OUT, reference=reference, progress=False)
+    half = fv.fit_to_loss(model, fv.Budget(loss=limit / 2), HELD_OUT, reference=reference, progress=False)
     assert half.plan.bytes_resident > found.plan.bytes_resident
     (again, _) = fv.measure(model, [found.plan], HELD_OUT, reference=reference, progress=False)
     assert again == found.measured
@@ -80,13 +80,24 @@ def test_verify_says_whether_a_limit_is_kept() -> None:
 
 def test_a_generous_limit_ends_at_the_cheapest_map() -> None:
     model, _, reference = _quantized()
-    found = fv.repair(model, fv.Budget(loss=1e6), HELD_OUT, reference=reference, progress=False)
+    found = fv.fit_to_loss(model, fv.Budget(loss=1e6), HELD_OUT, reference=reference, progress=False)
     assert {found.plan.mean_level(s) for s in found.plan.weight_sites()} == {2.0}
+
+
+def test_it_keeps_to_the_constraints() -> None:
+    model, profile, reference = _quantized()
+    constraints = fv.Constraints(levels=(2, 4, 8), per_tile=False, input_bits=9.0)
+    budget = fv.Budget(loss=0.02)
+    found = fv.fit_to_loss(model, budget, HELD_OUT, reference=reference, constraints=constraints, progress=False)
+    assert found.within
+    assert profile.input_bits(found.plan) <= 9.0
+    assert all(isinstance(found.plan.levels[s.name], int) for s in found.plan.weight_sites())
+    assert {found.plan.levels[s.name] for s in found.plan.weight_sites()} <= {2, 4, 8}
 
 
 def test_what_no_map_keeps() -> None:
     model, _, reference = _quantized()
     with pytest.raises(BudgetError, match=r"no map loses as little as 1e-12: the best one measures"):
-        fv.repair(model, fv.Budget(loss=1e-12), HELD_OUT, reference=reference, progress=False)
+        fv.fit_to_loss(model, fv.Budget(loss=1e-12), HELD_OUT, reference=reference, progress=False)
     with pytest.raises(BudgetError, match="is not a budget of loss"):
-        fv.repair(model, fv.Budget(bits=4), HELD_OUT, progress=False)
+        fv.fit_to_loss(model, fv.Budget(bits=4), HELD_OUT, progress=False)

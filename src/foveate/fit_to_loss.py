@@ -1,4 +1,4 @@
-"""repair: the fewest bits whose loss, measured on held-out data, stays within a limit.
+"""fit_to_loss: the fewest bits whose loss, measured on held-out data, stays within a limit.
 
 `allocate` with `Budget(loss=...)` promises what it can know: that the profile predicts no more. What is predicted may
 be a fifth of the truth, or more than it. So the limit that is given to `allocate` is moved until the *measured* loss
@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import nn
 
-from foveate.allocate import allocate
+from foveate.allocate import Constraints, allocate
+from foveate.allocate.constraints import DEFAULT_CONSTRAINTS
 from foveate.collect.objectives import Objective
 from foveate.errors import BudgetError
-from foveate.formats.levels import NESTED_LEVELS
 from foveate.maps import Budget, PrecisionMap
 from foveate.nn.registry import profile_of
 from foveate.verify import Outcome, Verification, measure, verify
@@ -43,45 +43,46 @@ class _Tried:
         return max(self.plan.predicted_loss, 1e-30)
 
 
-def repair(
+def fit_to_loss(
     model: nn.Module,
     budget: Budget,
     held_out: Iterable[Any],
     *,
     reference: nn.Module | None = None,
     objective: Objective | None = None,
-    levels: Sequence[int] = NESTED_LEVELS,
-    per_tile: bool = True,
-    tie: Sequence[Sequence[str]] = (),
-    input_level: int | None = None,
+    constraints: Constraints = DEFAULT_CONSTRAINTS,
     progress: bool = True,
 ) -> Verification:
     """Find the cheapest map whose measured loss keeps a budget of loss. The map in force is put back at the end.
+
+        found = fv.fit_to_loss(model, fv.Budget(loss=0.01), held_out, reference=original)
+        fv.apply(model, found.plan)
 
     Args:
         model: a quantized model, with its profile.
         budget: `Budget(loss=...)`, in the objective's unit.
         held_out: data that were not calibrated on; gone through up to ten times.
         reference, objective, progress: as for `foveate.measure`.
-        levels, per_tile, tie, input_level: as for `foveate.allocate`.
+        constraints: what the map must keep to, as for `foveate.allocate`.
 
     Returns:
         The map, measured beside uniform precision at its bytes; `within` is true.
 
     Raises:
         BudgetError: the budget is not one of loss, or no map keeps it; the message says what the best one measures.
+            Or the profile does not say what inputs cost, or `constraints` are no `Constraints`.
+        SiteError: a pattern of `constraints.tie` names no weight.
         FoveateError: the model was loaded without its profile.
     """
     if not isinstance(budget, Budget) or budget.loss is None:
         raise BudgetError(f"budget (={budget!r}) is not a budget of loss, such as Budget(loss=0.01)")
     profile, limit, data = profile_of(model), budget.loss, list(held_out)
-    best = allocate(profile, Budget(bits=64), levels=levels, per_tile=per_tile, tie=tie, input_level=input_level)
+    best = allocate(profile, Budget(bits=64), constraints)
 
     def attempt(target: float) -> _Tried:
         plan = best
         if target > best.predicted_loss * (1 + 1e-6):
-            room = Budget(loss=target)
-            plan = allocate(profile, room, levels=levels, per_tile=per_tile, tie=tie, input_level=input_level)
+            plan = allocate(profile, Budget(loss=target), constraints)
         found = measure(model, [plan], data, reference=reference, objective=objective, progress=progress)
         return _Tried(plan, found[0])
 
