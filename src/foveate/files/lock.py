@@ -50,6 +50,10 @@ def locked(folder: Path) -> Iterator[None]:
                 (folder / LOCK).unlink()
                 for each in reversed(new):
                     each.rmdir()
+        flock = _flock()
+        if flock is not None:
+            with suppress(OSError):  # there was no lock; a process that was forked meanwhile has the descriptor too
+                flock.flock(number, flock.LOCK_UN)
         os.close(number)
 
 
@@ -88,10 +92,16 @@ def _open(file: Path, folder: Path) -> int:
     return number
 
 
-def _wait(number: int, folder: Path) -> None:
+def _flock() -> Any:
     try:
-        fcntl: Any = importlib.import_module("fcntl")
+        return importlib.import_module("fcntl")
     except ImportError:
+        return None
+
+
+def _wait(number: int, folder: Path) -> None:
+    fcntl = _flock()
+    if fcntl is None:
         _without(folder, "this system has no flock")
         return
     try:
