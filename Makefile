@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCHES ?= kernels switch load quality decode saved
 
-.PHONY: demo test check bench bench-peers clean
+.PHONY: demo test check fuzz bench bench-peers clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,12 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Hostile and random files, and processes that save to one folder at once; the numbers are those of one long run.
+fuzz: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/heads.py 100000 2000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/files.py 20000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/saves.py 500
 
 bench: $(VENV)/.installed
 	mkdir -p bench-out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.activations.peak import PeakTracker
+from foveate.activations.profile import profile_checksum
 
 
 def _model() -> nn.Module:
@@ -113,6 +115,9 @@ def test_a_profile_survives_its_file_and_needs_no_learning(tmp_path: Path) -> No
         lambda c: c["families"].update(x=[float("-1")]),
         lambda c: next(iter(c["sites"].values())).update(bytes=[1]),
         lambda c: c.pop("audits"),
+        lambda c: c.update(parameters="of another model"),
+        lambda c: c.update(audits=[10**400]),
+        lambda c: c.update(audits=[True]),
     ],
 )
 def test_a_damaged_profile_is_refused(tmp_path: Path, damage: object) -> None:
@@ -122,8 +127,29 @@ def test_a_damaged_profile_is_refused(tmp_path: Path, damage: object) -> None:
     store.save_profile(path)
     content = json.loads(path.read_text())
     damage(content)  # type: ignore[operator]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps({**content, "sha256": profile_checksum(content)}))
     with pytest.raises(fv.CheckpointError):
+        fv.compress_activations(model, error=0.2, profile=path)
+
+
+def test_a_profile_that_was_altered_or_is_nested_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    model, path = _model(), tmp_path / "saved.json"
+    with fv.compress_activations(model, error=0.2) as store:
+        _train(model)
+    store.save_profile(path)
+    text = path.read_text()
+    path.write_text(text.replace('"audits": [', '"audits": [0.5' + ("" if '"audits": []' in text else ","), 1))
+    with pytest.raises(fv.CheckpointError, match="checksum does not match"):
+        fv.compress_activations(model, error=0.2, profile=path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(fv.CheckpointError, match="nested"):
+        fv.compress_activations(model, error=0.2, profile=path)
+    path.write_text(text)
+    with pytest.raises(fv.CheckpointError, match="another model"):
+        fv.compress_activations(nn.Linear(3, 5), error=0.2, profile=path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(fv.CheckpointError, match="not a regular file"):
         fv.compress_activations(model, error=0.2, profile=path)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 import foveate as fv
 from folders import LEVELS, X, at, copy_of, mixed, skeleton
 from foveate.errors import BudgetError, CheckpointError, PlaneNotResidentError, SiteError
+from foveate.files import LOCK
 from tiny import llama, mlp, quantized_llama, tokens
 
 
@@ -158,7 +159,7 @@ def test_saving_again_leaves_only_what_the_head_names(
     (folder / ".foveate-1234").mkdir()
     (folder / ".foveate-1234" / ".tmpabc").write_text("left behind by a kill")
     fv.save(model, folder, keep=profile.uniform(3))
-    named = {"foveate.json", "notes.txt", *fv.read_head(folder).files.values()}
+    named = {LOCK, "foveate.json", "notes.txt", *fv.read_head(folder).files.values()}
     assert {f.name for f in folder.iterdir()} == named
 
 

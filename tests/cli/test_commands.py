@@ -292,7 +292,7 @@ def test_an_interruption_exits_130(run: Run, folder: Path, monkeypatch: pytest.M
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect_command, "folder_bytes", interrupted)
+    monkeypatch.setattr(inspect_command, "opened", interrupted)
     result = run("inspect", folder)
     assert result.exit_code == 130
     assert "Traceback" not in result.output

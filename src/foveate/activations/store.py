@@ -67,7 +67,7 @@ class ActivationStore:
         self.model, self.settings = model, settings
         self.planner = Planner(settings)
         if profile is not None:
-            load_profile_into(self.planner.ledger, profile)
+            load_profile_into(self.planner.ledger, model, profile)
             self.planner.decide(None)
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
@@ -391,7 +391,7 @@ class ActivationStore:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        save_profile(self.planner.ledger, path)
+        save_profile(self.planner.ledger, self.model, path)
 
     def report(self) -> SavedReport:
         """What the latest finished step kept, and what that is predicted and was audited to do to the gradient."""

@@ -195,8 +195,8 @@ class Collector:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state()`; raises `DataError` if it is of another model or objective."""
-        expected = {k: t.shape for k, t in self.state().items()}
-        if {k: t.shape for k, t in state.items()} != expected:
+        expected = {k: (t.shape, t.dtype) for k, t in self.state().items()}
+        if {k: (t.shape, t.dtype) for k, t in state.items()} != expected:
             raise DataError("the resume file was made for another model or objective: delete it to start afresh")
         self.samples, self.batches = int(state["samples"]), int(state["batches"])
         for name, s in self.by_module.items():

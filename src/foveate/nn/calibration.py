@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
@@ -23,8 +22,6 @@ from typing import Any, cast
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
@@ -35,6 +32,7 @@ from foveate.collect.replay import Replay
 from foveate.collect.statistics import statistics_of
 from foveate.errors import BudgetError, DataError
 from foveate.nn.estimate import estimate, rough
+from foveate.nn.resuming import read_resume, sample_of, write_resume
 from foveate.nn.streaming import Load, Plan, plan
 from foveate.nn.witness import Witness, witness_bytes
 from foveate.progress import say, track
@@ -97,7 +95,8 @@ class Calibration:
         objective = self.probe.objective
         if loss is not None:
             objective = Custom(loss, objective)
-        state = _read_resume(resume) if resume is not None and resume.exists() else None
+        self._sample = sample_of(model, first)
+        state = read_resume(resume, objective, self._sample) if resume is not None and resume.exists() else None
         self._loads = _loads(self.found, objective, self.probe)
         blocks, least = self.probe.least()
         beside = _OUTPUT_COPIES * self.probe.output_bytes + _CALL_COPIES * self.probe.largest
@@ -186,9 +185,9 @@ class Calibration:
                 if index == done:
                     self._say_how_long(time.perf_counter() - started, done)
                 if self._resume is not None and (seen % _SAVE_EVERY == 0 or seen in (1, 2, 4, 8)):
-                    _write_resume(self._resume, self.collector)
+                    write_resume(self._resume, self.collector, self._sample)
         if self._resume is not None and self.passes > 1:
-            _write_resume(self._resume, self.collector)
+            write_resume(self._resume, self.collector, self._sample)
 
     def _say_how_long(self, batch: float, done: int) -> None:
         """Print an estimate, unless it is no time at all."""
@@ -280,17 +279,3 @@ def frozen(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)
-
-
-def _read_resume(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"the resume file {path} cannot be read ({error}): delete it to start afresh") from error
-
-
-def _write_resume(path: Path, collector: Collector) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: t.contiguous() for k, t in collector.state().items()}, temporary)
-    os.replace(temporary, path)
