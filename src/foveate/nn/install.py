@@ -37,10 +37,11 @@ def install(
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
     for entry, site in zip(found, sites, strict=True):
+        weights[site.name].name = site.name
         for name, module in zip(entry.names, entry.modules, strict=True):
             new = on_planes(module, weights[site.name])
             for place in places[id(module)]:
-                _exchange(model, place, new)
+                exchange(model, place, new)
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
@@ -49,7 +50,8 @@ def install(
     return registry
 
 
-def _exchange(model: nn.Module, name: str, new: nn.Module) -> None:
+def exchange(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module in the place of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 

@@ -28,6 +28,8 @@ class PlaneWeight(nn.Module):
         super().__init__()
         #: The dtype of the weight that was quantized: what embeddings and unpacked convolutions compute in.
         self.dtype = dtype
+        #: The name of its site, for messages.
+        self.name = ""
         self.set(planes)
 
     def set(self, planes: PlaneTensor) -> None:
@@ -70,9 +72,10 @@ class PlaneWeight(nn.Module):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
+        named = [part.name for part in (*args, *(kwargs or {}).values()) if isinstance(part, PlaneWeight) and part.name]
         raise FoveateError(
-            f"{getattr(func, '__name__', func)} was given a weight on planes: call its module, use "
-            "weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
+            f"{getattr(func, '__name__', func)} was given {named[0] if named else 'a weight'}, which is on planes: call "
+            "its module, use weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
         )
 
     def extra_repr(self) -> str:

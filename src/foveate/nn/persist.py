@@ -21,11 +21,12 @@ from foveate import checkpoint
 from foveate.allocate import allocate
 from foveate.checkpoint import Head, PathLike
 from foveate.checkpoint.head import DTYPES
-from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
+from foveate.collect.kinds import PRODUCT, Found, kind_of, weight_matrix_shape
 from foveate.errors import CheckpointError, MissingExtraError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, tile_levels, uniform
+from foveate.nn.derived import products_apart
 from foveate.nn.experts import taken_apart
 from foveate.nn.fold import fold_skeleton, folded_of
 from foveate.nn.install import install
@@ -127,7 +128,8 @@ def load(
     planes = checkpoint.read_planes(path, head, keep)
     weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
     sites = head.weight_sites()
-    with taken_apart(model, _stacks(head)):
+    names = frozenset(n.removesuffix(":weight") for s in sites for n in (s.name, *s.aliases))
+    with taken_apart(model, _stacks(head)), products_apart(model, names):
         found = [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites]
         registry = install(model, found, sites, weights)
     _fill(model, checkpoint.read_rest(path, head))
@@ -257,6 +259,7 @@ def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: in
             module = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"the model has no module {name!r}, which the checkpoint has planes for") from error
+        module = module._modules.get(PRODUCT) or module
         if kind_of(module) is None or weight_matrix_shape(module) != (rows, columns):
             raise CheckpointError(
                 f"{name} of the model does not hold a weight of {rows} x {columns}, as the checkpoint has"

@@ -16,6 +16,7 @@ from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Profile, Site, tile_levels
 from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight
+from foveate.nn.pretrained import allow_saving, refuse_saving
 from foveate.nn.siblings import Household, Siblings, families
 from foveate.planes import shared_tags
 
@@ -188,6 +189,13 @@ def quantized_part(model: nn.Module) -> nn.Module:
 def attach(model: nn.Module, registry: Registry) -> None:
     """Make `model` a quantized model."""
     model.__dict__[_ATTRIBUTE] = registry
+    refuse_saving(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Make `model` an ordinary model again, once it holds no planes."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+    allow_saving(model)
 
 
 def registry_of(model: nn.Module) -> Registry:
