@@ -125,9 +125,7 @@ def _name_of(func: Any) -> str:
 def running(model: nn.Module, error: BaseException) -> str:
     """The innermost module of a model that an error came from, by name; the model's class if that is not known."""
     names = {id(module): name for name, module in model.named_modules()}
-    calls = [
-        frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is _CALL
-    ]
+    calls = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is _CALL]
     known = [names[id(module)] for module in calls if names.get(id(module))]
     return known[-1] if known else type(model).__name__
 
@@ -136,8 +134,8 @@ def decode(model: nn.Module) -> None:
     """Let a generative model of transformers put out two tokens: with its cache filled it can take other ways through
     its code, and read other weights, than it does on a batch. Any other model is not run.
     """
-    generators = (m for m in model.modules() if callable(getattr(m, "can_generate", None)))
-    generator: Any = next((m for m in generators if m.can_generate()), None)
+    generators: Iterator[Any] = (m for m in model.modules() if callable(getattr(m, "can_generate", None)))
+    generator = next((m for m in generators if m.can_generate()), None)
     if generator is None or getattr(generator, "main_input_name", "") != "input_ids":
         return
     ids = torch.zeros(1, 4, dtype=torch.long)

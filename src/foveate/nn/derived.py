@@ -1,17 +1,17 @@
 """Modules with a forward of their own around a linear map, an embedding or a convolution.
 
-Gemma's embedding is `super().forward(ids) * scale`, OPT's positions are looked up at `ids + 2`. The product in the middle
-can be on planes all the same. So such a module is split in two while a model is quantized: it keeps its class's forward
-and everything else, and its weight and bias go to a part of it, `product`, which is plainly what it was derived from.
-Its class is exchanged for a subclass in which `super().forward` leads to that part:
+Gemma's embedding is `super().forward(ids) * scale`, OPT's positions are looked up at `ids + 2`. The product in the
+middle can be on planes all the same. So such a module is split in two while a model is quantized: it keeps its class's
+forward and everything else, and its weight and bias go to a part of it, `product`, which is plainly what it was derived
+from. Its class is exchanged for a subclass in which `super().forward` leads to that part:
 
     class GemmaScaledEmbedding(nn.Embedding)         forward: super().forward(ids) * scale
     class _(GemmaScaledEmbedding, _Apart)            weight, bias: those of `product`
     class _Apart(nn.Embedding)                       forward: product(ids)
 
-To whoever finds, measures, rounds and exchanges weights, a product is a module like any other, and its site has the name
-of the module that it is part of. Whether a forward calls the one it was derived from, or reads the weight itself, is seen
-while the model runs (`foveate.collect.reads`); where no planes came, the module is put back together.
+To whoever finds, measures, rounds and exchanges weights, a product is a module like any other, and its site has the
+name of the module that it is part of. Whether a forward calls the one it was derived from, or reads the weight itself,
+is seen while the model runs (`foveate.collect.reads`); where no planes came, the module is put back together.
 """
 
 from __future__ import annotations

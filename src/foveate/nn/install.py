@@ -45,7 +45,7 @@ def install(
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
-    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights))
+    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights), _other_parameters(model))
     attach(model, registry)
     return registry
 
@@ -54,6 +54,19 @@ def exchange(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put a module in the place of this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def _other_parameters(model: nn.Module) -> dict[str, int]:
+    """How many parameters are on no planes, by the class of the module that holds them."""
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        kind = "biases" if isinstance(module, PlaneModule) else type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return counts
 
 
 def _other_bytes(model: nn.Module, weights: dict[str, PlaneWeight]) -> int:

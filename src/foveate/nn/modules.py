@@ -72,10 +72,11 @@ class PlaneWeight(nn.Module):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
-        named = [part.name for part in (*args, *(kwargs or {}).values()) if isinstance(part, PlaneWeight) and part.name]
+        given = (*args, *(kwargs or {}).values())
+        name = next((part.name for part in given if isinstance(part, PlaneWeight) and part.name), "a weight")
         raise FoveateError(
-            f"{getattr(func, '__name__', func)} was given {named[0] if named else 'a weight'}, which is on planes: call "
-            "its module, use weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
+            f"{getattr(func, '__name__', func)} was given {name}, which is on planes: call its module, use "
+            "weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
         )
 
     def extra_repr(self) -> str:

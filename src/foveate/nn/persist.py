@@ -11,6 +11,7 @@ import functools
 import importlib
 import json
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,7 +79,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         weights=weights,
         dtypes={name: str(w.dtype).removeprefix("torch.") for name, w in registry.weights.items()},
         rest=_rest(model),
-        plan=plan,
+        plan=replace(plan, other_parameters=registry.other_parameters),
         profile=registry.profile,
         model={
             **about,
@@ -119,7 +120,7 @@ def load(
             raise CheckpointError("give keep or memory, not both")
         keep = checkpoint.at_most_stored(path, head, _fitting(path, parse_bytes(memory)))
     if isinstance(keep, int):
-        keep = uniform(head.sites, keep, head.other_bytes)
+        keep = replace(uniform(head.sites, keep, head.other_bytes), other_parameters=head.other_parameters)
     if keep is not None and keep.sites != head.sites:
         raise SiteError(f"the map is of another model than {path}")
     if model is None:

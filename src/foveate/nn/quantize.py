@@ -43,11 +43,14 @@ from foveate.rounding import Belief, belief, beyond, freedom, round_weight, with
 from foveate.rounding.descent import INPUT_DAMPING, SHARES_LOOKED_UP
 from foveate.rounding.nearest import PRICES
 from foveate.sensitivity import tile_losses
+from foveate.sites import stays_float
 from foveate.sizes import parse_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Values of a weight that are scored at a time.
 _SCORED = 1 << 22
+#: Parameters that stay float, over those on planes, from which on a note says what they are.
+_MUCH = 0.02
 
 
 def group_for(columns: int) -> int:
@@ -150,6 +153,9 @@ def _quantized(
     with way_back.on(BaseException):
         registry = install(model, found, sites, weights)
         run_on_planes(model, calibration.first, calibration.generates)
+    weight_count = sum(s.weights for s in sites)
+    if sum(registry.other_parameters.values()) >= _MUCH * weight_count:
+        notes.append(stays_float(registry.other_parameters, weight_count))
     for name in registry.inputs:
         node = collector.by_module.get(name.removesuffix(":input"))
         if node is not None and node.inputs is not None:
@@ -164,6 +170,7 @@ def _quantized(
         collector.objective.name,
         statistics,
         tuple(notes),
+        other_parameters=registry.other_parameters,
     )
     with way_back.on(Exception):
         try:

@@ -32,6 +32,7 @@ class Registry:
         weights: the planes of each weight site.
         inputs: for each input site the module whose `input_level` it is.
         other_bytes: bytes of everything that is no site.
+        other_parameters: how many parameters that is, by the class of their module.
         profile_source: reads what was measured of this model, if it was kept.
         applied: the maps in force: rows of x read the first, or where a choice is given the second.
     """
@@ -42,11 +43,13 @@ class Registry:
         weights: Mapping[str, PlaneWeight],
         inputs: Mapping[str, PlaneModule],
         other_bytes: int,
+        other_parameters: Mapping[str, int],
     ) -> None:
         self.sites = tuple(sites)
         self.weights = dict(weights)
         self.inputs = dict(inputs)
         self.other_bytes = other_bytes
+        self.other_parameters = other_parameters
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
