@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -258,4 +258,4 @@ def highest_map(model: nn.Module) -> PrecisionMap:
     registry = registry_of(model)
     plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
     levels = {name: bytes(w.value.resident.flatten().tolist()) for name, w in registry.weights.items()}
-    return PrecisionMap(plan.sites, {**plan.levels, **levels}, plan.other_bytes)
+    return replace(plan, levels={**plan.levels, **levels}, other_parameters=registry.other_parameters)

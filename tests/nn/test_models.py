@@ -71,14 +71,18 @@ def test_embeddings_alone() -> None:
 
 
 def test_a_weight_that_another_module_uses_stays() -> None:
-    class Scaled(nn.Embedding):
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(50, 64))
+
         def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) * 8
+            return self.weight[input]
 
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = Scaled(50, 64)
+            self.embed = Looked()
             self.inner = nn.Linear(64, 64)
             self.head = nn.Linear(64, 50, bias=False)
             self.head.weight = self.embed.weight
@@ -102,19 +106,23 @@ def test_torchs_encoder_layer_runs() -> None:
         assert whole(x).shape == x.shape
 
 
-def test_a_weight_read_past_its_module_is_refused_with_advice() -> None:
+def test_a_weight_read_past_its_module_stays_and_planes_are_refused_with_advice() -> None:
     class Direct(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed = nn.Embedding(50, 64)
+            self.inner = nn.Linear(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.embed(x), self.embed.weight)
+            return F.linear(self.inner(self.embed(x)), self.embed.weight)
 
     model = Direct()
-    fv.quantize(model, [torch.randint(0, 50, (4, 7))], progress=False)
-    with pytest.raises(fv.FoveateError, match="skip="):
-        model(torch.tensor([1]))
+    profile = fv.quantize(model, [torch.randint(0, 50, (4, 7))], progress=False)
+    assert [s.name for s in profile.weight_sites()] == ["inner:weight"]
+    assert any("embed" in note and "linear in Direct" in note for note in profile.notes)
+    assert model(torch.tensor([1])).shape == (1, 50)
+    with pytest.raises(fv.FoveateError, match=r"linear was given inner:weight, which is on planes.*skip="):
+        F.linear(torch.randn(1, 64), model.inner.weight)
 
 
 def test_hooks_and_keywords_go_on_working() -> None:

@@ -74,7 +74,7 @@ class Problem(Choices):
                 given = self.input_levels
                 levels[site.name] = input_level_for(mean[weight]) if given is None else given[site.name]
         loss = float(self.predicted_UL.gather(1, choice_U[:, None]).sum()) + self.profile.predict_inputs(levels)
-        return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss)
+        return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss, self.profile.other_parameters)
 
 
 def build(profile: Profile, constraints: Constraints, input_levels: Mapping[str, int] | None) -> Problem:

@@ -49,6 +49,7 @@ class Head:
         profile: samples, objective and notes of the profile; None if it was not kept.
         written_by: the version of foveate.
         sha256: the head's own checksum, where it was read.
+        other_parameters: as of `PrecisionMap`; None in folders of foveate 0.1.
     """
 
     sites: tuple[Site, ...]
@@ -63,6 +64,7 @@ class Head:
     profile: Mapping[str, Any] | None = None
     written_by: str = ""
     sha256: str = field(default="", compare=False)
+    other_parameters: Mapping[str, int] | None = None
 
     def of_weights(self) -> dict[str, Mapping[str, Any]]:
         """What is said of weight sites alone, by its key in the file."""
@@ -82,6 +84,7 @@ def encoded(head: Head) -> bytes:
         "written_by": head.written_by,
         "model": dict(head.model),
         "other_bytes": head.other_bytes,
+        "other_parameters": None if head.other_parameters is None else dict(head.other_parameters),
         "sites": [
             {**asdict(s), **({key: of[s.name] for key, of in head.of_weights().items()} if s.kind == "weight" else {})}
             for s in head.sites
@@ -179,9 +182,10 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
     needed = {"scales", "rest", *(f"plane{p}" for p in range(PLANES))}
     if not needed <= set(files):
         raise ValueError(f"files are not listed: {', '.join(sorted(needed - set(files)))}")
+    other_parameters = _counts(data.get("other_parameters"))
     head = Head(
         sites=tuple(sites),
-        plan=PrecisionMap.from_json(data["map"], sites, data["other_bytes"]),
+        plan=PrecisionMap.from_json(data["map"], sites, data["other_bytes"], other_parameters),
         other_bytes=data["other_bytes"],
         reach=reach,
         exponent=exponent,
@@ -192,6 +196,7 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         profile=None if data["profile"] is None else dict(data["profile"]),
         written_by=str(data["written_by"]),
         sha256=data["sha256"],
+        other_parameters=other_parameters,
     )
     if type(head.other_bytes) is not int or head.other_bytes < 0:
         raise ValueError(f"other_bytes (={head.other_bytes!r}) is not a number of bytes")
@@ -205,6 +210,14 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         if len(over) != len(WEIGHT_LEVELS) or not all(type(x) in (int, float) and 0 < x < _LARGEST for x in over):
             raise ValueError("measured_over_summed is not a positive number for each level")
     return head
+
+
+def _counts(found: Any) -> dict[str, int] | None:
+    if found is not None and not (
+        isinstance(found, dict) and all(type(n) is int and 0 <= n < _LARGEST for n in found.values())
+    ):
+        raise ValueError("other_parameters are not counted by the class of their module")
+    return found
 
 
 def _check_site(site: Site) -> None:

@@ -67,6 +67,7 @@ def write(
             sites=plan.sites,
             plan=plan,
             other_bytes=plan.other_bytes,
+            other_parameters=plan.other_parameters,
             reach={name: w.reach for name, w in weights.items()},
             exponent={name: w.exponent for name, w in weights.items()},
             dtype=dtypes,
@@ -268,6 +269,7 @@ def read_profile(folder: Folder) -> Profile:
         statistics,
         tuple(about["notes"]),
         tuple(map(float, about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS)))),  # older ones have none
+        head.other_parameters,
     )
 
 

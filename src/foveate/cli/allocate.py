@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated
@@ -15,7 +16,7 @@ from foveate.cli.console import emit, plain_table, show
 from foveate.cli.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError
 from foveate.formats.levels import check_input_level
-from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, input_level_for, uniform
+from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, input_level_for
 from foveate.report.page import figure, loss_name
 from foveate.sizes import format_bytes
 
@@ -133,7 +134,7 @@ def within(
     rest = tuple(s for s in profile.sites if s.name not in levels)
     pinned = PrecisionMap(tuple(own), levels)
     if not any(s.kind == "weight" for s in rest):
-        return _met(budget, profile, replace(uniform(profile.sites, 0, profile.other_bytes), levels=levels))
+        return _met(budget, profile, replace(profile.uniform(0), levels=levels))
     losses = {s.name: profile.losses[s.name] for s in rest if s.name in profile.losses}
     part = replace(profile, sites=rest, losses=losses, other_bytes=profile.other_bytes + pinned.bytes_resident)
     if budget.bits is not None:
@@ -146,7 +147,7 @@ def within(
         plan = fv.allocate(part, budget, constraints)
     except BudgetError as error:
         raise BudgetError(f"for the weights that --set leaves: {error}") from error
-    return PrecisionMap(profile.sites, {**plan.levels, **levels}, profile.other_bytes)
+    return replace(profile.uniform(0), levels={**plan.levels, **levels}, predicted_loss=math.nan)
 
 
 def _left(make: Callable[..., fv.Budget], **room: float) -> fv.Budget:

@@ -10,7 +10,7 @@ import typer
 from foveate.checkpoint import opened
 from foveate.cli import options
 from foveate.cli.console import emit, show
-from foveate.cli.tables import legend, map_figures, map_table, sizes_table
+from foveate.cli.tables import bits_line, legend, map_figures, map_table, sizes_table
 from foveate.maps import PrecisionMap, Site
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, stored_bytes
 
@@ -28,7 +28,7 @@ def inspect(
         return
     weights = sum(s.weights for s in plan.weight_sites())
     show(
-        f"{out}: {weights:,} weights, {plan.bits:.2f} bits each on average, scales included",
+        f"{out}: {weights:,} weights, {bits_line(plan)}",
         map_table(plan, each_site=each),
         legend(plan),
         sizes_table(plan, size),

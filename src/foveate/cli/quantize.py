@@ -15,7 +15,7 @@ from foveate.cli import options
 from foveate.cli.console import emit, log, plain_table, show
 from foveate.cli.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
 from foveate.cli.models import config_of, load_original, load_tokenizer
-from foveate.cli.tables import legend, map_figures, sizes_table
+from foveate.cli.tables import bits_line, legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
 from foveate.formats.packing import check_group
 from foveate.nn.least import check_reachable
@@ -131,7 +131,9 @@ def _save_tokenizer(model: str, out: Path) -> None:
 
 def _tell(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: fv.Verification | None) -> None:
     show(
-        f"{out}: {len(profile.weight_sites())} weights on planes, measured on {profile.samples:,} samples", legend(plan)
+        f"{out}: {len(profile.weight_sites())} weights on planes, measured on {profile.samples:,} samples",
+        bits_line(plan),
+        legend(plan),
     )
     show(sizes_table(plan))
     if verification is not None:

@@ -99,6 +99,14 @@ def sizes_table(plan: PrecisionMap, on_disk: int | None = None) -> Table:
     return table
 
 
+def bits_line(plan: PrecisionMap) -> str:
+    """A map's average bits, of weights on planes and of all parameters, and what stays float."""
+    text = f"{plan.bits:.2f} bits a weight on planes, scales included"
+    if plan.other_parameters is not None:
+        text += f"; {plan.bits_of_model:.2f} bits a parameter of the whole model"
+    return f"{text}; {plan.stays_float}" if plan.stays_float else text
+
+
 def outcomes_table(measured: Sequence[Measured], reference_bytes: int | None, metric: str, divergence: str) -> Table:
     """What maps were measured to do, a row each; the default map is bold.
 
@@ -131,6 +139,8 @@ def map_figures(plan: PrecisionMap) -> dict[str, Any]:
     """A map's totals for machines."""
     return {
         "bits": plan.bits,
+        "bits_of_model": plan.bits_of_model,
+        "other_parameters": plan.other_parameters,
         "bytes_stored": plan.bytes_stored,
         "bytes_resident": plan.bytes_resident,
         "bytes_read": plan.bytes_read,

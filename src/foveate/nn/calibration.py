@@ -25,16 +25,17 @@ import torch
 from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
-from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
+from foveate.collect.kinds import Found, Kind, kind_of, listed, weight_matrix_shape
 from foveate.collect.objectives import Custom, Objective, check_batches, run
 from foveate.collect.probe import Probe, probe
+from foveate.collect.reads import Reads, decode
 from foveate.collect.replay import Replay
 from foveate.collect.statistics import statistics_of
-from foveate.errors import BudgetError, DataError
+from foveate.errors import BudgetError, DataError, WeightError
 from foveate.nn.estimate import estimate, rough
 from foveate.nn.resuming import read_resume, sample_of, write_resume
 from foveate.nn.streaming import Load, Plan, plan
-from foveate.nn.witness import Witness, witness_bytes
+from foveate.nn.witness import Witness, copied, witness_bytes
 from foveate.progress import say, track
 from foveate.sizes import format_bytes, free_memory
 
@@ -54,7 +55,11 @@ class Calibration:
     """Runs the passes.
 
     Attributes:
-        found: the weights.
+        found: the weights, less those that something else than their modules was seen to read; complete after the first
+            share was asked for.
+        notes: which weights were left so, and what is not known of the model's reads.
+        first: the first batch.
+        generates: whether the model, if it can generate, was seen to.
         collector: the statistics; small ones complete after the first share was asked for.
         plan: how it is gone about.
         probe: what the first batch showed.
@@ -81,17 +86,22 @@ class Calibration:
 
         Raises:
             DataError: there are no batches, or a resume file that cannot be used.
+            WeightError: all weights are read past their modules.
             BudgetError: the limit cannot be kept; the message says the least possible.
         """
         self._model, self.found, self._resume, self._progress = model, list(found), resume, progress
-        self._names = [name for entry in found for name in entry.names]
+        self._reads = Reads(model, found)
         free = free_memory()
         stream = iter(check_batches(batches))
         first = next(stream, None)
         if first is None:
             raise DataError("there are no batches to calibrate on")
-        with frozen(model):
+        self.first = copied(first)
+        self.notes: list[str] = []
+        with frozen(model), self._reads.watching():
             self.probe = probe(model, first, self.found, objective)
+            self.generates = self._decoded()
+        self._leave_what_is_read()
         objective = self.probe.objective
         if loss is not None:
             objective = Custom(loss, objective)
@@ -134,8 +144,16 @@ class Calibration:
         return len(self._shares)
 
     def shares(self) -> Iterator[list[Found]]:
-        """Go through the data once for each share, and hand out the weights whose statistics are complete."""
+        """Go through the data once for each share, and hand out the weights whose statistics are complete.
+
+        Raises:
+            WeightError: all weights are read past their modules.
+        """
         self._first_pass()
+        self._leave_what_is_read()
+        self._leave(self._reads.never_ran(self.found), "their modules have forwards of their own that never ran")
+        kept = {entry.names[0] for entry in self.found}
+        self._shares = [[entry for entry in share if entry.names[0] in kept] for share in self._shares]
         yield self._shares[0]
         for number in range(1, len(self._shares)):
             self._make_room(number)
@@ -159,16 +177,47 @@ class Calibration:
         if self.plan.lean and any(entry is last for last in self._shares[-1]):
             _let_go(entry)
 
+    def make_room(self) -> None:
+        """All weights are rounded: where memory is short, none of them stays."""
+        if self.plan.lean:
+            for entry in self.found:
+                _let_go(entry)
+
     def finish(self) -> None:
-        """All weights are rounded: none of them is needed any more."""
+        """The model is on planes and runs: no float weight is needed any more, nor what would continue."""
         for entry in self.found:
             _let_go(entry)
         if self._resume:
             self._resume.unlink(missing_ok=True)
 
+    def _leave_what_is_read(self) -> None:
+        """Take those weights out whose planes the code that reads them could not read."""
+        own = {entry.names[0] for entry in self._reads.only_own(self.found)}
+        past = [entry for entry in self.found if entry.names[0] not in own]
+        who = self._reads.past[past[0].names[0]] if past else ""
+        self._leave(past, f"other code than their modules' reads them, such as {who}")
+
+    def _leave(self, entries: Sequence[Found], why: str) -> None:
+        if not entries:
+            return
+        gone = {entry.names[0] for entry in entries}
+        self.found = [entry for entry in self.found if entry.names[0] not in gone]
+        self.notes.append(f"the weights of {listed([entry.names[0] for entry in entries])} stay float: {why}")
+        if not self.found:
+            raise WeightError(f"no weight can be quantized: {self.notes[-1]}")
+
+    def _decoded(self) -> bool:
+        """Let the float model generate, if it can, and say if it fails."""
+        try:
+            decode(self._model)
+        except Exception as error:  # a model that calibration can run all the same
+            self.notes.append(f"what generation reads past modules is not known, for it fails: {error!r}")
+            return False
+        return True
+
     def _first_pass(self) -> None:
         done = self.collector.batches
-        with frozen(self._model):
+        with frozen(self._model), self._reads.watching():
             label = "calibrating" if self.passes == 1 else f"calibrating, pass 1 of {self.passes}"
             for index, batch in enumerate(track(self._stream, label, total=self._count, show=self._progress)):
                 if self._kept is not None:

@@ -28,6 +28,8 @@ class PlaneWeight(nn.Module):
         super().__init__()
         #: The dtype of the weight that was quantized: what embeddings and unpacked convolutions compute in.
         self.dtype = dtype
+        #: The name of its site, for messages.
+        self.name = ""
         self.set(planes)
 
     def set(self, planes: PlaneTensor) -> None:
@@ -70,8 +72,10 @@ class PlaneWeight(nn.Module):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
+        given = (*args, *(kwargs or {}).values())
+        name = next((part.name for part in given if isinstance(part, PlaneWeight) and part.name), "a weight")
         raise FoveateError(
-            f"{getattr(func, '__name__', func)} was given a weight on planes: call its module, use "
+            f"{getattr(func, '__name__', func)} was given {name}, which is on planes: call its module, use "
             "weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,12 @@ from foveate import checkpoint
 from foveate.allocate import allocate
 from foveate.checkpoint import Folder, Head, PathLike
 from foveate.checkpoint.head import DTYPES
-from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
+from foveate.collect.kinds import PRODUCT, Found, kind_of, weight_matrix_shape
 from foveate.errors import CheckpointError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, tile_levels, uniform
+from foveate.nn.derived import products_apart
 from foveate.nn.experts import taken_apart
 from foveate.nn.fold import fold_skeleton, folded_of
 from foveate.nn.install import install
@@ -81,7 +83,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         weights=weights,
         dtypes={name: str(w.dtype).removeprefix("torch.") for name, w in registry.weights.items()},
         rest=rest,
-        plan=plan,
+        plan=replace(plan, other_parameters=registry.other_parameters),
         profile=registry.profile,
         model={
             **about,
@@ -129,7 +131,7 @@ def _load(
             raise CheckpointError("give keep or memory, not both")
         keep = checkpoint.at_most_stored(folder, _fitting(folder, parse_bytes(memory)))
     if isinstance(keep, int):
-        keep = uniform(head.sites, keep, head.other_bytes)
+        keep = replace(uniform(head.sites, keep, head.other_bytes), other_parameters=head.other_parameters)
     if keep is not None and keep.sites != head.sites:
         raise SiteError(f"the map is of another model than {path}")
     if model is None:
@@ -138,7 +140,8 @@ def _load(
     planes = checkpoint.read_planes(folder, keep)
     weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
     sites = head.weight_sites()
-    with taken_apart(model, _stacks(head)):
+    names = frozenset(n.removesuffix(":weight") for s in sites for n in (s.name, *s.aliases))
+    with taken_apart(model, _stacks(head)), products_apart(model, names):
         found = [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites]
         registry = install(model, found, sites, weights)
     _fill(model, folder)
@@ -233,6 +236,7 @@ def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: in
             module = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"the model has no module {name!r}, which the checkpoint has planes for") from error
+        module = module._modules.get(PRODUCT) or module
         if kind_of(module) is None or weight_matrix_shape(module) != (rows, columns):
             raise CheckpointError(
                 f"{name} of the model does not hold a weight of {rows} x {columns}, as the checkpoint has"

@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.kinds import Found, Kind, find_weights, weight_matrix
+from foveate.collect.kinds import Found, Kind, find_weights, listed, weight_matrix
 from foveate.collect.objectives import Objective
 from foveate.collect.statistics import Factored, WeightStatistics
 from foveate.errors import DataError, SiteError, WeightError
@@ -29,11 +29,13 @@ from foveate.formats.packing import GROUPS, TILE_ROWS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import FITTED, Profile, Site
 from foveate.nn.calibration import Calibration, frozen
+from foveate.nn.derived import products_apart
 from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.heap import given_back
 from foveate.nn.install import install, site_of
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.routing import Routing
+from foveate.nn.trial import WayBack, run_on_planes
 from foveate.nn.witness import with_measured
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
@@ -41,11 +43,14 @@ from foveate.rounding import Belief, belief, beyond, freedom, round_weight, with
 from foveate.rounding.descent import INPUT_DAMPING, SHARES_LOOKED_UP
 from foveate.rounding.nearest import PRICES
 from foveate.sensitivity import tile_losses
+from foveate.sites import stays_float
 from foveate.sizes import parse_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Values of a weight that are scored at a time.
 _SCORED = 1 << 22
+#: Parameters that stay float, over those on planes, from which on a note says what they are.
+_MUCH = 0.02
 
 
 def group_for(columns: int) -> int:
@@ -72,8 +77,9 @@ def quantize(
     """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
 
     Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts;
-    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. Afterwards
-    every weight is read at 8 bits.
+    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. A weight that
+    calibration saw something else read than its own module (`x @ self.head.weight.t()`) is left as it is; the profile's
+    notes name it. Afterwards every weight is read at 8 bits.
 
     Args:
         model: any module, in memory, on the CPU.
@@ -98,13 +104,14 @@ def quantize(
 
     Raises:
         DataError: no batches, or a loss that is not finite.
-        WeightError: a weight holds NaN or Inf, or no weight can be quantized. The model is then unchanged.
+        WeightError: a weight holds NaN or Inf, no weight can be quantized, or the model does not run on planes. The
+            model is then unchanged, unless float weights had to make room.
         SiteError: a pattern in `skip` matches nothing.
         BudgetError: the model cannot be quantized in `memory`; the message says in how much it can.
     """
     ensure_loaded()
     limit = None if memory is None else parse_bytes(memory)
-    with taken_apart(model), given_back(limit is not None):
+    with taken_apart(model), products_apart(model), given_back(limit is not None):
         path = Path(resume) if resume else None
         return _quantized(model, batches, objective, loss, group, skip, limit, path, progress)
 
@@ -131,9 +138,9 @@ def _quantized(
     calibration = Calibration(model, batches, found, objective, loss, memory=memory, resume=resume, progress=progress)
     with given_back(calibration.plan.replay or calibration.plan.lean):
         rounded, routing, few = _all_rounded(model, calibration, group, progress)
-    calibration.finish()
-    collector = calibration.collector
-    notes += _notes(calibration, routing, few, guessed=objective is None)
+    calibration.make_room()
+    collector, found = calibration.collector, calibration.found
+    notes += [*calibration.notes, *_notes(calibration, routing, few, guessed=objective is None)]
     done = [rounded[entry.names[0]] for entry in found]
     sites = [q.site for q in done]
     weights = {q.site.name: PlaneWeight(q.planes, q.dtype) for q in done}
@@ -142,7 +149,13 @@ def _quantized(
     del rounded, done
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         kept.set(value)
-    registry = install(model, found, sites, weights)
+    way_back = WayBack(model, found)
+    with way_back.on(BaseException):
+        registry = install(model, found, sites, weights)
+        run_on_planes(model, calibration.first, calibration.generates)
+    weight_count = sum(s.weights for s in sites)
+    if sum(registry.other_parameters.values()) >= _MUCH * weight_count:
+        notes.append(stays_float(registry.other_parameters, weight_count))
     for name in registry.inputs:
         node = collector.by_module.get(name.removesuffix(":input"))
         if node is not None and node.inputs is not None:
@@ -157,14 +170,17 @@ def _quantized(
         collector.objective.name,
         statistics,
         tuple(notes),
+        other_parameters=registry.other_parameters,
     )
-    try:
-        with frozen(model):
-            profile = with_measured(profile, model, registry, calibration.witness, progress)
-    finally:  # an interruption, too, leaves a model that is read at 8 bits and has its profile
-        registry.profile = profile
-        top = profile.uniform(TOP_LEVEL)
-        registry.apply(top, top)
+    with way_back.on(Exception):
+        try:
+            with frozen(model):
+                profile = with_measured(profile, model, registry, calibration.witness, progress)
+        finally:  # an interruption leaves a model that is read at 8 bits and has its profile
+            registry.profile = profile
+            top = profile.uniform(TOP_LEVEL)
+            registry.apply(top, top)
+    calibration.finish()
     return profile
 
 
@@ -259,21 +275,18 @@ def _notes(calibration: Calibration, routing: Routing, few: Sequence[str], guess
     """What the user should know of the calibration, a sentence each."""
     collector = calibration.collector
     notes = routing.notes()
-    unseen = [name for name in collector.unseen() if name not in routing]
-    if unseen:
-        notes.append(f"calibration never reached {_listed(unseen)}: their bits are chosen blindly")
+    unseen = set(collector.unseen())
+    blind = [e.names[0] for e in calibration.found if unseen >= set(e.names) and e.names[0] not in routing]
+    if blind:
+        notes.append(f"calibration never reached {listed(blind)}: their bits are chosen blindly")
     if guessed and collector.objective.name == "embedding":
         notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
     if few:
         notes.append(
-            f"{_listed(few)} had fewer rows of input than columns: rounded to nearest, for descent would fit those "
+            f"{listed(few)} had fewer rows of input than columns: rounded to nearest, for descent would fit those "
             "few rows"
         )
     return notes
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
 def _on_planes(
