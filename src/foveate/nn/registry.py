@@ -190,6 +190,11 @@ def attach(model: nn.Module, registry: Registry) -> None:
     model.__dict__[_ATTRIBUTE] = registry
 
 
+def detach(model: nn.Module) -> None:
+    """Make a quantized model a plain one; nothing of it may be on planes any more."""
+    del model.__dict__[_ATTRIBUTE]
+
+
 def registry_of(model: nn.Module) -> Registry:
     """The registry of a quantized model, or of the one inside a wrapper; raises `FoveateError` if there is none."""
     return cast(Registry, quantized_part(model).__dict__[_ATTRIBUTE])
