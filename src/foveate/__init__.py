@@ -48,6 +48,7 @@ from foveate.maps import Profile as Profile
 from foveate.maps import Site as Site
 from foveate.maps import uniform_of_bytes as uniform_of_bytes
 from foveate.nn.cache import calibrate_cache as calibrate_cache
+from foveate.nn.dequantize import dequantize as dequantize
 from foveate.nn.fold import fold_batchnorm as fold_batchnorm
 from foveate.nn.persist import load as load
 from foveate.nn.persist import save as save

@@ -41,7 +41,7 @@ def install(
         for name, module in zip(entry.names, entry.modules, strict=True):
             new = on_planes(module, weights[site.name])
             for place in places[id(module)]:
-                exchange(model, place, new)
+                replace_module(model, place, new)
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
@@ -50,8 +50,8 @@ def install(
     return registry
 
 
-def exchange(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put a module in the place of this name."""
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module into the place of the one that has this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 

@@ -282,6 +282,10 @@ def _fill(model: nn.Module, folder: Folder) -> None:
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         _, first = filled.setdefault(id(old), (old, new))
         place[name] = first if torch.equal(first, new) else new
+    for module in model.modules():
+        if isinstance(module, PlaneModule):  # what shared its parameters with others still does once it is plain again
+            own = module.origin.module._parameters
+            own.update({name: filled[id(old)][1] for name, old in own.items() if id(old) in filled})
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
         cast(Any, model).tie_weights()
     empty = [name for name, t in _rest(model).items() if t.is_meta or name not in folder.head.checksums["rest"]]

@@ -19,7 +19,7 @@ from foveate.collect.objectives import run
 from foveate.collect.reads import decode, running
 from foveate.errors import WeightError
 from foveate.nn.calibration import frozen
-from foveate.nn.install import exchange
+from foveate.nn.install import replace_module
 from foveate.nn.registry import detach
 
 
@@ -54,7 +54,7 @@ class WayBack:
             gone = [name for name, module in self._places if isinstance(w := module.weight, Tensor) and w.is_meta]
             if not gone:
                 for name, module in self._places:
-                    exchange(self._model, name, module)
+                    replace_module(self._model, name, module)
                 detach(self._model)
             if not isinstance(error, Exception):
                 raise
