@@ -22,8 +22,14 @@ settings.register_profile(
 )
 settings.load_profile("foveate")
 
-# torch says most things once a process; warnings are errors here, and must not depend on the order of the tests
+# torch says most things once a process; warnings of ours are errors, and must not depend on the order of the tests
 torch.set_warn_always(True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Warnings that the tests' own lines cause are errors too, as those of foveate's are (pyproject.toml)."""
+    names = "|".join(sorted({file.stem for file in Path(__file__).parent.rglob("*.py")}))
+    config.addinivalue_line("filterwarnings", f"error:::({names})$")
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,8 @@ PROMISED = {
     "LevelError", "Logits", "MissingExtraError", "Objective", "Outcome", "PlaneNotResidentError", "PrecisionMap",
     "Profile", "Site", "SiteError", "Smoothed", "Verification", "WeightError", "allocate", "apply", "backends",
     "current_map", "dequantize", "fit_to_loss", "frontier", "load", "load_profile", "measure", "profile_of", "quantize",
-    "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify", "watch_inputs",
+    "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify",
+    "watch_inputs",
 }  # fmt: skip
 
 

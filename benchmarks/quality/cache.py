@@ -31,6 +31,7 @@ from benchmarks.models.cases import VARIABLE, Case, babyllama105, data_folder, m
 from benchmarks.peers.child import SCRIPTS, Child, PeerError
 from benchmarks.peers.environments import ENVIRONMENTS
 from foveate.activations.cache import WINDOW, quantized_cache
+from foveate.activations.cache_argument import cache_argument
 from foveate.allocate.cache import CacheProfile
 from foveate.bench.extras import require
 from foveate.bench.result import Measured
@@ -160,9 +161,9 @@ class Text:
         model: Any = self.case.model
         found = []
         for ids_BT in self.ids_nT.split(_BATCH):
-            cache = make()
-            model(ids_BT[:, : self.prompt], past_key_values=cache)
-            steps = [model(ids_B1, past_key_values=cache).logits for ids_B1 in ids_BT[:, self.prompt :].split(1, dim=1)]
+            past = cache_argument(model, make())
+            model(ids_BT[:, : self.prompt], **past)
+            steps = [model(ids_B1, **past).logits for ids_B1 in ids_BT[:, self.prompt :].split(1, dim=1)]
             found.append(torch.cat(steps, 1))
         return self.divergence_of(torch.cat(found))
 
@@ -303,14 +304,14 @@ def step_times(model: Any, profile: CacheProfile, text: Text) -> dict[str, Any]:
     ids = text.ids_nT[:1]
     caches = {"ours": quantized_cache(model.config, plan), "exact": transformers.DynamicCache(config=model.config)}
     for cache in caches.values():
-        model(ids[:, :-_STEPS], past_key_values=cache)
+        model(ids[:, :-_STEPS], **cache_argument(model, cache))
     seconds: dict[str, list[float]] = {name: [] for name in caches}
     for _ in range(_ROUNDS):
         for name, kept in caches.items():
-            cache = copy.deepcopy(kept)
+            past = cache_argument(model, copy.deepcopy(kept))
             started = time.perf_counter()
             for ids_11 in ids[:, -_STEPS:].split(1, dim=1):
-                model(ids_11, past_key_values=cache)
+                model(ids_11, **past)
             seconds[name].append((time.perf_counter() - started) / _STEPS)
     return {"step_seconds": seconds, "context": ids.shape[1]}
 

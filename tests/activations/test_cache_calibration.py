@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import foveate as fv
+from foveate.activations.cache_argument import cache_argument
 from foveate.activations.cache_blocks import Blocks
 from foveate.allocate.cache import CacheProfile
 from foveate.formats.levels import CACHE_LEVELS
@@ -52,7 +53,7 @@ def measured(model: Any, tokens: Tensor, level: int, chosen: str = "*") -> float
     half = tokens.shape[1] // 2
     with torch.no_grad():
         exact, packed = DynamicCache(config=model.config), DynamicCache(config=model.config)
-        model(tokens[:, :half], past_key_values=exact)
+        model(tokens[:, :half], **cache_argument(model, exact))
         for i, part in enumerate(exact.layers):
             both = []
             for name, x in ((f"{i}.key", part.keys), (f"{i}.value", part.values)):
@@ -61,7 +62,7 @@ def measured(model: Any, tokens: Tensor, level: int, chosen: str = "*") -> float
                 both.append(blocks.read(0, len(blocks)).flatten(2, 3) if chosen in ("*", name) else x)
             packed.update(*both, i)
         wanted, found = (
-            model(tokens[:, half:], past_key_values=c).logits.double().log_softmax(-1) for c in (exact, packed)
+            model(tokens[:, half:], **cache_argument(model, c)).logits.double().log_softmax(-1) for c in (exact, packed)
         )
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
@@ -121,8 +122,10 @@ def test_on_unseen_text_the_map_loses_what_was_predicted_and_its_opposite_more()
         prompt, rest = ids(batch=16, seed=9).split(64, 1)
         with torch.no_grad():
             for c in (one, exact):
-                model(prompt, past_key_values=c)
-            found, wanted = (model(rest, past_key_values=c).logits.double().log_softmax(-1) for c in (one, exact))
+                model(prompt, **cache_argument(model, c))
+            found, wanted = (
+                model(rest, **cache_argument(model, c)).logits.double().log_softmax(-1) for c in (one, exact)
+            )
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
     plan = profile().plan(fv.Budget(bits=4.0))
@@ -244,7 +247,7 @@ def test_sliding_layers_have_no_sites() -> None:
         f"model.layers.{i}.self_attn:cache.{what}" for i in (1, 3) for what in ("key", "value")
     ]
     one = fv.quantized_cache(config, found.plan(fv.Budget(bits=4.0)))
-    assert model.generate(ids(batch=1), past_key_values=one, max_new_tokens=5).shape == (1, 133)
+    assert model.generate(ids(batch=1), **cache_argument(model.generate, one), max_new_tokens=5).shape == (1, 133)
 
 
 @pytest.mark.parametrize(

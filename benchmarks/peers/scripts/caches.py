@@ -39,8 +39,9 @@ def decode(model: str, tokens: str, prompt: int, settings: dict[str, Any], out: 
     found = []
     for ids_BT in ids_nT.split(_BATCH):
         past = QuantizedCache(config=net.config, **settings)
-        net(ids_BT[:, :prompt], past_key_values=past)
-        steps = [net(ids_B1, past_key_values=past).logits for ids_B1 in ids_BT[:, prompt:].split(1, dim=1)]
+        # by its place (after the mask and the positions), since its name depends on the release
+        net(ids_BT[:, :prompt], None, None, past)
+        steps = [net(ids_B1, None, None, past).logits for ids_B1 in ids_BT[:, prompt:].split(1, dim=1)]
         found.append(torch.cat(steps, 1))
     np.savez(out, logits=torch.cat(found).numpy())
     package = {"quanto": "optimum-quanto"}.get(settings["backend"], settings["backend"])

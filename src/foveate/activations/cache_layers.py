@@ -14,6 +14,7 @@ Legend: B sequences, H heads of keys and values, T tokens, D channels a head.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,10 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from foveate.activations.cache_blocks import PackedHeads
 
 Levels = int | Sequence[int]
+
+#: Whether `crop` is told how many tokens to remove (as a negative number). Up to transformers 5.14 it was told how many
+#: to keep, or, as a negative number, how many to remove.
+_CROP_REMOVES = "max_length" not in inspect.signature(DynamicLayer.crop).parameters
 
 
 class History:
@@ -81,8 +86,8 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         block: tokens that are packed together.
     """
 
-    # a crop takes back tokens, but not that older ones were packed because of them
-    is_croppable = False
+    # what assisted decoding asks for: a crop takes back tokens, though not that older ones were packed because of them
+    is_croppable = True
 
     def __init__(self, key_levels: Levels, value_levels: Levels, window: int, block: int) -> None:
         # not that of transformers, which sets `keys` and `values`: here they are computed
@@ -141,8 +146,11 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens. A block that ends among them stays packed, and less of it is
-        read; the exact end is then shorter than the window until it has grown again.
+        read; the exact end is then shorter than the window until it has grown again. Of releases of transformers whose
+        own `crop` takes a length too, a number from 0 on is the length that is kept.
         """
+        if tokens_to_remove >= 0 and not _CROP_REMOVES:
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove (={tokens_to_remove}) must be negative or 0: minus how many to remove")
         left = max(self.exact_tokens + tokens_to_remove, 0)
@@ -213,4 +221,7 @@ def _nbytes(layer: Any) -> int:
 def plain_layers(config: Any) -> tuple[list[Any], list[int]]:
     """The layers that transformers' own cache would have, and which of them are plain attention."""
     layers = DynamicCache(config=config).layers
+    # older releases make layers of attention for any model
+    if getattr(config.get_text_config(decoder=True), "num_attention_heads", None) is None:
+        return layers, []
     return layers, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+import foveate
 from foveate.cli import allocate, audit, bench, evaluate, generate, inspect, quantize, report
 from foveate.cli.options import Json
 from foveate.errors import FoveateError
@@ -18,6 +19,10 @@ from foveate.version import __version__
 
 #: What typer raises for an option or an argument that is wrong; typer does not export it by name.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+
+
+_PACKAGE = Path(foveate.__file__).parent
+_DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 class Commands(TyperGroup):
@@ -85,8 +90,13 @@ def speak_on_stderr(level: int) -> None:
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
-    """A warning as one line, without the line of code it comes from."""
-    print(f"warning: {message}", file=sys.stderr)
+    """A warning of foveate's as one line, without the line of code it comes from.
+
+    What other libraries say, and what will change in them one day, is for developers: `python -W default -m foveate`.
+    """
+    is_own = Path(filename).is_relative_to(_PACKAGE) and not issubclass(category, _DEPRECATIONS)
+    if is_own or sys.warnoptions:
+        print(f"warning: {message}", file=sys.stderr)
 
 
 app.command("quantize")(quantize.quantize)

@@ -13,6 +13,7 @@ import typer
 from torch import Tensor, nn
 
 import foveate as fv
+from foveate.activations.cache_argument import cache_argument, cache_of
 from foveate.cli import options
 from foveate.cli.console import emit, log
 from foveate.cli.models import config_of, is_causal, load_planes, load_tokenizer
@@ -132,8 +133,8 @@ def _sampled(
     with torch.no_grad():
         for index in range(count):
             before(index)
-            output = model(input_ids=given_1S, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=given_1S, **cache_argument(model, cache), use_cache=True)
+            cache = cache_of(output)
             logits_V = output.logits[0, -1].float()
             if temperature > 0:
                 token = int(torch.multinomial((logits_V / temperature).softmax(-1), 1, generator=generator))

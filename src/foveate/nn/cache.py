@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.activations.cache import BLOCK, check_block
+from foveate.activations.cache_argument import cache_argument
 from foveate.activations.cache_blocks import Blocks, is_exact
 from foveate.allocate.cache import CacheProfile
 from foveate.collect.objectives import Logits, check_batches
@@ -153,7 +154,8 @@ class _Half:
         self._cache: Any = DynamicCache(config=model.config)
         with torch.no_grad():
             mask_BT = None if self._mask_BT is None else self._mask_BT[:, :first]
-            model(input_ids=ids_BT[:, :first], attention_mask=mask_BT, past_key_values=self._cache, use_cache=True)
+            past = cache_argument(model, self._cache)
+            model(input_ids=ids_BT[:, :first], attention_mask=mask_BT, use_cache=True, **past)
         self._ids_BT = ids_BT[:, first:]
         self._seen = {} if self._mask_BT is None else {"attention_mask": self._mask_BT[:, first:]}
         self.cached: list[Tensor] = []
@@ -166,7 +168,8 @@ class _Half:
         cache = copy.deepcopy(self._cache)
         for i, keys, values in zip(self._plain, cached[::2], cached[1::2], strict=True):
             cache.layers[i].keys, cache.layers[i].values = keys, values
-        return self._model(input_ids=self._ids_BT, attention_mask=self._mask_BT, past_key_values=cache, use_cache=True)
+        past = cache_argument(self._model, cache)
+        return self._model(input_ids=self._ids_BT, attention_mask=self._mask_BT, use_cache=True, **past)
 
     def gradients(self, generator: torch.Generator) -> tuple[Sequence[Tensor], int]:
         """(of the loss along a random direction with respect to each of `cached`, how many tokens it is a sum over)."""

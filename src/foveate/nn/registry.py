@@ -201,11 +201,6 @@ def detach(model: nn.Module) -> None:
     allow_saving(model)
 
 
-def detach(model: nn.Module) -> None:
-    """Make a quantized model a plain one; nothing of it may be on planes any more."""
-    del model.__dict__[_ATTRIBUTE]
-
-
 def registry_of(model: nn.Module) -> Registry:
     """The registry of a quantized model, or of the one inside a wrapper; raises `FoveateError` if there is none."""
     return cast(Registry, quantized_part(model).__dict__[_ATTRIBUTE])

@@ -29,6 +29,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import foveate as fv
+from foveate.activations.cache_argument import cache_argument, cache_of
 from foveate.cli.console import emit, plain_table
 from foveate.cli.demo.cache import default_cache, trained
 from foveate.cli.demo.corpus import Corpus, corpus, windows
@@ -309,8 +310,8 @@ def _passages(model: nn.Module) -> Iterator[tuple[int, str, Switch | None]]:
             switch = _switched(model, plans[level], level) if level != here else None
             here = level
             for _ in range(count):
-                output = model(input_ids=given, past_key_values=cache, use_cache=True)
-                cache = output.past_key_values
+                output = model(input_ids=given, **cache_argument(model, cache), use_cache=True)
+                cache = cache_of(output)
                 likely = (output.logits[0, -1].float() / _TEMPERATURE).softmax(-1)
                 given = torch.multinomial(likely, 1, generator=generator)[None]
                 piece = decoder.decode(bytes([int(given)]))
