@@ -1,8 +1,8 @@
 """What only developers run: quality on real models, real trainings, and comparisons with other libraries.
 
-    quality   models/ at every level, and allocated             quality/levels.py
-    inputs    levels of inputs, and inputs that drift           quality/inputs.py
-    cache     packed key/value caches                           quality/cache.py
+    quality          models/ at every level, and allocated      quality/levels.py
+    inputs           levels of inputs, and inputs that drift    quality/inputs.py
+    cache            packed key/value caches                    quality/cache.py
     activations      compressed activations in real training    training/
     peers            one layer beside other libraries'          peers/speed/linear_layers.py
     decode_peers     a whole model beside llama.cpp             peers/speed/decode.py
@@ -21,8 +21,9 @@ from foveate import bench
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-#: The modules of benchmarks, whose `measure` runs them.
+#: The modules of benchmarks, whose `measure` runs them; those of the wheel first.
 MODULES = {
+    **{name: f"foveate.bench.{name}" for name in bench.NAMES},
     "quality": "benchmarks.quality.levels",
     "inputs": "benchmarks.quality.inputs",
     "cache": "benchmarks.quality.cache",
@@ -31,7 +32,7 @@ MODULES = {
     "decode_peers": "benchmarks.peers.speed.decode",
     "quality_peers": "benchmarks.peers.quality.compare",
 }
-NAMES = (*bench.NAMES, *MODULES)
+NAMES = tuple(MODULES)
 
 
 def run(name: str, **options: Any) -> dict[str, Any]:
@@ -48,8 +49,6 @@ def run(name: str, **options: Any) -> dict[str, Any]:
         FoveateError: there is no such benchmark.
         MissingExtraError: it needs a package that is not installed; the message says what to install.
     """
-    if name in bench.NAMES:
-        return bench.run(name)
     if name not in MODULES:
         raise FoveateError(f"benchmark (={name!r}) is not one of {', '.join(NAMES)}")
     return finished(name, import_module(MODULES[name]).measure(**options))

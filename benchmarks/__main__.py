@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import logging
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks import NAMES, run
+from benchmarks import MODULES, run
 from benchmarks.peers.speed.plot import speed_plot
 from foveate.cli.app import Commands, speak_on_stderr
 from foveate.cli.bench import Out, check_folder_of, show_result
@@ -21,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="What only developers run: quality on real models, real trainings, and comparisons with other libraries.",
+    help="Every benchmark: those that are installed with foveate, and those that only developers run.",
 )
 #: Benchmarks with options of their own have a command of their own below.
 _OF_THEIR_OWN = ("activations", "peers")
@@ -32,19 +34,28 @@ def _prepare() -> None:
     speak_on_stderr(logging.INFO)
 
 
+def _headline(module: str) -> str:
+    """The first line of a module's docstring, without importing what it needs."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    head = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return head.partition("\n")[0]
+
+
 def _register(name: str) -> None:
-    @app.command(name, help=f"Run the benchmark {name}.")
+    @app.command(name, help=_headline(MODULES[name]))
     def _(out: Out = None, json_output: Json = False) -> None:
         check_folder_of(out)
         show_result(run(name), out, json_output)
 
 
-for _name in NAMES:
+for _name in MODULES:
     if _name not in _OF_THEIR_OWN:
         _register(_name)
 
 
-@app.command()
+@app.command(help=_headline(MODULES["activations"]))
 def activations(
     out: Out = None,
     part: Annotated[
@@ -54,19 +65,19 @@ def activations(
     share: Annotated[float | None, typer.Option(help="The share of its steps and data to run, 0 to 1.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Run the benchmark activations, or parts of it."""
+    """Run all parts, or some of them."""
     check_folder_of(out)
     options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}
     show_result(run("activations", **options), out, json_output)
 
 
-@app.command()
+@app.command(help=_headline(MODULES["peers"]))
 def peers(
     out: Out = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw time against bits, an SVG file.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Run the benchmark peers."""
+    """Run it, and draw it where `plot` says to."""
     check_folder_of(out)
     check_folder_of(plot)
     found = run("peers")
