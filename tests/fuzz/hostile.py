@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import json
 import random
 import signal
 import socket
@@ -44,27 +45,25 @@ def odd_value(choice: random.Random) -> Any:
     return choice.choice(values)
 
 
-def _places(value: Any, found: list[tuple[Any, Any]]) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            found.append((value, key))
-            _places(inner, found)
-    elif isinstance(value, list):
-        for i, inner in enumerate(value):
-            found.append((value, i))
-            _places(inner, found)
+def _place(value: Any, choice: random.Random) -> tuple[Any, Any]:
+    """A container within a value and a key in it; nothing where it is empty. Places near the root are met as often as
+    the many deep ones.
+    """
+    owner, key = None, None
+    while isinstance(value, (dict, list)) and value and (owner is None or choice.random() < 0.8):
+        owner, key = value, choice.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        value = value[key]
+    return owner, key
 
 
 def mutated(data: Any, choice: random.Random, most: int = 3) -> Any:
     """A copy with one to `most` changes: a value replaced, removed, doubled, exchanged, or shifted by a little."""
-    data = copy.deepcopy(data)
+    data = json.loads(json.dumps(data))
     for _ in range(choice.randint(1, most)):
-        places: list[tuple[Any, Any]] = []
-        _places(data, places)
-        if not places:
+        owner, key = _place(data, choice)
+        other, other_key = _place(data, choice)
+        if owner is None or other is None:
             return data
-        owner, key = choice.choice(places)
-        other, other_key = choice.choice(places)
         what = choice.randrange(6)
         if what == 0:
             del owner[key]
