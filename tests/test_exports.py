@@ -13,7 +13,8 @@ import foveate as fv
 
 PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not inspect.ismodule(getattr(fv, name)))
 PROMISED = {
-    "ActivationStore", "CompressActivations", "Granularity", "Relative", "SavedReport", "compress_activations",
+    "ActivationOptions", "ActivationStore", "CompressActivations", "Granularity", "Relative", "SavedReport",
+    "compress_activations",
     "Audit", "Constraints", "Perturbation", "audit", "fold_batchnorm",
     "CacheProfile", "calibrate_cache", "quantized_cache",
     "Budget", "BudgetError", "CheckpointError", "DataError", "Embedding", "FoveateError", "Frontier", "Head",

@@ -23,6 +23,7 @@ import torch
 from benchmarks.training.paired import train_step
 from benchmarks.training.tasks import Task
 from foveate.activations.compress import compress_activations
+from foveate.activations.settings import ActivationOptions
 from foveate.bench.result import Measured
 from foveate.progress import log
 
@@ -49,7 +50,7 @@ def audited(task: Task, bounds: Sequence[float], steps: int) -> list[dict[str, A
         optimizer.load_state_dict(moments)
         schedule.load_state_dict(progress)
         torch.manual_seed(0)  # of dropout
-        with compress_activations(model, error=error, audit_every=2) as store:
+        with compress_activations(model, error=error, options=ActivationOptions(audit_every=2)) as store:
             for batch in seen:
                 train_step(task, model, optimizer, batch)
                 schedule.step()

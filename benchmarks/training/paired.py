@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.training.tasks import Task
 from foveate.activations.compress import compress_activations
 from foveate.activations.peak import PeakTracker
+from foveate.activations.settings import ActivationOptions
 from foveate.activations.store import ActivationStore
 from foveate.bench.extras import require
 from foveate.bench.result import Measured
@@ -91,7 +92,7 @@ def _run(task: Task, seed: int, error: float | None) -> dict[str, Any]:
     torch.manual_seed(seed)  # of dropout
     store: ActivationStore | None = None
     if error is not None:
-        store = compress_activations(model, error=error, seed=seed)
+        store = compress_activations(model, error=error, options=ActivationOptions(seed=seed))
     started = time.process_time()
     with store or nullcontext():
         for _ in range(task.steps):

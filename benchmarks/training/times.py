@@ -12,7 +12,6 @@ steps over that of checkpointed ones, `vs_checkpoint_amortised` likewise, and th
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -27,13 +26,14 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.training.paired import peak_of
 from benchmarks.training.tasks import byte_llama, next_byte
 from foveate.activations.compress import compress_activations
+from foveate.activations.settings import ActivationOptions
 from foveate.activations.store import ActivationStore
 from foveate.bench.result import BackgroundLoad, Measured
 from foveate.kernels.threads import threads
 from foveate.progress import log
 
 #: Steps between two that profile and audit, by default.
-EVERY = int(inspect.signature(compress_activations).parameters["audit_every"].default)
+EVERY = ActivationOptions().audit_every
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,9 @@ def compressed(sizes: Sizes, every: int) -> tuple[Runner, ActivationStore]:
         every: steps between two that profile and audit.
     """
     runner = Runner(sizes)
-    store = compress_activations(runner.model, error=sizes.error, profile_every=every, audit_every=every)
+    store = compress_activations(
+        runner.model, error=sizes.error, options=ActivationOptions(profile_every=every, audit_every=every)
+    )
     runner.context = lambda: store
     while True:
         runner.step()

@@ -13,6 +13,7 @@ from foveate.activations.compress import compress_activations as compress_activa
 from foveate.activations.metric import Relative as Relative
 from foveate.activations.policy import Granularity as Granularity
 from foveate.activations.report import SavedReport as SavedReport
+from foveate.activations.settings import ActivationOptions as ActivationOptions
 from foveate.activations.store import ActivationStore as ActivationStore
 from foveate.allocate import Constraints as Constraints
 from foveate.allocate import allocate as allocate

@@ -42,7 +42,7 @@ def _peak(model: nn.Module, store: fv.ActivationStore | None = None) -> float:
 def test_the_peak_is_met_within_three_percent(share: float) -> None:
     model = _model()
     budget = int(share * _peak(model))
-    store = fv.compress_activations(model, bytes=budget, profile_every=1000)
+    store = fv.compress_activations(model, bytes=budget, options=fv.ActivationOptions(profile_every=1000))
     with store:
         _train(model, 8)
     assert _peak(model, store) <= 1.03 * budget
@@ -64,10 +64,11 @@ def test_a_peak_that_nothing_meets_is_refused_with_the_least_possible() -> None:
         ({"bytes": "much"}, fv.BudgetError),
         ({"levels": 3}, fv.LevelError),
         ({"levels": {"*": 4, "head*": 64}}, fv.LevelError),
-        ({"error": 0.1, "group": 48}, fv.BudgetError),
-        ({"error": 0.1, "window": 0}, fv.BudgetError),
         ({"error": 0.1, "relative_to": "each parameter"}, fv.BudgetError),
-        ({"error": 0.1, "probes": 0}, fv.BudgetError),
+        ({"error": True}, fv.BudgetError),
+        ({"levels": "4"}, fv.LevelError),
+        ({"levels": True}, fv.LevelError),
+        ({"error": 0.1, "options": {"window": 4}}, fv.BudgetError),
         ({"bytes": 0}, fv.BudgetError),
         ({"bytes": -5}, fv.BudgetError),
         ({"error": 0.1, "profile": "nowhere.json"}, fv.CheckpointError),

@@ -109,6 +109,14 @@ def test_it_is_a_callback_of_the_trainer() -> None:
     assert isinstance(Mine(levels=4), TrainerCallback)
 
 
+def test_it_passes_the_options_on() -> None:
+    options = fv.ActivationOptions(smallest=1, seed=3)
+    callback = fv.CompressActivations(levels=32, options=options)
+    Training(tiny(), callback).train(batches(1))
+    assert callback.store is not None
+    assert callback.store.settings.options == options
+
+
 def test_it_is_in_the_forward_and_backward_of_every_part_and_nowhere_else() -> None:
     callback = fv.CompressActivations(error=0.1)
     training = Training(tiny(), callback)

@@ -70,14 +70,14 @@ def _check(
     """Exact at 32 bits, near at 8 and where errors are measured; torch's random state the same after all."""
     step()
     wanted, state = _gradients(model), torch.get_rng_state()
-    with fv.compress_activations(model, levels=32, smallest=1):
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
         step()
     found = _gradients(model)
     assert len(wanted) == len(found) > 0
     assert all(map(torch.equal, wanted, found))
     assert torch.equal(state, torch.get_rng_state())
     for settings in lossy:
-        with fv.compress_activations(model, smallest=1, **settings) as store:
+        with fv.compress_activations(model, **settings, options=fv.ActivationOptions(smallest=1)) as store:
             for _ in range(4):
                 model.zero_grad()
                 step()
@@ -91,7 +91,7 @@ def _check(
 def test_autocast() -> None:
     model = Model()
     _check(model, lambda: _step(model, autocast=True))
-    with fv.compress_activations(model, levels=32, smallest=1) as store:
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)) as store:
         _step(model, autocast=True)
     assert store.latest is not None
     weights = sum(2 * p.numel() for p in model.parameters() if p.dim() == 2)  # their copies, which plain training keeps
@@ -109,7 +109,7 @@ def test_models_of_other_dtypes(dtype: torch.dtype) -> None:
 def test_checkpoints_that_are_not_reentrant() -> None:
     model = Model(reentrant=False)
     _check(model, lambda: _step(model))
-    with fv.compress_activations(model, error=0.1, smallest=1) as store:
+    with fv.compress_activations(model, error=0.1, options=fv.ActivationOptions(smallest=1)) as store:
         for _ in range(6):
             _step(model)
     assert store.audits  # a checkpoint can be run again
@@ -118,7 +118,7 @@ def test_checkpoints_that_are_not_reentrant() -> None:
 def test_reentrant_checkpoints() -> None:
     model = Model(reentrant=True)
     _check(model, lambda: _step(model), lossy=())
-    with fv.compress_activations(model, error=0.1, smallest=1) as store:
+    with fv.compress_activations(model, error=0.1, options=fv.ActivationOptions(smallest=1)) as store:
         _step(model)
         with pytest.warns(RuntimeWarning, match="reentrant"):
             _step(model)
@@ -131,7 +131,7 @@ def test_entered_inside_a_checkpoint_it_warns() -> None:
     model = Model()
 
     def inner(x: Tensor) -> Tensor:
-        with fv.compress_activations(model, levels=32, smallest=1):
+        with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
             out: Tensor = model(x)
         return out
 
@@ -153,7 +153,7 @@ def test_compiled_models(outside: bool) -> None:
             _step(compiled)
             model.zero_grad()
         for settings in ({"levels": 32}, {"levels": 8}, {"error": 0.1}):
-            with fv.compress_activations(model, smallest=1, **settings):  # type: ignore[arg-type]
+            with fv.compress_activations(model, **settings, options=fv.ActivationOptions(smallest=1)):  # type: ignore[arg-type]
                 for _ in range(3):
                     model.zero_grad()
                     _step(compiled)
@@ -169,7 +169,7 @@ def test_nothing_happens_without_gradients() -> None:
     model = Model().eval()
     x = torch.randn(4, 9, 32)
     wanted = model(x)
-    with fv.compress_activations(model, levels=4, smallest=1) as store:
+    with fv.compress_activations(model, levels=4, options=fv.ActivationOptions(smallest=1)) as store:
         with torch.no_grad():
             assert torch.equal(wanted, model(x))
         with torch.inference_mode():
@@ -187,7 +187,7 @@ def test_functorch() -> None:
     mapped = torch.func.vmap(model)(x)
     called = torch.func.functional_call(model, parameters, (x,))
     wanted = torch.autograd.grad(called.square().sum(), list(parameters.values()))
-    with fv.compress_activations(model, levels=32, smallest=1):
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
         assert torch.equal(mapped, torch.func.vmap(model)(x))
         called = torch.func.functional_call(model, parameters, (x,))
         found = torch.autograd.grad(called.square().sum(), list(parameters.values()))
@@ -220,7 +220,7 @@ def test_sparse_complex_and_subclasses_pass_through() -> None:
 
     wanted = run()
     for settings in ({"levels": 32}, {"levels": 4}, {"error": 0.1}):
-        with fv.compress_activations(nn.ParameterList([weight]), smallest=1, **settings):  # type: ignore[arg-type]
+        with fv.compress_activations(nn.ParameterList([weight]), **settings, options=fv.ActivationOptions(smallest=1)):  # type: ignore[arg-type]
             found = run()
             run()
         assert found[0].isfinite().all()
@@ -256,7 +256,9 @@ def test_masks_of_activation_functions_to_the_bit() -> None:
             for run in (gradient, through):
                 wanted = run()
                 for level in (32, 4):
-                    with fv.compress_activations(nn.Linear(1, 1), levels=level, smallest=1) as store:
+                    with fv.compress_activations(
+                        nn.Linear(1, 1), levels=level, options=fv.ActivationOptions(smallest=1)
+                    ) as store:
                         found = run()
                     assert store.latest is not None
                     assert torch.equal(wanted.nan_to_num(7.0), found.nan_to_num(7.0)) or level == 4
@@ -283,7 +285,7 @@ def test_lossless_forms_take_what_they_should(function: Callable[[Tensor], Tenso
     torch.manual_seed(5)
     wanted = torch.autograd.grad(function(leaf * 1).square().sum(), leaf)[0]
     torch.manual_seed(5)
-    with fv.compress_activations(model, levels=32, smallest=1) as store:
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)) as store:
         out = function(leaf * 1)
         assert store._step is not None
         held = store._step.held
@@ -294,7 +296,7 @@ def test_lossless_forms_take_what_they_should(function: Callable[[Tensor], Tenso
 def test_copies_are_independent() -> None:
     model = Model()
     twin = copy.deepcopy(model)
-    with fv.compress_activations(model, levels=32, smallest=1):
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
         _step(twin)
         _step(model)
     assert all(map(torch.equal, _gradients(model), _gradients(twin)))

@@ -72,7 +72,7 @@ class ActivationStore:
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
         self.latest: Step | None = None
-        watched = ELEMENTWISE | NORMS if settings.recompute else frozenset()
+        watched = ELEMENTWISE | NORMS if settings.options.recompute else frozenset()
         self._scope = Scope(model, self._backward, self._called, watched)
         self._tracking = Tracking(model)
         if settings.bytes is not None:
@@ -82,7 +82,7 @@ class ActivationStore:
         self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._shelf: Shelf[Payload] = Shelf()
-        self._random = random.Random(settings.seed)
+        self._random = random.Random(settings.options.seed)
         self._step: Step | None = None
         self._reading = ""
         self._last: tuple[Form, Tensor] | None = None
@@ -160,7 +160,7 @@ class ActivationStore:
 
     def _derived(self, tensor: Tensor, interval: Interval, need: Need, name: str, step: Step) -> Payload | None:
         """A payload that holds nothing, where the tensor is a cheap function of others that are rounded."""
-        if need is not Need.VALUES or interval.length < self.settings.smallest:
+        if need is not Need.VALUES or interval.length < self.settings.options.smallest:
             return None
         recipe = self._recipes.find(tensor)
         if recipe is None or not self._may_run_again(recipe.roots):
@@ -171,7 +171,7 @@ class ActivationStore:
     def _again(self, tensor: Tensor, interval: Interval, call: Call) -> Again | None:
         """How a result of attention that it saves is computed again, where its arguments are rounded."""
         call.tensors.append(tensor)
-        whole = self.settings.recompute and interval.dense and interval.start == 0
+        whole = self.settings.options.recompute and interval.dense and interval.start == 0
         form = self._attentions.form(call, tensor) if whole else None
         if form is None and are_sums(call, tensor):
             self.planner.ledger.raise_floor({source.item.site for source in call.packed}, FUSED_FLOOR)
@@ -213,7 +213,7 @@ class ActivationStore:
         if need is Need.INSIDE and bounds is None:
             need = Need.EXACT
         constant = not (tensor.requires_grad or rule.linear)
-        form, need = lossless(flat, need, bounds, constant, self.settings.smallest)
+        form, need = lossless(flat, need, bounds, constant, self.settings.options.smallest)
         payload = Payload(name, step, need, interval, form)
         if not interval.dense:
             payload.layout = (tensor.shape, tensor.stride())
@@ -232,7 +232,7 @@ class ActivationStore:
         """Store a float run at its site's level, with what the step measures beside it."""
         settings, step, name = self.settings, payload.step, payload.site
         site = self.planner.ledger.site(name, rule)
-        group = settings.group or site.group
+        group = settings.options.group or site.group
         site.count(grouped_bytes(flat.numel(), group, flat.element_size()), step.number)
         level = self.planner.level_of(name)
         if level < 8 * flat.element_size():
