@@ -15,7 +15,7 @@ from foveate.cli.console import emit, plain_table, show
 from foveate.cli.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError
 from foveate.formats.levels import check_input_level
-from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, input_level_for, uniform
+from foveate.maps import Levels, PrecisionMap, Profile, Site, input_level_for, meant_sites, uniform
 from foveate.report.page import figure, loss_name
 from foveate.sizes import format_bytes
 
@@ -61,6 +61,8 @@ def allocate(
             return fv.allocate(part, room, levels=chosen, per_tile=not per_weight, tie=ties, input_bits=input_bits)
 
         plan = within(profile, budget, weights, solve)
+        if not weights:
+            options.say_unused(budget, plan, chosen)
     plan = replace(plan, levels={**plan.levels, **inputs})
     plan = replace(plan, predicted_loss=profile.predict(plan))
     even = fv.uniform_of_bytes(plan)
@@ -84,13 +86,12 @@ def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[
     weights: dict[str, Levels] = {}
     inputs: dict[str, Levels] = {}
     for pattern, text in fixed:
-        hits = [s for s in sites if s.matches(options.weight_pattern(pattern))] or find_sites(sites, pattern)
-        named = [s for s in hits if s.kind == "weight"]
-        for site in named:
-            weights[site.name] = options.level_of(text)
-        if not named:
+        named = [s for s in sites if s.matches(options.weight_pattern(pattern))] or meant_sites(sites, pattern)
+        if named[0].kind == "weight":
+            weights.update({site.name: options.level_of(text) for site in named})
+        else:
             level = check_input_level(int(text)) if text.isdigit() else options.level_of(text)
-            inputs.update({site.name: level for site in hits})
+            inputs.update({site.name: level for site in named})
     return weights, inputs
 
 
