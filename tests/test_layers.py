@@ -15,7 +15,7 @@ SOURCE = Path(foveate.__file__).parent
 #: Rooms by level, as the design has them. A room is a folder or a file; `progress` and `version` are for any of them.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "version"),
-    ("files", "formats", "sizes"),
+    ("files", "floor", "formats", "sizes"),
     ("kernels",),
     ("planes",),
     ("sites",),

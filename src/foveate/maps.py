@@ -29,6 +29,7 @@ from foveate.sites import Levels as Levels
 from foveate.sites import Site as Site
 from foveate.sites import checked_levels, level_counts, stays_float
 from foveate.sites import find_sites as find_sites
+from foveate.sites import meant_sites as meant_sites
 from foveate.sites import tile_levels as tile_levels
 from foveate.sizes import format_bytes, parse_bytes
 
@@ -153,17 +154,19 @@ class PrecisionMap:
         return f"PrecisionMap({taken}, {lost}, {len(self.sites)} sites{left})"
 
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
-        """A copy in which every site that the shell pattern names has `level`.
+        """A copy in which every site that the shell pattern means has `level`: the weights that it names, or if it
+        names none, the inputs or caches. The copy's loss is not predicted; `Profile.predict` does it.
 
-        Its loss is not predicted; `Profile.predict` does it.
+            plan.with_level("*", 6)  # all weights
+            plan.with_level("*.mlp.*:input", 16)
+
+        Raises:
+            SiteError: the pattern names no site.
+            LevelError: sites of that kind cannot have the level.
         """
-        hits = find_sites(self.sites, pattern)
+        hits = meant_sites(self.sites, pattern)
         if type(level) is not int:
             raise LevelError(f"level (={level!r}) is not a whole number")
-        if level not in INPUT_LEVELS and {s.kind for s in hits} == {"weight", "input"}:
-            raise LevelError(
-                f"pattern {pattern!r} names weights and inputs, and {level} is no input's: end it with ':weight'"
-            )
         return replace(self, levels={**self.levels, **{s.name: level for s in hits}}, predicted_loss=float("nan"))
 
     def to_json(self) -> dict[str, Any]:

@@ -89,6 +89,18 @@ def find_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
     return hits
 
 
+def meant_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
+    """The sites whose level a shell pattern sets: the weights that it names, or where it names none, all that it names.
+
+    So `*` and `layers.3.*` are weights, and inputs are named as inputs, `layers.3.*:input`.
+
+    Raises:
+        SiteError: it names no site.
+    """
+    hits = find_sites(sites, pattern)
+    return [s for s in hits if s.kind == "weight"] or hits
+
+
 def _examples(sites: Sequence[Site]) -> str:
     return ", ".join(s.name for s in sites[:3]) + (", ..." if len(sites) > 3 else "")
 

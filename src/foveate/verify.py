@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from foveate.collect.objectives import Objective, check_batches, infer, named, run
 from foveate.errors import DataError
+from foveate.floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
 from foveate.formats.levels import TOP_LEVEL
 from foveate.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
 from foveate.nn.registry import apply, registry_of
@@ -82,8 +83,10 @@ class Verification:
 
     @property
     def ratio(self) -> float:
-        """The measured divergence over the predicted."""
-        return self.measured.divergence / self.predicted if self.predicted else math.nan
+        """The measured divergence over the predicted; NaN where both are at the floor of float32 (1.2e-7), or nothing
+        was predicted.
+        """
+        return ratio(self.measured.divergence, self.predicted)
 
     @property
     def predicted(self) -> float:
@@ -92,8 +95,10 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether the map diverges no more than uniform precision at the same bytes."""
-        return self.measured.divergence <= self.uniform.divergence
+        """Whether the map diverges no more than uniform precision at the same bytes; two divergences at the floor of
+        float32 are equal.
+        """
+        return no_worse(self.measured.divergence, self.uniform.divergence)
 
     @property
     def best(self) -> PrecisionMap:
@@ -105,10 +110,11 @@ class Verification:
         if self.limit is not None:
             said = "within" if self.within else "NOT within"
             limit = f"; at most {self.measured.bound:.5f}, {said} the limit of {self.limit:g}"
+        floor = f" ({BOTH_AT_FLOOR})" if both_at_floor(self.measured.divergence, self.uniform.divergence) else ""
         predicted = f"predicted {self.predicted:.5f}" if math.isfinite(self.predicted) else "not predicted"
         return (
             f"divergence ({self.unit}) {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
-            f"({predicted}), uniform at equal bytes {self.uniform.divergence:.5f}; "
+            f"({predicted}), uniform at equal bytes {self.uniform.divergence:.5f}{floor}; "
             f"agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
             f"{self.measured.samples} samples, reference: {self.reference}{limit}"
         )

@@ -82,9 +82,16 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], er
 def test_levels_by_pattern_and_a_pattern_that_names_nothing() -> None:
     model = _model()
     with (
-        fv.compress_activations(model, levels={"0:*": 2, "*gelu*": 4, "nothing*": 8}) as store,
-        pytest.warns(RuntimeWarning, match=r"named by nothing\*"),
+        fv.compress_activations(model, levels={"0:*": 2, "*gelu*": 4, "nothing*": 8}),
+        pytest.raises(fv.SiteError, match=r"'nothing\*' in levels matches none of .* like 0:saved.linear"),
     ):
+        _train(model)
+    outside = fv.compress_activations(model, levels={"nothing*": 8})
+    with outside:
+        loss = model(torch.randn(8, 16, 64)).sum()
+    with pytest.raises(fv.SiteError, match="matches none"):  # backward runs outside of the store
+        loss.backward()
+    with fv.compress_activations(model, levels={"0:*": 2, "*gelu*": 4}) as store:
         _train(model)
     bits = {row.site: row.bits for row in store.report().rows if row.form == "grouped"}
     assert bits["0:saved.linear.0.0"] == 2

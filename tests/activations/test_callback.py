@@ -204,6 +204,18 @@ def test_training_again_goes_on_with_what_was_learned_and_another_model_does_not
     assert callback.store is not first
 
 
+def test_a_compiled_model_is_warned_of() -> None:
+    model = tiny()
+    callback = fv.CompressActivations(levels=4)
+    training = Training(model, callback)
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match="what compiled functions keep"):
+        training.train(batches(2))
+    assert callback.report().bytes_compiled > 0
+    torch._dynamo.reset()
+
+
 def test_settings_and_order_that_make_no_sense_are_refused() -> None:
     with pytest.raises(fv.BudgetError, match=r"error \(=-1.0\)"):
         Training(tiny(), fv.CompressActivations(error=-1.0)).train(batches(2))

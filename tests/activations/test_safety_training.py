@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -49,6 +49,11 @@ def _step(model: Callable[[Tensor], Tensor], autocast: bool = False, dtype: torc
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = F.cross_entropy(model(x).flatten(0, 1).float(), torch.arange(36) % 8)
     loss.backward()
+
+
+def _steps(model: Callable[[Tensor], Tensor], count: int) -> None:
+    for _ in range(count):
+        _step(model)
 
 
 def _gradients(model: nn.Module) -> list[Tensor]:
@@ -163,6 +168,62 @@ def test_compiled_models(outside: bool) -> None:
                 else:
                     assert (w - f).norm() < 0.1 * w.norm() + 1e-3
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # it says so of any hooks
+        yield
+    torch._dynamo.reset()
+
+
+def _blocks_compiled(model: Model) -> Model:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return model
+
+
+COMPILED: dict[str, Callable[[Model], Callable[[Tensor], Tensor]]] = {
+    "module": lambda model: torch.compile(model, backend="aot_eager"),
+    "parts": _blocks_compiled,
+    "function": lambda model: torch.compile(lambda x: model(x), backend="aot_eager"),
+}
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("what", COMPILED)
+def test_what_compiled_functions_keep_is_said_once_and_in_the_report(what: str) -> None:
+    model = Model()
+    call = COMPILED[what](model)
+    given = call if what == "module" else model
+    assert isinstance(given, nn.Module)
+    with (
+        fv.compress_activations(given, levels=4, smallest=1) as store,
+        pytest.warns(RuntimeWarning, match="what compiled functions keep") as said,
+    ):
+        _steps(call, 2)
+    assert len([w for w in said if "compiled functions" in str(w.message)]) == 1
+    report = store.report()
+    assert 0.5 * report.bytes_before < report.bytes_compiled <= report.bytes_after
+    assert report.to_json()["bytes_compiled"] == report.bytes_compiled
+    assert "by compiled functions, which cannot be made smaller)" in str(report)
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("way", ["eager", "stance", "uncompiled", "exact"])
+def test_what_the_warning_recommends_works(way: str) -> None:
+    model = Model()
+    compiled = torch.compile(model, backend="eager" if way == "eager" else "aot_eager")
+    stance = torch.compiler.set_stance("force_eager" if way in ("stance", "uncompiled") else "default")
+    with stance, fv.compress_activations(model, levels=32 if way == "exact" else 4, smallest=1) as store:
+        _step(model if way == "uncompiled" else compiled)
+    report = store.report()
+    if way == "exact":  # nothing was to be rounded: the report says what is compiled, and no warning does
+        assert report.bytes_compiled > 0
+    else:
+        assert report.ratio > 4
+        assert report.bytes_compiled == 0
 
 
 def test_nothing_happens_without_gradients() -> None:

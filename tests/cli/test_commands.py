@@ -70,6 +70,21 @@ def test_a_level_that_is_set_counts_in_the_budget(run: Run, folder: Path, budget
         assert plan.predicted_loss <= 1.0001
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--bits", 99), "a budget of 99 bits is more than every weight at 8 bits takes, which is "),
+        (("--bytes", "1GiB", "--levels", "2,4"), "a budget of 1.00 GiB is more than every weight at 4 bits takes"),
+        (("--loss", 1000), "a loss of 1000 is more than every weight at 2 bits, the least to choose, loses"),
+        (("--bits", 5), ""),
+    ],
+)
+def test_a_budget_that_decides_nothing_is_said(run: Run, folder: Path, words: tuple[object, ...], message: str) -> None:
+    result = run("allocate", folder, *words, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(message) if message else not result.stderr
+
+
 def test_set_alone_changes_the_default_map(run: Run, folder: Path) -> None:
     result = run("allocate", folder, "--set", "*=4")
     assert result.exit_code == 0, result.output

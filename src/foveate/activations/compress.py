@@ -37,6 +37,9 @@ def compress_activations(
     to the gradient (a few more backward passes each), later ones now and then; audits compare the gradient with the
     exact one of the same step, and what they find tightens or loosens the levels.
 
+    What functions made by `torch.compile` keep for backward cannot be rounded: a warning after the first step, and the
+    report, say how much that is.
+
     Args:
         model: whose parameters' gradients count, and whose modules give sites their names.
         error: the gradient's relative error that audits should stay under: the root of E||g' - g||^2 / ||g||^2, g a
@@ -47,7 +50,7 @@ def compress_activations(
             measure nothing: probes take one more copy of the gradients. Audits, which hold the exact tensors, are not
             made.
         levels: instead of measuring: one level for all sites (32: exact), or shell patterns of site names, first match
-            wins, exact without one.
+            wins, exact without one. A pattern that names none of the first step's sites is an error.
         relative_to: what errors are relative to: `Relative.EACH_PARAMETER`'s own gradient, since that is what Adam
             divides by (of a gradient that is next to nothing, less than a hundredth of a typical one, that hundredth);
             or the `Relative.WHOLE_GRADIENT` of all parameters together, for plain SGD.
@@ -63,6 +66,7 @@ def compress_activations(
             argument is not of its class. Raised by backward where no levels keep the peak within `bytes`; the message
             says the least possible.
         LevelError: a level that saved tensors cannot have.
+        SiteError: raised by the first step's backward where a pattern in `levels` names no site.
         CheckpointError: `profile` is not one, or was measured relative to something else.
     """
     settings = Settings(

@@ -19,6 +19,7 @@ from foveate.activations.policy import LEVELS, within_bytes, within_error
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Step
 from foveate.activations.timeline import Timeline
+from foveate.errors import SiteError
 
 #: Audits before predictions are trusted enough to audit only now and then.
 _FIRST_AUDITS = 4
@@ -58,6 +59,15 @@ class Planner:
             return LEVELS[-1]
         chosen = self.levels.get(name)
         return self.ledger.default_of(self.ledger.sites[name]) if chosen is None else chosen
+
+    def unseen_patterns(self, step: Step) -> SiteError | None:
+        """The error, after the first step, that a pattern of the settings names none of its sites; None if all do."""
+        if step.number or not self.unseen:
+            return None
+        patterns, sites = ", ".join(map(repr, sorted(self.unseen))), list(step.kept)
+        return SiteError(
+            f"pattern {patterns} in levels matches none of {len(sites)} sites, which are like {', '.join(sites[:3])}"
+        )
 
     def step(self, number: int, can_pass: bool) -> Step:
         """What a step measures.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.activations.attention import ATTENTION, Again, Attentions, are_sums
+from foveate.activations.compiled import CompiledParts, note_reader
 from foveate.activations.deriving import Recipes
 from foveate.activations.extra import can_run_again
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
@@ -51,7 +52,7 @@ from foveate.activations.settings import Settings
 from foveate.activations.steps import EXACT, Record, Step, arguments_of_backward
 from foveate.activations.tracking import Tracking
 from foveate.activations.watching import gradient_watcher
-from foveate.errors import BudgetError
+from foveate.errors import BudgetError, FoveateError
 
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,7 +78,8 @@ class ActivationStore:
         self._tracking = Tracking(model)
         if settings.bytes is not None:
             self._scope.between = self._tracking.between
-        self._refused: BudgetError | None = None
+        self._refused: FoveateError | None = None
+        self._compiled = CompiledParts(settings)
         self._attentions = Attentions(self._view)
         self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
@@ -290,6 +292,7 @@ class ActivationStore:
                 self._begin(step)
             elif step.over:
                 self.planner.read_late(packed.source.item.rounded)
+            note_reader(step, packed.source.item.site)
         return self._view(packed.source)
 
     def _view(self, source: Source) -> Tensor:
@@ -324,13 +327,10 @@ class ActivationStore:
                 parameters = list(self._parameters().values())
                 self._can_pass = can_run_again(found[0], parameters) and step.run_passes(*found, parameters, self._read)
         try:
-            result = func(*args, **kwargs)
+            return func(*args, **kwargs)
         except BaseException:
             self._abandon()
             raise
-        if self._refused is not None:
-            raise self._refused
-        return result
 
     def _read(self, what: str) -> None:
         self._reading, self._last = what, None
@@ -381,9 +381,10 @@ class ActivationStore:
                 self.planner.decide(self._tracking.timeline)
             except BudgetError as refused:
                 self._refused = refused
-        if self.planner.unseen and step.number == 0:
-            names = ", ".join(sorted(self.planner.unseen))
-            warnings.warn(f"no saved tensor is named by {names}", RuntimeWarning, stacklevel=2)
+        self._refused = self._refused or self.planner.unseen_patterns(step)
+        self._compiled.finished(step)
+        if self._refused is not None:
+            raise self._refused
 
     def save_profile(self, path: str | os.PathLike[str]) -> None:
         """Write what was measured of the model's sensitivity, for `compress_activations(profile=)` and for people.

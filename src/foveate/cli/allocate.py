@@ -16,7 +16,7 @@ from foveate.cli.console import emit, plain_table, show
 from foveate.cli.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError
 from foveate.formats.levels import check_input_level
-from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, input_level_for
+from foveate.maps import Levels, PrecisionMap, Profile, Site, input_level_for, meant_sites
 from foveate.report.page import figure, loss_name
 from foveate.sizes import format_bytes
 
@@ -56,7 +56,10 @@ def allocate(
     if budget is None:
         plan = replace(head.plan, levels={**head.plan.levels, **_with_inputs(head.sites, weights)})
     else:
-        plan = within(profile, budget, weights, options.constraints_of(levels, per_weight, tie, input_bits))
+        constraints = options.constraints_of(levels, per_weight, tie, input_bits)
+        plan = within(profile, budget, weights, constraints)
+        if not weights:
+            options.say_unused(budget, plan, constraints.levels)
     plan = replace(plan, levels={**plan.levels, **inputs})
     plan = replace(plan, predicted_loss=profile.predict(plan))
     even = fv.uniform_of_bytes(plan)
@@ -80,13 +83,12 @@ def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[
     weights: dict[str, Levels] = {}
     inputs: dict[str, Levels] = {}
     for pattern, text in fixed:
-        hits = [s for s in sites if s.matches(options.weight_pattern(pattern))] or find_sites(sites, pattern)
-        named = [s for s in hits if s.kind == "weight"]
-        for site in named:
-            weights[site.name] = options.level_of(text)
-        if not named:
+        named = [s for s in sites if s.matches(options.weight_pattern(pattern))] or meant_sites(sites, pattern)
+        if named[0].kind == "weight":
+            weights.update({site.name: options.level_of(text) for site in named})
+        else:
             level = check_input_level(int(text)) if text.isdigit() else options.level_of(text)
-            inputs.update({site.name: level for site in hits})
+            inputs.update({site.name: level for site in named})
     return weights, inputs
 
 

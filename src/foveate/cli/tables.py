@@ -14,7 +14,7 @@ from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.maps import PrecisionMap, Site
 from foveate.report import Measured
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, percent, shares, stored_bytes
-from foveate.report.page import figure
+from foveate.report.page import divergence_text, figure
 from foveate.report.palette import LEVEL_COLOURS, LEVEL_INKS
 from foveate.sizes import format_bytes
 
@@ -128,9 +128,8 @@ def outcomes_table(measured: Sequence[Measured], reference_bytes: int | None, me
                 f"{own.bits:.2f}",
                 *(format_bytes(n) for n in (own.bytes_stored, own.bytes_resident, own.bytes_read)),
             ]
-        error = f" ± {figure(got.standard_error)}" if got.standard_error else ""
         middle = [figure(got.metric if got.metric is not None else math.nan)] if with_metric else []
-        last = [f"{figure(got.divergence)}{error}", f"{got.agreement:.2%}"]
+        last = [divergence_text(got), f"{got.agreement:.2%}"]
         table.add_row(Text(entry.label), *sizes, *middle, *last, style="bold" if entry.is_default else "")
     return table
 

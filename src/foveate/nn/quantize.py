@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -236,22 +236,23 @@ class _Quantized:
 
 def _all_rounded(
     model: nn.Module, calibration: Calibration, group: int | None, progress: bool
-) -> tuple[dict[str, _Quantized], Routing, list[str]]:
-    """Every weight by its module's name, how experts were met, and the weights that had too few inputs."""
+) -> tuple[dict[str, _Quantized], Routing, dict[str, str]]:
+    """Every weight by its module's name, how experts were met, and the weights that had too few inputs: how few."""
     collector = calibration.collector
     rounded: dict[str, _Quantized] = {}
     routing: Routing | None = None
-    few: list[str] = []
+    few: dict[str, str] = {}
     for share in calibration.shares():
         routing = routing or Routing(model, collector)
         for entry in track(share, "rounding", show=progress):
             seen = [collector.by_module[name] for name in entry.names]
             if _saw_too_little(seen):
-                few.append(entry.names[0])
+                rows, columns = _rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
+                few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
             rounded[entry.names[0]] = _round_and_score(entry, seen, routing, group)
             calibration.done(entry)
     assert routing is not None
-    return rounded, routing, [entry.names[0] for entry in calibration.found if entry.names[0] in few]
+    return rounded, routing, {e.names[0]: few[e.names[0]] for e in calibration.found if e.names[0] in few}
 
 
 def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Routing, group: int | None) -> _Quantized:
@@ -271,7 +272,7 @@ def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Ro
     )
 
 
-def _notes(calibration: Calibration, routing: Routing, few: Sequence[str], guessed: bool) -> list[str]:
+def _notes(calibration: Calibration, routing: Routing, few: Mapping[str, str], guessed: bool) -> list[str]:
     """What the user should know of the calibration, a sentence each."""
     collector = calibration.collector
     notes = routing.notes()
@@ -283,8 +284,8 @@ def _notes(calibration: Calibration, routing: Routing, few: Sequence[str], guess
         notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
     if few:
         notes.append(
-            f"{listed(few)} had fewer rows of input than columns: rounded to nearest, for descent would fit those "
-            "few rows"
+            f"{listed(list(few.values()))} had fewer rows of input than columns: rounded to nearest, since descent "
+            "would fit those few rows; calibrate on at least as many tokens, positions or samples as there are columns"
         )
     return notes
 
