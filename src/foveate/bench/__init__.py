@@ -16,7 +16,19 @@ from foveate.bench.result import as_table as as_table
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "quality", "inputs", "decode", "cache", "peers", "saved", "activations")
+NAMES = (
+    "kernels",
+    "switch",
+    "load",
+    "quality",
+    "inputs",
+    "decode",
+    "cache",
+    "peers",
+    "saved",
+    "activations",
+    "architectures",
+)
 
 
 def run(name: str, peers: bool = False, **options: Any) -> dict[str, Any]:

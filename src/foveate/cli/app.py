@@ -115,6 +115,9 @@ def bench(
     plot: Annotated[
         Path | None, typer.Option(help="Of the benchmark peers: also draw time against bits, an SVG file.")
     ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Of the benchmark architectures: also write its table, a Markdown file.")
+    ] = None,
     peers: Annotated[
         bool, typer.Option("--peers", help="Of the benchmark quality: other libraries beside ours at equal bytes.")
     ] = False,
@@ -131,16 +134,22 @@ def bench(
     from foveate import bench as benchmarks
     from foveate.report.speed import speed_plot
 
-    for file in (out, plot):
+    for file in (out, plot, table):
         if file is not None and not file.absolute().parent.is_dir():
             raise CheckpointError(f"{file.parent} is not a folder to write {file.name} into")
     if plot is not None and name != "peers":
         raise FoveateError(f"--plot draws what the benchmark peers measures, not {name}")
+    if table is not None and name != "architectures":
+        raise FoveateError(f"--table is of the benchmark architectures, not of {name}")
     options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}
     found = benchmarks.run(name, peers, **options)
     text = emit(found, out)
     if plot is not None:
         plot.write_text(speed_plot(found["rounds"]), encoding="utf-8")
+    if table is not None:
+        from foveate.bench.architectures import page
+
+        table.write_text(page(found), encoding="utf-8")
     if json_output:
         print(text)
     else:

@@ -83,12 +83,13 @@ class Found:
 def find_weights(model: nn.Module) -> list[Found]:
     """Every weight that can be quantized, in the model's order; modules that share a parameter are one entry.
 
-    A weight that some other module uses as well stays as it is.
+    A weight that some other module uses as well stays as it is, and so do adapters.
     """
+    adapters = {id(m) for m in parts_of_adapters(model)}
     by_parameter: dict[int, list[tuple[str, nn.Module]]] = {}
     elsewhere: set[int] = set()  # parameters that a module uses which stays as it is
     for name, module in model.named_modules():
-        ours = kind_of(module) is not None and not _read_behind(model, name)
+        ours = kind_of(module) is not None and id(module) not in adapters and not _read_behind(model, name)
         if ours and cast(Tensor, module.weight).is_floating_point():
             by_parameter.setdefault(id(module.weight), []).append((name, module))
         else:
@@ -98,6 +99,17 @@ def find_weights(model: nn.Module) -> list[Found]:
         shapes = {weight_matrix_shape(m) for _, m in entries}
         if len(shapes) == 1 and parameter not in elsewhere:
             found.append(Found(tuple(n for n, _ in entries), tuple(m for _, m in entries)))
+    return found
+
+
+def parts_of_adapters(model: nn.Module) -> list[nn.Module]:
+    """What adapters add to a model (peft's layers name the children of theirs that are trained), all of it."""
+    found = []
+    for module in model.modules():
+        names = getattr(module, "adapter_layer_names", ())
+        for name in names if isinstance(names, tuple) else ():
+            child = module._modules.get(name)
+            found += list(child.modules()) if child is not None else []
     return found
 
 
