@@ -92,7 +92,7 @@ def page(result: Mapping[str, Any]) -> str:
         f"{result['date'][:10]}, {versions}: {len(rounds)} families, {counts}.",
         "",
         "Each family is a tiny model of random weights (two layers of width 32). It is quantized on two batches, run",
-        "at 8, 6, 4, 3 and 2 bits, saved, loaded, asked to write four tokens where it writes text, and made plain again.",
+        "at 8, 6, 4, 3 and 2 bits, saved, loaded, asked to write four tokens where it writes text, and made plain.",
         "The last two columns are the relative error of its output at 8 and at 4 bits, inputs at 16: they show that",
         "nothing is broken, not what a trained model loses.",
         "",
