@@ -6,6 +6,7 @@
     activations      compressed activations in real training    training/
     peers            one layer beside other libraries'          peers/speed/linear_layers.py
     decode_peers     a whole model beside llama.cpp             peers/speed/decode.py
+    architectures    families of models: works, partly, or refused   architectures/
     quality_peers    other libraries' rounding at equal bytes   peers/quality/
 
 `python -m benchmarks NAME --out FILE` runs one in the repository's environment, and those of the wheel
@@ -30,6 +31,7 @@ MODULES = {
     "activations": "benchmarks.training.activations",
     "peers": "benchmarks.peers.speed.linear_layers",
     "decode_peers": "benchmarks.peers.speed.decode",
+    "architectures": "benchmarks.architectures",
     "quality_peers": "benchmarks.peers.quality.compare",
 }
 NAMES = tuple(MODULES)

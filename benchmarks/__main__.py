@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Every benchmark: those that are installed with foveate, and those that only developers run.",
 )
 #: Benchmarks with options of their own have a command of their own below.
-_OF_THEIR_OWN = ("activations", "peers")
+_OF_THEIR_OWN = ("activations", "architectures", "peers")
 
 
 @app.callback()
@@ -69,6 +69,23 @@ def activations(
     check_folder_of(out)
     options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}
     show_result(run("activations", **options), out, json_output)
+
+
+@app.command(help=_headline(MODULES["architectures"]))
+def architectures(
+    out: Out = None,
+    table: Annotated[Path | None, typer.Option(help="Also write the table, a Markdown file.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Try every family, and write what came of it."""
+    for file in (out, table):
+        check_folder_of(file)
+    found = run("architectures")
+    if table is not None:
+        from benchmarks.architectures import page
+
+        table.write_text(page(found), encoding="utf-8")
+    show_result(found, out, json_output)
 
 
 @app.command(help=_headline(MODULES["peers"]))

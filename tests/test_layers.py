@@ -23,7 +23,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("collect", "rounding", "activations"),
     ("sensitivity", "allocate", "checkpoint", "memory"),
     ("nn",),
-    ("verify", "inputs", "importance", "runtime"),
+    ("verify", "inputs", "importance", "runtime", "adapters"),
     ("audit", "fit_to_loss"),
     ("serve", "bench", "report"),
     ("cli",),

@@ -237,11 +237,11 @@ def test_a_failure_leaves_the_model_on_its_planes(at: int, monkeypatch: pytest.M
     expected = model(_ids()[0])
     calls = []
 
-    def failing(module: nn.Module, weight: PlaneWeight) -> Tensor:
+    def failing(module: PlaneModule) -> Tensor:
         calls.append(module)
         if len(calls) > at:
             raise RuntimeError("no memory")
-        return true(module, weight)
+        return true(module)
 
     true = way_back._as_kept
     monkeypatch.setattr(way_back, "_as_kept", failing)

@@ -61,7 +61,9 @@ def test_a_weight_that_is_read_past_its_module_stays(what: str) -> None:
     profile = fv.quantize(model, rows(), objective=fv.Logits(), progress=False)
     assert [s.name for s in profile.weight_sites()] == ["first:weight", "last:weight"]
     assert model.middle.weight is weight
-    assert f"the weights of middle stay float: other code than their modules' reads them, such as {who}" in profile.notes
+    assert (
+        f"the weights of middle stay float: other code than their modules' reads them, such as {who}" in profile.notes
+    )
     with torch.no_grad():
         assert float((model(x) - expected).norm() / expected.norm()) < 0.02
 
@@ -168,7 +170,7 @@ def _asks_for_features(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def test_a_model_that_cannot_run_on_planes_is_left_as_it_was() -> None:
     model = _Net(_asks_for_features)
-    x, before = rows()[0], {name: p for name, p in model.named_parameters()}
+    x, before = rows()[0], dict(model.named_parameters())
     expected = model(x)
     with pytest.raises(WeightError, match=r"does not run on planes: _Net: not a linear layer.*skip; it is as it was"):
         fv.quantize(model, rows(), objective=fv.Logits(), progress=False)

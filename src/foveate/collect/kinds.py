@@ -106,13 +106,14 @@ class Found:
 def find_weights(model: nn.Module) -> list[Found]:
     """Every weight that can be quantized, in the model's order; modules that share a parameter are one entry.
 
-    A weight that some other module uses as well stays as it is, and so does that of a module with a forward of its own
-    (see `derived_from`) or one that was put into the object.
+    A weight that some other module uses as well stays as it is, and so do adapters, and the weight of a module with a
+    forward of its own (see `derived_from`) or one that was put into the object.
     """
+    adapters = {id(m) for m in parts_of_adapters(model)}
     by_parameter: dict[int, list[tuple[str, nn.Module]]] = {}
     elsewhere: set[int] = set()  # parameters that a module uses which stays as it is
     for name, module in model.named_modules():
-        ours = kind_of(module) is not None and "forward" not in module.__dict__
+        ours = kind_of(module) is not None and "forward" not in module.__dict__ and id(module) not in adapters
         if ours and cast(Tensor, module.weight).is_floating_point():
             by_parameter.setdefault(id(module.weight), []).append((without_product(name), module))
         else:
@@ -134,6 +135,17 @@ def listed(names: Sequence[str]) -> str:
     """Some names, as text: the first five, and how many others there are."""
     others = len(names) - 5
     return ", ".join(names[:5]) + (f" and {others} other{'s' if others > 1 else ''}" if others > 0 else "")
+
+
+def parts_of_adapters(model: nn.Module) -> list[nn.Module]:
+    """What adapters add to a model (peft's layers name the children of theirs that are trained), all of it."""
+    found = []
+    for module in model.modules():
+        names = getattr(module, "adapter_layer_names", ())
+        for name in names if isinstance(names, tuple) else ():
+            child = module._modules.get(name)
+            found += list(child.modules()) if child is not None else []
+    return found
 
 
 def weight_matrix_shape(module: nn.Module) -> tuple[int, int]:

@@ -14,11 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.kinds import Kind, kind_of
+from foveate.collect.kinds import Kind
 from foveate.errors import BudgetError
 from foveate.nn.experts import DOWN, PlaneExperts, is_transposed
 from foveate.nn.install import replace_module
-from foveate.nn.modules import PlaneModule, PlaneWeight, take_hooks
+from foveate.nn.modules import PlaneConv, PlaneModule, take_hooks
 from foveate.nn.registry import detach, quantized_part, registry_of
 from foveate.sizes import format_bytes, free_memory
 
@@ -83,26 +83,24 @@ def _plain(module: PlaneModule, tied: dict[int, nn.Parameter]) -> nn.Module:
     parameters: dict[str, nn.Parameter | None] = dict(made._parameters)
     weight = tied.get(id(module.weight))
     if weight is None:
-        dense = _as_kept(made, module.weight)
+        dense = _as_kept(module)
         weight = tied[id(module.weight)] = nn.Parameter(dense, requires_grad=module.origin.requires_grad)
     # the weight first, as torch's own modules have it
     parameters = {"weight": weight, **parameters}
     if module.bias is not None:
         parameters["bias"] = _bias(module.bias, parameters.get("bias"), module.weight.dtype)
     made.__dict__["_parameters"] = parameters
-    made.__dict__.pop("forward", None)  # one of an instance is bound to the module that was replaced
     take_hooks(made, module)
     return made.train(module.training)
 
 
-def _as_kept(module: nn.Module, weight: PlaneWeight) -> Tensor:
-    """The dense weight in its dtype, and laid out as the module keeps it."""
-    dense = weight.dequantize().to(weight.dtype)
-    kind = kind_of(module)
-    if kind is Kind.LINEAR_TRANSPOSED:
+def _as_kept(module: PlaneModule) -> Tensor:
+    """The dense weight in its dtype, and laid out as the module that was replaced keeps it."""
+    dense = module.weight.dequantize().to(module.weight.dtype)
+    if module.origin.kind is Kind.LINEAR_TRANSPOSED:
         return dense.t().contiguous()
-    if kind is Kind.CONV:
-        return dense.view(len(dense), -1, *cast(nn.Conv2d, module).kernel_size)
+    if module.origin.kind is Kind.CONV:
+        return dense.view(len(dense), -1, *cast(PlaneConv, module).kernel_size)
     return dense
 
 
@@ -114,12 +112,13 @@ def _bias(bias: nn.Parameter, old: nn.Parameter | None, dtype: torch.dtype) -> n
         return nn.Parameter(bias.detach().to(dtype), requires_grad=bias.requires_grad)
     with torch.no_grad():
         old.copy_(bias)
-    return old.requires_grad_(bias.requires_grad)
+    old.requires_grad_(bias.requires_grad)
+    return old
 
 
 def _stacked(apart: PlaneExperts) -> nn.Module:
     """The layer that a stack of experts was, with the present weights of all its experts."""
-    made = copy.copy(cast(nn.Module, apart.origin))
+    made = copy.copy(apart.origin)
     parameters: dict[str, nn.Parameter | None] = {}
     transposed = is_transposed(made)
     for part in (apart.up, DOWN):

@@ -33,6 +33,24 @@ _HOOKS = (
 )
 
 
+class _NotATensorError(FoveateError, AttributeError):
+    """What a tensor has, asked of a weight on planes; `hasattr` says no."""
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"weight.{name} was asked of a weight on planes, which is no tensor: use weight.dequantize(), make the "
+        "model plain with foveate.dequantize(model), or leave the module as it is with quantize(..., skip=...)"
+    )
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def operator(self: PlaneWeight, *_: Any) -> Any:
+        raise _NotATensorError(_refusal(name))
+
+    return operator
+
+
 class PlaneWeight(nn.Module):
     """A `PlaneTensor` whose tensors are buffers. `shape`, `dtype` and `device` read like a parameter's."""
 
@@ -91,11 +109,23 @@ class PlaneWeight(nn.Module):
             "weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
         )
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or not hasattr(Tensor, name):
+                raise
+            raise _NotATensorError(_refusal(name)) from None
+
     def extra_repr(self) -> str:
         """Shape, group and the range of levels."""
         levels = self.value.tags[0]
         low, high = (int(levels.min()), int(levels.max())) if levels.numel() else (0, 0)
         return f"{self.value.rows}, {self.value.columns}, group={self.value.group}, levels={low}..{high}"
+
+
+for _name in ("getitem", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "pow"):
+    setattr(PlaneWeight, f"__{_name}__", _refused(f"__{_name}__"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +134,12 @@ class Origin:
 
     Attributes:
         module: a copy of it without its weight.
+        kind: how it uses its weight.
         requires_grad: of that weight.
     """
 
     module: nn.Module
+    kind: Kind
     requires_grad: bool
 
 
@@ -251,7 +283,7 @@ def on_planes(module: nn.Module, weight: PlaneWeight) -> PlaneModule:
         made = PlaneConv(weight, cast(nn.Conv2d, module))
     else:
         raise FoveateError(f"{type(module).__name__} holds no weight that planes can hold")
-    made.origin = Origin(without(module, "weight"), cast(Tensor, module.weight).requires_grad)
+    made.origin = Origin(without(module, "weight"), kind, cast(Tensor, module.weight).requires_grad)
     take_hooks(made, module)
     return made.train(module.training)
 

@@ -20,7 +20,7 @@ from foveate import checkpoint
 from foveate.allocate import allocate
 from foveate.checkpoint import Folder, Head, PathLike
 from foveate.checkpoint.head import DTYPES
-from foveate.collect.kinds import PRODUCT, Found, kind_of, weight_matrix_shape
+from foveate.collect.kinds import PRODUCT, Found, kind_of, parts_of_adapters, weight_matrix_shape
 from foveate.errors import CheckpointError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
@@ -62,14 +62,16 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         written_by: what to write into the head as the writer; foveate's version if not given.
 
     Raises:
-        CheckpointError: the folder cannot be written (a full disk, say), or a parameter holds NaN or Inf; what was
-            there before is still there.
+        CheckpointError: the folder cannot be written (a full disk, say), a parameter holds NaN or Inf, or modules were
+            put around layers of the model since it was quantized, as adapters are; what was there before is still
+            there.
         PlaneNotResidentError: the model does not have the planes of `keep`.
     """
     model = quantized_part(model)
     registry = registry_of(model)
     plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", registry.applied)[0]
     registry.check(plan)
+    _check_in_place(model, registry)
     rest = _rest(model)
     for name, _ in model.named_parameters():
         if name in rest and not is_finite(rest[name]):
@@ -93,6 +95,20 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         extra_files=companions,
         written_by=written_by or f"foveate {__version__}",
     )
+
+
+def _check_in_place(model: nn.Module, registry: Registry) -> None:
+    """Raise unless every layer is where its site says: elsewhere no load would find it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in registry.inputs.items():
+        place = name.removesuffix(":input")
+        found = modules.get(place)
+        if found is not layer:
+            raise CheckpointError(
+                f"{place} is {type(found).__name__} now, put there since the model was quantized: save adapters "
+                "by themselves (peft's save_pretrained), and the model before they are put on or after they are taken "
+                "off (peft's unload)"
+            )
 
 
 def load(
@@ -205,7 +221,7 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     """How to rebuild the model, and the files to put beside it."""
-    if not type(model).__module__.startswith("transformers."):
+    if not type(model).__module__.startswith("transformers.") or parts_of_adapters(model):
         return {}, {}
     config = cast(Any, model).config
     named = copy(config)
@@ -284,7 +300,7 @@ def _fill(model: nn.Module, folder: Folder) -> None:
         place[name] = first if torch.equal(first, new) else new
     for module in model.modules():
         if isinstance(module, PlaneModule):  # what shared its parameters with others still does once it is plain again
-            own = module.origin.module._parameters
+            own: dict[str, Any] = module.origin.module._parameters
             own.update({name: filled[id(old)][1] for name, old in own.items() if id(old) in filled})
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
         cast(Any, model).tie_weights()

@@ -78,7 +78,12 @@ class Registry:
         self._input_ranges = torch.cat(ranges) if ranges else torch.empty(0)
         for i, module in enumerate(self.inputs.values()):
             module.input_range = self._input_ranges[2 * i : 2 * i + 2]
-        linears = {site.removesuffix(":input"): m for site, m in self.inputs.items() if isinstance(m, PlaneLinear)}
+        # a layer that has an adapter around it shares its input as it did
+        linears = {
+            site.removesuffix(":input").removesuffix(".base_layer"): m
+            for site, m in self.inputs.items()
+            if isinstance(m, PlaneLinear)
+        }
         for layer in linears.values():
             layer.introduce()
         for layers in families(linears):
