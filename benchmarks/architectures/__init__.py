@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from foveate.bench.cases import require
 
 from benchmarks.architectures.families import TRANSFORMERS, Family
 from benchmarks.architectures.layers import LAYERS
 from benchmarks.architectures.trial import Outcome, attempt
+from foveate.bench.extras import require
 from foveate.bench.result import Measured
 from foveate.errors import FoveateError
 from foveate.kernels.dispatch import ensure_loaded

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from foveate.bench.cases import require
 from torch import Tensor
+
+from foveate.bench.extras import require
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
