@@ -15,7 +15,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
+from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
 from foveate.collect.objectives import Custom, Objective, check_batches, run
 from foveate.collect.probe import Probe, probe
@@ -259,27 +259,6 @@ def _as_begun(
     first = [e for e, load in zip(found, loads, strict=True) if not load.large or begun & set(e.names)]
     rest = [[entry for entry in share if not any(entry is one for one in first)] for share in shares]
     return [first, *(share for share in rest if share)]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients and no caches of keys and values, all put back afterwards."""
-    modes = {m: m.training for m in model.modules()}
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    all_configs = (getattr(m, "config", None) for m in model.modules())
-    configs: dict[int, Any] = {id(c): c for c in all_configs if getattr(c, "use_cache", None) is True}
-    model.eval().requires_grad_(False)
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
 
 
 def _read_resume(path: Path) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import Found, Kind, find_weights, weight_matrix
 from foveate.collect.objectives import Objective
 from foveate.collect.statistics import Factored, WeightStatistics
@@ -28,7 +29,7 @@ from foveate.formats.levels import TOP_LEVEL
 from foveate.formats.packing import GROUPS, TILE_ROWS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import FITTED, Profile, Site
-from foveate.nn.calibration import Calibration, frozen
+from foveate.nn.calibration import Calibration
 from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.heap import given_back
 from foveate.nn.install import install, site_of
