@@ -15,6 +15,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -52,6 +53,32 @@ _OUTPUT_COPIES = 6
 _CALL_COPIES = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What calibration is for, and how it is gone about; as for `foveate.quantize`.
+
+    Attributes:
+        objective: what the output is for; found out from the first output if not given.
+        loss: what is to be kept small, instead of the objective's own.
+        memory: the most bytes that the process may take; three quarters of what is free if not given.
+        resume: the file that keeps the statistics, if any does.
+        progress: whether to show how far it is.
+
+    Raises:
+        DataError: the objective is none.
+    """
+
+    objective: Objective | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    memory: int | None = None
+    resume: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.objective is not None and not isinstance(self.objective, Objective):
+            raise DataError(f"objective (={self.objective!r}) is not an Objective, such as foveate.Logits()")
+
+
 class Calibration:
     """Runs the passes.
 
@@ -68,36 +95,27 @@ class Calibration:
     probe: Probe
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        found: Sequence[Found],
-        objective: Objective | None,
-        loss: Callable[[Any, Any], Tensor] | None,
-        *,
-        memory: int | None = None,
-        resume: Path | None = None,
-        progress: bool = True,
+        self, model: nn.Module, batches: Iterable[Any], found: Sequence[Found], options: CalibrationOptions
     ) -> None:
-        """Run the probe and make the plan; arguments as for `foveate.quantize`, `memory` in bytes.
+        """Run the probe and make the plan.
 
         Raises:
             DataError: there are no batches, or a resume file that cannot be used.
             BudgetError: the limit cannot be kept; the message says the least possible.
         """
-        self._model, self.found, self._resume, self._progress = model, list(found), resume, progress
-        self._names = [name for entry in found for name in entry.names]
+        self._model, self.found, self._resume, self._progress = model, list(found), options.resume, options.progress
+        memory = options.memory
         free = free_memory()
         stream = iter(check_batches(batches))
         first = next(stream, None)
         if first is None:
             raise DataError("there are no batches to calibrate on")
         with frozen(model):
-            self.probe = probe(model, first, self.found, objective)
+            self.probe = probe(model, first, self.found, options.objective)
         objective = self.probe.objective
-        if loss is not None:
-            objective = Custom(loss, objective)
-        state = _read_resume(resume) if resume is not None and resume.exists() else None
+        if options.loss is not None:
+            objective = Custom(options.loss, objective)
+        state = _read_resume(self._resume) if self._resume is not None and self._resume.exists() else None
         self._loads = _loads(self.found, objective, self.probe)
         blocks, least = self.probe.least()
         beside = _OUTPUT_COPIES * self.probe.output_bytes + _CALL_COPIES * self.probe.largest
