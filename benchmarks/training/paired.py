@@ -30,6 +30,7 @@ from foveate.activations.settings import ActivationOptions
 from foveate.activations.store import ActivationStore
 from foveate.bench.extras import require
 from foveate.bench.result import Measured
+from foveate.collect.evaluation import evaluating
 from foveate.progress import log
 
 #: Error targets from the largest down.
@@ -99,14 +100,12 @@ def _run(task: Task, seed: int, error: float | None) -> dict[str, Any]:
             train_step(task, model, optimizer, next(batches))
             schedule.step()
     seconds = time.process_time() - started
-    model.eval()
-    with torch.no_grad():
+    with evaluating(model), torch.no_grad():
         loss = task.held_out(model)
     row = {"part": "training", "model": task.name, "seed": seed, "error": error, "loss": loss, "cpu_seconds": seconds}
     if store is not None:
         row |= _saved(store)
     if seed == 0:
-        model.train()
         row["peak"] = _peak(task, model, optimizer, next(batches), store)
     return row
 

@@ -75,8 +75,8 @@ def tasks(folder: Path, share: float = 1.0) -> Iterator[Task]:
         yield load(folder, share)
 
 
-def _some(count: int, share: float, least: int = 2) -> int:
-    return max(least, round(count * share))
+def _some(count: int, share: float) -> int:
+    return max(2, round(count * share))
 
 
 def _order(seed: int, count: int, batch: int) -> Iterator[Tensor]:

@@ -288,7 +288,7 @@ class Profile:
     Attributes:
         sites: every site of the model.
         losses: for each weight, float32 [T, 6]: the loss each tile costs at each of WEIGHT_LEVELS, in the objective's
-            unit; for each input, float32 [1, 4], at each of INPUT_LEVELS (profiles of foveate 0.1 have none).
+            unit; for each input, float32 [1, 4], at each of INPUT_LEVELS (none of an input that calibration never saw).
         other_bytes: bytes of everything that is no site.
         samples: tokens, images or sentences that the loss is a mean over.
         objective: which loss: see `foveate.collect.objectives`.

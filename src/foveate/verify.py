@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Objective, check_batches, infer, named, run
 from foveate.errors import DataError
 from foveate.floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
@@ -187,11 +188,8 @@ def measure(
     highest = highest_map(model)
     sums = [_Sums() for _ in range(len(plans) + 1)]
     reference_model = model if reference is None else reference
-    modes = {m: m.training for root in {model, reference_model} for m in root.modules()}
     try:
-        model.eval()
-        reference_model.eval()
-        with torch.no_grad():
+        with evaluating(model, reference_model), torch.no_grad():
             for index, batch in enumerate(track(check_batches(batches), "measuring", show=progress)):
                 if reference is None:
                     apply(model, highest)
@@ -218,8 +216,6 @@ def measure(
     finally:
         if before is not None:
             apply(model, *before)
-        for module, mode in modes.items():
-            module.training = mode
     if not sums[-1].samples:
         raise DataError("there are no batches to measure on")
     return [tally.outcome() for tally in sums]

@@ -288,7 +288,7 @@ def _known(error_L: Tensor) -> Tensor:
 
 
 def arguments_of_backward(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[Tensor], list[Tensor | None] | None] | None:
     """The roots of a call of backward and their gradients; None of a call that extra passes should not precede (a graph
     of the gradient, or chosen inputs).

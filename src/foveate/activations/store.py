@@ -322,7 +322,7 @@ class ActivationStore:
         """Backward is called: run the step's extra passes before it."""
         step = self._step
         if step is not None and not step.begun and step.wants_passes and self._can_pass:
-            found = arguments_of_backward(func, args, kwargs)
+            found = arguments_of_backward(args, kwargs)
             if found is not None:
                 parameters = list(self._parameters().values())
                 self._can_pass = can_run_again(found[0], parameters) and step.run_passes(*found, parameters, self._read)

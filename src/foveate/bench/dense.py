@@ -80,7 +80,6 @@ class Contender:
     def __init__(self, layers: Sequence[Layer], x_MK: Tensor) -> None:
         self._layers: Iterator[Layer] = cycle(layers)
         self._x_MK = x_MK
-        self._calls = 1
 
     def seconds(self, rows: int, calls: int) -> float:
         """Mean time of a call with the first rows of x."""

@@ -20,6 +20,7 @@ from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, P
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_starts
 from foveate.maps import FITTED, Levels, PrecisionMap, Profile, Site, tile_levels
 from foveate.planes import PlaneTensor, arena, shared_tags
+from foveate.version import __version__
 
 
 def write(
@@ -32,7 +33,6 @@ def write(
     profile: Profile | None,
     model: Mapping[str, Any],
     extra_files: Mapping[str, bytes],
-    written_by: str,
 ) -> None:
     """Write a checkpoint folder, or replace the one that is there; see `foveate.save`."""
     folder = Path(path)
@@ -75,7 +75,7 @@ def write(
             checksums=checksums,
             model=model,
             profile=about,
-            written_by=written_by,
+            written_by=f"foveate {__version__}",
         )
         writer.content(HEAD, encoded(head))
 

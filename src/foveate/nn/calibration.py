@@ -14,7 +14,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
+from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import Found, Kind, kind_of, listed, weight_matrix_shape
 from foveate.collect.objectives import Custom, Objective, check_batches, run
 from foveate.collect.probe import Probe, probe
@@ -51,6 +52,32 @@ _OUTPUT_COPIES = 6
 _CALL_COPIES = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What calibration is for, and how it is gone about; as for `foveate.quantize`.
+
+    Attributes:
+        objective: what the output is for; found out from the first output if not given.
+        loss: what is to be kept small, instead of the objective's own.
+        memory: the most bytes that the process may take; three quarters of what is free if not given.
+        resume: the file that keeps the statistics, if any does.
+        progress: whether to show how far it is.
+
+    Raises:
+        DataError: the objective is none.
+    """
+
+    objective: Objective | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    memory: int | None = None
+    resume: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.objective is not None and not isinstance(self.objective, Objective):
+            raise DataError(f"objective (={self.objective!r}) is not an Objective, such as foveate.Logits()")
+
+
 class Calibration:
     """Runs the passes.
 
@@ -71,25 +98,17 @@ class Calibration:
     probe: Probe
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        found: Sequence[Found],
-        objective: Objective | None,
-        loss: Callable[[Any, Any], Tensor] | None,
-        *,
-        memory: int | None = None,
-        resume: Path | None = None,
-        progress: bool = True,
+        self, model: nn.Module, batches: Iterable[Any], found: Sequence[Found], options: CalibrationOptions
     ) -> None:
-        """Run the probe and make the plan; arguments as for `foveate.quantize`, `memory` in bytes.
+        """Run the probe and make the plan.
 
         Raises:
             DataError: there are no batches, or a resume file that cannot be used.
             WeightError: all weights are read past their modules.
             BudgetError: the limit cannot be kept; the message says the least possible.
         """
-        self._model, self.found, self._resume, self._progress = model, list(found), resume, progress
+        self._model, self.found, self._resume, self._progress = model, list(found), options.resume, options.progress
+        memory = options.memory
         self._reads = Reads(model, found)
         free = free_memory()
         stream = iter(check_batches(batches))
@@ -99,13 +118,14 @@ class Calibration:
         self.first = copied(first)
         self.notes: list[str] = []
         with frozen(model), self._reads.watching():
-            self.probe = probe(model, first, self.found, objective)
+            self.probe = probe(model, first, self.found, options.objective)
             self.generates = self._decoded()
         self._leave_what_is_read()
         objective = self.probe.objective
-        if loss is not None:
-            objective = Custom(loss, objective)
+        if options.loss is not None:
+            objective = Custom(options.loss, objective)
         self._sample = sample_of(model, first)
+        resume = self._resume
         state = read_resume(resume, objective, self._sample) if resume is not None and resume.exists() else None
         self._loads = _loads(self.found, objective, self.probe)
         blocks, least = self.probe.least()
@@ -307,24 +327,3 @@ def _as_begun(
     first = [e for e, load in zip(found, loads, strict=True) if not load.large or begun & set(e.names)]
     rest = [[entry for entry in share if not any(entry is one for one in first)] for share in shares]
     return [first, *(share for share in rest if share)]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients and no caches of keys and values, all put back afterwards."""
-    modes = {m: m.training for m in model.modules()}
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    all_configs = (getattr(m, "config", None) for m in model.modules())
-    configs: dict[int, Any] = {id(c): c for c in all_configs if getattr(c, "use_cache", None) is True}
-    model.eval().requires_grad_(False)
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)

@@ -33,7 +33,6 @@ from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.registry import Registry, quantized_part, registry_of
 from foveate.nn.skeleton import skeleton
 from foveate.sizes import parse_bytes
-from foveate.version import __version__
 
 #: Files of a tokenizer or processor, copied along from the folder a model came from.
 _COMPANIONS = (
@@ -49,7 +48,7 @@ _COMPANIONS = (
 )
 
 
-def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, written_by: str | None = None) -> None:
+def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) -> None:
     """Write a quantized model to a folder.
 
     The default map in the folder is `keep`, or the map in force. An existing checkpoint is replaced as a whole or not
@@ -59,7 +58,6 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         model: a quantized model.
         path: the folder; made if it does not exist.
         keep: keep only the planes that this map reads; everything the model has if not given.
-        written_by: what to write into the head as the writer; foveate's version if not given.
 
     Raises:
         CheckpointError: the folder cannot be written (a full disk, say), a parameter holds NaN or Inf, or modules were
@@ -93,7 +91,6 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
             **({"ranges": registry.ranges} if registry.ranges else {}),
         },
         extra_files=companions,
-        written_by=written_by or f"foveate {__version__}",
     )
 
 

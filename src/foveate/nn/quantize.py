@@ -20,15 +20,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import Found, Kind, find_weights, listed, weight_matrix
 from foveate.collect.objectives import Objective
 from foveate.collect.statistics import Factored, WeightStatistics
-from foveate.errors import DataError, SiteError, WeightError
+from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.formats.packing import GROUPS, TILE_ROWS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import FITTED, Profile, Site
-from foveate.nn.calibration import Calibration, frozen
+from foveate.nn.calibration import Calibration, CalibrationOptions
 from foveate.nn.derived import products_apart
 from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.heap import given_back
@@ -110,37 +111,32 @@ def quantize(
         BudgetError: the model cannot be quantized in `memory`; the message says in how much it can.
     """
     ensure_loaded()
-    limit = None if memory is None else parse_bytes(memory)
-    with taken_apart(model), products_apart(model), given_back(limit is not None):
-        path = Path(resume) if resume else None
-        return _quantized(model, batches, objective, loss, group, skip, limit, path, progress)
+    options = CalibrationOptions(
+        objective=objective,
+        loss=loss,
+        memory=None if memory is None else parse_bytes(memory),
+        resume=Path(resume) if resume else None,
+        progress=progress,
+    )
+    with taken_apart(model), products_apart(model), given_back(options.memory is not None):
+        return _quantized(model, batches, group, skip, options)
 
 
 def _quantized(
-    model: nn.Module,
-    batches: Iterable[Any],
-    objective: Objective | None,
-    loss: Callable[[Any, Any], Tensor] | None,
-    group: int | None,
-    skip: Sequence[str],
-    memory: int | None,
-    resume: Path | None,
-    progress: bool,
+    model: nn.Module, batches: Iterable[Any], group: int | None, skip: Sequence[str], options: CalibrationOptions
 ) -> Profile:
-    if objective is not None and not isinstance(objective, Objective):
-        raise DataError(f"objective (={objective!r}) is not an Objective, such as foveate.Logits()")
     found, notes = chosen(model, skip)
     for entry in found:
         weight = cast(Tensor, entry.modules[0].weight)
         if weight.device.type != "cpu":
             raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
         _check_values(entry.names[0], weight.detach())
-    calibration = Calibration(model, batches, found, objective, loss, memory=memory, resume=resume, progress=progress)
+    calibration = Calibration(model, batches, found, options)
     with given_back(calibration.plan.replay or calibration.plan.lean):
-        rounded, routing, few = _all_rounded(model, calibration, group, progress)
+        rounded, routing, few = _all_rounded(model, calibration, group, options.progress)
     calibration.make_room()
     collector, found = calibration.collector, calibration.found
-    notes += [*calibration.notes, *_notes(calibration, routing, few, guessed=objective is None)]
+    notes += [*calibration.notes, *_notes(calibration, routing, few, guessed=options.objective is None)]
     done = [rounded[entry.names[0]] for entry in found]
     sites = [q.site for q in done]
     weights = {q.site.name: PlaneWeight(q.planes, q.dtype) for q in done}
@@ -175,7 +171,7 @@ def _quantized(
     with way_back.on(Exception):
         try:
             with frozen(model):
-                profile = with_measured(profile, model, registry, calibration.witness, progress)
+                profile = with_measured(profile, model, registry, calibration.witness, options.progress)
         finally:  # an interruption leaves a model that is read at 8 bits and has its profile
             registry.profile = profile
             top = profile.uniform(TOP_LEVEL)

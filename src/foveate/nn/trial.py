@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import Found, listed
 from foveate.collect.objectives import run
 from foveate.collect.reads import decode, running
 from foveate.errors import WeightError
-from foveate.nn.calibration import frozen
 from foveate.nn.install import replace_module
 from foveate.nn.registry import detach
 

@@ -94,7 +94,7 @@ def html(
     sections = [
         _picture_section(plan, profile),
         _plot_section(plan, profile, tuple(frontier), measured, name),
-        _outcome_section(plan, measured, name, metric),
+        _outcome_section(measured, name, metric),
     ]
     said = [*notes, *(() if profile is None else profile.notes)]
     if said:
@@ -239,7 +239,7 @@ def _plot_section(
     )
 
 
-def _outcome_section(plan: PrecisionMap, measured: Sequence[Measured], name: str, metric: str) -> str:
+def _outcome_section(measured: Sequence[Measured], name: str, metric: str) -> str:
     if not measured:
         return ""
     with_metric = any(entry.outcome.metric is not None for entry in measured)
