@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from foveate.cli.models import transformers
 from foveate.errors import CheckpointError, DataError
+from foveate.files import replacing
 from foveate.kernels.threads import threads
 
 _VALUES = 256  # a byte is a token
@@ -337,13 +338,8 @@ def _keep(result: Trained, path: Path, identity: str) -> None:
         "products": result.products,
     }
     content = save(tensors, metadata={"identity": identity, "about": json.dumps(about), "sha256": _checksum(tensors)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _restored(model: nn.Module, path: Path, identity: str) -> Trained:
