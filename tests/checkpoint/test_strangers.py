@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
@@ -124,6 +125,22 @@ def test_pipes_devices_and_endless_files(saved: tuple[Path, nn.Module, fv.Profil
     os.truncate(folder / "foveate.json", 1 << 40)
     with pytest.raises(CheckpointError, match="at most"):
         fv.load(folder, model=skeleton())
+
+
+@pytest.mark.parametrize("part", ["plane0", "scales", "rest", "profile"])
+def test_files_with_holes_take_no_memory(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path, part: str) -> None:
+    folder = copy_of(saved[0], tmp_path / "model")
+    file = folder / fv.read_head(folder).files[part]
+    names = list(load_file(file))
+    size = 1 << 38
+    about = {name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names[1:]} | {
+        names[0]: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    }
+    text = json.dumps(about).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(file, 8 + len(text) + size)
+    with pytest.raises(CheckpointError):
+        fv.load_profile(folder) if part == "profile" else fv.load(folder, model=skeleton())
 
 
 def test_a_link_to_a_regular_file_is_followed(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path) -> None:

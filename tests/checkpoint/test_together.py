@@ -91,7 +91,7 @@ def test_an_open_folder_is_read_whole_whatever_is_saved(
         fv.save(other, folder)
         for part, names in one.head.checksums.items():
             for name in names:
-                one.read(part, name)
+                one.read(part, name, 1 << 30)
 
 
 def test_a_profile_that_was_replaced_is_not_another_models(

@@ -49,16 +49,25 @@ class Folder:
             file = self.files[part] = TensorFile(self.path / self.head.files[part], file)
         return file
 
-    def read(self, part: str, name: str) -> Tensor:
+    def read(self, part: str, name: str, most: int) -> Tensor:
         """A tensor of a part, checked against its checksum, in memory of its own.
 
+        Args:
+            part: `scales`, `plane0`, ...
+            name: which of its tensors.
+            most: bytes that it may have: a file with holes takes no room on the disk, and as much memory as it says.
+
         Raises:
-            CheckpointError: it is missing or damaged.
+            CheckpointError: it is missing, damaged, or larger.
         """
         sha256 = self.head.checksums[part].get(name)
         if sha256 is None:
             raise CheckpointError(f"{self.path} lists no {name!r} among its {part}")
-        return self.part(part).read(name, sha256)
+        file = self.part(part)
+        entry = file.entries.get(name)
+        if entry is not None and entry.size > most:
+            raise CheckpointError(f"{self.path}: {part} of {name!r} is malformed: {entry.size:,} bytes, not {most:,}")
+        return file.read(name, sha256)
 
     @property
     def bytes(self) -> int:

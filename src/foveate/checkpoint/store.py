@@ -100,7 +100,7 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
 def _stored_levels(folder: Folder) -> dict[str, Tensor]:
     stored = {}
     for site in folder.head.weight_sites():
-        resident = folder.read("scales", f"{site.name}|resident")
+        resident = folder.read("scales", f"{site.name}|resident", site.tiles)
         valid = torch.tensor(WEIGHT_LEVELS, dtype=torch.uint8)
         if resident.dtype != torch.uint8 or resident.shape != site.grid or not bool(torch.isin(resident, valid).all()):
             raise CheckpointError(f"{folder.path}: the tile levels of {site.name} are malformed")
@@ -150,8 +150,8 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
         for site, target in zip(sites, targets, strict=True):
             if not target.numel():
                 continue
-            tensor = folder.read(part, site.name + suffix)
             have = (stored[site.name] >= floor).view(-1)
+            tensor = folder.read(part, site.name + suffix, int(have.sum()) * width[site.group])
             if tensor.dtype != dtype or tensor.numel() * tensor.element_size() != int(have.sum()) * width[site.group]:
                 raise CheckpointError(f"{folder.path}: {part} of {site.name} is malformed")
             need = (wanted[site.name] >= floor).view(-1)
@@ -166,8 +166,8 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
     ]
     made = []
     for i, site in enumerate(sites):
-        gain = folder.read("scales", f"{site.name}|gain")
         gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
+        gain = folder.read("scales", f"{site.name}|gain", 2 * len(GAINED_LEVELS) * gain_rows)
         if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
             raise CheckpointError(f"{folder.path}: the gains of {site.name} are malformed")
         if not bool(gain.isfinite().all()):
@@ -242,9 +242,11 @@ def read_profile(folder: Folder) -> Profile:
     losses: dict[str, Tensor] = {}
     statistics: dict[str, dict[str, Tensor]] = {}
     tiles = {s.name: s.tiles for s in head.weight_sites()}
+    # the losses, or the longest of the statistics; a row of the embedding counts for its strip, a column for its group
+    most = {s.name: 4 * max(s.tiles * len(WEIGHT_LEVELS), sum(s.grid), 16) for s in head.sites}
     for key in head.checksums["profile"]:
         name, _, what = key.rpartition("|")
-        tensor = folder.read("profile", key)
+        tensor = folder.read("profile", key, most.get(name, 0))
         if tensor.dtype != torch.float32:
             raise CheckpointError(f"{path}: {key!r} of the profile is {tensor.dtype}, not torch.float32")
         if what == "losses":

@@ -284,7 +284,7 @@ def _fill(model: nn.Module, folder: Folder) -> None:
         if old is None or old.shape != entry.shape:  # before any of its bytes are read
             have = "missing" if old is None else tuple(old.shape)
             raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {entry.shape}")
-        tensor = folder.read("rest", full_name)
+        tensor = folder.read("rest", full_name, entry.size)
         known = str(tensor.dtype).removeprefix("torch.") in DTYPES
         if tensor.is_floating_point() and not known and tensor.dtype != old.dtype:
             raise CheckpointError(f"{full_name} of the checkpoint is {tensor.dtype}, which the model cannot be run in")

@@ -23,6 +23,7 @@ from foveate.collect.collector import Collector
 from foveate.collect.objectives import Objective
 from foveate.errors import CheckpointError, DataError
 from foveate.files import TensorFile, checksum, replacing
+from foveate.sizes import format_bytes, free_memory
 
 _VERSION = "2"
 _SAMPLE = "foveate sample"
@@ -75,6 +76,8 @@ def read_resume(path: Path, objective: Objective, sample: Tensor) -> dict[str, T
     """
     try:
         with TensorFile(path) as file:
+            if file.bytes > free_memory():
+                raise CheckpointError(f"{format_bytes(file.bytes)}, and {format_bytes(free_memory())} are free")
             about = dict(file.metadata)
             tensors = {name: file.read(name) for name in file.entries}
     except (CheckpointError, FileNotFoundError) as error:

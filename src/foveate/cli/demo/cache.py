@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from foveate.cli.demo.corpus import Corpus
 from foveate.cli.demo.training import Progress, Recipe, Trained, new_model, train
 from foveate.errors import CheckpointError
+from foveate.files import replacing
 
 
 def default_cache() -> Path:
@@ -77,13 +78,8 @@ def _keep(result: Trained, path: Path, identity: str) -> None:
         "products": result.products,
     }
     content = save(tensors, metadata={"identity": identity, "about": json.dumps(about), "sha256": _checksum(tensors)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _restored(model: nn.Module, path: Path, identity: str) -> Trained:
