@@ -61,7 +61,9 @@ def test_a_weight_that_is_read_past_its_module_stays(what: str) -> None:
     profile = fv.quantize(model, rows(), objective=fv.Logits(), progress=False)
     assert [s.name for s in profile.weight_sites()] == ["first:weight", "last:weight"]
     assert model.middle.weight is weight
-    assert f"the weights of middle stay float: other code than their modules' reads them, such as {who}" in profile.notes
+    assert (
+        f"the weights of middle stay float: other code than their modules' reads them, such as {who}" in profile.notes
+    )
     with torch.no_grad():
         assert float((model(x) - expected).norm() / expected.norm()) < 0.02
 
