@@ -170,7 +170,7 @@ def _asks_for_features(layer: nn.Linear, x: Tensor) -> Tensor:
 
 def test_a_model_that_cannot_run_on_planes_is_left_as_it_was() -> None:
     model = _Net(_asks_for_features)
-    x, before = rows()[0], {name: p for name, p in model.named_parameters()}
+    x, before = rows()[0], dict(model.named_parameters())
     expected = model(x)
     with pytest.raises(WeightError, match=r"does not run on planes: _Net: not a linear layer.*skip; it is as it was"):
         fv.quantize(model, rows(), objective=fv.Logits(), progress=False)

@@ -193,20 +193,6 @@ def test_one_sample_says_nothing_of_all_together() -> None:
     assert profile.notes[-1] == "what all weights lose together was not measured: there is no second sample"
 
 
-def test_what_cannot_run_on_planes_is_said() -> None:
-    class Direct(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed = nn.Embedding(50, 64)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return nn.functional.linear(self.embed(x), self.embed.weight)
-
-    profile = fv.quantize(Direct(), [torch.randint(0, 50, (4, 7))], progress=False)
-    assert profile.measured_over_summed == (1.0,) * 6
-    assert profile.notes[-1].startswith("what all weights lose together was not measured: ")
-
-
 def test_a_model_that_breaks_on_planes_is_not_corrected_by_nonsense() -> None:
     class Fragile(nn.Module):
         def __init__(self) -> None:

@@ -50,8 +50,8 @@ def tile_losses(
         elsewhere: what fitted codes lose on other inputs over what they lose on those that were seen.
 
     Returns:
-        float32 [T, 6], tiles in order nt * G + gi, a column for each of WEIGHT_LEVELS, on other inputs; and float64 [6],
-        the sums over tiles on the inputs that were seen.
+        float32 [T, 6], tiles in order nt * G + gi, a column for each of WEIGHT_LEVELS, on other inputs; and float64
+        [6], the sums over tiles on the inputs that were seen.
     """
     columns, seen = [], []
     for level in WEIGHT_LEVELS:
