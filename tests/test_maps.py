@@ -277,3 +277,18 @@ def test_profile_predicts_sums_of_tiles() -> None:
     assert profile.uniform(3).predicted_loss == pytest.approx(
         sum(float(t[:, 2].sum()) for t in losses.values()), rel=1e-6
     )
+
+
+def test_what_stays_float_is_said() -> None:
+    plan = replace(uniform(SITES, 4, 10**6), other_parameters=None)
+    assert plan.stays_float == ""
+    assert math.isnan(plan.bits_of_model)
+    weights = sum(s.weights for s in plan.weight_sites())
+    known = replace(plan, other_parameters={"LSTM": weights, "LayerNorm": 1})
+    assert known.stays_float == "50 % of the parameters stay float: LSTM 50 %"
+    assert known.bits_of_model == pytest.approx(8 * known.bytes_stored / (2 * weights + 1))
+    assert f"{known.bits_of_model:.3f} bits a parameter of the model" in repr(known)
+    assert repr(known).endswith("sites; 50 % of the parameters stay float: LSTM 50 %)")
+    assert pickle.loads(pickle.dumps(known)).other_parameters == known.other_parameters
+    assert replace(plan, other_parameters={"LayerNorm": 1}).stays_float == ""
+    assert "stay float" not in repr(plan)

@@ -294,11 +294,12 @@ class Profile:
         objective: which loss: see `foveate.collect.objectives`.
         statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
             `output_range` float32 [2] (of its products, or of the rows looked up), `row_frequency` float32 [NT] of an
-            embedding (the share of look-ups that read each strip of rows), `fitted` float32 [1] of one rounded by
-            descent (what it loses on other data over what it loses on calibration's; `losses` are those on other
-            data). For each input, float32: `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits
-            a value, of 8-bit codes), `values` [1] (read by the product, a sample),
-            `batch_moments` [2, 2] (the least and the greatest mean and variance of a batch), `batch_values` [1].
+            embedding (the share of look-ups that read each strip of rows), `fitted` float32 [6] of one rounded by
+            descent (what it loses on other data over what it loses on calibration's, at each of WEIGHT_LEVELS, or one
+            number for all in profiles of foveate 0.1; `losses` are those on other data). For each input, float32:
+            `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits a value, of 8-bit codes),
+            `values` [1] (read by the product, a sample), `batch_moments` [2, 2] (the least and the greatest mean and
+            variance of a batch), `batch_values` [1].
         notes: things the user should know, a sentence each.
         measured_over_summed: for each of WEIGHT_LEVELS, the divergence that was measured with all weights at that level
             over the sum of `losses`; 1 where it was not measured.

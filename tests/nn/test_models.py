@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.planes import HUGE_PAGE, arena
+from tiny import tokens
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
@@ -175,3 +176,22 @@ def test_big_blocks_are_private_and_ask_for_huge_pages() -> None:
             assert "hg" in line.split()
             return
     pytest.fail("the block is in no mapping")
+
+
+def test_t5_whose_embedding_is_reached_through_other_modules() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, **sizes, decoder_start_token_id=0)).eval()
+    original = copy.deepcopy(model)
+
+    def batches(seed: int) -> list[dict[str, Tensor]]:
+        ids, answers = tokens(4, 20, seed=seed), tokens(4, 16, seed=seed + 1)
+        return [{**batch, "decoder_input_ids": other["input_ids"]} for batch, other in zip(ids, answers, strict=True)]
+
+    profile = fv.quantize(model, batches(1), progress=False)
+    assert not any("never reached" in note for note in profile.notes)
+    # codes were fitted to 64 rows of 32 columns, and the embedding's look-ups were not fitted to at all
+    found = fv.verify(model, profile.uniform(4), batches(3), reference=original, progress=False)
+    assert found.predicted == pytest.approx(found.measured.divergence, rel=0.5)

@@ -255,15 +255,16 @@ def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Ro
     w_NK = weight_matrix(entry.modules[0])
     planes, elsewhere = _on_planes(entry, w_NK, seen, group, routing.samples)
     fishers = [routing.fisher(name) for name in entry.names]
-    losses = _losses(w_NK, planes, fishers, [s.covariance() for s in seen], [s.gradients() for s in seen])
+    covariances, gradients = [s.covariance() for s in seen], [s.gradients() for s in seen]
+    losses, on_these = _losses(w_NK, planes, fishers, covariances, gradients, elsewhere or 1.0)
     kept = {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])}
     if elsewhere is not None:
-        kept[FITTED] = torch.tensor([elsewhere])
+        kept[FITTED] = (losses.double().sum(0) / on_these).nan_to_num(1.0, 1.0).float()
     return _Quantized(
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,
         cast(Tensor, entry.modules[0].weight).dtype,
-        losses * (elsewhere or 1.0),
+        losses,
         kept,
     )
 
@@ -342,9 +343,11 @@ def _losses(
     fishers: Sequence[Tensor | Factored],
     covariances: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
-) -> Tensor:
-    """The table of a weight's tiles, some strips of rows at a time."""
+    elsewhere: float,
+) -> tuple[Tensor, Tensor]:
+    """The table of a weight's tiles, and their sums on the inputs that were seen, some strips of rows at a time."""
     parts = []
+    on_these = torch.zeros((), dtype=torch.float64)
     # blocks of gradients are not cut
     whole = math.lcm(TILE_ROWS, *(g.shape[1] for g in gradients if g is not None))
     step = max(whole, _SCORED // w_NK.shape[1] // whole * whole)
@@ -363,9 +366,12 @@ def _losses(
             for f in fishers
         ]
         blocks = [None if g is None else g[start // g.shape[1] : -(-(start + step) // g.shape[1])] for g in gradients]
-        parts.append(tile_losses(w_NK[start : start + step], at_level, here, planes.group, covariances, blocks))
+        w_rows = w_NK[start : start + step]
+        part, seen = tile_losses(w_rows, at_level, here, planes.group, covariances, blocks, elsewhere)
+        parts.append(part)
+        on_these = on_these + seen
     planes.tags.fill_(TOP_LEVEL)
-    return torch.cat(parts)
+    return torch.cat(parts), on_these
 
 
 def _kept_statistics(seen: Sequence[WeightStatistics], planes: PlaneTensor) -> dict[str, Tensor]:

@@ -149,5 +149,5 @@ def _summed(profile: Profile) -> dict[int, float]:
     total = torch.zeros(len(WEIGHT_LEVELS), dtype=torch.float64)
     for site in profile.weight_sites():
         fitted = profile.statistics[site.name].get(FITTED)
-        total += profile.losses[site.name].double().sum(0) / (1.0 if fitted is None else float(fitted))
+        total += profile.losses[site.name].double().sum(0) / (1.0 if fitted is None else fitted.double())
     return dict(zip(WEIGHT_LEVELS, total.tolist(), strict=True))
