@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from foveate.cli import allocate, audit, evaluate, generate, inspect, quantize, report
-from foveate.cli.console import emit, figures_table, show
+from foveate.cli.console import check_writable, emit, figures_table, show
 from foveate.cli.options import Json
 from foveate.errors import CheckpointError, FoveateError
 from foveate.version import __version__
@@ -134,6 +134,8 @@ def bench(
     for file in (out, plot):
         if file is not None and not file.absolute().parent.is_dir():
             raise CheckpointError(f"{file.parent} is not a folder to write {file.name} into")
+        if file is not None:
+            check_writable(file)
     if plot is not None and name != "peers":
         raise FoveateError(f"--plot draws what the benchmark peers measures, not {name}")
     options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}

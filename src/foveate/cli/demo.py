@@ -29,7 +29,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.cli.console import emit, plain_table
+from foveate.cli.console import check_writable, emit, plain_table
 from foveate.cli.demo_model import Corpus, Progress, Recipe, Trained, corpus, default_cache, trained, windows
 from foveate.cli.tables import legend
 from foveate.kernels.threads import threads
@@ -107,6 +107,7 @@ def run(*, out: Path, cache: Path | None, json_output: bool, recipe: Recipe | No
     """
     if out.exists() and not out.is_dir():
         raise fv.CheckpointError(f"{out} is a file, not a folder to write the demo into")
+    check_writable(out)
     console = Console(stderr=json_output, highlight=False)
     recipe = recipe or Recipe()
     console.print(
