@@ -267,6 +267,28 @@ def test_a_folder_that_is_missing_or_damaged(run: Run, folder: Path, tmp_path: P
     assert not (tmp_path / "x").exists()
 
 
+def test_a_reference_is_checked_before_the_work(run: Run, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "no"
+    for reference, message in ((folder, "was written by foveate: give the original"), (nowhere, "no folder")):
+        result = run("eval", folder, "--data", text_file, *FAST, "--reference", reference)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert message in result.stderr
+    result = run("report", folder, "-o", tmp_path / "r.html", "--reference", folder)
+    assert result.exit_code == 2
+    assert result.stderr == "error: --reference needs data to compare on: give --data or --tokens\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files")
+def test_what_cannot_be_written_is_refused_before_the_work(run: Run, folder: Path, text_file: Path) -> None:
+    report = ("report", folder, "-o", "/proc/r.html", "--data", text_file)
+    for words in (report, ("bench", "switch", "-o", "/proc/r.json"), ("demo", "-o", "/proc/demo")):
+        result = run(*words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.endswith("/proc is not a folder that can be written\n")
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(name: str) -> dict[str, Any]:
         return {"name": name, "figures": {"bytes_moved": 0.0, "unknown": float("nan")}}

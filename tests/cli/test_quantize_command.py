@@ -126,6 +126,7 @@ def test_skip_leaves_a_module(run: Run, original: Path, text_file: Path, tmp_pat
         (("--data", "{text}", "--length", "4000"), "more than the 128 positions"),
         (("--data", "{text}", "--group", "48"), "48"),
         (("--data", "{text}", "--keep-map"), "needs a budget"),
+        (("--data", "{text}", "--check"), "needs a budget"),
         (("--data", "{text}", "--bits", "4", "--loss", "0.1"), "exactly one of"),
         (("--data", "{text}", "--bytes", "much"), "not a number of bytes"),
         (("--data", "{text}", "--memory", "much"), "not a number of bytes"),

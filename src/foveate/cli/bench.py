@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.console import emit, figures_table, show
+from foveate.cli.console import check_writable, emit, figures_table, show
 from foveate.cli.options import Json
 from foveate.errors import CheckpointError
 
@@ -28,9 +28,12 @@ def bench(
 
 
 def check_folder_of(file: Path | None) -> None:
-    """Raise `CheckpointError` where a file, if one is given, has no folder to lie in: before the work, not after it."""
-    if file is not None and not file.absolute().parent.is_dir():
+    """Raise `CheckpointError` where a file, if one is given, cannot be written: before the work, not after it."""
+    if file is None:
+        return
+    if not file.absolute().parent.is_dir():
         raise CheckpointError(f"{file.parent} is not a folder to write {file.name} into")
+    check_writable(file)
 
 
 def show_result(found: Mapping[str, Any], out: Path | None, json_output: bool) -> None:

@@ -11,7 +11,7 @@ import typer
 from foveate.allocate import Constraints
 from foveate.cli.console import log
 from foveate.errors import LevelError, SiteError
-from foveate.formats.levels import NESTED_LEVELS, check_weight_level
+from foveate.formats.levels import NESTED_LEVELS, check_input_level, check_weight_level
 from foveate.maps import Budget, PrecisionMap
 from foveate.sizes import format_bytes
 
@@ -79,6 +79,11 @@ def level_of(text: str) -> int:
 def levels_of(text: str) -> list[int]:
     """`8,4,2` -> [8, 4, 2]."""
     return [level_of(word) for word in text.split(",")]
+
+
+def input_levels_of(text: str) -> list[int]:
+    """`8,4` -> [8, 4], levels that inputs can have."""
+    return [check_input_level(int(word)) if word.isdigit() else level_of(word) for word in text.split(",")]
 
 
 def ties_of(texts: Sequence[str] | None) -> list[tuple[str, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +11,7 @@ from torch import nn
 import foveate as fv
 from foveate.checkpoint import HEAD
 from foveate.cli import options
-from foveate.cli.console import emit, log, plain_table, show
+from foveate.cli.console import check_writable, emit, log, plain_table, show
 from foveate.cli.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
 from foveate.cli.models import config_of, load_original, load_tokenizer
 from foveate.cli.tables import bits_line, legend, map_figures, sizes_table
@@ -52,8 +51,9 @@ def quantize(
     map is the smallest whose measured loss on the held-out data, and twice its standard error, are within it.
     """
     budget = options.budget_of(bits, bytes_, loss)
-    if keep_map and budget is None:
-        raise BudgetError("--keep-map needs a budget: give --bits, --bytes or --loss")
+    for option, given in (("--keep-map", keep_map), ("--check", check)):
+        if given and budget is None:
+            raise BudgetError(f"{option} needs a budget: give --bits, --bytes or --loss")
     if group is not None:
         check_group(group)
     if memory is not None:
@@ -105,9 +105,7 @@ def _check_target(out: Path, model: str, force: bool) -> None:
             raise CheckpointError(f"{out} is not empty, and not a foveate checkpoint that could be replaced")
         if (out / HEAD).exists() and not force:
             raise CheckpointError(f"{out} holds a model already: give another folder, or --force to replace it")
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"cannot write {out}: {parent} is not a folder that can be written")
+    check_writable(out)
 
 
 def _choose(

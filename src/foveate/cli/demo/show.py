@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.activations.cache_argument import cache_argument, cache_of
-from foveate.cli.console import emit, plain_table
+from foveate.cli.console import check_writable, emit, plain_table
 from foveate.cli.demo.cache import default_cache, trained
 from foveate.cli.demo.corpus import Corpus, corpus, windows
 from foveate.cli.demo.training import Progress, Recipe, Trained
@@ -110,6 +110,7 @@ def run(*, out: Path, cache: Path | None, json_output: bool, recipe: Recipe | No
     """
     if out.exists() and not out.is_dir():
         raise fv.CheckpointError(f"{out} is a file, not a folder to write the demo into")
+    check_writable(out)
     console = Console(stderr=json_output, highlight=False)
     recipe = recipe or Recipe()
     console.print(
