@@ -26,6 +26,7 @@ from foveate.errors import CheckpointError, MissingExtraError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, tile_levels, uniform
+from foveate.nn import sentence_transformer
 from foveate.nn.experts import taken_apart
 from foveate.nn.fold import fold_skeleton, folded_of
 from foveate.nn.install import install
@@ -119,7 +120,8 @@ def load(
         keep: load only the planes that this map, or this level everywhere, reads, and apply it. If not given, load
             everything and apply the folder's default map.
         memory: load the best map that fits in these bytes, `"6GiB"` or a number.
-        model: the skeleton to fill, for models that are not transformers'.
+        model: the skeleton to fill, for models that are not transformers' (nor a SentenceTransformer of the usual
+            modules: a transformer, pooling, normalization).
 
     Raises:
         CheckpointError: the folder is missing, damaged, of a newer version, or not of this model.
@@ -199,6 +201,11 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     """How to rebuild the model, and the files to put beside it."""
+    inner = sentence_transformer.transformer_in(model)
+    if inner is not None:
+        about, files = _about(inner)
+        described = sentence_transformer.description(model)
+        return {**about, "sentence_transformer": described}, {**files, **sentence_transformer.tokenizer_files(model)}
     if not type(model).__module__.startswith("transformers.") or parts_of_adapters(model):
         return {}, {}
     config = cast(Any, model).config
@@ -245,7 +252,8 @@ def _skeleton(folder: Path, head: Head) -> nn.Module:
         ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError
     ) as error:  # fmt: skip
         raise CheckpointError(f"{folder}: the configuration in its head cannot be used: {error!r}") from error
-    return model
+    described = head.model.get("sentence_transformer")
+    return model if described is None else sentence_transformer.assembled(model, described, folder)
 
 
 def _plain(config: Any) -> Any:
