@@ -25,6 +25,7 @@ from foveate.errors import CheckpointError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, tile_levels, uniform
+from foveate.nn import sentence_transformer
 from foveate.nn.derived import products_apart
 from foveate.nn.experts import taken_apart
 from foveate.nn.fold import fold_skeleton, folded_of
@@ -122,7 +123,8 @@ def load(
         keep: load only the planes that this map, or this level everywhere, reads, and apply it. If not given, load
             everything and apply the folder's default map.
         memory: load the best map that fits in these bytes, `"6GiB"` or a number.
-        model: the skeleton to fill, for models that are not transformers'.
+        model: the skeleton to fill, for models that are not transformers' (nor a SentenceTransformer of the usual
+            modules: a transformer, pooling, normalization).
 
     Raises:
         CheckpointError: the folder is missing, damaged, of a newer version, or not of this model.
@@ -218,6 +220,11 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     """How to rebuild the model, and the files to put beside it."""
+    inner = sentence_transformer.transformer_in(model)
+    if inner is not None:
+        about, files = _about(inner)
+        described = sentence_transformer.description(model)
+        return {**about, "sentence_transformer": described}, {**files, **sentence_transformer.tokenizer_files(model)}
     if not type(model).__module__.startswith("transformers.") or parts_of_adapters(model):
         return {}, {}
     config = cast(Any, model).config

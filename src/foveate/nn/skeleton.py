@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
 from foveate.checkpoint import Folder
-from foveate.errors import CheckpointError, MissingExtraError
+from foveate.errors import CheckpointError, FoveateError, MissingExtraError
+from foveate.nn.sentence_transformer import assembled
 
 #: Keys that would have transformers choose or fetch code or weights, and one that it never writes.
 _ODD = frozenset(
@@ -86,6 +87,10 @@ def skeleton(folder: Folder) -> nn.Module:
             generation = head.model.get("generation_config")
             if generation is not None and hasattr(model, "generation_config"):
                 model.generation_config = transformers.GenerationConfig.from_dict(dict(generation))
+            described = head.model.get("sentence_transformer")
+            return model if described is None else assembled(model, described, folder.path)
+    except FoveateError:
+        raise
     except _Reached as reached:
         raise CheckpointError(
             f"{folder.path}: the configuration in its head names something that would have to be fetched ({reached}); "
@@ -93,7 +98,6 @@ def skeleton(folder: Folder) -> nn.Module:
         ) from None
     except Exception as error:  # a library that was given a stranger's values raises whatever it likes
         raise CheckpointError(f"{folder.path}: the configuration in its head cannot be used: {error!r}") from error
-    return model
 
 
 def _room(folder: Folder) -> tuple[int, int, int]:
