@@ -3,25 +3,64 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 BENCHES ?= kernels switch load quality decode saved
+# Processes that share the tests.
+WORKERS ?= 2
+# For environments that are not pinned: the newest torch of which there is a CPU build at hand.
+TORCH ?= torch==2.13.0
 
-.PHONY: demo test check fuzz bench bench-peers clean
+.PHONY: demo test test-newest test-oldest coverage check pins fuzz bench bench-peers clean
+
+# An environment, and foveate with its development packages in it, under further arguments of pip. What builds foveate is
+# installed beside it, since pip would otherwise fetch that into an environment of its own, where no pin holds.
+define install
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) hatchling editables
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check $(2) --no-build-isolation -e '.[dev]'
+endef
+
+# The kernels are compiled before the tests, so that no two processes do it at once.
+define pytest
+$(1)/bin/python -c "import foveate; print(foveate.backends())"
+$(1)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(2)
+endef
 
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(call install,$(VENV),-c constraints.txt)
 	touch $@
 
 demo: $(VENV)/.installed
 	$(BIN)/foveate demo --out demo-out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(call pytest,$(VENV))
+
+# With the newest releases that there are, and with the oldest of transformers, safetensors, typer and rich that
+# pyproject.toml allows: docs/compatibility.md.
+test-newest:
+	$(call install,.venv-newest,--upgrade --upgrade-strategy eager $(TORCH))
+	.venv-newest/bin/python -m pip freeze --all
+	$(call pytest,.venv-newest)
+
+test-oldest:
+	$(call install,.venv-oldest,$(TORCH) $(shell $(PYTHON) .ci/oldest.py))
+	.venv-oldest/bin/python -m pip freeze --all
+	$(call pytest,.venv-oldest)
+
+# What the tests run of the package's Python; code that runs in processes which tests start is not counted.
+coverage: $(VENV)/.installed
+	$(call pytest,$(VENV),--cov=foveate --cov-report=term:skip-covered)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(call pytest,$(VENV))
+
+# constraints.txt anew, from the newest releases that there are.
+pins:
+	rm -rf .venv-pins
+	$(call install,.venv-pins,$(TORCH))
+	.venv-pins/bin/python .ci/pins.py constraints.txt
 
 # Hostile and random files, and processes that save to one folder at once; the numbers are those of one long run.
 fuzz: $(VENV)/.installed
@@ -43,4 +82,4 @@ bench-peers: $(VENV)/.installed
 		$(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 
 clean:
-	rm -rf $(VENV) demo-out bench-out
+	rm -rf $(VENV) .venv-newest .venv-oldest .venv-pins demo-out bench-out

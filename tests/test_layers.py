@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("serve", "bench", "report"),
     ("cli",),
 )
+#: Lines of a file, at most.
+LONGEST = 400
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
@@ -92,6 +95,12 @@ def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:
 
 
 def test_modules_are_short_and_teach() -> None:
+    lengths = {}
     for module, file in _modules():
         text = file.read_text()
         assert ast.get_docstring(ast.parse(text)), f"{module} has no docstring at its head"
+        lengths[module] = len(text.splitlines())
+    for file in (*Path(__file__).parent.rglob("*.py"), *SOURCE.rglob("*.cpp"), *SOURCE.rglob("*.h")):
+        lengths[file.name] = len(file.read_text().splitlines())
+    assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+    assert statistics.median(lengths.values()) < LONGEST / 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,3 +53,14 @@ def relative_error(wanted: list[Tensor], found: list[Tensor], relative_to: fv.Re
     for square, energy, w in zip(squares, energies, wanted, strict=True):
         error += w.numel() / total * square / max(energy, w.numel() * middle * 0.01**2)
     return float(error**0.5)
+
+
+def errors(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The greatest error of a gradient relative to its size; NaN where one is not finite."""
+    apart = [(w - f).norm() / w.norm() for w, f in zip(wanted, found, strict=True)]
+    return float(torch.stack(apart).max())
+
+
+def most_error(settings: Mapping[str, Any]) -> float:
+    """What a store may do to a gradient: nothing, what a step of a 15th of the range does, or the error asked for."""
+    return {32: 0.0, 4: 0.5, None: settings.get("error", 0.0)}[settings.get("levels")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from functools import cache
 from typing import Any
 
@@ -163,8 +165,20 @@ def test_budgets_of_loss_are_kept_with_fewest_bits() -> None:
     for limit in (1e-1, 1e-3, 1e-5):
         plan = profile().plan(fv.Budget(loss=limit), levels=(2, 4, 8, 16, 32))
         assert plan.predicted_loss <= limit
-        cheaper = profile().plan(fv.Budget(bits=max(plan.cache_bits - 0.3, 3.0)))
-        assert cheaper.cache_bits < plan.cache_bits or plan.cache_bits == 3.0
+        assert plan.cache_bits == pytest.approx(fewest_bits(limit))
+
+
+def fewest_bits(limit: float) -> float:
+    """Of all maps that lose no more than the limit: the least loss at every sum of bits, head after head."""
+    bits = [profile().uniform(level).cache_bits for level in CACHE_LEVELS]
+    heads = torch.cat(list(profile().losses.values())).tolist()
+    least = {0.0: 0.0}
+    for losses in heads:
+        longer: dict[float, float] = {}
+        for (spent, lost), (more, loss) in itertools.product(least.items(), zip(bits, losses, strict=True)):
+            longer[spent + more] = min(lost + loss, longer.get(spent + more, math.inf))
+        least = longer
+    return min(spent for spent, lost in least.items() if lost <= limit) / len(heads)
 
 
 @pytest.mark.parametrize(

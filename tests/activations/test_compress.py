@@ -113,6 +113,7 @@ def test_what_the_loss_does_not_depend_on_has_no_error() -> None:
         for _ in range(12):
             model(torch.randn(64, 64)).square().mean().backward()
     foretold = [predicted for _, predicted, _ in store.audits]
+    assert foretold
     assert all(0 < predicted < 0.2 for predicted in foretold)
     assert len(foretold) < 12
     assert store.latest is not None
@@ -249,6 +250,9 @@ def test_what_scales_a_whole_row_keeps_sixteen_bits_or_more() -> None:
     assert store.latest is not None
     rows = {name: kept for name, kept in store.latest.kept.items() if kept.original == 4 * 16 * 64}
     assert any(":saved.rsqrt" in name for name in rows)
-    assert all(kept.level >= 16 for name, kept in rows.items() if kept.held), rows
+    held = {kept.level for kept in rows.values() if kept.held}
+    assert held
+    assert min(held) >= 16, rows
     assert min(kept.level for kept in store.latest.kept.values() if kept.form == "grouped") <= 4
+    assert store.audits
     assert all(audited <= 0.5 for _, _, audited in store.audits)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_training import equal, exact, gradients, hooks, small_model
+from small_training import equal, errors, exact, gradients, hooks, most_error, small_model
 from torch import Tensor, nn
 
 import foveate as fv
@@ -250,7 +250,8 @@ def test_backward_outside(settings: dict[str, Any]) -> None:
     loss.backward()
     found = gradients(model)
     assert not hooks(model)
-    assert equal(wanted, found) or settings.get("levels") != 32
+    assert errors(wanted, found) <= most_error(settings)
+    assert equal(wanted, found) == (settings.get("levels") == 32)
 
 
 def test_what_a_node_holds_can_be_looked_at(settings: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_training import relative_error
+from small_training import equal, errors, most_error, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -285,7 +285,8 @@ def test_sparse_complex_and_subclasses_pass_through() -> None:
             found = run()
             run()
         assert found[0].isfinite().all()
-        assert torch.equal(wanted[0], found[0]) or settings.get("levels") != 32
+        assert errors(wanted, found) <= most_error(settings)  # type: ignore[arg-type]
+        assert equal(wanted, found) == (settings.get("levels") == 32)
 
 
 def test_masks_of_activation_functions_to_the_bit() -> None:
@@ -322,7 +323,7 @@ def test_masks_of_activation_functions_to_the_bit() -> None:
                     ) as store:
                         found = run()
                     assert store.latest is not None
-                    assert torch.equal(wanted.nan_to_num(7.0), found.nan_to_num(7.0)) or level == 4
+                    assert torch.equal(wanted.nan_to_num(7.0), found.nan_to_num(7.0))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,9 @@ def test_a_python_that_is_not_there_is_told(tmp_path, script):
 
 
 def test_scripts_import_nothing_of_ours():
-    for file in SCRIPTS.glob("*.py"):
+    scripts = list(SCRIPTS.glob("*.py"))
+    assert len(scripts) > 4
+    for file in scripts:
         assert "import foveate" not in file.read_text()
         assert "from foveate" not in file.read_text()
 
@@ -136,7 +138,7 @@ def test_a_build_that_fails_leaves_its_log_and_no_environment(monkeypatch, tmp_p
 def test_the_steps_of_a_build_are_venv_and_pip(tmp_path):
     venv, pip = environments._steps(ENVIRONMENTS["llama-cpp"], tmp_path)
     assert venv[1:] == ["-m", "venv", str(tmp_path)]
-    assert pip[:4] == [str(tmp_path / "bin" / "python"), "-m", "pip", "install"] or os.name == "nt"
+    assert pip[:4] == [str(tmp_path / "bin" / "python"), "-m", "pip", "install"]
     assert "--no-binary" in pip
     assert "--no-binary" not in environments._steps(ENVIRONMENTS["hqq"], tmp_path)[1]
 

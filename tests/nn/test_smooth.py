@@ -86,7 +86,9 @@ def test_what_goes_elsewhere_too_is_left_as_it_is() -> None:
 def test_where_it_gains_nothing_nothing_is_done() -> None:
     model = llama()
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    for r in fv.smooth(model, tokens(), progress=False):
+    report = fv.smooth(model, tokens(), progress=False)
+    assert any(not r.strength for r in report)
+    for r in report:
         assert (r.strength == 0) == (r.after == r.before)
         if not r.strength:
             for name in (r.norm, *r.layers):

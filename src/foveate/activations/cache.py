@@ -1,7 +1,7 @@
 """A key/value cache that is packed: the public end of it.
 
     cache = fv.quantized_cache(model.config, 4)
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)  # `past_key_values=cache` up to transformers 5.23
 
 It is a transformers `Cache` (see `cache_layers`), and transformers is an extra, so it is imported when a cache is made.
 Levels are one for all, or a precision map with two sites a layer, `...self_attn:cache.key` and `...:cache.value`, whose
@@ -34,7 +34,7 @@ def check_block(block: int) -> int:
 def quantized_cache(
     config: Any, levels: int | PrecisionMap = 4, *, window: int = WINDOW, block: int | None = None
 ) -> QuantizedCache:
-    """A transformers `Cache` that packs all but the most recent tokens, to be given as `past_key_values`.
+    """A transformers `Cache` that packs all but the most recent tokens, for a model's argument `cache`.
 
     Works where `DynamicCache` does: greedy and sampled decoding, beam search, padded batches, `crop` and assisted
     decoding, copies. Appending packs new blocks and never touches old ones. Attention reads keys and values that are
