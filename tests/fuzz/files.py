@@ -202,6 +202,8 @@ def fuzz(count: int, seed: int = 0) -> dict[str, Watch]:
         kinds: list[Any] = [kind(Path(place)) for kind in (_Tensors, _Training, _Resumed, _Maps)]
         watches = {(kind.__doc__ or "").rstrip("."): Watch() for kind in kinds}
         for number in range(count):
+            if number % 1000 == 999:
+                print(f"{number + 1:,}: {', '.join(map(str, watches.values()))}", file=sys.stderr, flush=True)
             kind = kinds[number % len(kinds)]
             read = kind.case(choice)
             watches[kind.__doc__.rstrip(".")].see(read, f"seed {seed}, number {number}")

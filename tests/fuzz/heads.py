@@ -92,6 +92,8 @@ def fuzz(read: int, load: int, seed: int = 0) -> dict[str, Watch]:
         folders = bases(Path(place))
         texts = [json.loads((folder / "foveate.json").read_bytes()) for folder in folders]
         for number in range(read + load):
+            if number % 1000 == 999:
+                print(f"{number + 1:,}: {', '.join(map(str, watches.values()))}", file=sys.stderr, flush=True)
             which = number % len(folders) if number < read else choice.choice([0, 1, 1, 1])
             folder, data = folders[which], texts[which]
             if number < read or which == 0 or choice.random() < 0.4:
