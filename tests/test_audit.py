@@ -153,6 +153,7 @@ def test_noise_over_noise_is_no_ratio() -> None:
     assert found.ratio == pytest.approx(2)
     assert "both at the floor of float32" in str(found).splitlines()[1]
     assert str(found).splitlines()[2].endswith("  2.00")
+    assert fv.Perturbation("c", 6, 3e-7, -8e-9, 1e-9).ratio == 0  # a negative divergence is rounding
     assert str(fv.Audit((noise,), 50, "KL, nats")).endswith("geometric mean: not known")
 
 

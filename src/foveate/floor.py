@@ -22,14 +22,15 @@ def both_at_floor(*divergences: float) -> bool:
 
 
 def ratio(measured: float, expected: float) -> float:
-    """One divergence over another; NaN where both are at the floor, or there is nothing to divide by.
+    """One divergence over another; NaN where both are at the floor, or there is nothing to divide by. A negative one is
+    rounding and counts as 0.
 
     >>> ratio(0.02, 0.01)
     2.0
     >>> ratio(3e-9, 1e-9)
     nan
     """
-    return measured / expected if expected > 0 and not both_at_floor(measured, expected) else math.nan
+    return max(measured, 0.0) / expected if expected > 0 and not both_at_floor(measured, expected) else math.nan
 
 
 def ratio_text(measured: float, expected: float) -> str:

@@ -13,7 +13,7 @@ from foveate.checkpoint import HEAD
 from foveate.cli import options
 from foveate.cli.console import check_writable, emit, log, plain_table, show
 from foveate.cli.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
-from foveate.cli.models import config_of, load_original, load_tokenizer
+from foveate.cli.models import load_original, load_tokenizer, original_config
 from foveate.cli.tables import bits_line, legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
 from foveate.floor import ratio_text
@@ -59,7 +59,7 @@ def quantize(
     if memory is not None:
         parse_bytes(memory)
     _check_target(out, model, force)
-    config = config_of(model)
+    config = original_config(model)
     request = Request(data, tokens, samples, length, batch)
     found = windows(request, model, config, more=0 if budget is None else 1 / HELD_OUT)
     calibration, held_out = (found, []) if budget is None else split(found)
