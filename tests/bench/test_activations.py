@@ -76,7 +76,9 @@ def test_exact_storage_trains_to_the_same_loss(monkeypatch):
     plain = activation_training._run(task, 0, None)
     compress = activation_training.compress_activations
     monkeypatch.setattr(
-        activation_training, "compress_activations", lambda model, error, seed: compress(model, levels=32, seed=seed)
+        activation_training,
+        "compress_activations",
+        lambda model, error, options: compress(model, levels=32, options=options),
     )
     assert activation_training._run(task, 0, 0.3)["loss"] == plain["loss"]
 
