@@ -69,7 +69,9 @@ def test_exact_storage_trains_to_the_same_loss(monkeypatch):
     plain = paired._run(task, 0, None)
     compress = paired.compress_activations
     monkeypatch.setattr(
-        paired, "compress_activations", lambda model, error, seed: compress(model, levels=32, seed=seed)
+        paired,
+        "compress_activations",
+        lambda model, error, options: compress(model, levels=32, options=options),
     )
     assert paired._run(task, 0, 0.3)["loss"] == plain["loss"]
 
