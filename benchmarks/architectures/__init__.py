@@ -1,7 +1,8 @@
 """The table of architectures: which families of models foveate works on, which partly, and which it refuses.
 
-Each family is a tiny model of random weights, tried in a process of its own, for what one does to a process must not
-decide what the next one shows. `page` writes the table as docs/architectures.md has it.
+Each family is a tiny model of random weights. They are tried in another process, one after the other, so that one which
+ends its process or never answers is a line of the table and not its end. `page` writes the table as
+docs/architectures.md has it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from foveate.bench.extras import require
 from foveate.bench.result import Measured
 from foveate.errors import FoveateError
 from foveate.kernels.dispatch import ensure_loaded
+from foveate.progress import track
 
 FAMILIES = (*TRANSFORMERS, *LAYERS)
 STATUSES = ("works", "partly", "refused", "FAILED", "not tried")
@@ -29,11 +31,12 @@ STATUSES = ("works", "partly", "refused", "FAILED", "not tried")
 _PATIENCE = 300
 
 
-def measure(only: Sequence[str] = ()) -> Measured:
+def measure(only: Sequence[str] = (), progress: bool = True) -> Measured:
     """Try every family, or those named.
 
     Args:
         only: names of families, such as `"Llama"`.
+        progress: whether to show how far it is.
 
     Raises:
         FoveateError: there is no family of that name.
@@ -42,8 +45,13 @@ def measure(only: Sequence[str] = ()) -> Measured:
     if unknown:
         raise FoveateError(f"families (={', '.join(sorted(unknown))}) are not in the table of architectures")
     require("transformers")
-    ensure_loaded()  # once, for all the processes
-    outcomes = [_apart(family) for family in FAMILIES if not only or family.name in only]
+    ensure_loaded()
+    chosen = [family for family in FAMILIES if not only or family.name in only]
+    worker = _Worker()
+    try:
+        outcomes = [worker.attempt(family) for family in track(chosen, "trying", show=progress)]
+    finally:
+        worker.stop()
     counts = Counter(outcome.status for outcome in outcomes)
     rounds = [
         {**asdict(outcome), "errors": {str(level): e for level, e in outcome.errors.items()}} for outcome in outcomes
@@ -52,32 +60,49 @@ def measure(only: Sequence[str] = ()) -> Measured:
     return Measured({status: counts[status] for status in STATUSES}, rounds, notes)
 
 
-def _apart(family: Family) -> Outcome:
-    """Try a family in a process of its own."""
-    # forked, so that what is imported need not be again; by name, for what makes a model cannot be sent
-    ways = multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("fork" if "fork" in ways else "spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(family.name, there), daemon=True)
-    process.start()
-    there.close()
-    try:
-        if here.poll(_PATIENCE):
-            answer: Outcome = here.recv()
-            return answer
-        says = f"no answer within {_PATIENCE} seconds"
-    except EOFError:
-        process.join()
-        says = f"the process ended with code {process.exitcode}"
-    finally:
-        process.terminate()
-        process.join()
-    return Outcome(name=family.name, kind=family.kind, status="FAILED", step="", says=says, errors={})
+class _Worker:
+    """A process that tries one family after another; where one is its end, the next family gets a new one."""
+
+    def __init__(self) -> None:
+        self._process: Any = None
+
+    def attempt(self, family: Family) -> Outcome:
+        """What became of a family, in that process."""
+        if self._process is None:
+            self._start()
+        try:
+            self._ours.send(family.name)  # by name, for what makes a model cannot be sent
+            if self._ours.poll(_PATIENCE):
+                answer: Outcome = self._ours.recv()
+                return answer
+            says = f"no answer within {_PATIENCE} seconds"
+        except (EOFError, ConnectionError):
+            self._process.join()
+            says = f"the process ended with code {self._process.exitcode}"
+        self.stop()
+        return Outcome(name=family.name, kind=family.kind, status="FAILED", step="", says=says, errors={})
+
+    def stop(self) -> None:
+        """End the process, whatever it is at."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join()
+            self._ours.close()
+            self._process = None
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()
 
 
-def _child(name: str, answer: Connection) -> None:
+def _work(asked: Connection) -> None:
     torch.set_num_threads(1)
-    answer.send(attempt(next(family for family in FAMILIES if family.name == name)))
+    while True:
+        name = asked.recv()
+        asked.send(attempt(next(family for family in FAMILIES if family.name == name)))
 
 
 def page(result: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -79,8 +80,19 @@ def test_a_refusal_is_its_sentence() -> None:
     assert found.says.startswith("Identity has no weight that can be quantized")
 
 
-def test_the_table_has_a_line_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    result = finished("architectures", architectures.measure(only=("Linear", "EmbeddingBag")))
+def test_a_process_that_ends_is_a_failure_and_the_next_family_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architectures, "_work", os._exit)  # an int is asked for, a pipe is given: it ends at once
+    worker = architectures._Worker()
+    found = worker.attempt(_family("Linear"))
+    assert found.status == "FAILED"
+    assert found.says.startswith("the process ended with code")
+    monkeypatch.undo()
+    assert worker.attempt(_family("Linear")).status == "works"
+    worker.stop()
+
+
+def test_the_table_has_a_line_for_each() -> None:
+    result = finished("architectures", architectures.measure(only=("Linear", "EmbeddingBag"), progress=False))
     assert result["figures"] == {"works": 1, "partly": 1, "refused": 0, "FAILED": 0, "not tried": 0}
     text = page(result)
     assert "| Linear | works |  |  | 0.0" in text
