@@ -36,6 +36,7 @@ from foveate.errors import LevelError as LevelError
 from foveate.errors import MissingExtraError as MissingExtraError
 from foveate.errors import PlaneNotResidentError as PlaneNotResidentError
 from foveate.errors import SiteError as SiteError
+from foveate.errors import StateError as StateError
 from foveate.errors import WeightError as WeightError
 from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kernels.dispatch import backends as backends

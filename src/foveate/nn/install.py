@@ -8,8 +8,9 @@ from torch import nn
 
 from foveate.collect.kinds import Found, Kind, kind_of
 from foveate.maps import Site
-from foveate.nn.modules import PlaneModule, PlaneWeight, on_planes
+from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight, on_planes
 from foveate.nn.registry import Registry, attach
+from foveate.nn.siblings import hooked_parents
 from foveate.planes import PlaneTensor
 
 
@@ -44,7 +45,8 @@ def install(
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
-    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights))
+    linears = {site.removesuffix(":input"): m for site, m in inputs.items() if isinstance(m, PlaneLinear)}
+    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights), hooked_parents(model, linears))
     attach(model, registry)
     return registry
 

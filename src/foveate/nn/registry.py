@@ -12,11 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
+from foveate.errors import FoveateError, PlaneNotResidentError, SiteError, StateError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Profile, Site, tile_levels
 from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight
-from foveate.nn.siblings import Household, Siblings, families
+from foveate.nn.siblings import Parent, Siblings, Switches, families, unhook
+from foveate.nn.states import weight_in
 from foveate.planes import shared_tags
 
 _ATTRIBUTE = "_foveate"
@@ -31,6 +32,7 @@ class Registry:
         weights: the planes of each weight site.
         inputs: for each input site the module whose `input_level` it is.
         other_bytes: bytes of everything that is no site.
+        parents: the calls of modules whose children share an input, by the modules' names (`hooked_parents`).
         profile_source: reads what was measured of this model, if it was kept.
         applied: the maps in force: rows of x read the first, or where a choice is given the second.
     """
@@ -41,6 +43,7 @@ class Registry:
         weights: Mapping[str, PlaneWeight],
         inputs: Mapping[str, PlaneModule],
         other_bytes: int,
+        parents: Mapping[str, Parent],
     ) -> None:
         self.sites = tuple(sites)
         self.weights = dict(weights)
@@ -49,7 +52,8 @@ class Registry:
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
-        self._household = Household()
+        self._parents = dict(parents)
+        self._switches = Switches()
         self._bind()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -64,8 +68,9 @@ class Registry:
         values = shared_tags([w.value for w in self.weights.values()])
         for weight, value in zip(self.weights.values(), values, strict=True):
             weight.set(value)
+            weight.users.add(self)
         self._tags = _block([v.tags for v in values])
-        self._resident = torch.cat([v.resident.expand(2, -1, -1).reshape(-1) for v in values]) if values else self._tags
+        self.renew()
         levels = [m.input_level for m in self.inputs.values()]
         self._input_levels = torch.cat(levels) if levels else torch.empty(0, dtype=torch.uint8)
         for i, module in enumerate(self.inputs.values()):
@@ -77,10 +82,21 @@ class Registry:
         linears = {site.removesuffix(":input"): m for site, m in self.inputs.items() if isinstance(m, PlaneLinear)}
         for layer in linears.values():
             layer.introduce()
-        for layers in families(linears):
-            siblings = Siblings(layers, self._household)
+        for parent, layers in families(linears):
+            siblings = Siblings(layers, self._parents[parent], self._switches)
             for place, layer in enumerate(layers):
                 layer.siblings, layer.place = siblings, place
+
+    def renew(self) -> None:
+        """A weight has become another, of which other tiles may be stored."""
+        stored = [w.value.resident.expand(2, -1, -1).reshape(-1) for w in self.weights.values()]
+        self._resident = torch.cat(stored) if stored else self._tags
+
+    def _switched(self) -> None:
+        """Levels or ranges were written: what waits for a sibling is no longer true."""
+        self._switches.count += 1
+        for parent in self._parents.values():
+            parent.traced = None
 
     @property
     def profile(self) -> Profile | None:
@@ -128,7 +144,7 @@ class Registry:
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
         self.applied = (plan, second)
-        self._household.switched()
+        self._switched()
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -143,7 +159,7 @@ class Registry:
             raise SiteError(f"ranges name inputs that the model does not have: {', '.join(sorted(unknown)[:5])}")
         if self.inputs:
             self._input_ranges.copy_(torch.tensor([ranges.get(name, _NO_RANGE) for name in self.inputs]).view(-1))
-        self._household.switched()
+        self._switched()
 
     def _check_sites(self, plan: PrecisionMap) -> None:
         if plan.sites != self.sites:
@@ -188,6 +204,31 @@ def quantized_part(model: nn.Module) -> nn.Module:
 def attach(model: nn.Module, registry: Registry) -> None:
     """Make `model` a quantized model."""
     model.__dict__[_ATTRIBUTE] = registry
+    model.register_load_state_dict_pre_hook(_refuse_what_does_not_fit)
+
+
+def detach(model: nn.Module) -> None:
+    """Take the registry and its hooks off a model: the inverse of `attach`, and of `hooked_parents`."""
+    del model.__dict__[_ATTRIBUTE]
+    unhook(model)
+    hooks = model._load_state_dict_pre_hooks
+    for number, hook in list(hooks.items()):
+        if getattr(hook, "hook", hook) is _refuse_what_does_not_fit:
+            del hooks[number]
+
+
+def _refuse_what_does_not_fit(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A pre-hook of `load_state_dict`: raises `StateError` before anything is loaded if any weight does not fit."""
+    errors = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PlaneWeight):
+            try:
+                weight_in(state, f"{prefix}{name}.", module.value)
+            except StateError as error:
+                errors.append(str(error))
+    if errors:
+        more = f" ({len(errors) - 1} other weights do not fit either)" if len(errors) > 1 else ""
+        raise StateError(f"nothing of the state was loaded: {errors[0]}{more}")
 
 
 def registry_of(model: nn.Module) -> Registry:
