@@ -20,7 +20,8 @@ PROMISED = {
     "LevelError", "Logits", "MissingExtraError", "Objective", "Outcome", "PlaneNotResidentError", "PrecisionMap",
     "Profile", "Site", "SiteError", "Smoothed", "StateError", "Verification", "WeightError", "allocate", "apply",
     "backends", "by_variance", "current_map", "frontier", "load", "load_profile", "measure", "profile_of", "quantize",
-    "read_head", "repair", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "verify", "watch_inputs",
+    "read_head", "repair", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "verify",
+    "watch_inputs",
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.formats.packing import tile_grid
 from foveate.planes import PlaneTensor
 from tiny import coded, generator, random_levels
 
@@ -51,12 +52,31 @@ class OpCall:
 
 @cache
 def _weight(rows: int, columns: int, group: int, kind: int) -> PlaneTensor:
+    if not rows * columns:
+        return _empty(rows, columns, group)
     w = coded(rows, columns, group=group, reach=kind % 3, row_gains=kind % 2 == 1, seed=kind).planes
     if kind >= 3:
         w = w.kept(random_levels(w, kind))
     w.tags[0].copy_(torch.minimum(random_levels(w, kind + 7), w.resident))
     w.tags[1].copy_(torch.minimum(random_levels(w, kind + 8), w.resident))
     return w
+
+
+def _empty(rows: int, columns: int, group: int) -> PlaneTensor:
+    none, grid = torch.empty(0, dtype=torch.uint8), tile_grid(rows, columns, group)
+    return PlaneTensor(
+        planes=(none,) * 5,
+        scales=none,
+        gain=torch.ones(2, 1, dtype=torch.float16),
+        resident=torch.zeros(grid, dtype=torch.uint8),
+        starts=torch.zeros(grid[0], 6, dtype=torch.int64),
+        tags=torch.zeros(2, *grid, dtype=torch.uint8),
+        rows=rows,
+        columns=columns,
+        group=group,
+        reach=0,
+        exponent=0,
+    )
 
 
 class _Maker:
@@ -129,7 +149,9 @@ class _Maker:
         return [self.other(v, f"{place}[{j}]") if j == i else v for j, v in enumerate(values)]
 
     def other_tensor(self, t: Tensor, place: str) -> Tensor:
-        t = t.clone() if self.chance(0.9) else t.detach()
+        copied = self.chance(0.9)
+        if t.numel() < 1 << 20:  # more than that only an expanded one has, which need not be copied
+            t = t.clone() if copied else t.detach()
         ways: list[tuple[str, Callable[[], Tensor]]] = [
             ("dtype", lambda: t.to(self.one(DTYPES))),
             ("cut", lambda: t[..., : max(0, t.shape[-1] - self.one((1, 2, 16)))] if t.dim() else t),

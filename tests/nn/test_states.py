@@ -79,7 +79,8 @@ def test_siblings_and_gradients_see_the_loaded_weights(source: nn.Module, target
     target(X)
     assert target.load_state_dict(source.state_dict(), assign=assign) == ([], [])
     with Counted() as counted:
-        assert torch.equal(target(X), source(X))
+        y_loaded = target(X)
+    assert torch.equal(y_loaded, source(X))
     assert counted.products() == 2
     x, y = X.clone().requires_grad_(), X.clone().requires_grad_()
     target(x).sum().backward()
@@ -121,10 +122,6 @@ def test_a_compiled_model_sees_the_loaded_weights(source: nn.Module, target: Any
     torch._dynamo.reset()
 
 
-def _of_another_group(state: dict[str, Any]) -> dict[str, Any]:
-    return {**state, "o_proj.weight.form": torch.tensor([64, 48, 64, 0, 0])}
-
-
 def _at(key: str, change: Any) -> Any:
     return lambda state: {**state, f"o_proj.weight.{key}": change(state[f"o_proj.weight.{key}"])}
 
@@ -134,13 +131,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda state: {k: v for k, v in state.items() if not k.endswith(".form")},
         r"the state does not say the form of its planes \(q_proj.weight.form\).*3 other weights do not fit",
     ),
-    "another group": (_of_another_group, "size mismatch, the state has 64 x 48 in groups of 64, the model 64 x 48 in"),
+    "another group": (
+        _at("form", lambda t: t * torch.tensor([1, 1, 2, 1, 1])),
+        "size mismatch, the state has 64 x 48 in groups of",
+    ),
     "reach": (_at("form", lambda t: t + torch.tensor([0, 0, 0, 3, 0])), r"reach \(=\d\) is not one of 0, 1, 2"),
     "a form in int32": (_at("form", lambda t: t.int()), r"the form is torch.int32 \[5\]"),
     "planes in float": (_at("plane1", lambda t: t.float()), r"plane1 of the state is torch.float32 \[\d+\], not"),
     "a plane cut off": (_at("plane0", lambda t: t[:-64]), r"plane0 of the state is torch.uint8 \[\d+\], not"),
     "levels of no kind": (_at("resident", lambda t: t - 1), "resident has a level that is not one of"),
-    "a grid of another shape": (_at("resident", lambda t: t[:, :1]), "resident of the state is"),
+    "a grid of another shape": (_at("resident", lambda t: t[:1]), "resident of the state is"),
     "starts elsewhere": (_at("starts", lambda t: t + 1), "starts are not those of resident"),
     "gains a row": (_at("gain", lambda t: t.expand(2, 64) if t.shape[1] == 1 else t[:, :1]), "gain of the state is"),
     "no tensor": (_at("gain", lambda t: 3), "gain of the state is no tensor that holds values"),
@@ -213,11 +213,11 @@ def test_states_that_store_fewer_tiles_or_more(tmp_path: Path) -> None:
 
 
 def test_files_of_safetensors(tmp_path: Path) -> None:
-    from safetensors.torch import load_model, save_model
+    from safetensors.torch import load_file, save_file
 
     (one, _), (other, _) = (quantized_llama(tie_word_embeddings=True, seed=seed) for seed in (0, 5))
-    save_model(one, str(tmp_path / "state.safetensors"))
-    load_model(other, str(tmp_path / "state.safetensors"))
+    save_file({name: t.clone() for name, t in one.state_dict().items()}, tmp_path / "state.safetensors")
+    other.load_state_dict(load_file(tmp_path / "state.safetensors"))
     batch = tokens(seed=4)[0]
     with torch.no_grad():
         assert torch.equal(other(**batch).logits, one(**batch).logits)
