@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 BENCHES ?= kernels switch load quality decode saved
 
-.PHONY: demo test check bench bench-peers clean
+.PHONY: demo test check fuzz bench bench-peers clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Random calls of the ops under AddressSanitizer and UndefinedBehaviorSanitizer; SEED=1 makes others.
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/ops.py $(or $(CALLS),50000) --seed $(or $(SEED),0) --minutes 15
 
 bench: $(VENV)/.installed
 	mkdir -p bench-out

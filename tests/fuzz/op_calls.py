@@ -62,6 +62,14 @@ def _weight(rows: int, columns: int, group: int, kind: int) -> PlaneTensor:
     return w
 
 
+def _whole(t: Tensor) -> bool:
+    """Whether a tensor lies within its storage."""
+    if t.layout != torch.strided or t.is_meta:
+        return False
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return not t.numel() or (last + 1) * t.element_size() <= t.untyped_storage().nbytes()
+
+
 def _empty(rows: int, columns: int, group: int) -> PlaneTensor:
     none, grid = torch.empty(0, dtype=torch.uint8), tile_grid(rows, columns, group)
     return PlaneTensor(
@@ -150,6 +158,8 @@ class _Maker:
 
     def other_tensor(self, t: Tensor, place: str) -> Tensor:
         copied = self.chance(0.9)
+        if not _whole(t):  # torch itself would read beyond its storage
+            return t
         if t.numel() < 1 << 20:  # more than that only an expanded one has, which need not be copied
             t = t.clone() if copied else t.detach()
         ways: list[tuple[str, Callable[[], Tensor]]] = [
@@ -259,6 +269,8 @@ class _Maker:
             ("strided", lambda: t.as_strided_(t.shape, [0] * t.dim())),
         ]
         name, way = self.one(ways)
+        if not _whole(t):
+            return
         try:
             way()
         except REFUSALS:

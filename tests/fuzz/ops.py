@@ -62,8 +62,8 @@ def _report(error: str) -> str:
     return "\n".join(f"    {line}" for line in lines[start:][:24])
 
 
-def fuzz(calls: int, seed: int, first: int = 0) -> list[str]:
-    """Make so many calls; what was found, a text each."""
+def fuzz(calls: int, seed: int, first: int = 0, minutes: float = 60.0) -> list[str]:
+    """Make so many calls, or as many as the time allows; what was found, a text each."""
     findings: list[str] = []
     refused = 0
     started = time.monotonic()
@@ -75,9 +75,13 @@ def fuzz(calls: int, seed: int, first: int = 0) -> list[str]:
             progress.write_bytes(b" " * 41)
             command = [sys.executable, __file__, str(end), f"--seed={seed}", f"--first={now}", f"--child={progress}"]
             process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-            error = _watched(process, progress)
+            error = _watched(process, progress, started + 60.0 * minutes)
             reached, more = (int(n) for n in (progress.read_text().split() or (now, 0)))
             refused += more
+            if error is None:
+                print(f"{minutes:g} minutes are over")
+                calls = reached - first
+                break
             if process.returncode == 0 and reached == end:
                 break
             findings.append(f"{_described(seed, reached)} ended the process ({process.returncode}):\n{_report(error)}")
@@ -90,13 +94,17 @@ def fuzz(calls: int, seed: int, first: int = 0) -> list[str]:
     return findings
 
 
-def _watched(process: subprocess.Popen[str], progress: Path) -> str:
-    """Wait for a process, and end it where one call does not end; its stderr."""
+def _watched(process: subprocess.Popen[str], progress: Path, until: float) -> str | None:
+    """Wait for a process, and end it where one call does not end; its stderr, or None if its time was over."""
     seen, since = b"", time.monotonic()
     while True:
         try:
             return process.communicate(timeout=5.0)[1]
         except subprocess.TimeoutExpired:
+            if time.monotonic() > until:
+                process.kill()
+                process.communicate()
+                return None
             now = progress.read_bytes()
             if now != seen or not now.strip():
                 seen, since = now, time.monotonic()
@@ -109,6 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Random calls of every op under sanitizers.")
     parser.add_argument("calls", type=int, nargs="?", default=5000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="stop after so long")
     parser.add_argument("--first", type=int, default=0, help="the number of the first call, to make one again")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
@@ -121,7 +130,7 @@ def main() -> int:
     except sanitized.NoSanitizers as error:
         print(f"no sanitizers here: {error}", file=sys.stderr)
         return 2
-    return 1 if fuzz(chosen.calls, chosen.seed, chosen.first) else 0
+    return 1 if fuzz(chosen.calls, chosen.seed, chosen.first, chosen.minutes) else 0
 
 
 if __name__ == "__main__":
