@@ -53,7 +53,7 @@ def _library() -> ctypes.CDLL:
     danger = distrusted(target)
     if danger is not None:
         raise FoveateError(
-            f"read bandwidth is measured by a library of the cache, which is not to be trusted: {danger}"
+            f"read bandwidth is measured by a library of the cache, and {danger}"
         )
     if not target.exists():
         try:
