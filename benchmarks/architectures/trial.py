@@ -66,7 +66,7 @@ def attempt(family: Family) -> Outcome:
     try:
         status, says = trial.run()
     except FoveateError as error:
-        status, says = "refused", str(error)
+        status, says = "refused", f"{trial.step}: {error}"
     except Exception as error:  # what is not ours is what the table is for
         known = trial.step in ("making", "running the float model")
         status, says = "not tried" if known else "FAILED", f"{trial.step}: {type(error).__name__}: {error}"

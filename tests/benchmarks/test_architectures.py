@@ -77,7 +77,7 @@ def test_an_error_that_is_not_ours_is_a_failure() -> None:
 def test_a_refusal_is_its_sentence() -> None:
     found = attempt(Family(name="none", kind="test", make=nn.Identity, batch=lambda seed: torch.ones(2), skeleton=True))
     assert found.status == "refused"
-    assert found.says.startswith("Identity has no weight that can be quantized")
+    assert found.says.startswith("quantizing: Identity has no weight that can be quantized")
 
 
 def test_a_process_that_ends_is_a_failure_and_the_next_family_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
