@@ -8,7 +8,7 @@ WORKERS ?= 2
 # For environments that are not pinned: the newest torch of which there is a CPU build at hand.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-newest test-oldest coverage check pins bench bench-peers clean
+.PHONY: demo test test-newest test-oldest coverage check pins fuzz bench bench-peers clean
 
 # An environment, and foveate with its development packages in it, under further arguments of pip. What builds foveate is
 # installed beside it, since pip would otherwise fetch that into an environment of its own, where no pin holds.
@@ -51,8 +51,8 @@ coverage: $(VENV)/.installed
 	$(call pytest,$(VENV),--cov=foveate --cov-report=term:skip-covered)
 
 check: $(VENV)/.installed
-	$(BIN)/ruff check src tests
-	$(BIN)/ruff format --check src tests
+	$(BIN)/ruff check src tests benchmarks examples
+	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(call pytest,$(VENV))
 
@@ -62,19 +62,24 @@ pins:
 	$(call install,.venv-pins,$(TORCH))
 	.venv-pins/bin/python .ci/pins.py constraints.txt
 
+# Hostile and random files, and processes that save to one folder at once; the numbers are those of one long run.
+fuzz: $(VENV)/.installed
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/heads.py 100000 2000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/files.py 20000
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/saves.py 500
+
 bench: $(VENV)/.installed
 	mkdir -p bench-out
-	for name in $(BENCHES); do $(BIN)/foveate bench $$name --out bench-out/$$name.json || exit 1; done
+	for name in $(BENCHES); do $(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 
 # Other libraries, each in an environment of its own (about 8 GB under ~/.cache/foveate; llama.cpp is compiled: ten
 # minutes the first time). One that cannot be made is left out, and the results say so.
 bench-peers: $(VENV)/.installed
-	-$(BIN)/python -m foveate.bench.peers
+	-$(BIN)/python -m benchmarks.peers
 	mkdir -p bench-out
-	$(BIN)/foveate bench peers --out bench-out/peers.json --plot bench-out/peers.svg
-	$(BIN)/foveate bench decode --out bench-out/decode.json
-	$(BIN)/foveate bench quality --peers --out bench-out/quality_peers.json
-	$(BIN)/foveate bench cache --out bench-out/cache.json
+	$(BIN)/python -m benchmarks peers --out bench-out/peers.json --plot bench-out/peers.svg
+	for name in decode_peers quality_peers cache; do \
+		$(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 
 clean:
 	rm -rf $(VENV) .venv-newest .venv-oldest .venv-pins demo-out bench-out

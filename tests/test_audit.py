@@ -146,6 +146,17 @@ def test_the_ratio_of_nothing_is_not_a_number() -> None:
     assert math.isnan(fv.Audit((), 0, "KL, nats").ratio)
 
 
+def test_noise_over_noise_is_no_ratio() -> None:
+    noise, real = fv.Perturbation("a", 8, 1e-9, 3e-9, 1e-9), fv.Perturbation("b", 3, 0.01, 0.02, 0.001)
+    assert math.isnan(noise.ratio)
+    found = fv.Audit((noise, real), 50, "KL, nats")
+    assert found.ratio == pytest.approx(2)
+    assert "both at the floor of float32" in str(found).splitlines()[1]
+    assert str(found).splitlines()[2].endswith("  2.00")
+    assert fv.Perturbation("c", 6, 3e-7, -8e-9, 1e-9).ratio == 0  # a negative divergence is rounding
+    assert str(fv.Audit((noise,), 50, "KL, nats")).endswith("geometric mean: not known")
+
+
 def test_experts_are_audited_one_by_one() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)

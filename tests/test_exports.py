@@ -13,14 +13,16 @@ import foveate as fv
 
 PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not inspect.ismodule(getattr(fv, name)))
 PROMISED = {
-    "ActivationStore", "CompressActivations", "Granularity", "Relative", "SavedReport", "compress_activations",
-    "Audit", "Perturbation", "audit", "fold_batchnorm",
+    "ActivationOptions", "ActivationStore", "CompressActivations", "Granularity", "Relative", "SavedReport",
+    "compress_activations",
+    "Audit", "Constraints", "Perturbation", "audit", "fold_batchnorm",
     "CacheProfile", "calibrate_cache", "quantized_cache",
     "Budget", "BudgetError", "CheckpointError", "DataError", "Embedding", "FoveateError", "Frontier", "Head",
     "LevelError", "Logits", "MissingExtraError", "Objective", "Outcome", "PlaneNotResidentError", "PrecisionMap",
     "Profile", "Site", "SiteError", "Smoothed", "Verification", "WeightError", "allocate", "apply", "backends",
-    "by_variance", "current_map", "frontier", "load", "load_profile", "measure", "profile_of", "quantize", "read_head",
-    "repair", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "verify", "watch_inputs",
+    "current_map", "dequantize", "fit_to_loss", "frontier", "load", "load_profile", "measure", "profile_of", "quantize",
+    "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify",
+    "watch_inputs",
 }  # fmt: skip
 
 

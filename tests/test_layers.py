@@ -16,7 +16,7 @@ SOURCE = Path(foveate.__file__).parent
 #: Rooms by level, as the design has them. A room is a folder or a file; `progress` and `version` are for any of them.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "version"),
-    ("formats", "sizes"),
+    ("files", "floor", "formats", "sizes"),
     ("kernels",),
     ("planes",),
     ("sites",),
@@ -24,8 +24,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("collect", "rounding", "activations"),
     ("sensitivity", "allocate", "checkpoint", "memory"),
     ("nn",),
-    ("verify", "inputs", "importance", "runtime"),
-    ("audit", "repair"),
+    ("verify", "inputs", "importance", "runtime", "adapters"),
+    ("audit", "fit_to_loss"),
     ("serve", "bench", "report"),
     ("cli",),
 )

@@ -112,6 +112,10 @@ def test_with_level() -> None:
     assert [changed.levels[s.name] for s in SITES] == [3, 3, 4, 8, 8]
     assert math.isnan(changed.predicted_loss)
     assert plan.levels["a.q:weight"] == 4
+    # a pattern that names weights means them, whatever else it names
+    for level in (6, 8):
+        assert [plan.with_level("*", level).levels[s.name] for s in SITES] == [level, level, level, 8, 8]
+    assert [plan.with_level("a.*", 6).levels[s.name] for s in SITES] == [6, 6, 4, 8, 8]
     # by the name of an alias, and inputs by their own levels
     assert plan.with_level("b.k:weight", 2).levels["a.k:weight"] == 2
     assert plan.with_level("*:input", 32).levels["a.k:input"] == 32
@@ -128,6 +132,8 @@ def test_errors_name_the_value_and_the_rule() -> None:
         plan.with_level("a.q:weight", 16)
     with pytest.raises(LevelError, match=r"input level \(=3\) is not one of"):
         plan.with_level("*:input", 3)
+    with pytest.raises(LevelError, match=r"level \(=16\) is exact"):
+        plan.with_level("*", 16)  # inputs have it, but weights are meant
     with pytest.raises(LevelError, match="3 tile levels for 6 tiles"):
         _plan({"a.q:weight": b"\2\2\2"})
     with pytest.raises(LevelError, match=r"level \(=7\) is not one of"):
@@ -271,3 +277,18 @@ def test_profile_predicts_sums_of_tiles() -> None:
     assert profile.uniform(3).predicted_loss == pytest.approx(
         sum(float(t[:, 2].sum()) for t in losses.values()), rel=1e-6
     )
+
+
+def test_what_stays_float_is_said() -> None:
+    plan = replace(uniform(SITES, 4, 10**6), other_parameters=None)
+    assert plan.stays_float == ""
+    assert math.isnan(plan.bits_of_model)
+    weights = sum(s.weights for s in plan.weight_sites())
+    known = replace(plan, other_parameters={"LSTM": weights, "LayerNorm": 1})
+    assert known.stays_float == "50 % of the parameters stay float: LSTM 50 %"
+    assert known.bits_of_model == pytest.approx(8 * known.bytes_stored / (2 * weights + 1))
+    assert f"{known.bits_of_model:.3f} bits a parameter of the model" in repr(known)
+    assert repr(known).endswith("sites; 50 % of the parameters stay float: LSTM 50 %)")
+    assert pickle.loads(pickle.dumps(known)).other_parameters == known.other_parameters
+    assert replace(plan, other_parameters={"LayerNorm": 1}).stays_float == ""
+    assert "stay float" not in repr(plan)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,26 @@ class _Sudden(Exception):
 def _failing() -> Iterator[Tensor]:
     yield HELD_OUT[0]
     raise _Sudden
+
+
+def test_two_divergences_at_the_floor_are_equal_and_have_no_ratio() -> None:
+    model, profile = quantized_mlp()
+    found = fv.verify(model, profile.uniform(8), HELD_OUT, progress=False)
+    noise = {"samples": 50, "standard_error": 1e-9, "agreement": 1.0, "metric": None}
+    at_floor = replace(
+        found,
+        plan=replace(found.plan, predicted_loss=1e-9),
+        measured=fv.Outcome(divergence=3e-9, **noise),
+        uniform=fv.Outcome(divergence=-1e-9, **noise),
+    )
+    assert math.isnan(at_floor.ratio)
+    assert at_floor.holds
+    assert at_floor.best is at_floor.plan
+    assert "(both at the floor of float32)" in str(at_floor)
+    above = replace(at_floor, measured=fv.Outcome(divergence=3e-3, **noise))
+    assert above.ratio == pytest.approx(3e6)
+    assert not above.holds
+    assert "floor" not in str(above)
 
 
 def test_the_map_in_force_and_the_modes_are_put_back() -> None:

@@ -13,10 +13,12 @@ from foveate.activations.compress import compress_activations as compress_activa
 from foveate.activations.metric import Relative as Relative
 from foveate.activations.policy import Granularity as Granularity
 from foveate.activations.report import SavedReport as SavedReport
+from foveate.activations.settings import ActivationOptions as ActivationOptions
 from foveate.activations.store import ActivationStore as ActivationStore
+from foveate.allocate import Constraints as Constraints
 from foveate.allocate import allocate as allocate
-from foveate.allocate import by_variance as by_variance
 from foveate.allocate import frontier as frontier
+from foveate.allocate import variance_proxy as variance_proxy
 from foveate.allocate.cache import CacheProfile as CacheProfile
 from foveate.audit import Audit as Audit
 from foveate.audit import Perturbation as Perturbation
@@ -37,6 +39,7 @@ from foveate.errors import MissingExtraError as MissingExtraError
 from foveate.errors import PlaneNotResidentError as PlaneNotResidentError
 from foveate.errors import SiteError as SiteError
 from foveate.errors import WeightError as WeightError
+from foveate.fit_to_loss import fit_to_loss as fit_to_loss
 from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kernels.dispatch import backends as backends
 from foveate.maps import Budget as Budget
@@ -46,6 +49,7 @@ from foveate.maps import Profile as Profile
 from foveate.maps import Site as Site
 from foveate.maps import uniform_of_bytes as uniform_of_bytes
 from foveate.nn.cache import calibrate_cache as calibrate_cache
+from foveate.nn.dequantize import dequantize as dequantize
 from foveate.nn.fold import fold_batchnorm as fold_batchnorm
 from foveate.nn.persist import load as load
 from foveate.nn.persist import save as save
@@ -56,7 +60,6 @@ from foveate.nn.registry import profile_of as profile_of
 from foveate.nn.registry import use_static_scales as use_static_scales
 from foveate.nn.smooth import Smoothed as Smoothed
 from foveate.nn.smooth import smooth as smooth
-from foveate.repair import repair as repair
 from foveate.verify import Outcome as Outcome
 from foveate.verify import Verification as Verification
 from foveate.verify import measure as measure

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from foveate.collect.objectives import Objective, named
 from foveate.errors import FoveateError, LevelError
+from foveate.floor import ratio, ratio_text
 from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS, check_weight_level
 from foveate.maps import PrecisionMap, Profile, Site, find_sites
 from foveate.nn.registry import profile_of, registry_of
@@ -42,8 +43,8 @@ class Perturbation:
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted; NaN where nothing was predicted."""
-        return self.measured / self.predicted if self.predicted > 0 else math.nan
+        """Measured over predicted; NaN where nothing was predicted, or both are at the floor of float32 (1.2e-7)."""
+        return ratio(self.measured, self.predicted)
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,21 @@ class Audit:
         logs = [math.log(e.ratio) for e in self.entries if e.ratio > 0]
         return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
+    @property
+    def summary(self) -> str:
+        """The ratio in words."""
+        said = f"{self.ratio:.2f}" if math.isfinite(self.ratio) else "not known"
+        return f"measured / predicted, geometric mean: {said}"
+
     def __str__(self) -> str:
         width = max([len("site"), *(len(e.site) for e in self.entries)])
         lines = [f"{'site':{width}}  level  {'predicted':>10}  {'measured':>10}  {'+-':>8}  measured / predicted"]
         lines += [
             f"{e.site:{width}}  {e.level:>5}  {e.predicted:>10.3g}  {e.measured:>10.3g}  {e.standard_error:>8.2g}  "
-            f"{e.ratio:.2f}"
+            f"{ratio_text(e.measured, e.predicted)}"
             for e in self.entries
         ]
-        lines.append(f"{self.unit}, {self.samples} samples; measured / predicted, geometric mean: {self.ratio:.2f}")
+        lines.append(f"{self.unit}, {self.samples} samples; {self.summary}")
         return "\n".join(lines)
 
     def corrected(self, profile: Profile) -> Profile:

@@ -20,35 +20,21 @@ from torch import Tensor
 
 from foveate.errors import BudgetError, LevelError, SiteError
 from foveate.formats.levels import (
-    CACHE_LEVELS,
     INPUT_LEVELS,
     WEIGHT_LEVELS,
     cache_bits_of,
-    check_cache_level,
-    check_input_level,
-    check_weight_level,
     input_bits_of,
 )
+from foveate.sites import Levels as Levels
 from foveate.sites import Site as Site
+from foveate.sites import checked_levels, level_counts, stays_float
 from foveate.sites import find_sites as find_sites
+from foveate.sites import meant_sites as meant_sites
+from foveate.sites import tile_levels as tile_levels
 from foveate.sizes import format_bytes, parse_bytes
-
-Levels = int | bytes
 
 #: The statistic of a weight whose codes were fitted to its inputs: see `Profile.statistics`.
 FITTED = "fitted"
-
-
-def tile_levels(levels: Levels, tiles: int) -> bytes:
-    """One byte a tile."""
-    return bytes((levels,)) * tiles if isinstance(levels, int) else levels
-
-
-def _level_counts(site: Site, levels: Levels) -> list[int]:
-    """How many tiles stand at each of WEIGHT_LEVELS."""
-    if isinstance(levels, int):
-        return [site.tiles if level == levels else 0 for level in WEIGHT_LEVELS]
-    return [levels.count(level) for level in WEIGHT_LEVELS]
 
 
 @dataclass(frozen=True)
@@ -61,26 +47,30 @@ class PrecisionMap:
         other_bytes: bytes of everything that is not a site (norms, biases, buffers); the same in every map.
         predicted_loss: what the profile says the map costs, in the objective's unit (nats a token for language models);
             NaN if unknown.
+        other_parameters: how many parameters are at no site and stay float, by the class of their module; None if that
+            is not known (in maps of foveate 0.1).
     """
 
     sites: tuple[Site, ...]
     levels: Mapping[str, Levels] = field(hash=False)
     other_bytes: int = 0
     predicted_loss: float = field(default=float("nan"), compare=False)
+    other_parameters: Mapping[str, int] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         checked: dict[str, Levels] = {}
         for site in self.sites:
             if site.name not in self.levels:
                 raise SiteError(f"the map has no level for site {site.name!r}")
-            checked[site.name] = _checked_levels(site, self.levels[site.name])
+            checked[site.name] = checked_levels(site, self.levels[site.name])
         unknown = set(self.levels) - set(checked)
         if unknown:
             raise SiteError(f"the map names sites that are not listed: {', '.join(sorted(unknown)[:5])}")
         object.__setattr__(self, "levels", MappingProxyType(checked))
 
     def __reduce__(self) -> Any:
-        return PrecisionMap, (self.sites, dict(self.levels), self.other_bytes, self.predicted_loss)
+        other = None if self.other_parameters is None else dict(self.other_parameters)
+        return PrecisionMap, (self.sites, dict(self.levels), self.other_bytes, self.predicted_loss, other)
 
     def weight_sites(self) -> Iterator[Site]:
         """The sites that hold weights."""
@@ -88,7 +78,7 @@ class PrecisionMap:
 
     def counts(self, site: Site) -> dict[int, int]:
         """Tiles of a weight at each level."""
-        return dict(zip(WEIGHT_LEVELS, _level_counts(site, self.levels[site.name]), strict=True))
+        return dict(zip(WEIGHT_LEVELS, level_counts(site, self.levels[site.name]), strict=True))
 
     def mean_level(self, site: Site) -> float:
         """The mean level of a weight's tiles, or the level of an input."""
@@ -98,7 +88,7 @@ class PrecisionMap:
     def tile_bytes(self, site: Site) -> int:
         """Bytes of a weight's planes and scales."""
         costs = site.tile_costs()
-        return sum(n * cost for n, cost in zip(_level_counts(site, self.levels[site.name]), costs, strict=True))
+        return sum(n * cost for n, cost in zip(level_counts(site, self.levels[site.name]), costs, strict=True))
 
     @property
     def bytes_stored(self) -> int:
@@ -121,11 +111,26 @@ class PrecisionMap:
 
     @property
     def bits(self) -> float:
-        """Average bits a weight as stored: planes, scales, gains and tile levels of all sites, embeddings included,
-        over their weights.
+        """Average bits a weight on planes, as stored: planes, scales, gains and tile levels of all sites, embeddings
+        included, over their weights.
         """
         weights = sum(s.weights for s in self.weight_sites())
         return 8.0 * (self.bytes_stored - self.other_bytes) / max(weights, 1)
+
+    @property
+    def bits_of_model(self) -> float:
+        """Average bits a parameter of the whole model, as stored, with those that stay float; NaN if it is not known
+        how many these are.
+        """
+        if self.other_parameters is None:
+            return math.nan
+        weights = sum(s.weights for s in self.weight_sites())
+        return 8.0 * self.bytes_stored / max(weights + sum(self.other_parameters.values()), 1)
+
+    @property
+    def stays_float(self) -> str:
+        """What of the model is not on planes, in a sentence; nothing if that is little or not known."""
+        return stays_float(self.other_parameters or {}, sum(s.weights for s in self.weight_sites()))
 
     @property
     def cache_bits(self) -> float:
@@ -141,23 +146,27 @@ class PrecisionMap:
         if all(s.kind == "cache" for s in self.sites) and self.sites:
             taken = f"{self.cache_bits:.3f} bits a cached number"
         else:
-            taken = f"{self.bits:.3f} bits a weight, {format_bytes(self.bytes_resident)} in memory"
+            whole = "" if self.other_parameters is None else f"{self.bits_of_model:.3f} bits a parameter of the model, "
+            taken = f"{self.bits:.3f} bits a weight on planes, {whole}{format_bytes(self.bytes_resident)} in memory"
         known = math.isfinite(self.predicted_loss)
         lost = f"predicted loss {self.predicted_loss:.4g}" if known else "loss not predicted"
-        return f"PrecisionMap({taken}, {lost}, {len(self.sites)} sites)"
+        left = f"; {self.stays_float}" if self.stays_float else ""
+        return f"PrecisionMap({taken}, {lost}, {len(self.sites)} sites{left})"
 
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
-        """A copy in which every site that the shell pattern names has `level`.
+        """A copy in which every site that the shell pattern means has `level`: the weights that it names, or if it
+        names none, the inputs or caches. The copy's loss is not predicted; `Profile.predict` does it.
 
-        Its loss is not predicted; `Profile.predict` does it.
+            plan.with_level("*", 6)  # all weights
+            plan.with_level("*.mlp.*:input", 16)
+
+        Raises:
+            SiteError: the pattern names no site.
+            LevelError: sites of that kind cannot have the level.
         """
-        hits = find_sites(self.sites, pattern)
+        hits = meant_sites(self.sites, pattern)
         if type(level) is not int:
             raise LevelError(f"level (={level!r}) is not a whole number")
-        if level not in INPUT_LEVELS and {s.kind for s in hits} == {"weight", "input"}:
-            raise LevelError(
-                f"pattern {pattern!r} names weights and inputs, and {level} is no input's: end it with ':weight'"
-            )
         return replace(self, levels={**self.levels, **{s.name: level for s in hits}}, predicted_loss=float("nan"))
 
     def to_json(self) -> dict[str, Any]:
@@ -171,7 +180,13 @@ class PrecisionMap:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], sites: Sequence[Site], other_bytes: int) -> PrecisionMap:
+    def from_json(
+        cls,
+        data: Mapping[str, Any],
+        sites: Sequence[Site],
+        other_bytes: int,
+        other_parameters: Mapping[str, int] | None = None,
+    ) -> PrecisionMap:
         """The inverse of `to_json`; raises `LevelError` or `SiteError` if the data do not fit the sites."""
         tiles = {s.name: s.tiles for s in sites}
 
@@ -189,23 +204,7 @@ class PrecisionMap:
             predicted = float("nan") if loss is None else float(loss)
         except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
             raise LevelError(f"malformed precision map: {error!r}") from error
-        return cls(tuple(sites), levels, other_bytes, predicted)
-
-
-def _checked_levels(site: Site, levels: Levels) -> Levels:
-    if site.kind == "input":
-        if not isinstance(levels, int):
-            raise LevelError(f"{site.name}: an input has one level, not one a tile")
-        return check_input_level(levels)
-    allowed, check = (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (WEIGHT_LEVELS, check_weight_level)
-    if isinstance(levels, int):
-        return check(levels)
-    if len(levels) != site.tiles:
-        raise LevelError(f"{site.name}: {len(levels)} tile levels for {site.tiles} tiles")
-    if sum(levels.count(level) for level in allowed) != len(levels):
-        check(next(level for level in levels if level not in allowed))
-    first = levels[0] if levels else 0
-    return first if levels.count(first) == len(levels) else bytes(levels)
+        return cls(tuple(sites), levels, other_bytes, predicted, other_parameters)
 
 
 def input_level_for(weight_level: float) -> int:
@@ -289,20 +288,22 @@ class Profile:
     Attributes:
         sites: every site of the model.
         losses: for each weight, float32 [T, 6]: the loss each tile costs at each of WEIGHT_LEVELS, in the objective's
-            unit; for each input, float32 [1, 4], at each of INPUT_LEVELS (profiles of foveate 0.1 have none).
+            unit; for each input, float32 [1, 4], at each of INPUT_LEVELS (none of an input that calibration never saw).
         other_bytes: bytes of everything that is no site.
         samples: tokens, images or sentences that the loss is a mean over.
         objective: which loss: see `foveate.collect.objectives`.
         statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
             `output_range` float32 [2] (of its products, or of the rows looked up), `row_frequency` float32 [NT] of an
-            embedding (the share of look-ups that read each strip of rows), `fitted` float32 [1] of one rounded by
-            descent (what it loses on other data over what it loses on calibration's; `losses` are those on other
-            data). For each input, float32: `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits
-            a value, of 8-bit codes), `values` [1] (read by the product, a sample),
-            `batch_moments` [2, 2] (the least and the greatest mean and variance of a batch), `batch_values` [1].
+            embedding (the share of look-ups that read each strip of rows), `fitted` float32 [6] of one rounded by
+            descent (what it loses on other data over what it loses on calibration's, at each of WEIGHT_LEVELS, or one
+            number for all in profiles of foveate 0.1; `losses` are those on other data). For each input, float32:
+            `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits a value, of 8-bit codes),
+            `values` [1] (read by the product, a sample), `batch_moments` [2, 2] (the least and the greatest mean and
+            variance of a batch), `batch_values` [1].
         notes: things the user should know, a sentence each.
         measured_over_summed: for each of WEIGHT_LEVELS, the divergence that was measured with all weights at that level
             over the sum of `losses`; 1 where it was not measured.
+        other_parameters: as of `PrecisionMap`.
     """
 
     sites: tuple[Site, ...]
@@ -313,11 +314,14 @@ class Profile:
     statistics: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     measured_over_summed: tuple[float, ...] = (1.0,) * len(WEIGHT_LEVELS)
+    other_parameters: Mapping[str, int] | None = None
 
     def __repr__(self) -> str:
         sites = self.weight_sites()
         weights = sum(s.weights for s in sites)
-        return f"Profile({weights:,} weights at {len(sites)} sites, {self.objective}, {self.samples:,} samples)"
+        left = stays_float(self.other_parameters or {}, weights)
+        what = f"{self.objective}, {self.samples:,} samples" + (f"; {left}" if left else "")
+        return f"Profile({weights:,} weights at {len(sites)} sites, {what})"
 
     def predict(self, plan: PrecisionMap) -> float:
         """The loss that the profile expects of a map: the sum over tiles and inputs, each level of weights times what
@@ -369,7 +373,7 @@ class Profile:
     def uniform(self, level: int, input_level: int | None = None) -> PrecisionMap:
         """The map with every weight at one level."""
         plan = uniform(self.sites, level, self.other_bytes, input_level)
-        return replace(plan, predicted_loss=self.predict(plan))
+        return replace(plan, predicted_loss=self.predict(plan), other_parameters=self.other_parameters)
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from foveate.errors import SiteError
-from foveate.formats.levels import GAINED_LEVELS, WEIGHT_LEVELS
+from foveate.errors import LevelError, SiteError
+from foveate.formats.levels import (
+    CACHE_LEVELS,
+    GAINED_LEVELS,
+    WEIGHT_LEVELS,
+    check_cache_level,
+    check_input_level,
+    check_weight_level,
+)
 from foveate.formats.packing import TILE_ROWS, tile_grid
 from foveate.planes import resident_bytes
+
+Levels = int | bytes
 
 
 @dataclass(frozen=True)
@@ -80,5 +89,62 @@ def find_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
     return hits
 
 
+def meant_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
+    """The sites whose level a shell pattern sets: the weights that it names, or where it names none, all that it names.
+
+    So `*` and `layers.3.*` are weights, and inputs are named as inputs, `layers.3.*:input`.
+
+    Raises:
+        SiteError: it names no site.
+    """
+    hits = find_sites(sites, pattern)
+    return [s for s in hits if s.kind == "weight"] or hits
+
+
 def _examples(sites: Sequence[Site]) -> str:
     return ", ".join(s.name for s in sites[:3]) + (", ..." if len(sites) > 3 else "")
+
+
+def tile_levels(levels: Levels, tiles: int) -> bytes:
+    """One byte a tile."""
+    return bytes((levels,)) * tiles if isinstance(levels, int) else levels
+
+
+def level_counts(site: Site, levels: Levels) -> list[int]:
+    """How many tiles stand at each of WEIGHT_LEVELS."""
+    if isinstance(levels, int):
+        return [site.tiles if level == levels else 0 for level in WEIGHT_LEVELS]
+    return [levels.count(level) for level in WEIGHT_LEVELS]
+
+
+def checked_levels(site: Site, levels: Levels) -> Levels:
+    """The levels of a site, one where all its tiles have it; raises `LevelError` if they are not levels of its kind."""
+    if site.kind == "input":
+        if not isinstance(levels, int):
+            raise LevelError(f"{site.name}: an input has one level, not one a tile")
+        return check_input_level(levels)
+    allowed, check = (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (WEIGHT_LEVELS, check_weight_level)
+    if isinstance(levels, int):
+        return check(levels)
+    if len(levels) != site.tiles:
+        raise LevelError(f"{site.name}: {len(levels)} tile levels for {site.tiles} tiles")
+    if sum(levels.count(level) for level in allowed) != len(levels):
+        check(next(level for level in levels if level not in allowed))
+    first = levels[0] if levels else 0
+    return first if levels.count(first) == len(levels) else bytes(levels)
+
+
+def stays_float(parameters: Mapping[str, int], weights: int) -> str:
+    """What of a model is not on planes, in a sentence; nothing where that is less than 0.5 % of the parameters.
+
+    Args:
+        parameters: how many stay float, by the class of their module.
+        weights: how many are on planes.
+    """
+    left = sum(parameters.values())
+    total = max(left + weights, 1)
+    if left < 0.005 * total:
+        return ""
+    parts = [(name, n) for name, n in sorted(parameters.items(), key=lambda part: -part[1]) if n >= 0.005 * total]
+    named = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in parts[:5])
+    return f"{100 * left / total:.0f} % of the parameters stay float" + (f": {named}" if named else "")

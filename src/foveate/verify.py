@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Objective, check_batches, infer, named, run
 from foveate.errors import DataError
+from foveate.floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
 from foveate.formats.levels import TOP_LEVEL
 from foveate.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
 from foveate.nn.registry import apply, registry_of
@@ -82,8 +84,10 @@ class Verification:
 
     @property
     def ratio(self) -> float:
-        """The measured divergence over the predicted."""
-        return self.measured.divergence / self.predicted if self.predicted else math.nan
+        """The measured divergence over the predicted; NaN where both are at the floor of float32 (1.2e-7), or nothing
+        was predicted.
+        """
+        return ratio(self.measured.divergence, self.predicted)
 
     @property
     def predicted(self) -> float:
@@ -92,8 +96,10 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether the map diverges no more than uniform precision at the same bytes."""
-        return self.measured.divergence <= self.uniform.divergence
+        """Whether the map diverges no more than uniform precision at the same bytes; two divergences at the floor of
+        float32 are equal.
+        """
+        return no_worse(self.measured.divergence, self.uniform.divergence)
 
     @property
     def best(self) -> PrecisionMap:
@@ -105,10 +111,11 @@ class Verification:
         if self.limit is not None:
             said = "within" if self.within else "NOT within"
             limit = f"; at most {self.measured.bound:.5f}, {said} the limit of {self.limit:g}"
+        floor = f" ({BOTH_AT_FLOOR})" if both_at_floor(self.measured.divergence, self.uniform.divergence) else ""
         predicted = f"predicted {self.predicted:.5f}" if math.isfinite(self.predicted) else "not predicted"
         return (
             f"divergence ({self.unit}) {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
-            f"({predicted}), uniform at equal bytes {self.uniform.divergence:.5f}; "
+            f"({predicted}), uniform at equal bytes {self.uniform.divergence:.5f}{floor}; "
             f"agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
             f"{self.measured.samples} samples, reference: {self.reference}{limit}"
         )
@@ -181,11 +188,8 @@ def measure(
     highest = highest_map(model)
     sums = [_Sums() for _ in range(len(plans) + 1)]
     reference_model = model if reference is None else reference
-    modes = {m: m.training for root in {model, reference_model} for m in root.modules()}
     try:
-        model.eval()
-        reference_model.eval()
-        with torch.no_grad():
+        with evaluating(model, reference_model), torch.no_grad():
             for index, batch in enumerate(track(check_batches(batches), "measuring", show=progress)):
                 if reference is None:
                     apply(model, highest)
@@ -212,8 +216,6 @@ def measure(
     finally:
         if before is not None:
             apply(model, *before)
-        for module, mode in modes.items():
-            module.training = mode
     if not sums[-1].samples:
         raise DataError("there are no batches to measure on")
     return [tally.outcome() for tally in sums]
@@ -232,8 +234,8 @@ def verify(
     """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`.
 
     Args:
-        limit: the most divergence that is wanted; `Verification.within` says whether it is kept, and `foveate.repair`
-            finds a map that keeps it.
+        limit: the most divergence that is wanted; `Verification.within` says whether it is kept, and
+            `foveate.fit_to_loss` finds a map that keeps it.
 
     Raises:
         PlaneNotResidentError: the model was loaded without planes that the map, or the uniform one, reads.
@@ -258,4 +260,4 @@ def highest_map(model: nn.Module) -> PrecisionMap:
     registry = registry_of(model)
     plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
     levels = {name: bytes(w.value.resident.flatten().tolist()) for name, w in registry.weights.items()}
-    return PrecisionMap(plan.sites, {**plan.levels, **levels}, plan.other_bytes)
+    return replace(plan, levels={**plan.levels, **levels}, other_parameters=registry.other_parameters)

@@ -76,16 +76,18 @@ def main(kind: str, rank: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     wanted, before, after = _train(_wrapped(kind), None, 30)
     exact = _wrapped(kind)
-    found, *_ = _train(exact, fv.compress_activations(exact, levels=32, smallest=1), 3)
+    found, *_ = _train(exact, fv.compress_activations(exact, levels=32, options=fv.ActivationOptions(smallest=1)), 3)
     assert len(wanted) == len(found) == 14
     assert all(map(torch.equal, wanted, found))
     lossy = _wrapped(kind)
-    _, _, reached = _train(lossy, fv.compress_activations(lossy, levels=4, smallest=1, seed=rank), 30)
+    _, _, reached = _train(
+        lossy, fv.compress_activations(lossy, levels=4, options=fv.ActivationOptions(smallest=1, seed=rank)), 30
+    )
     assert reached < before - 0.5 * (before - after), (before, after, reached)
     measured = _wrapped(kind)
     inner = measured.module if isinstance(measured, DistributedDataParallel) else measured
-    store = fv.compress_activations(  # the ranks measure at different steps
-        inner, error=0.2, smallest=1, audit_every=2 + rank, profile_every=3 + rank
+    store = fv.compress_activations(
+        inner, error=0.2, options=fv.ActivationOptions(smallest=1, audit_every=2 + rank, profile_every=3 + rank)
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where errors cannot be measured the store says so

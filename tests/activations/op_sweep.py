@@ -120,9 +120,10 @@ def _case(op: OpInfo, function: Callable[..., Any], sample: SampleInput, change:
     return Case(_name(op), function, leaves, plain, places, spec, change)
 
 
-def inside(case: Case, **settings: Any) -> list[Tensor | None]:
+def inside(case: Case, default: int | None = None, **target: Any) -> list[Tensor | None]:
     """The case's gradients in a store with everything compressed that may be."""
-    with fv.compress_activations(nn.ParameterList([nn.Parameter(torch.zeros(1))]), smallest=1, group=32, **settings):
+    options = fv.ActivationOptions(smallest=1, group=32, default=default)
+    with fv.compress_activations(nn.ParameterList([nn.Parameter(torch.zeros(1))]), **target, options=options):
         return case.gradients()
 
 

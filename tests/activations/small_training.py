@@ -17,7 +17,7 @@ def small_model() -> nn.Sequential:
 
 
 def exact(model: nn.Module) -> Any:
-    return fv.compress_activations(model, levels=32, smallest=1)
+    return fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1))
 
 
 def gradients(model: nn.Module) -> list[Tensor]:

@@ -53,8 +53,9 @@ def _masks() -> dict[str, dict[str, Any]]:
     }
 
 
-def _gradients(model: Attention, x: Tensor, **settings: Any) -> ActivationStore:
-    store = fv.compress_activations(model, smallest=1, **settings)
+def _gradients(model: Attention, x: Tensor, *, error: float, recompute: bool) -> ActivationStore:
+    options = fv.ActivationOptions(smallest=1, recompute=recompute)
+    store = fv.compress_activations(model, error=error, options=options)
     with store:
         model(x).square().sum().backward()
     return store
@@ -70,7 +71,7 @@ def test_gradients_are_those_of_attention_at_the_rounded_arguments(kind: str, gr
         options["attn_mask"] = options["attn_mask"].to(dtype)
     model = Attention(4, groups, 11, options).to(dtype)
     x = torch.randn(2, 37, 24, dtype=dtype)
-    with fv.compress_activations(model, levels=_LEVELS, smallest=1) as store:
+    with fv.compress_activations(model, levels=_LEVELS, options=fv.ActivationOptions(smallest=1)) as store:
         loss = model(x).square().sum()
         node: Any = model.y.grad_fn if model.y is not None else None
         rounded = [
@@ -92,7 +93,7 @@ def test_gradients_are_those_of_attention_at_the_rounded_arguments(kind: str, gr
 def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
     torch.manual_seed(7)
     model = Attention(2, 2, 16, {"is_causal": True})
-    with fv.compress_activations(model, levels=_LEVELS, smallest=1):
+    with fv.compress_activations(model, levels=_LEVELS, options=fv.ActivationOptions(smallest=1)):
         loss = model(torch.randn(2, 50, 24)).square().sum()
         first = torch.autograd.grad(loss, model.qkv.weight, retain_graph=True)[0]
         second = torch.autograd.grad(loss, model.qkv.weight)[0]
@@ -124,7 +125,7 @@ def test_what_cannot_be_run_again_is_kept(disturb: str, monkeypatch: pytest.Monk
 def test_two_bits_are_on_offer_where_it_is_run_again() -> None:
     torch.manual_seed(9)
     model = Attention(2, 2, 16, {"is_causal": True})
-    with fv.compress_activations(model, error=0.4, smallest=1, audit_every=1) as store:
+    with fv.compress_activations(model, error=0.4, options=fv.ActivationOptions(smallest=1, audit_every=1)) as store:
         for _ in range(12):
             model(torch.randn(2, 50, 24)).square().sum().backward()
     sites = [s for s in store.planner.ledger.stored_sites() if ":saved.scaled_dot_product_attention.0" in s.name]
@@ -137,7 +138,7 @@ def test_only_attention_on_cpus_is_looked_at() -> None:
     found: list[Tensor] = []
     attentions = Attentions(lambda source: found[0])
     model = nn.Linear(4, 4)
-    with fv.compress_activations(model, levels=2, smallest=1) as store:
+    with fv.compress_activations(model, levels=2, options=fv.ActivationOptions(smallest=1)) as store:
         store._attentions = attentions
         model(torch.randn(3, 4)).sum().backward()
     assert attentions._agrees == {}

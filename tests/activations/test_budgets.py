@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.activations.peak import PeakTracker
+from foveate.activations.profile import profile_checksum
 
 
 def _model() -> nn.Module:
@@ -40,7 +42,7 @@ def _peak(model: nn.Module, store: fv.ActivationStore | None = None) -> float:
 def test_the_peak_is_met_within_three_percent(share: float) -> None:
     model = _model()
     budget = int(share * _peak(model))
-    store = fv.compress_activations(model, bytes=budget, profile_every=1000)
+    store = fv.compress_activations(model, bytes=budget, options=fv.ActivationOptions(profile_every=1000))
     with store:
         _train(model, 8)
     assert _peak(model, store) <= 1.03 * budget
@@ -62,10 +64,11 @@ def test_a_peak_that_nothing_meets_is_refused_with_the_least_possible() -> None:
         ({"bytes": "much"}, fv.BudgetError),
         ({"levels": 3}, fv.LevelError),
         ({"levels": {"*": 4, "head*": 64}}, fv.LevelError),
-        ({"error": 0.1, "group": 48}, fv.BudgetError),
-        ({"error": 0.1, "window": 0}, fv.BudgetError),
         ({"error": 0.1, "relative_to": "each parameter"}, fv.BudgetError),
-        ({"error": 0.1, "probes": 0}, fv.BudgetError),
+        ({"error": True}, fv.BudgetError),
+        ({"levels": "4"}, fv.LevelError),
+        ({"levels": True}, fv.LevelError),
+        ({"error": 0.1, "options": {"window": 4}}, fv.BudgetError),
         ({"bytes": 0}, fv.BudgetError),
         ({"bytes": -5}, fv.BudgetError),
         ({"error": 0.1, "profile": "nowhere.json"}, fv.CheckpointError),
@@ -79,9 +82,16 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, object], er
 def test_levels_by_pattern_and_a_pattern_that_names_nothing() -> None:
     model = _model()
     with (
-        fv.compress_activations(model, levels={"0:*": 2, "*gelu*": 4, "nothing*": 8}) as store,
-        pytest.warns(RuntimeWarning, match=r"named by nothing\*"),
+        fv.compress_activations(model, levels={"0:*": 2, "*gelu*": 4, "nothing*": 8}),
+        pytest.raises(fv.SiteError, match=r"'nothing\*' in levels matches none of .* like 0:saved.linear"),
     ):
+        _train(model)
+    outside = fv.compress_activations(model, levels={"nothing*": 8})
+    with outside:
+        loss = model(torch.randn(8, 16, 64)).sum()
+    with pytest.raises(fv.SiteError, match="matches none"):  # backward runs outside of the store
+        loss.backward()
+    with fv.compress_activations(model, levels={"0:*": 2, "*gelu*": 4}) as store:
         _train(model)
     bits = {row.site: row.bits for row in store.report().rows if row.form == "grouped"}
     assert bits["0:saved.linear.0.0"] == 2
@@ -113,6 +123,9 @@ def test_a_profile_survives_its_file_and_needs_no_learning(tmp_path: Path) -> No
         lambda c: c["families"].update(x=[float("-1")]),
         lambda c: next(iter(c["sites"].values())).update(bytes=[1]),
         lambda c: c.pop("audits"),
+        lambda c: c.update(parameters="of another model"),
+        lambda c: c.update(audits=[10**400]),
+        lambda c: c.update(audits=[True]),
     ],
 )
 def test_a_damaged_profile_is_refused(tmp_path: Path, damage: object) -> None:
@@ -122,8 +135,29 @@ def test_a_damaged_profile_is_refused(tmp_path: Path, damage: object) -> None:
     store.save_profile(path)
     content = json.loads(path.read_text())
     damage(content)  # type: ignore[operator]
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps({**content, "sha256": profile_checksum(content)}))
     with pytest.raises(fv.CheckpointError):
+        fv.compress_activations(model, error=0.2, profile=path)
+
+
+def test_a_profile_that_was_altered_or_is_nested_or_a_pipe_is_refused(tmp_path: Path) -> None:
+    model, path = _model(), tmp_path / "saved.json"
+    with fv.compress_activations(model, error=0.2) as store:
+        _train(model)
+    store.save_profile(path)
+    text = path.read_text()
+    path.write_text(text.replace('"audits": [', '"audits": [0.5' + ("" if '"audits": []' in text else ","), 1))
+    with pytest.raises(fv.CheckpointError, match="checksum does not match"):
+        fv.compress_activations(model, error=0.2, profile=path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(fv.CheckpointError, match="nested"):
+        fv.compress_activations(model, error=0.2, profile=path)
+    path.write_text(text)
+    with pytest.raises(fv.CheckpointError, match="another model"):
+        fv.compress_activations(nn.Linear(3, 5), error=0.2, profile=path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(fv.CheckpointError, match="not a regular file"):
         fv.compress_activations(model, error=0.2, profile=path)
 
 

@@ -109,6 +109,14 @@ def test_it_is_a_callback_of_the_trainer() -> None:
     assert isinstance(Mine(levels=4), TrainerCallback)
 
 
+def test_it_passes_the_options_on() -> None:
+    options = fv.ActivationOptions(smallest=1, seed=3)
+    callback = fv.CompressActivations(levels=32, options=options)
+    Training(tiny(), callback).train(batches(1))
+    assert callback.store is not None
+    assert callback.store.settings.options == options
+
+
 def test_it_is_in_the_forward_and_backward_of_every_part_and_nowhere_else() -> None:
     callback = fv.CompressActivations(error=0.1)
     training = Training(tiny(), callback)
@@ -194,6 +202,18 @@ def test_training_again_goes_on_with_what_was_learned_and_another_model_does_not
     assert len(model._forward_hooks) == hooks
     Training(tiny(), callback).train(batches(2))
     assert callback.store is not first
+
+
+def test_a_compiled_model_is_warned_of() -> None:
+    model = tiny()
+    callback = fv.CompressActivations(levels=4)
+    training = Training(model, callback)
+    for layer in model.model.layers:
+        layer.mlp.compile(backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match="what compiled functions keep"):
+        training.train(batches(2))
+    assert callback.report().bytes_compiled > 0
+    torch._dynamo.reset()
 
 
 def test_settings_and_order_that_make_no_sense_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.bench.resnet import ResNet
+from benchmarks.models.resnet import ResNet
 
 
 class Gated(nn.Module):
@@ -54,7 +54,7 @@ def test_level_32_gives_the_gradients_of_plain_training(make: object) -> None:
     torch.manual_seed(1)
     _loss(twin, inputs, labels).backward()
     torch.manual_seed(1)
-    with fv.compress_activations(model, levels=32, smallest=1) as store:
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)) as store:
         _loss(model, inputs, labels).backward()
     after = torch.get_rng_state()
     for wanted, found in zip(twin.parameters(), model.parameters(), strict=True):
@@ -73,7 +73,10 @@ def test_audits_stay_under_the_stated_error(make: object, relative_to: fv.Relati
     model, _, _ = make()  # type: ignore[operator]
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     with fv.compress_activations(
-        model, error=0.2, relative_to=relative_to, audit_every=2, profile_every=5, smallest=64
+        model,
+        error=0.2,
+        relative_to=relative_to,
+        options=fv.ActivationOptions(audit_every=2, profile_every=5, smallest=64),
     ) as store:
         for _ in range(24):
             _, inputs, labels = make()  # type: ignore[operator]
@@ -104,7 +107,9 @@ class Pooled(nn.Module):
 def test_what_the_loss_does_not_depend_on_has_no_error() -> None:
     torch.manual_seed(0)
     model = Pooled()
-    with fv.compress_activations(model, error=0.2, audit_every=2, profile_every=2) as store:
+    with fv.compress_activations(
+        model, error=0.2, options=fv.ActivationOptions(audit_every=2, profile_every=2)
+    ) as store:
         for _ in range(12):
             model(torch.randn(64, 64)).square().mean().backward()
     foretold = [predicted for _, predicted, _ in store.audits]
@@ -121,7 +126,9 @@ def test_audits_are_closer_together_at_first_and_measure_anew() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
     seen: dict[int, tuple[bool, bool]] = {}
-    with fv.compress_activations(model, error=0.2, audit_every=30, profile_every=1000) as store:
+    with fv.compress_activations(
+        model, error=0.2, options=fv.ActivationOptions(audit_every=30, profile_every=1000)
+    ) as store:
         for number in range(40):
             model(torch.randn(32, 64)).square().mean().backward()
             assert store.latest is not None
@@ -144,7 +151,7 @@ def test_another_models_tensors_are_left_alone() -> None:
         return found
 
     exact = gradients(other)
-    with fv.compress_activations(own, levels=2, smallest=1) as store:
+    with fv.compress_activations(own, levels=2, options=fv.ActivationOptions(smallest=1)) as store:
         assert all(torch.equal(a, b) for a, b in zip(exact, gradients(other), strict=True))
     assert not [row for row in store.report().rows if row.layer == "foreign"]
     assert "error of each parameter's gradient not measured" in str(store.report())
@@ -152,7 +159,7 @@ def test_another_models_tensors_are_left_alone() -> None:
 
 def test_a_part_of_a_large_tensor_counts_for_what_it_is() -> None:
     model, data = nn.Linear(40, 8), torch.randn(100, 64, 40)
-    with fv.compress_activations(model, levels=8, smallest=1) as store:
+    with fv.compress_activations(model, levels=8, options=fv.ActivationOptions(smallest=1)) as store:
         model(data[3]).sum().backward()
     assert store.report().bytes_before == 64 * 40 * 4
 
@@ -236,7 +243,7 @@ class _RootMeanSquare(nn.Module):
 def test_what_scales_a_whole_row_keeps_sixteen_bits_or_more() -> None:
     torch.manual_seed(12)
     model = _RootMeanSquare()
-    with fv.compress_activations(model, error=0.5, smallest=1, audit_every=1) as store:
+    with fv.compress_activations(model, error=0.5, options=fv.ActivationOptions(smallest=1, audit_every=1)) as store:
         for _ in range(14):
             ids = torch.randint(0, 50, (16, 65))
             _loss(model, [ids[:, :-1]], ids[:, 1:].flatten()).backward()

@@ -122,7 +122,9 @@ def test_audits_say_what_the_definition_says(faint: float, relative_to: fv.Relat
     model(x).square().mean().backward()
     wanted = gradients(model)
     seen = 0
-    with fv.compress_activations(model, error=0.3, relative_to=relative_to, audit_every=1) as store:
+    with fv.compress_activations(
+        model, error=0.3, relative_to=relative_to, options=fv.ActivationOptions(audit_every=1)
+    ) as store:
         for _ in range(8):
             model(x).square().mean().backward()
             found = gradients(model)
@@ -139,7 +141,9 @@ def test_what_is_foretold_is_what_audits_find(relative_to: fv.Relative) -> None:
     twin = copy.deepcopy(model)
     x = torch.randn(512, 16)
     shares = []
-    with fv.compress_activations(model, error=0.2, relative_to=relative_to, audit_every=1, smallest=1) as store:
+    with fv.compress_activations(
+        model, error=0.2, relative_to=relative_to, options=fv.ActivationOptions(audit_every=1, smallest=1)
+    ) as store:
         for _ in range(16):
             F.cross_entropy(model(x), torch.arange(512) % 4).backward()
             model.zero_grad()
@@ -153,7 +157,7 @@ def test_what_is_foretold_is_what_audits_find(relative_to: fv.Relative) -> None:
 def test_a_weight_that_is_made_from_parameters_is_probed() -> None:
     torch.manual_seed(0)
     model = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
-    with fv.compress_activations(model, error=0.2, audit_every=1) as store:
+    with fv.compress_activations(model, error=0.2, options=fv.ActivationOptions(audit_every=1)) as store:
         for _ in range(8):
             model(torch.randn(256, 64)).square().mean().backward()
     site = next(site for name, site in store.planner.ledger.sites.items() if "linear" in name)
@@ -187,7 +191,7 @@ def test_one_weight_with_two_inputs_and_one_input_of_two_weights() -> None:
     total = 0.0
     for seed in range(40):
         pattern = {name: 4 for name in errors if name.endswith("one:saved.linear.0.0")}
-        with fv.compress_activations(model, levels=pattern, seed=seed):
+        with fv.compress_activations(model, levels=pattern, options=fv.ActivationOptions(seed=seed)):
             model(x).square().mean().backward()
         total += relative_error(wanted, gradients(model), fv.Relative.EACH_PARAMETER) ** 2 / 40
     assert own[1] == pytest.approx(total, rel=0.15)
@@ -213,7 +217,10 @@ def test_a_broken_bound_makes_it_probe_anew() -> None:
     model = Gated()
     probed: dict[int, tuple[str, ...]] = {}
     with fv.compress_activations(
-        model, error=0.1, relative_to=fv.Relative.WHOLE_GRADIENT, audit_every=40, profile_every=1000
+        model,
+        error=0.1,
+        relative_to=fv.Relative.WHOLE_GRADIENT,
+        options=fv.ActivationOptions(audit_every=40, profile_every=1000),
     ) as store:
         for number in range(56):
             model.scale.fill_(0.01 if number < 35 else 30.0)
@@ -240,7 +247,7 @@ def test_a_parameter_without_values_has_no_weight() -> None:
             return torch.cat([self.body(x), self.nothing[0]])
 
     model = WithNothing()
-    with fv.compress_activations(model, error=0.2, smallest=1) as store:
+    with fv.compress_activations(model, error=0.2, options=fv.ActivationOptions(smallest=1)) as store:
         for _ in range(8):
             model(torch.randn(64, 16)).square().mean().backward()
     assert store.audits

@@ -35,9 +35,12 @@ class Convolved(nn.Module):
         return out
 
 
-def _gradients(model: nn.Module, x: Tensor, **settings: object) -> tuple[list[Tensor], fv.ActivationStore]:
+def _gradients(
+    model: nn.Module, x: Tensor, *, levels: int, recompute: bool = True
+) -> tuple[list[Tensor], fv.ActivationStore]:
     model = copy.deepcopy(model)
-    with fv.compress_activations(model, smallest=1, **settings) as store:  # type: ignore[arg-type]
+    options = fv.ActivationOptions(smallest=1, recompute=recompute)
+    with fv.compress_activations(model, levels=levels, options=options) as store:
         model(x.clone().requires_grad_() * 1).square().mean().backward()
     return [p.grad for p in model.parameters() if p.grad is not None], store
 
@@ -84,7 +87,7 @@ def test_a_parameter_that_changed_is_noticed() -> None:
     linear = nn.Linear(48, 48)
     model = nn.Sequential(norm, linear)
     x = torch.randn(40, 48, requires_grad=True)
-    with fv.compress_activations(model, levels=8, smallest=1):
+    with fv.compress_activations(model, levels=8, options=fv.ActivationOptions(smallest=1)):
         loss = model(x).sum()
         with torch.no_grad():
             norm.bias.add_(1)
@@ -103,7 +106,7 @@ def test_what_was_changed_in_place_is_not_taken_from_a_recipe() -> None:
         return out
 
     (wanted,) = torch.autograd.grad(loss(), linear.weight)
-    with fv.compress_activations(linear, levels=16, smallest=1):
+    with fv.compress_activations(linear, levels=16, options=fv.ActivationOptions(smallest=1)):
         (found,) = torch.autograd.grad(loss(), linear.weight)
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
 
@@ -116,7 +119,7 @@ def test_norms_with_wider_weights_than_their_input(norm: nn.Module) -> None:
     model(x).float().square().mean().backward()
     wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
-    with fv.compress_activations(model, levels=8, smallest=1) as store:
+    with fv.compress_activations(model, levels=8, options=fv.ActivationOptions(smallest=1)) as store:
         model(x).float().square().mean().backward()
     assert _forms(store)["linear@3"] == "derived"
     assert _distance(wanted, [p.grad for p in model.parameters() if p.grad is not None]) < 0.03
@@ -135,14 +138,14 @@ def test_torch_batch_norm_has_its_arguments_in_another_order() -> None:
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     wanted = run()
-    with fv.compress_activations(model, levels=8, smallest=1):
+    with fv.compress_activations(model, levels=8, options=fv.ActivationOptions(smallest=1)):
         assert _distance(wanted, run()) < 0.02
 
 
 def test_what_a_recipe_reads_must_not_have_changed() -> None:
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
-    with fv.compress_activations(model, error=1e-9, default=32):
+    with fv.compress_activations(model, error=1e-9, options=fv.ActivationOptions(default=32)):
         h = model[0](torch.randn(64, 64))
         unused = model[1](h)  # this saves h as it is, and no backward looks whether it still is
         y = model[2](h + model[0].bias)

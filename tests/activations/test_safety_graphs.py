@@ -91,7 +91,7 @@ def test_a_clone_of_a_parameter_that_was_written_to_is_not_the_parameter() -> No
     copies: list[Callable[[Tensor], Tensor]] = [torch.clone, lambda w: w.to(torch.bfloat16), lambda w: w.t().clone()]
     for copied in copies:
         wanted = gradient(copied)
-        with fv.compress_activations(nn.ParameterList([weight]), levels=32, smallest=1):
+        with fv.compress_activations(nn.ParameterList([weight]), levels=32, options=fv.ActivationOptions(smallest=1)):
             assert torch.equal(wanted, gradient(copied))
 
 
@@ -135,7 +135,9 @@ def test_views(name: str) -> None:
             assert torch.equal(wanted, gradient())
     errors = []
     for seed in range(8):
-        with fv.compress_activations(nn.Linear(2, 2), levels=8, smallest=1, group=32, seed=seed):
+        with fv.compress_activations(
+            nn.Linear(2, 2), levels=8, options=fv.ActivationOptions(smallest=1, group=32, seed=seed)
+        ):
             errors.append(gradient() - wanted)
     assert torch.stack(errors).norm(dim=(1, 2)).mean() < 0.1 * wanted.norm()
 
@@ -163,7 +165,7 @@ def test_memory_that_is_used_again_is_not_taken_for_what_it_was() -> None:
         return torch.autograd.grad(torch.stack(kept).sum(), leaf)[0]
 
     wanted = [step(n) for n in range(6)]
-    store = fv.compress_activations(nn.ParameterList([weight]), levels=32, smallest=1)
+    store = fv.compress_activations(nn.ParameterList([weight]), levels=32, options=fv.ActivationOptions(smallest=1))
     with store:
         found = [step(n) for n in range(6)]
     assert equal(wanted, found)
@@ -212,7 +214,7 @@ def test_double_backward() -> None:
         _penalty(model, x).backward()
     assert equal(wanted, gradients(model))
     for lossy in ({"levels": 8}, {"error": 0.1}):
-        with fv.compress_activations(model, smallest=1, group=32, **lossy):  # type: ignore[arg-type]
+        with fv.compress_activations(model, **lossy, options=fv.ActivationOptions(smallest=1, group=32)):  # type: ignore[arg-type]
             _penalty(model, x).backward()
         for w, f in zip(wanted, gradients(model), strict=True):
             assert (w - f).norm() < 0.1 * w.norm() + 1e-4
@@ -232,7 +234,7 @@ def test_graphs_alive_at_once_and_accumulation() -> None:
     wanted = run()
     with exact(model):
         assert equal(wanted, run())
-    with fv.compress_activations(model, error=0.1, smallest=1):
+    with fv.compress_activations(model, error=0.1, options=fv.ActivationOptions(smallest=1)):
         for _ in range(3):
             found = run()
     for w, f in zip(wanted, found, strict=True):

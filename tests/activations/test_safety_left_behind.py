@@ -75,8 +75,8 @@ def test_two_stores_of_two_models() -> None:
     wanted = run()
     with exact(one), exact(other):
         assert equal(wanted, run())
-    with fv.compress_activations(one, levels=8, smallest=1) as outer:
-        with fv.compress_activations(other, levels=8, smallest=1):
+    with fv.compress_activations(one, levels=8, options=fv.ActivationOptions(smallest=1)) as outer:
+        with fv.compress_activations(other, levels=8, options=fv.ActivationOptions(smallest=1)):
             found = run()
         assert hooks(other) == 2  # the outer store's own
         one(x).sum().backward()
@@ -156,7 +156,7 @@ def test_memory_is_freed_without_the_collector(used: bool, exact: bool) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 4))
     payloads: list[weakref.ref[Any]] = []
     settings: dict[str, Any] = {"levels": 32} if exact else {"error": 0.1}
-    with fv.compress_activations(model, smallest=1, **settings) as store:
+    with fv.compress_activations(model, **settings, options=fv.ActivationOptions(smallest=1)) as store:
         put = store._shelf.put
 
         def noted(tensor: Tensor, interval: Interval, item: Any) -> None:
@@ -178,7 +178,7 @@ def test_memory_is_freed_without_the_collector(used: bool, exact: bool) -> None:
 @pytest.mark.usefixtures("_no_collector")
 def test_graphs_dropped_without_backward_do_not_pile_up() -> None:
     model = small_model()
-    with fv.compress_activations(model, error=0.1, smallest=1) as store:
+    with fv.compress_activations(model, error=0.1, options=fv.ActivationOptions(smallest=1)) as store:
         for _ in range(5):
             model(torch.randn(8, 16)).sum()
         assert store._step is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -51,6 +51,11 @@ def _step(model: Callable[[Tensor], Tensor], autocast: bool = False, dtype: torc
     loss.backward()
 
 
+def _steps(model: Callable[[Tensor], Tensor], count: int) -> None:
+    for _ in range(count):
+        _step(model)
+
+
 def _gradients(model: nn.Module) -> list[Tensor]:
     found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     model.zero_grad()
@@ -70,14 +75,14 @@ def _check(
     """Exact at 32 bits, near at 8 and where errors are measured; torch's random state the same after all."""
     step()
     wanted, state = _gradients(model), torch.get_rng_state()
-    with fv.compress_activations(model, levels=32, smallest=1):
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
         step()
     found = _gradients(model)
     assert len(wanted) == len(found) > 0
     assert all(map(torch.equal, wanted, found))
     assert torch.equal(state, torch.get_rng_state())
     for settings in lossy:
-        with fv.compress_activations(model, smallest=1, **settings) as store:
+        with fv.compress_activations(model, **settings, options=fv.ActivationOptions(smallest=1)) as store:
             for _ in range(4):
                 model.zero_grad()
                 step()
@@ -91,7 +96,7 @@ def _check(
 def test_autocast() -> None:
     model = Model()
     _check(model, lambda: _step(model, autocast=True))
-    with fv.compress_activations(model, levels=32, smallest=1) as store:
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)) as store:
         _step(model, autocast=True)
     assert store.latest is not None
     weights = sum(2 * p.numel() for p in model.parameters() if p.dim() == 2)  # their copies, which plain training keeps
@@ -109,7 +114,7 @@ def test_models_of_other_dtypes(dtype: torch.dtype) -> None:
 def test_checkpoints_that_are_not_reentrant() -> None:
     model = Model(reentrant=False)
     _check(model, lambda: _step(model))
-    with fv.compress_activations(model, error=0.1, smallest=1) as store:
+    with fv.compress_activations(model, error=0.1, options=fv.ActivationOptions(smallest=1)) as store:
         for _ in range(6):
             _step(model)
     assert store.audits  # a checkpoint can be run again
@@ -118,7 +123,7 @@ def test_checkpoints_that_are_not_reentrant() -> None:
 def test_reentrant_checkpoints() -> None:
     model = Model(reentrant=True)
     _check(model, lambda: _step(model), lossy=())
-    with fv.compress_activations(model, error=0.1, smallest=1) as store:
+    with fv.compress_activations(model, error=0.1, options=fv.ActivationOptions(smallest=1)) as store:
         _step(model)
         with pytest.warns(RuntimeWarning, match="reentrant"):
             _step(model)
@@ -131,7 +136,7 @@ def test_entered_inside_a_checkpoint_it_warns() -> None:
     model = Model()
 
     def inner(x: Tensor) -> Tensor:
-        with fv.compress_activations(model, levels=32, smallest=1):
+        with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
             out: Tensor = model(x)
         return out
 
@@ -153,7 +158,7 @@ def test_compiled_models(outside: bool) -> None:
             _step(compiled)
             model.zero_grad()
         for settings in ({"levels": 32}, {"levels": 8}, {"error": 0.1}):
-            with fv.compress_activations(model, smallest=1, **settings):  # type: ignore[arg-type]
+            with fv.compress_activations(model, **settings, options=fv.ActivationOptions(smallest=1)):  # type: ignore[arg-type]
                 for _ in range(3):
                     model.zero_grad()
                     _step(compiled)
@@ -165,11 +170,67 @@ def test_compiled_models(outside: bool) -> None:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def _compiler() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)  # it says so of any hooks
+        yield
+    torch._dynamo.reset()
+
+
+def _blocks_compiled(model: Model) -> Model:
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    return model
+
+
+COMPILED: dict[str, Callable[[Model], Callable[[Tensor], Tensor]]] = {
+    "module": lambda model: torch.compile(model, backend="aot_eager"),
+    "parts": _blocks_compiled,
+    "function": lambda model: torch.compile(lambda x: model(x), backend="aot_eager"),
+}
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("what", COMPILED)
+def test_what_compiled_functions_keep_is_said_once_and_in_the_report(what: str) -> None:
+    model = Model()
+    call = COMPILED[what](model)
+    given = call if what == "module" else model
+    assert isinstance(given, nn.Module)
+    with (
+        fv.compress_activations(given, levels=4, smallest=1) as store,
+        pytest.warns(RuntimeWarning, match="what compiled functions keep") as said,
+    ):
+        _steps(call, 2)
+    assert len([w for w in said if "compiled functions" in str(w.message)]) == 1
+    report = store.report()
+    assert 0.5 * report.bytes_before < report.bytes_compiled <= report.bytes_after
+    assert report.to_json()["bytes_compiled"] == report.bytes_compiled
+    assert "by compiled functions, which cannot be made smaller)" in str(report)
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("way", ["eager", "stance", "uncompiled", "exact"])
+def test_what_the_warning_recommends_works(way: str) -> None:
+    model = Model()
+    compiled = torch.compile(model, backend="eager" if way == "eager" else "aot_eager")
+    stance = torch.compiler.set_stance("force_eager" if way in ("stance", "uncompiled") else "default")
+    with stance, fv.compress_activations(model, levels=32 if way == "exact" else 4, smallest=1) as store:
+        _step(model if way == "uncompiled" else compiled)
+    report = store.report()
+    if way == "exact":  # nothing was to be rounded: the report says what is compiled, and no warning does
+        assert report.bytes_compiled > 0
+    else:
+        assert report.ratio > 4
+        assert report.bytes_compiled == 0
+
+
 def test_nothing_happens_without_gradients() -> None:
     model = Model().eval()
     x = torch.randn(4, 9, 32)
     wanted = model(x)
-    with fv.compress_activations(model, levels=4, smallest=1) as store:
+    with fv.compress_activations(model, levels=4, options=fv.ActivationOptions(smallest=1)) as store:
         with torch.no_grad():
             assert torch.equal(wanted, model(x))
         with torch.inference_mode():
@@ -187,7 +248,7 @@ def test_functorch() -> None:
     mapped = torch.func.vmap(model)(x)
     called = torch.func.functional_call(model, parameters, (x,))
     wanted = torch.autograd.grad(called.square().sum(), list(parameters.values()))
-    with fv.compress_activations(model, levels=32, smallest=1):
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
         assert torch.equal(mapped, torch.func.vmap(model)(x))
         called = torch.func.functional_call(model, parameters, (x,))
         found = torch.autograd.grad(called.square().sum(), list(parameters.values()))
@@ -220,7 +281,7 @@ def test_sparse_complex_and_subclasses_pass_through() -> None:
 
     wanted = run()
     for settings in ({"levels": 32}, {"levels": 4}, {"error": 0.1}):
-        with fv.compress_activations(nn.ParameterList([weight]), smallest=1, **settings):  # type: ignore[arg-type]
+        with fv.compress_activations(nn.ParameterList([weight]), **settings, options=fv.ActivationOptions(smallest=1)):  # type: ignore[arg-type]
             found = run()
             run()
         assert found[0].isfinite().all()
@@ -257,7 +318,9 @@ def test_masks_of_activation_functions_to_the_bit() -> None:
             for run in (gradient, through):
                 wanted = run()
                 for level in (32, 4):
-                    with fv.compress_activations(nn.Linear(1, 1), levels=level, smallest=1) as store:
+                    with fv.compress_activations(
+                        nn.Linear(1, 1), levels=level, options=fv.ActivationOptions(smallest=1)
+                    ) as store:
                         found = run()
                     assert store.latest is not None
                     assert torch.equal(wanted.nan_to_num(7.0), found.nan_to_num(7.0))
@@ -284,7 +347,7 @@ def test_lossless_forms_take_what_they_should(function: Callable[[Tensor], Tenso
     torch.manual_seed(5)
     wanted = torch.autograd.grad(function(leaf * 1).square().sum(), leaf)[0]
     torch.manual_seed(5)
-    with fv.compress_activations(model, levels=32, smallest=1) as store:
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)) as store:
         out = function(leaf * 1)
         assert store._step is not None
         held = store._step.held
@@ -295,7 +358,7 @@ def test_lossless_forms_take_what_they_should(function: Callable[[Tensor], Tenso
 def test_copies_are_independent() -> None:
     model = Model()
     twin = copy.deepcopy(model)
-    with fv.compress_activations(model, levels=32, smallest=1):
+    with fv.compress_activations(model, levels=32, options=fv.ActivationOptions(smallest=1)):
         _step(twin)
         _step(model)
     assert all(map(torch.equal, _gradients(model), _gradients(twin)))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foveate.bench import bandwidth, dense, kernels
-from foveate.bench.result import Neighbours
+from foveate.bench.result import BackgroundLoad
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.kernels.threads import threads
 from kernels.cases import isas
@@ -73,14 +73,14 @@ def test_threads_are_put_back():
 
 def test_time_that_went_to_neighbours(monkeypatch):
     seen = iter([(1.0, 10.0, 2.0, 100.0), (2.0, 21.0, 3.0, 120.0)])
-    monkeypatch.setattr(Neighbours, "_times", staticmethod(lambda: next(seen)))
-    with Neighbours() as neighbours:
+    monkeypatch.setattr(BackgroundLoad, "_times", staticmethod(lambda: next(seen)))
+    with BackgroundLoad() as background:
         pass
-    assert (neighbours.others, neighbours.stolen) == (0.5, 0.05)
-    assert neighbours.note().startswith("other processes had 50.0% ")
+    assert (background.others, background.stolen) == (0.5, 0.05)
+    assert background.note().startswith("other processes had 50.0% ")
 
 
 def test_time_of_this_process_is_not_its_neighbours():
-    own, used, stolen, every = Neighbours._times()
+    own, used, stolen, every = BackgroundLoad._times()
     assert 0 < own <= used + 1  # clocks of two sources
     assert 0 <= stolen < every

@@ -1,6 +1,7 @@
 import pytest
 
-from foveate.bench import alone, load
+from foveate.bench import load
+from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.errors import FoveateError
 
 
@@ -15,4 +16,4 @@ def test_small_model_in_fresh_processes():
 
 def test_a_process_that_fails_says_why(tmp_path):
     with pytest.raises(FoveateError, match="not a folder"):
-        alone.run_alone("foveate.bench.load_child", str(tmp_path / "nothing"), str(tmp_path / "map"))
+        run_in_fresh_process("foveate.bench.fresh_process.load", str(tmp_path / "nothing"), str(tmp_path / "map"))

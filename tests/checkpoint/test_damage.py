@@ -18,9 +18,9 @@ from torch import nn
 
 import foveate as fv
 from folders import X, copy_of, parts, read_all, rewrite, skeleton, with_
-from foveate.checkpoint.files import checksum
 from foveate.checkpoint.head import head_checksum
 from foveate.errors import CheckpointError, FoveateError, LevelError, SiteError
+from foveate.files import checksum
 from tiny import mlp, quantized_llama
 
 

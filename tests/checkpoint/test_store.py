@@ -15,6 +15,7 @@ from torch import nn
 import foveate as fv
 from folders import LEVELS, X, at, copy_of, mixed, skeleton
 from foveate.errors import BudgetError, CheckpointError, PlaneNotResidentError, SiteError
+from foveate.files import LOCK
 from tiny import llama, mlp, quantized_llama, tokens
 
 
@@ -158,7 +159,7 @@ def test_saving_again_leaves_only_what_the_head_names(
     (folder / ".foveate-1234").mkdir()
     (folder / ".foveate-1234" / ".tmpabc").write_text("left behind by a kill")
     fv.save(model, folder, keep=profile.uniform(3))
-    named = {"foveate.json", "notes.txt", *fv.read_head(folder).files.values()}
+    named = {LOCK, "foveate.json", "notes.txt", *fv.read_head(folder).files.values()}
     assert {f.name for f in folder.iterdir()} == named
 
 
@@ -269,3 +270,26 @@ def test_static_scales_are_kept(saved: tuple[Path, nn.Module, fv.Profile], tmp_p
     assert not torch.equal(loaded(X), wanted)
     fv.save(loaded, tmp_path / "static")
     assert not torch.equal(fv.load(tmp_path / "static", model=skeleton())(X), wanted)
+
+
+def test_what_stays_float_comes_back(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+
+    model = net()
+    profile = fv.quantize(model, [torch.randn(8, 20, 64)], objective=fv.Logits(), progress=False)
+    attention = 3 * 64 * 64 + 3 * 64
+    assert profile.other_parameters is not None
+    assert profile.other_parameters["MultiheadAttention"] == attention
+    assert sum(profile.other_parameters.values()) == sum(p.numel() for p in model.parameters())
+    assert any(note.startswith("51 % of the parameters stay float: MultiheadAttention 37 %") for note in profile.notes)
+    fv.save(model, tmp_path / "out", keep=profile.uniform(4))
+    loaded = fv.load(tmp_path / "out", model=net())
+    for plan in (
+        fv.read_head(tmp_path / "out").plan,
+        fv.current_map(loaded),
+        fv.load_profile(tmp_path / "out").uniform(3),
+    ):
+        assert plan.other_parameters == profile.other_parameters
+        assert "51 % of the parameters stay float" in repr(plan)

@@ -22,6 +22,7 @@ import foveate as fv
 from folders import X, at, copy_of, skeleton
 from foveate.checkpoint import files as checkpoint_files
 from foveate.errors import CheckpointError
+from foveate.files import LOCK
 from tiny import quantized_llama, tokens
 
 
@@ -34,7 +35,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     fv.save_map(old, profile.uniform(3))
     before = {f.name: f.read_bytes() for f in old.iterdir()}
     calls = 0
-    commit = checkpoint_files._commit
+    commit = checkpoint_files.commit
 
     def full(temporary: Path, target: Path) -> None:
         nonlocal calls
@@ -43,7 +44,7 @@ def test_a_write_that_fails_leaves_what_was_there(
             raise OSError(28, "No space left on device")
         commit(temporary, target)
 
-    monkeypatch.setattr(checkpoint_files, "_commit", full)
+    monkeypatch.setattr(checkpoint_files, "commit", full)
     plan = profile.uniform(4)
     if after >= 9:  # eight files and the head
         fv.save(model, old, keep=plan)
@@ -144,20 +145,20 @@ def test_kill_9_while_saving_over_a_checkpoint(saved: tuple[Path, nn.Module, fv.
             assert torch.equal(loaded(X), expected[level])  # type: ignore[index]
     # and the next save clears up
     fv.save(model, folder)
-    assert {f.name for f in folder.iterdir()} == {"foveate.json", *fv.read_head(folder).files.values()}
+    assert {f.name for f in folder.iterdir()} == {LOCK, "foveate.json", *fv.read_head(folder).files.values()}
 
 
 def test_a_kill_between_any_two_files(
     saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that stops dead cleans up nothing: as if `_commit` never returned."""
+    """A process that stops dead cleans up nothing: as if `commit` never returned."""
 
     class Dead(BaseException):
         pass
 
     old, _ = quantized_llama()
     new, _ = quantized_llama(hidden_size=64, num_hidden_layers=1)
-    commit = checkpoint_files._commit
+    commit = checkpoint_files.commit
     expected = old(**tokens()[0]).logits
     for after in range(20):
         folder = tmp_path / str(after)
@@ -172,7 +173,7 @@ def test_a_kill_between_any_two_files(
             commit(temporary, target)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint_files, "_commit", stop)
+            patch.setattr(checkpoint_files, "commit", stop)
             try:
                 fv.save(new, folder)
             except Dead:

@@ -16,7 +16,6 @@ from typer.testing import Result
 
 import foveate as fv
 from foveate import cli
-from foveate.bench.result import Measured
 from foveate.cli import inspect as inspect_command
 
 FAST = ("--samples", 2, "--length", 32)
@@ -69,6 +68,21 @@ def test_a_level_that_is_set_counts_in_the_budget(run: Run, folder: Path, budget
         assert 92 * 1024 < plan.bytes_resident <= 100 * 1024
     else:
         assert plan.predicted_loss <= 1.0001
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--bits", 99), "a budget of 99 bits is more than every weight at 8 bits takes, which is "),
+        (("--bytes", "1GiB", "--levels", "2,4"), "a budget of 1.00 GiB is more than every weight at 4 bits takes"),
+        (("--loss", 1000), "a loss of 1000 is more than every weight at 2 bits, the least to choose, loses"),
+        (("--bits", 5), ""),
+    ],
+)
+def test_a_budget_that_decides_nothing_is_said(run: Run, folder: Path, words: tuple[object, ...], message: str) -> None:
+    result = run("allocate", folder, *words, "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith(message) if message else not result.stderr
 
 
 def test_set_alone_changes_the_default_map(run: Run, folder: Path) -> None:
@@ -253,8 +267,30 @@ def test_a_folder_that_is_missing_or_damaged(run: Run, folder: Path, tmp_path: P
     assert not (tmp_path / "x").exists()
 
 
+def test_a_reference_is_checked_before_the_work(run: Run, folder: Path, text_file: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "no"
+    for reference, message in ((folder, "was written by foveate: give the original"), (nowhere, "no folder")):
+        result = run("eval", folder, "--data", text_file, *FAST, "--reference", reference)
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert message in result.stderr
+    result = run("report", folder, "-o", tmp_path / "r.html", "--reference", folder)
+    assert result.exit_code == 2
+    assert result.stderr == "error: --reference needs data to compare on: give --data or --tokens\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that takes no files")
+def test_what_cannot_be_written_is_refused_before_the_work(run: Run, folder: Path, text_file: Path) -> None:
+    report = ("report", folder, "-o", "/proc/r.html", "--data", text_file)
+    for words in (report, ("bench", "switch", "-o", "/proc/r.json"), ("demo", "-o", "/proc/demo")):
+        result = run(*words)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.endswith("/proc is not a folder that can be written\n")
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(name: str, peers: bool) -> dict[str, Any]:
+    def fake(name: str) -> dict[str, Any]:
         return {"name": name, "figures": {"bytes_moved": 0.0, "unknown": float("nan")}}
 
     monkeypatch.setattr("foveate.bench.run", fake)
@@ -263,31 +299,6 @@ def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.M
     assert json.loads((tmp_path / "b.json").read_text())["name"] == "switch"
     assert "bytes_moved" in run("bench", "switch").stdout
     assert run("bench", "switch", "--out", tmp_path / "no" / "b.json").exit_code == 2
-
-
-def test_bench_hands_parts_and_share_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(
-        "foveate.bench.activations.measure", lambda **options: asked.append(options) or Measured({"budget_met": 1.0})
-    )
-    assert "budget_met" in run("bench", "activations", "--part", "budgets", "--part", "times", "--share", "0.5").stdout
-    assert run("bench", "activations").exit_code == 0
-    assert asked == [{"parts": ["budgets", "times"], "share": 0.5}, {}]
-    refused = run("bench", "switch", "--part", "times")
-    assert refused.exit_code == 2
-    assert "only activations" in refused.stderr
-
-
-def test_bench_draws_peers_and_nothing_else(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    turn = {"bits": 8, "bytes": 10, "rows": 1, "seconds": 1.0, "bandwidth": 12.0}
-    rounds = [turn | {"form": form} for form in ("foveate 4", "foveate 8", "a peer")]
-    monkeypatch.setattr("foveate.bench.run", lambda name, peers: {"name": name, "figures": {}, "rounds": rounds})
-    file = tmp_path / "speed.svg"
-    assert run("bench", "peers", "--plot", file).exit_code == 0
-    assert "a peer" in file.read_text()
-    refused = run("bench", "switch", "--plot", file)
-    assert refused.exit_code == 2
-    assert "the benchmark peers measures, not switch" in refused.stderr
 
 
 def test_bench_lists_its_names(run: Run) -> None:
@@ -318,7 +329,7 @@ def test_an_interruption_exits_130(run: Run, folder: Path, monkeypatch: pytest.M
     def interrupted(*_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect_command, "folder_bytes", interrupted)
+    monkeypatch.setattr(inspect_command, "opened", interrupted)
     result = run("inspect", folder)
     assert result.exit_code == 130
     assert "Traceback" not in result.output

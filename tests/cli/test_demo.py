@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import foveate as fv
-from foveate.cli import demo, demo_model
-from foveate.cli.demo_model import Corpus, Progress, Recipe, corpus, new_model, orthogonal, train, trained, windows
+from foveate.cli import demo
+from foveate.cli.demo import cache
+from foveate.cli.demo.cache import trained
+from foveate.cli.demo.corpus import Corpus, corpus, windows
+from foveate.cli.demo.training import Progress, Recipe, new_model, orthogonal, train
 
 TINY = Recipe(width=64, hidden=128, layers=1, heads=2, window=48, batch=4, steps=12, seconds=60)
 
@@ -75,7 +78,7 @@ def test_a_kept_model_is_used_again(tmp_path: Path, text: Corpus, monkeypatch: p
     def never(*_: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr(demo_model, "train", never)
+    monkeypatch.setattr(cache, "train", never)
     second = trained(TINY, text, tmp_path, watch=ignore, notice=notices)
     assert second.cached
     assert not first.cached
@@ -149,9 +152,9 @@ def test_a_library_without_source_is_refused(tmp_path: Path) -> None:
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert demo_model.default_cache() == Path("/somewhere/foveate/demo")
+    assert cache.default_cache() == Path("/somewhere/foveate/demo")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert demo_model.default_cache() == Path.home() / ".cache" / "foveate" / "demo"
+    assert cache.default_cache() == Path.home() / ".cache" / "foveate" / "demo"
 
 
 @pytest.mark.parametrize("shape", [(2, 24, 24), (1, 16, 64), (3, 64, 16)])

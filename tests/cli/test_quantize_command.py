@@ -81,10 +81,24 @@ def test_a_budget_of_loss_is_measured_and_kept(run: Run, original: Path, text_fi
     assert found["divergence"] < found["bound"] <= found["limit"] == 0.05
     assert "measured over predicted loss" in result.stderr
     assert fv.read_head(tmp_path / "out").plan.bits == pytest.approx(json.loads(result.stdout)["map"]["bits"])
-    again = run("quantize", original, tmp_path / "out", *words)
+    again = run("quantize", original, tmp_path / "out", *words, "--force")
     assert "with twice the standard error, within it" in " ".join(again.stdout.split())
     said = run("allocate", tmp_path / "out", "--loss", 0.05, "--dry-run")
     assert "foveate eval measures" in " ".join(said.stdout.split())
+
+
+def test_a_model_that_is_there_is_replaced_only_if_told(
+    run: Run, original: Path, folder: Path, text_file: Path
+) -> None:
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    result = run("quantize", original, folder, "--data", text_file, *FAST)
+    assert result.exit_code == 2
+    assert result.stderr == f"error: {folder} holds a model already: give another folder, or --force to replace it\n"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    result = run("quantize", original, folder, "--data", text_file, *FAST, "--force", "--bits", 99)
+    assert result.exit_code == 0, result.output
+    assert "a budget of 99 bits is more than every weight at 8 bits takes" in result.stderr
+    assert (folder / "foveate.json").read_bytes() != before["foveate.json"]
 
 
 def test_memory_that_is_too_little(run: Run, original: Path, text_file: Path, tmp_path: Path) -> None:
@@ -112,8 +126,10 @@ def test_skip_leaves_a_module(run: Run, original: Path, text_file: Path, tmp_pat
         (("--data", "{text}", "--length", "4000"), "more than the 128 positions"),
         (("--data", "{text}", "--group", "48"), "48"),
         (("--data", "{text}", "--keep-map"), "needs a budget"),
+        (("--data", "{text}", "--check"), "needs a budget"),
         (("--data", "{text}", "--bits", "4", "--loss", "0.1"), "exactly one of"),
         (("--data", "{text}", "--bytes", "much"), "not a number of bytes"),
+        (("--data", "{text}", "--memory", "much"), "not a number of bytes"),
         (("--data", "{text}", "--bits", "-1"), "positive"),
         (("--data", "{text}", "--samples", "none"), "--samples"),
         (("--data", "{text}", "--length", "32", "--skip", "nothing"), "matches none"),

@@ -7,11 +7,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from foveate.cli.demo_model import Recipe
 
 import foveate
 from conftest import Run
 from foveate.cli import app, demo
-from foveate.cli.demo_model import Recipe
 
 OURS = str(Path(foveate.__file__).parent / "nn" / "cache.py")
 THEIRS = "/somewhere/site-packages/transformers/generation/utils.py"

@@ -51,6 +51,21 @@ def test_objectives() -> None:
         Logits().outcome(["text"], None)
 
 
+def test_of_a_tuple_the_first_tensor_with_dimensions_is_compared() -> None:
+    loss, rows, states = torch.tensor(1.5), torch.randn(2, 3, 4), torch.randn(1, 2, 5)
+    for objective in (Logits(), Embedding()):
+        assert torch.equal(objective.outcome((rows, states), None), rows.flatten(0, 1))
+        assert torch.equal(objective.outcome((loss, rows), None), rows.flatten(0, 1))
+        assert torch.equal(objective.outcome({"loss": loss, "out": rows}, None), rows.flatten(0, 1))
+        reference, outcome = (objective.outcome(one, None) for one in ((loss, rows), (loss, 2 * rows)))
+        assert objective.agreement(reference, outcome).all()
+        for nothing in ((), (loss,), {}, object()):
+            with pytest.raises(DataError, match="without a tensor of rows"):
+                objective.outcome(nothing, None)
+        with pytest.raises(DataError, match="a single number"):
+            objective.outcome(loss, None)
+
+
 def test_outputs_that_are_mappings_are_read_by_their_keys() -> None:
     tokens, sentence = torch.randn(2, 3, 4), torch.randn(2, 4)
     output = {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "token_embeddings": tokens}

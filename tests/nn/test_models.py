@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.planes import HUGE_PAGE, arena
+from tiny import tokens
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
 
@@ -71,14 +72,18 @@ def test_embeddings_alone() -> None:
 
 
 def test_a_weight_that_another_module_uses_stays() -> None:
-    class Scaled(nn.Embedding):
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(50, 64))
+
         def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) * 8
+            return self.weight[input]
 
     class Tied(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = Scaled(50, 64)
+            self.embed = Looked()
             self.inner = nn.Linear(64, 64)
             self.head = nn.Linear(64, 50, bias=False)
             self.head.weight = self.embed.weight
@@ -102,19 +107,23 @@ def test_torchs_encoder_layer_runs() -> None:
         assert whole(x).shape == x.shape
 
 
-def test_a_weight_read_past_its_module_is_refused_with_advice() -> None:
+def test_a_weight_read_past_its_module_stays_and_planes_are_refused_with_advice() -> None:
     class Direct(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.embed = nn.Embedding(50, 64)
+            self.inner = nn.Linear(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            return F.linear(self.embed(x), self.embed.weight)
+            return F.linear(self.inner(self.embed(x)), self.embed.weight)
 
     model = Direct()
-    fv.quantize(model, [torch.randint(0, 50, (4, 7))], progress=False)
-    with pytest.raises(fv.FoveateError, match="skip="):
-        model(torch.tensor([1]))
+    profile = fv.quantize(model, [torch.randint(0, 50, (4, 7))], progress=False)
+    assert [s.name for s in profile.weight_sites()] == ["inner:weight"]
+    assert any("embed" in note and "linear in Direct" in note for note in profile.notes)
+    assert model(torch.tensor([1])).shape == (1, 50)
+    with pytest.raises(fv.FoveateError, match=r"linear was given inner:weight, which is on planes.*skip="):
+        F.linear(torch.randn(1, 64), model.inner.weight)
 
 
 def test_hooks_and_keywords_go_on_working() -> None:
@@ -167,3 +176,22 @@ def test_big_blocks_are_private_and_ask_for_huge_pages() -> None:
             assert "hg" in line.split()
             return
     pytest.fail("the block is in no mapping")
+
+
+def test_t5_whose_embedding_is_reached_through_other_modules() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=50, **sizes, decoder_start_token_id=0)).eval()
+    original = copy.deepcopy(model)
+
+    def batches(seed: int) -> list[dict[str, Tensor]]:
+        ids, answers = tokens(4, 20, seed=seed), tokens(4, 16, seed=seed + 1)
+        return [{**batch, "decoder_input_ids": other["input_ids"]} for batch, other in zip(ids, answers, strict=True)]
+
+    profile = fv.quantize(model, batches(1), progress=False)
+    assert not any("never reached" in note for note in profile.notes)
+    # codes were fitted to 64 rows of 32 columns, and the embedding's look-ups were not fitted to at all
+    found = fv.verify(model, profile.uniform(4), batches(3), reference=original, progress=False)
+    assert found.predicted == pytest.approx(found.measured.divergence, rel=0.5)

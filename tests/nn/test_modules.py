@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -278,3 +280,27 @@ def test_bytes_resident_are_the_bytes_of_the_model() -> None:
         tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
         true = sum(t.numel() * t.element_size() for t in tensors.values())
         assert profile.uniform(8).bytes_resident == true
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda w: w.data,
+        lambda w: w.t(),
+        lambda w: w.norm(),
+        lambda w: w.squeeze(1),
+        lambda w: w[:, 0],
+        lambda w: w * 2,
+        lambda w: 2 * w,
+        lambda w: torch.randn(3, 40) @ w.t(),
+        lambda w: torch.randn(3, 24) @ w,
+    ],
+)
+def test_a_weight_that_is_read_as_a_tensor_refuses_in_a_sentence(read: Callable[[Any], Any]) -> None:
+    model = nn.Sequential(nn.Linear(40, 24))
+    fv.quantize(model, [torch.randn(8, 40)], progress=False)
+    with pytest.raises(fv.FoveateError, match="weight on planes"):
+        read(model[0].weight)
+    assert not hasattr(model[0].weight, "data")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        model[0].weight.nothing  # noqa: B018

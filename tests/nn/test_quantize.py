@@ -398,3 +398,10 @@ def test_padding_rows_of_an_embedding() -> None:
     assert model[0].padding_idx == 0
     # a row of zeros is constant: exact at every level
     assert float(model[0](torch.tensor([0])).detach().abs().max()) == 0
+
+
+def test_a_note_says_how_many_rows_descent_would_have_needed() -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    profile = fv.quantize(model, [torch.randn(40, 64)], objective=fv.Logits(), progress=False)
+    (note,) = [note for note in profile.notes if "fewer rows" in note]
+    assert note.startswith("0 (40 rows, 64 columns) had fewer rows of input than columns")

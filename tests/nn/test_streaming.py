@@ -294,7 +294,7 @@ _CHILD = """
 import json, sys, gc
 import torch
 import foveate as fv
-from foveate.bench.alone import forget_peak, peak
+from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.nn import calibration
 from torch import nn
@@ -316,12 +316,12 @@ plans, choose = [], calibration.plan
 calibration.plan = lambda *numbers: plans.append(choose(*numbers)) or plans[-1]
 gc.collect()
 before = psutil.Process().memory_info().rss
-forget_peak()
+reset_peak_memory()
 extra = None if sys.argv[1] == "none" else int(sys.argv[1])
 limit = None if extra is None else before + extra
 profile = fv.quantize(model, batches, objective=fv.Logits(), progress=False, memory=limit)
 total = {n: float(t.double().sum()) for n, t in profile.losses.items()}
-taken = peak() - before
+taken = peak_memory() - before
 print(json.dumps({"peak": taken, "passes": len(plans[0].shares), "losses": total, "notes": profile.notes}))
 """
 

@@ -62,7 +62,7 @@ def profile_of(sites: tuple[Site, ...]) -> Profile:
 @pytest.mark.parametrize("layers", [1, 8, 80])
 def test_the_page_is_well_formed_and_complete(layers: int) -> None:
     profile = profile_of(model(layers))
-    plan = fv.allocate(profile, fv.Budget(bits=5.5), levels=(0, 2, 3, 4, 6, 8))
+    plan = fv.allocate(profile, fv.Budget(bits=5.5), fv.Constraints(levels=(0, 2, 3, 4, 6, 8)))
     outcome = fv.Outcome(0.0123, 0.001, 0.9, 1.5, 512)
     measured = [Measured("chosen", plan, outcome, True), Measured("reference", None, replace(outcome, divergence=0.0))]
     page = html(plan, title="tiny", profile=profile, frontier=fv.frontier(profile, 8), measured=measured)

@@ -23,7 +23,7 @@ def test_losses_are_the_sums_of_their_tiles(factored: bool) -> None:
         w.tags.fill_(level)
         return w.dequantize()
 
-    table = tile_losses(original, at_level, fishers, 32)
+    table = tile_losses(original, at_level, fishers, 32)[0]
     assert table.shape == (9, 6)
     for column, level in enumerate(WEIGHT_LEVELS):
         error = original - (at_level(level) if level else 0)
@@ -43,7 +43,7 @@ def test_with_a_covariance_the_tiles_of_a_strip_add_up_to_its_whole_form() -> No
         w.tags.fill_(level)
         return w.dequantize()
 
-    whole = tile_losses(original, at_level, [Factored(g, h.diagonal())], 32, [h])
+    whole = tile_losses(original, at_level, [Factored(g, h.diagonal())], 32, [h])[0]
     for column, level in enumerate(WEIGHT_LEVELS):
         error = (original - (at_level(level) if level else 0)).double()
         expected = 0.5 * g.double() * (error @ h.double() * error).sum(1)
@@ -67,7 +67,7 @@ def test_with_gradients_the_tiles_of_a_block_add_up_to_its_whole_form(size: int)
         w.tags.fill_(level)
         return w.dequantize()
 
-    table = tile_losses(original, at_level, [Factored(full.diagonal(), h.diagonal())], 32, [h], [kept])
+    table = tile_losses(original, at_level, [Factored(full.diagonal(), h.diagonal())], 32, [h], [kept])[0]
     for column, level in enumerate(WEIGHT_LEVELS):
         error = (original - (at_level(level) if level else 0)).double()
         form = full.double() * (error @ h.double() @ error.t())
@@ -79,7 +79,7 @@ def test_errors_that_cancel_count_less_where_f_has_no_factors_too() -> None:
     error, h = torch.randn(16, 64), torch.ones(64, 64) + torch.eye(64)
     error -= error.mean(1, keepdim=True)  # all inputs move together, and so the errors cancel
     table = [
-        tile_losses(torch.zeros(16, 64), lambda level: -error, [torch.ones(16, 64)], 32, covariances)
+        tile_losses(torch.zeros(16, 64), lambda level: -error, [torch.ones(16, 64)], 32, covariances)[0]
         for covariances in ((), [h])
     ]
     column = WEIGHT_LEVELS.index(4)
@@ -105,3 +105,26 @@ def test_losses_fall_with_the_level() -> None:
         total = table.sum(0)
         assert bool((total[1:] < total[:-1]).all())
         assert bool((table >= 0).all())
+
+
+def test_what_cancels_by_chance_costs_no_more_elsewhere_than_if_errors_were_unrelated() -> None:
+    generator = torch.Generator().manual_seed(0)
+    error, x = torch.randn(16, 64, generator=generator), torch.randn(80, 64, generator=generator)
+    h = x.t() @ x / len(x)
+    error = error @ torch.linalg.inv(h + 0.05 * torch.eye(64))  # small on what was seen
+    use = Factored(torch.ones(16), h.diagonal())
+    column = WEIGHT_LEVELS.index(4)
+
+    def losses(elsewhere: float, covariance: Tensor | None) -> tuple[float, float]:
+        table, seen = tile_losses(
+            torch.zeros(16, 64), lambda level: -error, [use], 32, [covariance], elsewhere=elsewhere
+        )
+        return float(table[:, column].sum()), float(seen[column])
+
+    apart, alike = losses(4.0, None)
+    assert apart == pytest.approx(alike, rel=1e-5)  # nothing was fitted
+    here, seen = losses(1.0, h)
+    assert here == pytest.approx(seen, rel=1e-5)
+    assert apart > 4 * here
+    assert losses(1.5, h) == pytest.approx((1.5 * here, here), rel=1e-5)
+    assert losses(100.0, h) == pytest.approx((apart, here), rel=1e-5)

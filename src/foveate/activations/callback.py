@@ -44,7 +44,7 @@ class CompressActivations:
     (its `report_to` integrations) have taken their copy by then.
 
     Args:
-        settings: those of `foveate.compress_activations`, which this passes on: `error=0.1`, `levels=...`.
+        settings: the keywords of `foveate.compress_activations`, which this passes on: `error=0.1`, `options=...`.
 
     Attributes:
         store: of the model that is trained; None before training begins.

@@ -105,7 +105,7 @@ class Site:
     @property
     def group(self) -> int:
         """The group that the statistics of its values ask for."""
-        return self.seen.form.group
+        return self.seen.group
 
     @property
     def layer(self) -> str:

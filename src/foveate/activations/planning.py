@@ -19,6 +19,7 @@ from foveate.activations.policy import LEVELS, within_bytes, within_error
 from foveate.activations.settings import Settings
 from foveate.activations.steps import Step
 from foveate.activations.timeline import Timeline
+from foveate.errors import SiteError
 
 #: Audits before predictions are trusted enough to audit only now and then.
 _FIRST_AUDITS = 4
@@ -44,7 +45,7 @@ class Planner:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self.ledger = Ledger(settings.window, settings.default, settings.relative_to)
+        self.ledger = Ledger(settings.options.window, settings.default, settings.relative_to)
         self.levels: dict[str, int] = {}
         self.unseen = set(settings.levels or ()) - {"*"}  # which one level for all is
 
@@ -59,6 +60,15 @@ class Planner:
         chosen = self.levels.get(name)
         return self.ledger.default_of(self.ledger.sites[name]) if chosen is None else chosen
 
+    def unseen_patterns(self, step: Step) -> SiteError | None:
+        """The error, after the first step, that a pattern of the settings names none of its sites; None if all do."""
+        if step.number or not self.unseen:
+            return None
+        patterns, sites = ", ".join(map(repr, sorted(self.unseen))), list(step.kept)
+        return SiteError(
+            f"pattern {patterns} in levels matches none of {len(sites)} sites, which are like {', '.join(sites[:3])}"
+        )
+
     def step(self, number: int, can_pass: bool) -> Step:
         """What a step measures.
 
@@ -72,15 +82,15 @@ class Planner:
         learning = number == 0 or (can_pass and self.ledger.unprobed())
         early = settings.error is not None and number & (number - 1) == 0
         trusted = len(self.ledger.trust.logs) >= _FIRST_AUDITS
-        audited = not learning and can_pass and (not trusted or early or number % settings.audit_every == 0)
+        audited = not learning and can_pass and (not trusted or early or number % settings.options.audit_every == 0)
         if settings.bytes is not None:
             audited = False  # it would hold the exact tensors
             if number == RECORDED_STEP:
                 return Step(number)  # whose peak is recorded
-        profiled = learning or audited or early or number % settings.profile_every == 0
+        profiled = learning or audited or early or number % settings.options.profile_every == 0
         probed: tuple[str, ...] = ()
         if profiled and number and can_pass:
-            probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning or early else settings.probes))
+            probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning or early else settings.options.probes))
         return Step(number, profiled, audited, probed, self.foretold())
 
     def read_late(self, payloads: Iterable[Payload]) -> None:
@@ -102,9 +112,9 @@ class Planner:
         settings, sites = self._settings, self.ledger.saved_sites()
         if settings.error is not None:
             allowed = settings.error * min(self.ledger.trust.factor, _MOST_TRUST)
-            self.levels = dict(within_error(sites, allowed, settings.granularity).levels)
+            self.levels = dict(within_error(sites, allowed, settings.options.granularity).levels)
         elif settings.bytes is not None and timeline is not None and not self.ledger.unprobed():
-            self.levels = dict(within_bytes(sites, timeline, settings.bytes, settings.granularity).levels)
+            self.levels = dict(within_bytes(sites, timeline, settings.bytes, settings.options.granularity).levels)
 
     def foretold(self) -> float:
         """The relative error that the ledger predicts for the levels in use."""

@@ -4,33 +4,38 @@
 
 With it a later run of the same model has no first steps to learn in. It is JSON: what errors are relative to (a file of
 one metric is refused where another is asked for), for each site bytes, errors and what was measured locally, for each
-family how much of a local error reaches the parameters, and how audits came out.
+family how much of a local error reaches the parameters, and how audits came out. It has its own SHA-256, and says how
+the parameters of its model are shaped: one that was altered, or is of another model, is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from foveate.activations.ledger import Ledger, Site, recent
 from foveate.activations.payloads import GROUPED_LEVELS
 from foveate.activations.policy import LEVELS
 from foveate.activations.rules import rule_of
 from foveate.errors import CheckpointError
+from foveate.files import parse_json, read_regular, replacing
 
-_VERSION = 2
+_VERSION = 3
+_LARGEST_FILE = 1 << 26
+#: Beyond all bytes and errors of any model.
+_LARGEST = 1e300
 
 
-def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
-    """Write what a ledger knows; the file is exchanged in one step.
+def save_profile(ledger: Ledger, model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write what a ledger knows of a model; the file is exchanged in one step.
 
     Raises:
         CheckpointError: the file cannot be written.
@@ -46,19 +51,29 @@ def save_profile(ledger: Ledger, path: str | os.PathLike[str]) -> None:
         "foveate_saved_profile": _VERSION,
         "levels": list(LEVELS),
         "relative_to": ledger.relative_to.value,
+        "parameters": _shapes_of(model),
         "sites": sites,
         "families": families,
         "audits": list(ledger.trust.logs),
     }
-    temporary = ""
+    content = _finite(content)
     try:
-        with tempfile.NamedTemporaryFile("w", dir=target.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            json.dump(_finite(content), file, indent=1, allow_nan=False)
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            temporary.write_text(json.dumps({**content, "sha256": profile_checksum(content)}, indent=1), "utf-8")
     except OSError as error:
-        Path(temporary).unlink(missing_ok=True) if temporary else None
         raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
+def profile_checksum(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a profile, less its own entry `sha256`."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _shapes_of(model: nn.Module) -> str:
+    """What tells a model from others, whatever it is wrapped in: the shapes of its parameters."""
+    shapes = sorted(list(p.shape) for p in model.parameters())
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()
 
 
 def _site_to_json(ledger: Ledger, site: Site) -> dict[str, Any]:
@@ -87,17 +102,21 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def load_profile_into(ledger: Ledger, path: str | os.PathLike[str]) -> None:
+def load_profile_into(ledger: Ledger, model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Read a file that `save_profile` wrote into an empty ledger.
 
     Raises:
-        CheckpointError: there is no such file, or it is not a profile of this version, or was measured relative to
-            something else, or numbers make no sense.
+        CheckpointError: there is no such file, or it is not a profile of this version, or damaged, or of another model,
+            or was measured relative to something else, or numbers make no sense.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(read_regular(Path(path), _LARGEST_FILE))
         if not isinstance(content, dict) or content.get("foveate_saved_profile") != _VERSION:
             raise CheckpointError(f"{path} is not a profile of saved tensors of version {_VERSION}")
+        if content.get("sha256") != profile_checksum(content):
+            raise CheckpointError(f"{path} is damaged: its checksum does not match")
+        if content["parameters"] != _shapes_of(model):
+            raise CheckpointError(f"{path} was measured of another model: its parameters have other shapes")
         found = content["relative_to"]
         if found != ledger.relative_to.value:
             raise CheckpointError(
@@ -111,7 +130,7 @@ def load_profile_into(ledger: Ledger, path: str | os.PathLike[str]) -> None:
             family.transfer.extend(_number(value) for value in transfers)
             family.probed_at = 0
         ledger.trust.logs.extend(_number(value, signed=True) for value in content["audits"])
-    except (OSError, UnicodeDecodeError) as error:
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a profile of saved tensors: {error!r}") from error
@@ -137,6 +156,6 @@ def _levels(values: Any) -> Tensor:
 
 
 def _number(value: Any, signed: bool = False) -> float:
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or (value < 0 and not signed):
+    if type(value) not in (int, float) or not -_LARGEST < value < _LARGEST or (value < 0 and not signed):
         raise ValueError(f"{value!r} is not a number that a profile can hold")
     return float(value)

@@ -77,6 +77,8 @@ class SavedReport:
         bound: the error that was asked for; None where levels were given.
         audits: all so far.
         relative_to: what errors are relative to.
+        bytes_compiled: of `bytes_after`, what compiled functions hold, which is kept as it is; see
+            `compress_activations`.
     """
 
     step: int
@@ -86,6 +88,7 @@ class SavedReport:
     bound: float | None
     audits: tuple[SavedAudit, ...]
     relative_to: Relative = Relative.EACH_PARAMETER
+    bytes_compiled: int = 0
 
     @property
     def ratio(self) -> float:
@@ -122,6 +125,7 @@ class SavedReport:
             "step": self.step,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bytes_compiled": self.bytes_compiled,
             "ratio": self.ratio,
             "bound": self.bound,
             "relative_to": self.relative_to.value,
@@ -168,6 +172,8 @@ class SavedReport:
         known = not lossy or len(self.unmeasured) < len(lossy)
         predicted = f"{self.predicted:.3g}" if known else "not measured"
         of = "each parameter's" if self.relative_to is Relative.EACH_PARAMETER else "the whole"
+        if self.bytes_compiled:
+            sizes += f" ({format_bytes(self.bytes_compiled)} of it by compiled functions, which cannot be made smaller)"
         return f"step {self.step}: {sizes}; predicted error of {of} gradient {predicted}{bound}{unmeasured}"
 
     def _foot(self) -> str:
@@ -229,6 +235,7 @@ def report_of(
         bound,
         tuple(SavedAudit(*audit) for audit in audits),
         ledger.relative_to,
+        0 if step is None else step.held_compiled,
     )
 
 

@@ -1,4 +1,4 @@
-"""What the values of one site are like, over the last profiled batches, and the form that they ask for.
+"""What the values of one site are like, over the last profiled batches, and the size of groups that they ask for.
 
 Each group of g values is stored with its own least value and step, so the noise of rounding follows the groups' ranges:
 its variance is R^2 / 6 B^2 on average, B = 2^bits - 1. Few values far from the others widen the range of every group
@@ -7,10 +7,9 @@ are is read off the histogram, as if values came in any order:
 
     P(all g values within [a, b]) = (F(b) - F(a))^g,   from which follows E[R^2]
 
-Bits and noise are exchanged at the rate at which a bit divides the noise's variance by 4. So the form is the group that
-makes E[R^2] 4^(32 / g) least, and the lowest level whose noise is not greater than the values' own deviation: below it
-a tensor's mean would serve as well. What a level does to the gradient is measured elsewhere (ledger.py); statistics
-choose the form, the gradient chooses the bits.
+Bits and noise are exchanged at the rate at which a bit divides the noise's variance by 4. So the group is the one that
+makes E[R^2] 4^(32 / g) least. What a level does to the gradient is measured elsewhere (ledger.py); statistics choose
+the group, the gradient chooses the bits.
 """
 
 from __future__ import annotations
@@ -32,19 +31,6 @@ _BINS = 1024
 _COARSE = 256  # cells of the entropy
 _CELLS = 128  # of the ranges
 _RANGE_BITS = 32  # a group's least value and step
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a site's values should be stored.
-
-    Attributes:
-        group: values that share a least value and a step.
-        lowest: the least of 2, 4, 8 and 16 bits whose noise is below the values' own deviation.
-    """
-
-    group: int
-    lowest: int
 
 
 @dataclass(frozen=True)
@@ -73,20 +59,11 @@ class Summary:
     entropy: float
     group_ranges: tuple[float, ...]
 
-    def noise(self, bits: int, group: int) -> float:
-        """The expected variance of stochastic rounding to `bits` bits in groups of one of `GROUPS`.
-
-        Values that are a group's extremes, as the zeros of a ReLU are, have none; that is not taken off.
-        """
-        return self.group_ranges[GROUPS.index(group)] / (6.0 * ((1 << bits) - 1) ** 2)
-
-    def form(self) -> Form:
-        """What the values ask for; the default form where they are constant or none."""
-        group = min(GROUPS, key=lambda g: self.group_ranges[GROUPS.index(g)] * 4 ** (_RANGE_BITS / g))
+    def group(self) -> int:
+        """The values that should share a least value and a step; the default where they are constant or none."""
         if not self.deviation:
-            return Form(_DEFAULT_GROUP, 2)
-        lowest = next((bits for bits in (2, 4, 8) if self.noise(bits, group) < self.deviation**2), 16)
-        return Form(group, lowest)
+            return _DEFAULT_GROUP
+        return min(GROUPS, key=lambda g: self.group_ranges[GROUPS.index(g)] * 4 ** (_RANGE_BITS / g))
 
     def to_json(self) -> dict[str, float | list[float]]:
         """The same as plain values."""
@@ -149,7 +126,7 @@ class Running:
         window: batches that count.
 
     Attributes:
-        form: what the values ask for; the default form before the first batch.
+        group: the values that should share a least value and a step; the default before the first batch.
 
     Raises:
         BudgetError: `window` is not at least 1.
@@ -159,12 +136,12 @@ class Running:
         if window < 1:
             raise BudgetError(f"window (={window}) must be at least 1")
         self._batches: deque[Summary] = deque(maxlen=window)
-        self.form = Form(_DEFAULT_GROUP, 2)
+        self.group = _DEFAULT_GROUP
 
     def see(self, x: Tensor) -> None:
         """Take one batch's values: float32, bfloat16 or float16, of any shape."""
         self._batches.append(_summarise(x.detach()))
-        self.form = self.summary().form()
+        self.group = self.summary().group()
 
     def summary(self) -> Summary:
         """Of the batches in the window together; shares, entropy and ranges are means weighted by their values."""

@@ -109,6 +109,7 @@ class Step:
         records: of a profiled step, one a stored tensor.
         original: bytes of the storages that plain training would hold, each counted once; parameters are not.
         kept: by site.
+        compiled: the sites of `kept` whose tensors a function that was made by `torch.compile` reads in backward.
         begun, over: whether a backward of it has begun, and whether one is over: later ones are not measured.
     """
 
@@ -120,6 +121,7 @@ class Step:
     records: list[Record] = field(default_factory=list)
     original: int = 0
     kept: dict[str, Kept] = field(default_factory=dict)
+    compiled: set[str] = field(default_factory=set)
     begun: bool = False
     over: bool = False
     audit: float | None = None
@@ -138,6 +140,12 @@ class Step:
     def held(self) -> int:
         """Bytes held, measurements aside."""
         return sum(kept.held for kept in self.kept.values())
+
+    @property
+    def held_compiled(self) -> int:
+        """Bytes of them that are held for compiled functions, as they came."""
+        found = (self.kept[site] for site in self.compiled if site in self.kept)
+        return sum(kept.held for kept in found if kept.form == "exact")
 
     def stored(self, site: str, original: int, form: Form) -> None:
         """A tensor was stored."""
@@ -280,7 +288,7 @@ def _known(error_L: Tensor) -> Tensor:
 
 
 def arguments_of_backward(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[list[Tensor], list[Tensor | None] | None] | None:
     """The roots of a call of backward and their gradients; None of a call that extra passes should not precede (a graph
     of the gradient, or chosen inputs).

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.activations.attention import ATTENTION, Again, Attentions, are_sums
+from foveate.activations.compiled import CompiledParts, note_reader
 from foveate.activations.deriving import Recipes
 from foveate.activations.extra import can_run_again
 from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
@@ -51,7 +52,7 @@ from foveate.activations.settings import Settings
 from foveate.activations.steps import EXACT, Record, Step, arguments_of_backward
 from foveate.activations.tracking import Tracking
 from foveate.activations.watching import gradient_watcher
-from foveate.errors import BudgetError
+from foveate.errors import BudgetError, FoveateError
 
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,22 +68,23 @@ class ActivationStore:
         self.model, self.settings = model, settings
         self.planner = Planner(settings)
         if profile is not None:
-            load_profile_into(self.planner.ledger, profile)
+            load_profile_into(self.planner.ledger, model, profile)
             self.planner.decide(None)
         self.steps = 0
         self.audits: list[tuple[int, float, float]] = []
         self.latest: Step | None = None
-        watched = ELEMENTWISE | NORMS if settings.recompute else frozenset()
+        watched = ELEMENTWISE | NORMS if settings.options.recompute else frozenset()
         self._scope = Scope(model, self._backward, self._called, watched)
         self._tracking = Tracking(model)
         if settings.bytes is not None:
             self._scope.between = self._tracking.between
-        self._refused: BudgetError | None = None
+        self._refused: FoveateError | None = None
+        self._compiled = CompiledParts(settings)
         self._attentions = Attentions(self._view)
         self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
         self._shelf: Shelf[Payload] = Shelf()
-        self._random = random.Random(settings.seed)
+        self._random = random.Random(settings.options.seed)
         self._step: Step | None = None
         self._reading = ""
         self._last: tuple[Form, Tensor] | None = None
@@ -160,7 +162,7 @@ class ActivationStore:
 
     def _derived(self, tensor: Tensor, interval: Interval, need: Need, name: str, step: Step) -> Payload | None:
         """A payload that holds nothing, where the tensor is a cheap function of others that are rounded."""
-        if need is not Need.VALUES or interval.length < self.settings.smallest:
+        if need is not Need.VALUES or interval.length < self.settings.options.smallest:
             return None
         recipe = self._recipes.find(tensor)
         if recipe is None or not self._may_run_again(recipe.roots):
@@ -171,7 +173,7 @@ class ActivationStore:
     def _again(self, tensor: Tensor, interval: Interval, call: Call) -> Again | None:
         """How a result of attention that it saves is computed again, where its arguments are rounded."""
         call.tensors.append(tensor)
-        whole = self.settings.recompute and interval.dense and interval.start == 0
+        whole = self.settings.options.recompute and interval.dense and interval.start == 0
         form = self._attentions.form(call, tensor) if whole else None
         if form is None and are_sums(call, tensor):
             self.planner.ledger.raise_floor({source.item.site for source in call.packed}, FUSED_FLOOR)
@@ -213,7 +215,7 @@ class ActivationStore:
         if need is Need.INSIDE and bounds is None:
             need = Need.EXACT
         constant = not (tensor.requires_grad or rule.linear)
-        form, need = lossless(flat, need, bounds, constant, self.settings.smallest)
+        form, need = lossless(flat, need, bounds, constant, self.settings.options.smallest)
         payload = Payload(name, step, need, interval, form)
         if not interval.dense:
             payload.layout = (tensor.shape, tensor.stride())
@@ -232,7 +234,7 @@ class ActivationStore:
         """Store a float run at its site's level, with what the step measures beside it."""
         settings, step, name = self.settings, payload.step, payload.site
         site = self.planner.ledger.site(name, rule)
-        group = settings.group or site.group
+        group = settings.options.group or site.group
         site.count(grouped_bytes(flat.numel(), group, flat.element_size()), step.number)
         level = self.planner.level_of(name)
         if level < 8 * flat.element_size():
@@ -290,6 +292,7 @@ class ActivationStore:
                 self._begin(step)
             elif step.over:
                 self.planner.read_late(packed.source.item.rounded)
+            note_reader(step, packed.source.item.site)
         return self._view(packed.source)
 
     def _view(self, source: Source) -> Tensor:
@@ -319,18 +322,15 @@ class ActivationStore:
         """Backward is called: run the step's extra passes before it."""
         step = self._step
         if step is not None and not step.begun and step.wants_passes and self._can_pass:
-            found = arguments_of_backward(func, args, kwargs)
+            found = arguments_of_backward(args, kwargs)
             if found is not None:
                 parameters = list(self._parameters().values())
                 self._can_pass = can_run_again(found[0], parameters) and step.run_passes(*found, parameters, self._read)
         try:
-            result = func(*args, **kwargs)
+            return func(*args, **kwargs)
         except BaseException:
             self._abandon()
             raise
-        if self._refused is not None:
-            raise self._refused
-        return result
 
     def _read(self, what: str) -> None:
         self._reading, self._last = what, None
@@ -381,9 +381,10 @@ class ActivationStore:
                 self.planner.decide(self._tracking.timeline)
             except BudgetError as refused:
                 self._refused = refused
-        if self.planner.unseen and step.number == 0:
-            names = ", ".join(sorted(self.planner.unseen))
-            warnings.warn(f"no saved tensor is named by {names}", RuntimeWarning, stacklevel=2)
+        self._refused = self._refused or self.planner.unseen_patterns(step)
+        self._compiled.finished(step)
+        if self._refused is not None:
+            raise self._refused
 
     def save_profile(self, path: str | os.PathLike[str]) -> None:
         """Write what was measured of the model's sensitivity, for `compress_activations(profile=)` and for people.
@@ -391,7 +392,7 @@ class ActivationStore:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        save_profile(self.planner.ledger, path)
+        save_profile(self.planner.ledger, self.model, path)
 
     def report(self) -> SavedReport:
         """What the latest finished step kept, and what that is predicted and was audited to do to the gradient."""

@@ -4,37 +4,35 @@ frees.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from foveate.allocate.constraints import DEFAULT_CONSTRAINTS, Constraints, check_constraints
 from foveate.allocate.inputs import levels_of_inputs
 from foveate.allocate.problem import build
 from foveate.allocate.solve import ordered_steps, take
 from foveate.errors import BudgetError
-from foveate.formats.levels import NESTED_LEVELS
 from foveate.maps import Frontier, Profile
 
 
-def frontier(
-    profile: Profile,
-    points: int = 16,
-    *,
-    levels: Sequence[int] = NESTED_LEVELS,
-    per_tile: bool = True,
-    tie: Sequence[Sequence[str]] = (),
-    input_level: int | None = None,
-    input_bits: float | None = None,
-    input_levels: Sequence[int] = (4, 8, 16),
-) -> Frontier:
+def frontier(profile: Profile, points: int = 16, constraints: Constraints = DEFAULT_CONSTRAINTS) -> Frontier:
     """A chain of at most `points` maps, evenly spread over bytes. Being prefixes of one order of steps they are nested:
     a cheaper map is nowhere above a dearer one.
 
-    Arguments are those of `foveate.allocate`.
+        chain = fv.frontier(profile, 8, fv.Constraints(input_bits=6.0))
+
+    Args:
+        profile: what `foveate.quantize` measured.
+        points: the most maps, at least 2.
+        constraints: what every map must keep to, as for `foveate.allocate`.
+
+    Raises:
+        BudgetError: too few points, `constraints` are no `Constraints`, or the profile does not say what inputs cost.
+        SiteError: a pattern of `constraints.tie` names no weight.
     """
     if points < 2:
         raise BudgetError(f"points (={points}) must be at least 2")
-    problem = build(profile, levels, per_tile, tie, levels_of_inputs(profile, input_level, input_bits, input_levels))
+    check_constraints(constraints)
+    problem = build(profile, constraints, levels_of_inputs(profile, constraints))
     steps = ordered_steps(problem)
     spent = steps.cost.cumsum(0)
     total = float(spent[-1]) if len(spent) else 0.0

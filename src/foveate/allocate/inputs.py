@@ -1,46 +1,40 @@
 """Levels of inputs under an average of bits: the same solver as for weights, with bits of values in place of bytes.
 
 An average is over the values that products read: a convolution reads each pixel as often as its kernel covers it, q, k
-and v read their input three times. What a level costs is in the profile; `by_variance` replaces it by what the spread
-of the activations alone says.
+and v read their input three times. What a level costs is in the profile; `variance_proxy` replaces it by what the
+spread of the activations alone says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from foveate.allocate.problem import Problem
+from foveate.allocate.constraints import Constraints
+from foveate.allocate.problem import Choices
 from foveate.allocate.solve import solve_bytes
 from foveate.errors import BudgetError
-from foveate.formats.levels import INPUT_LEVELS, check_input_level, input_bits_of
+from foveate.formats.levels import INPUT_LEVELS, input_bits_of
 from foveate.maps import Profile
 
 
-def levels_of_inputs(
-    profile: Profile, level: int | None, bits: float | None, levels: Sequence[int]
-) -> dict[str, int] | None:
+def levels_of_inputs(profile: Profile, constraints: Constraints) -> dict[str, int] | None:
     """The level of each input: one for all, or chosen for an average; None if neither is asked for."""
-    if bits is not None:
-        if level is not None:
-            raise BudgetError("give input_level or input_bits, not both")
-        return choose_inputs(profile, bits, levels)
-    return None if level is None else dict.fromkeys((s.name for s in profile.input_sites()), check_input_level(level))
+    if constraints.input_bits is not None:
+        return choose_inputs(profile, constraints.input_bits, tuple(constraints.input_levels))
+    level = constraints.input_level
+    return None if level is None else dict.fromkeys((s.name for s in profile.input_sites()), level)
 
 
-def choose_inputs(profile: Profile, bits: float, levels: Sequence[int]) -> dict[str, int]:
-    """The level of every input: the least loss whose bits average at most `bits` over the values read.
+def choose_inputs(profile: Profile, bits: float, allowed: tuple[int, ...]) -> dict[str, int]:
+    """The level of every input among those allowed: the least loss whose bits average at most `bits` over the values
+    read.
 
     Raises:
         BudgetError: no level is low enough, or the profile does not say what inputs cost.
     """
-    allowed = tuple(sorted({check_input_level(level) for level in levels}))
-    if not allowed:
-        raise BudgetError("input_levels is empty: give at least one of 4, 8, 16, 32")
-    if isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 0 < bits < float("inf"):
-        raise BudgetError(f"input_bits (={bits}) must be a positive finite number")
     sites = profile.input_sites()
     if not sites:
         return {}
@@ -55,14 +49,14 @@ def choose_inputs(profile: Profile, bits: float, levels: Sequence[int]) -> dict[
     if not bool(torch.isfinite(losses).all()):
         raise BudgetError("the profile holds losses of inputs that are not finite")
     cost = torch.tensor([input_bits_of(level) for level in allowed], dtype=torch.float64) * read[:, None]
-    problem = Problem(allowed, losses.cummin(1).values, cost, {}, profile, None)
+    problem = Choices(allowed, losses.cummin(1).values, cost)
     note = f"no input levels average {bits:g} bits: the least is {input_bits_of(allowed[0]):g}"
     # an average that is a map's own must not fail by the last place of a float
     choice = solve_bytes(problem, bits * float(read.sum()) * (1 + 1e-9), note)
     return {s.name: allowed[i] for s, i in zip(sites, choice.tolist(), strict=True)}
 
 
-def by_variance(profile: Profile) -> Profile:
+def variance_proxy(profile: Profile) -> Profile:
     """The same profile with inputs' losses guessed from the variance of their activations alone, without gradients.
 
     A node whose activations spread by v is taken to lose v 4^-b at b bits for each value that a product reads: the

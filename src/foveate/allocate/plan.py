@@ -3,62 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
+from foveate.allocate.constraints import DEFAULT_CONSTRAINTS, Constraints, check_constraints
 from foveate.allocate.inputs import levels_of_inputs
 from foveate.allocate.problem import Problem, build
 from foveate.allocate.solve import solve_bytes, solve_loss
 from foveate.errors import BudgetError
-from foveate.formats.levels import NESTED_LEVELS
 from foveate.maps import Budget, PrecisionMap, Profile
 from foveate.sizes import format_bytes
 
-INPUT_CHOICE = (4, 8, 16)
 _ROUNDS = 8  # in practice two: inputs lose little beside weights
 
 
-def allocate(
-    profile: Profile,
-    budget: Budget,
-    *,
-    levels: Sequence[int] = NESTED_LEVELS,
-    per_tile: bool = True,
-    tie: Sequence[Sequence[str]] = (),
-    input_level: int | None = None,
-    input_bits: float | None = None,
-    input_levels: Sequence[int] = INPUT_CHOICE,
-) -> PrecisionMap:
+def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAULT_CONSTRAINTS) -> PrecisionMap:
     """Choose the level of every weight, or of every strip of its tiles, under a budget.
+
+        plan = fv.allocate(profile, fv.Budget(bits=4.25))
+        plan = fv.allocate(profile, fv.Budget(bytes="800MiB"), fv.Constraints(levels=(2, 4, 8)))
 
     Args:
         profile: what `foveate.quantize` measured.
         budget: bytes, bits or loss.
-        levels: the levels to choose among; add 0 to let tiles be dropped.
-        per_tile: whether tiles may differ within a weight, each strip of 16 rows with a level of its own.
-        tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight",
-            "*.k_proj:weight")]`.
-        input_level: the level of every input, 4, 8, 16 or 32; chosen by its weight's level if not given.
-        input_bits: the most bits that inputs average, over the values products read; each gets the level that loses
-            least within that, by what the profile measured (or see `foveate.by_variance`). On a CPU, levels under 8
-            save no time.
-        input_levels: the levels to choose among for that.
+        constraints: what the map must keep to beside it: levels to choose among, weights that share one, inputs.
 
     Returns:
         A map within the budget: everything is counted, scales, embeddings, index and what is not quantized.
 
     Raises:
         BudgetError: no map meets the budget; the message says the least possible. Or the profile does not say what
-            inputs cost, or `input_levels` were given without `input_bits`.
-        LevelError: `input_level` is none.
-        SiteError: a pattern in `tie` names no weight.
+            inputs cost, or an argument is not of its class.
+        SiteError: a pattern of `constraints.tie` names no weight, or a weight is in two groups.
     """
     if not isinstance(budget, Budget):
         raise BudgetError(f"budget (={budget!r}) is not a Budget, such as Budget(bits=4.25)")
-    if input_bits is None and tuple(input_levels) != INPUT_CHOICE:
-        raise BudgetError("input_levels are what input_bits chooses among: give input_bits too, or input_level")
-    problem = build(profile, levels, per_tile, tie, levels_of_inputs(profile, input_level, input_bits, input_levels))
+    check_constraints(constraints)
+    problem = build(profile, constraints, levels_of_inputs(profile, constraints))
     lowest = problem.to_map(torch.zeros(len(problem.loss_UL), dtype=torch.long))
     tiles_at_least = float(problem.cost_UL[:, 0].sum())
     if budget.loss is not None:

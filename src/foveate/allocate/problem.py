@@ -8,14 +8,15 @@ gain (docs/decisions.md). A unit's cost is bytes of planes and scales; the bytes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from foveate.allocate.constraints import Constraints
 from foveate.errors import BudgetError, SiteError
-from foveate.formats.levels import WEIGHT_LEVELS, check_weight_level
+from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.maps import FITTED, PrecisionMap, Profile, find_sites, input_level_for
 
 
@@ -73,23 +74,21 @@ class Problem(Choices):
                 given = self.input_levels
                 levels[site.name] = input_level_for(mean[weight]) if given is None else given[site.name]
         loss = float(self.predicted_UL.gather(1, choice_U[:, None]).sum()) + self.profile.predict_inputs(levels)
-        return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss)
+        return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss, self.profile.other_parameters)
 
 
-def build(
-    profile: Profile,
-    levels: Sequence[int],
-    per_tile: bool,
-    tie: Sequence[Sequence[str]],
-    input_levels: Mapping[str, int] | None,
-) -> Problem:
-    """Lay out the problem; see `foveate.allocate` for the arguments."""
-    levels = tuple(sorted({check_weight_level(level) for level in levels}))
-    if not levels:
-        raise BudgetError("levels is empty: give at least one of 0, 2, 3, 4, 6, 8")
+def build(profile: Profile, constraints: Constraints, input_levels: Mapping[str, int] | None) -> Problem:
+    """Lay out the problem.
+
+    Args:
+        profile: what was measured.
+        constraints: see `foveate.allocate`.
+        input_levels: the level of each input; None: each what its weight's level says.
+    """
+    levels = tuple(constraints.levels)
     columns = torch.tensor([WEIGHT_LEVELS.index(level) for level in levels])
     owner: dict[str, str] = {}
-    for number, patterns in enumerate(tie):
+    for number, patterns in enumerate(constraints.tie):
         for site in (s for pattern in patterns for s in find_sites(profile.weight_sites(), pattern)):
             if owner.setdefault(site.name, f"tie {number}") != f"tie {number}":
                 raise SiteError(f"{site.name} is in two tied groups")
@@ -102,7 +101,7 @@ def build(
         # a level may not look worse than a lower one: more planes can always be left unread
         losses.append(table.cummin(1).values)
         costs.append(torch.tensor(site.tile_costs(), dtype=torch.float64)[columns].expand(site.tiles, -1))
-        if per_tile and site.name not in owner:
+        if constraints.per_tile and site.name not in owner:
             together = site.grid[1] if FITTED in profile.statistics.get(site.name, {}) else 1
             unit_of[site.name] = count + torch.arange(site.tiles) // together
             count += site.tiles // together

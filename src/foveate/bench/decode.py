@@ -1,13 +1,10 @@
-"""A whole model, token by token: a Llama of 0.6 B random weights on planes, and the same in llama.cpp.
+"""A whole model, token by token: a Llama of 0.6 B random weights on planes.
 
-Both sides choose the likeliest token after a short prompt and go on, with the same number of threads, in rounds that
-alternate. Ours is what a user calls: transformers' `generate` with a static cache and a compiled forward, and one model
-for all levels, switched by `foveate.apply`. Theirs is `llama_decode`, with every matrix in one type, the output layer
-included; a type has more bytes than its bits say, and so does a level, so
+It chooses the likeliest token after a short prompt and goes on, as a user calls it: transformers' `generate` with a
+static cache and a compiled forward, and one model for all levels, switched by `foveate.apply`.
 
-    tokens_ratio_b4 = (our tokens/s over theirs) x (our bytes a token over theirs)
-
-and the bytes of both are figures too. `prefill512_ratio_b4` is not scaled: a long prompt waits for arithmetic.
+`tokens_per_second_b4` is what comes out of it, and `read_share_b4` the bytes that a token reads over its time, over the
+read bandwidth of memory in the same round.
 
 `non_kernel_share` is 1 - (time of foveate's ops / time of a token), at 4 bits. The calls that one pass of the model
 makes are recorded, with their arguments, and made again on their own, one after the other: what the ops themselves
@@ -16,30 +13,33 @@ take, with their call from Python, and without what comes between them. The time
 `peak_memory_over_computed` is of a fresh process that loads the model at 4 bits and decodes, not compiled (a compiler's
 own memory is no part of a model): its highest resident size beyond that before loading, over the bytes of the map, the
 cache, and what one token computes.
+
+Another implementation of the model can take its turn in every round (`Peer`). A level and its nearest type have
+different bytes, so
+
+    tokens_ratio_b4 = (our tokens/s over theirs) x (our bytes a token over theirs)
+
+and the bytes of both are figures too. `prefill512_ratio_b4` is not scaled: a long prompt waits for arithmetic.
 """
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foveate.bench.alone import run_alone
 from foveate.bench.bandwidth import Blocks, fastest_loop
-from foveate.bench.cases import require
-from foveate.bench.peers.child import SCRIPTS, Child, PeerError
-from foveate.bench.peers.environments import ENVIRONMENTS
+from foveate.bench.extras import require
+from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.bench.random_model import random_llama
 from foveate.bench.result import Measured
 from foveate.formats.levels import NESTED_LEVELS
@@ -50,9 +50,6 @@ from foveate.nn.registry import apply, registry_of
 from foveate.planes import arena
 from foveate.progress import track
 
-log = logging.getLogger("foveate")
-#: llama.cpp's nearest type to each level.
-TYPES = {2: "Q2_K", 3: "Q3_K_S", 4: "Q4_K_S", 6: "Q6_K", 8: "Q8_0"}
 #: The level of prefill, of the kernels' share and of memory.
 MIDDLE = 4
 
@@ -209,43 +206,43 @@ class Ours:
         with tempfile.TemporaryDirectory() as folder:
             save(self.model, Path(folder) / "model", keep=self.maps[level])
             sizes = (self.sizes.threads, self.sizes.prompt, self.sizes.tokens)
-            return run_alone("foveate.bench.decode_child", str(Path(folder) / "model"), *map(str, sizes))
+            return run_in_fresh_process(
+                "foveate.bench.fresh_process.decode", str(Path(folder) / "model"), *map(str, sizes)
+            )
 
 
-class Theirs:
-    """The model in llama.cpp, in a process of its own."""
+class Peer(Protocol):
+    """The same model in another library, ready to decode.
 
-    def __init__(self, sizes: Sizes, child: Child) -> None:
-        folder = ENVIRONMENTS["llama-cpp"].folder / "models"
-        self.sizes, self.child = sizes, child
-        if not folder.exists():
-            log.info("writing the model for llama.cpp in %d types, about two minutes", len(TYPES))
-        answer = child.ask("prepare", folder=str(folder), shape=asdict(sizes.shape), types=list(TYPES.values()))
-        self.bytes: dict[str, int] = answer["bytes"]
-        for kind in TYPES.values():
-            self.about = self.child.ask("load", type=kind, context=sizes.positions, threads=sizes.threads)
+    Attributes:
+        types: what figures call its nearest type to each level.
+        bytes: by type, what a token reads.
+        notes: things a reader of the figures should know of it.
+    """
+
+    types: Mapping[int, str]
+    bytes: Mapping[str, int]
+    notes: tuple[str, ...]
 
     def decode(self, level: int) -> float:
         """Seconds a token, after the first."""
-        answer = self.child.ask("decode", type=TYPES[level], prompt=self.sizes.prompt, tokens=self.sizes.tokens)
-        return float(answer["seconds"])
 
     def prefill(self, level: int) -> float:
         """Seconds to the first token after a long prompt."""
-        return float(self.child.ask("prefill", type=TYPES[level], tokens=self.sizes.prefill)["seconds"])
 
 
-def measure(sizes: Sizes | None = None, peer: bool = True) -> Measured:
-    """Measure both sides in turns, or ours alone where there is no environment for llama.cpp.
+def measure(sizes: Sizes | None = None, peer: Peer | None = None) -> Measured:
+    """Measure ours, alone or in turns with a peer.
 
     Args:
         sizes: how much is measured.
-        peer: whether llama.cpp is measured where there is an environment for it.
+        peer: what is measured beside ours in every round.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
     """
     sizes = sizes or Sizes()
-    notes: list[str] = []
-    with ExitStack() as stack, threads(sizes.threads):
-        theirs = _theirs(sizes, stack, notes) if peer else None
+    with threads(sizes.threads):
         ours = Ours(sizes)
         memory = ours.memory(MIDDLE)
         block = Blocks([arena([sizes.read_bytes])[0].fill_(1)])
@@ -253,62 +250,51 @@ def measure(sizes: Sizes | None = None, peer: bool = True) -> Measured:
         rounds = []
         for number in track(range(sizes.rounds + 1), "rounds"):
             before = block.bandwidth(loop)
-            found = {"round": number, **_round(ours, theirs)}
+            found = {"round": number, **_round(ours, peer)}
             found["bandwidth"] = (before + block.bandwidth(loop)) / 2
             if number:  # the first compiles, and wakes everything up
                 rounds.append(found)
-    sizes_read = {f"b{level}": plan.bytes_read for level, plan in ours.maps.items()} | (theirs.bytes if theirs else {})
-    notes.append(f"memory of the fresh process, bytes: {', '.join(f'{k} {v}' for k, v in memory.items())}")
-    return Measured(_figures(rounds, sizes_read, memory, sizes), rounds, notes)
+    sizes_read = {f"b{level}": plan.bytes_read for level, plan in ours.maps.items()} | dict(peer.bytes if peer else {})
+    note = f"memory of the fresh process, bytes: {', '.join(f'{k} {v}' for k, v in memory.items())}"
+    types = peer.types if peer else {}
+    return Measured(_figures(rounds, types, sizes_read, memory, sizes), rounds, (*(peer.notes if peer else ()), note))
 
 
-def _theirs(sizes: Sizes, stack: ExitStack, notes: list[str]) -> Theirs | None:
-    """llama.cpp with its models loaded, or None and a note of why not."""
-    environment = ENVIRONMENTS["llama-cpp"]
-    if not environment.built:
-        notes.append("ours only: `make bench-peers` makes an environment for llama.cpp and measures it too")
-        return None
-    try:
-        child = stack.enter_context(Child("llama.cpp", environment.python, SCRIPTS / "llama_model.py"))
-        theirs = Theirs(sizes, child)
-    except PeerError as error:
-        notes.append(f"ours only: {error}")
-        return None
-    notes.append(f"llama.cpp: llama-cpp-python {theirs.about['version']}, {theirs.about['system'].strip(' |')}")
-    return theirs
-
-
-def _round(ours: Ours, theirs: Theirs | None) -> dict[str, float]:
+def _round(ours: Ours, peer: Peer | None) -> dict[str, float]:
     """Seconds of everything once."""
     found = {}
-    for level, kind in TYPES.items():
+    for level in NESTED_LEVELS:
         found[f"b{level}"] = ours.decode(level)
-        if theirs:
-            found[kind] = theirs.decode(level)
+        if peer:
+            found[peer.types[level]] = peer.decode(level)
     found["prefill_ours"] = ours.prefill(MIDDLE)
-    if theirs:
-        found["prefill_theirs"] = theirs.prefill(MIDDLE)
+    if peer:
+        found["prefill_theirs"] = peer.prefill(MIDDLE)
     found["token"] = ours.decode(MIDDLE, prompt=1)
     found["kernels"] = ours.kernels(MIDDLE)
     return found
 
 
 def _figures(
-    rounds: list[dict[str, float]], sizes_read: Mapping[str, int], memory: Mapping[str, int], sizes: Sizes
+    rounds: list[dict[str, float]],
+    types: Mapping[int, str],
+    sizes_read: Mapping[str, int],
+    memory: Mapping[str, int],
+    sizes: Sizes,
 ) -> dict[str, float]:
     seen: dict[str, list[float]] = defaultdict(list)
     for r in rounds:
-        for level, kind in TYPES.items():
-            own = f"b{level}"
+        for level in NESTED_LEVELS:
+            own, kind = f"b{level}", types.get(level)
             seen[f"read_share_{own}"].append(sizes_read[own] / r[own] / r["bandwidth"])
             seen[f"tokens_per_second_{own}"].append(1 / r[own])
-            if kind in r:
+            if kind is not None:
                 scale = sizes_read[own] / sizes_read[kind]
                 seen[f"tokens_ratio_{own}"].append(r[kind] / r[own] * scale)
                 seen[f"tokens_per_second_{kind}"].append(1 / r[kind])
         if "prefill_theirs" in r:
             seen[f"prefill{sizes.prefill}_ratio_b{MIDDLE}"].append(r["prefill_theirs"] / r["prefill_ours"])
-            seen[f"prefill_tokens_per_second_{TYPES[MIDDLE]}"].append(sizes.prefill / r["prefill_theirs"])
+            seen[f"prefill_tokens_per_second_{types[MIDDLE]}"].append(sizes.prefill / r["prefill_theirs"])
         seen[f"prefill_tokens_per_second_b{MIDDLE}"].append(sizes.prefill / r["prefill_ours"])
         seen["non_kernel_share"].append(1 - r["kernels"] / r["token"])
     figures = {name: median(values) for name, values in sorted(seen.items())}

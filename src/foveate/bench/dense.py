@@ -33,7 +33,7 @@ from foveate.progress import track
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: A dense layer that takes so many times what the other does is left out after the warm-up.
-HOPELESS = 2.0
+TOO_SLOW = 2.0
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -80,7 +80,6 @@ class Contender:
     def __init__(self, layers: Sequence[Layer], x_MK: Tensor) -> None:
         self._layers: Iterator[Layer] = cycle(layers)
         self._x_MK = x_MK
-        self._calls = 1
 
     def seconds(self, rows: int, calls: int) -> float:
         """Mean time of a call with the first rows of x."""
@@ -138,7 +137,7 @@ def _calls(contenders: dict[str, Contender], rows: int, grid: Grid) -> dict[str,
     return {
         name: max(1, round(grid.least_seconds / seconds))
         for name, seconds in warm.items()
-        if name not in DENSE or seconds <= HOPELESS * best
+        if name not in DENSE or seconds <= TOO_SLOW * best
     }
 
 

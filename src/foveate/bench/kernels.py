@@ -28,7 +28,7 @@ from torch import Tensor
 
 from foveate.bench import dense
 from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
-from foveate.bench.result import Measured, Neighbours
+from foveate.bench.result import BackgroundLoad, Measured
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.formats.packing import tile_grid
 from foveate.kernels.dispatch import ensure_loaded
@@ -183,10 +183,10 @@ def measure(sizes: Sizes | None = None) -> Measured:
     """Measure every level, and mixes of them, in interleaved rounds; then beside dense layers."""
     sizes = sizes or Sizes()
     ensure_loaded()
-    with Neighbours() as neighbours, threads(sizes.threads), torch.inference_mode():
+    with BackgroundLoad() as background, threads(sizes.threads), torch.inference_mode():
         few = _few_rows(sizes)
         beside = dense.measure(sizes.grid)
-    notes = [*few.notes, neighbours.note(), *beside.notes]
+    notes = [*few.notes, background.note(), *beside.notes]
     return Measured({**few.figures, **beside.figures}, [*few.rounds, *beside.rounds], notes)
 
 

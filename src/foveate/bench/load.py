@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from foveate.bench.alone import run_alone
+from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.bench.random_model import random_llama
 from foveate.bench.result import Measured
 from foveate.checkpoint import HEAD, Head, read_head
@@ -90,7 +90,7 @@ def measure(width: int = 1024, layers: int = 16, times: int = 3) -> Measured:
         for _ in range(times):
             for name, plan in plans.items():
                 dropped = _drop_from_cache(path) and dropped
-                found = run_alone("foveate.bench.load_child", str(path), str(Path(folder) / name))
+                found = run_in_fresh_process("foveate.bench.fresh_process.load", str(path), str(Path(folder) / name))
                 rounds.append({"map": name, **found, "asked_for": _asked_for(path, head, plan)})
     return _figures(rounds, plans, dropped)
 

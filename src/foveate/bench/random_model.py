@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.bench.cases import require
+from foveate.bench.extras import require
 from foveate.collect.kinds import find_weights, weight_matrix_shape
 from foveate.formats.levels import GAINED_LEVELS
 from foveate.kernels.dispatch import ensure_loaded

@@ -15,7 +15,6 @@ import psutil
 import torch
 
 from foveate.kernels.dispatch import backends
-from foveate.sizes import format_bytes
 
 #: Instructions that decide which kernels run and how fast.
 FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
@@ -36,7 +35,7 @@ class Measured:
     notes: Sequence[str] = field(default=())
 
 
-class Neighbours:
+class BackgroundLoad:
     """How much of the processors' time went elsewhere during a `with` block.
 
     Attributes:
@@ -47,7 +46,7 @@ class Neighbours:
     others = 0.0
     stolen = 0.0
 
-    def __enter__(self) -> Neighbours:
+    def __enter__(self) -> BackgroundLoad:
         self._before = self._times()
         return self
 
@@ -122,44 +121,3 @@ def versions() -> dict[str, str]:
             found[package] = "not installed"
     found["kernels"] = next(b.name for b in backends() if b.runs)
     return found
-
-
-def as_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """A benchmark's result for a person: rows of cells, the header first."""
-    if result["name"] == "quality":
-        return _quality_table(result["rounds"])
-    if result["name"] == "quality_peers":
-        return _peers_table(result)
-    return [["figure", "value"], *([name, f"{value:.4g}"] for name, value in result["figures"].items())]
-
-
-def _quality_table(rounds: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    header = ["model", "map", "bits", "size", "metric", "value", "divergence", "agreement"]
-    rows = [header]
-    for r in rounds:
-        divergence = "0" if r["map"] == "float32" else f"{r['divergence']:.3g} ± {r['standard_error']:.1g}"
-        rows.append(
-            [
-                r["model"],
-                r["map"],
-                f"{r['bits']:.2f}",
-                format_bytes(r["bytes_resident"]),
-                r["metric"],
-                f"{r['value']:.4f}",
-                divergence,
-                f"{r['agreement']:.2%}",
-            ]
-        )
-    return rows
-
-
-def _peers_table(result: Mapping[str, Any]) -> list[list[str]]:
-    """Every peer's setting beside ours at its bytes, then the figures."""
-    header = ["model", "point", "peer", "bits", "its divergence", "ours", "ours over its"]
-    rows = [header]
-    for r in (r for r in result["rounds"] if "peer" in r):
-        setting = f"{r['peer']} {r['setting']}"
-        numbers = [f"{r['bits']:.2f}", f"{r['divergence']:.3g}", f"{r['ours_divergence']:.3g}", f"{r['ratio']:.2f}"]
-        rows.append([r["model"], r["point"], setting, *numbers])
-    rows += [[name, "", "", "", "", "", f"{value:.4g}"] for name, value in result["figures"].items()]
-    return rows

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
-from foveate.bench.result import Measured, Neighbours
+from foveate.bench.result import BackgroundLoad, Measured
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.kernels.threads import threads
 from foveate.progress import track
@@ -69,25 +69,25 @@ class Turn:
 def _turns(xs: Sequence[Tensor], group: int) -> dict[str, Turn]:
     ops = torch.ops.foveate
     n = xs[0].numel()
-    alone = [(x,) for x in xs]
+    arguments = [(x,) for x in xs]
     halves = [(x.bfloat16(),) for x in xs]
     turns = {
-        "copy": Turn(torch.clone, alone),
-        "bfloat16": Turn(Tensor.bfloat16, alone),
+        "copy": Turn(torch.clone, arguments),
+        "bfloat16": Turn(Tensor.bfloat16, arguments),
         "from_bfloat16": Turn(Tensor.float, halves),
-        "pack_nearest_b2": Turn(partial(ops.group_pack, bits=2, group=group, seed=None), alone),
+        "pack_nearest_b2": Turn(partial(ops.group_pack, bits=2, group=group, seed=None), arguments),
     }
     for bits in BITS:
         pack = partial(ops.group_pack, bits=bits, group=group, seed=7)
         unpack = partial(ops.group_unpack, bits=bits, group=group, n=n, dtype=torch.float32)
-        turns[f"pack_b{bits}"] = Turn(pack, alone)
+        turns[f"pack_b{bits}"] = Turn(pack, arguments)
         turns[f"unpack_b{bits}"] = Turn(unpack, [pack(x) for x in xs])
     turns["pack_b2_of_bfloat16"] = Turn(partial(ops.group_pack, bits=2, group=group, seed=7), halves)
     mask = partial(ops.mask_pack, threshold=0.0)
     values = torch.tensor([0.0, 2.0])
-    turns["mask_pack"] = Turn(mask, alone)
+    turns["mask_pack"] = Turn(mask, arguments)
     turns["mask_unpack"] = Turn(partial(ops.mask_unpack, values=values, n=n), [(mask(x),) for x in xs])
-    turns["variance_b2_b4_b8"] = Turn(partial(ops.group_variance, bits=BITS, group=group), alone)
+    turns["variance_b2_b4_b8"] = Turn(partial(ops.group_variance, bits=BITS, group=group), arguments)
     return turns
 
 
@@ -99,7 +99,7 @@ def measure(sizes: Sizes | None = None) -> Measured:
     figures: dict[str, float] = {}
     rounds: list[dict[str, Any]] = []
     notes: list[str] = []
-    with Neighbours() as neighbours, torch.inference_mode():
+    with BackgroundLoad() as background, torch.inference_mode():
         for count in sizes.threads:
             for mib in sizes.tensors:
                 with threads(count):
@@ -109,7 +109,7 @@ def measure(sizes: Sizes | None = None) -> Measured:
                 rounds += [{"tensors": name, **r} for r in found]
                 speed = median(sizes.set_bytes / r["read"] for r in found) / 1e9
                 notes.append(f"{name}: memory is read at {speed:.1f} GB/s by {loop.streams} streams a thread")
-    notes += [f"groups of {sizes.group}, float32, {sizes.set_bytes // MIB} MiB of tensors, cold", neighbours.note()]
+    notes += [f"groups of {sizes.group}, float32, {sizes.set_bytes // MIB} MiB of tensors, cold", background.note()]
     return Measured(figures, rounds, notes)
 
 

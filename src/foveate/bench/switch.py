@@ -74,9 +74,9 @@ def _identical_levels(model: nn.Module, profile: Profile, layers: int, width: in
             save(model, path, keep=plan)
             with torch.device("meta"):
                 skeleton = _layers(layers, width)
-            alone = load(path, keep=level, model=skeleton)
+            loaded = load(path, keep=level, model=skeleton)
             apply(model, plan)
-            same[level] = bool(torch.equal(model(x_BK), alone(x_BK)))
+            same[level] = bool(torch.equal(model(x_BK), loaded(x_BK)))
     return same
 
 

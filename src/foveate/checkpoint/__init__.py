@@ -7,17 +7,21 @@
     foveate-profile-<hash>.safetensors   what was measured
 
 The head is the commit point: data files have names made from their contents and are complete before the head that
-names them replaces the old one; files that no head names are removed afterwards. Nothing is ever unpickled, and no name
-in a head can point outside the folder.
+names them replaces the old one; files that no head names are removed afterwards. One writer at a time holds the folder
+(`foveate.files.lock`); a reader holds nothing, and reads one save whole (`foveate.checkpoint.folder`). Nothing is ever
+unpickled, and no name in a head can point outside the folder.
 """
 
+from foveate.checkpoint.folder import Folder as Folder
+from foveate.checkpoint.folder import opened as opened
 from foveate.checkpoint.head import HEAD as HEAD
 from foveate.checkpoint.head import Head as Head
 from foveate.checkpoint.head import PathLike as PathLike
 from foveate.checkpoint.head import read_head as read_head
 from foveate.checkpoint.store import at_most_stored as at_most_stored
 from foveate.checkpoint.store import load_profile as load_profile
+from foveate.checkpoint.store import profile_later as profile_later
 from foveate.checkpoint.store import read_planes as read_planes
-from foveate.checkpoint.store import read_rest as read_rest
+from foveate.checkpoint.store import read_profile as read_profile
 from foveate.checkpoint.store import save_map as save_map
 from foveate.checkpoint.store import write as write

@@ -1,128 +1,113 @@
-"""Files of a checkpoint folder: written aside and renamed when complete, read one checked tensor at a time."""
+"""Writing a checkpoint folder: one writer at a time, files aside until they are complete, the head last."""
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
-import os
+import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foveate.checkpoint.head import DATA_FILE, HEAD, LARGEST_HEAD
 from foveate.errors import CheckpointError, FoveateError
+from foveate.files import commit, locked, parse_json, read_regular
 
-_OPEN_FOR = 16 << 20
+_STAGING = ".foveate-"
+
+
+class Writer:
+    """Writes into a folder that is held; made by `writing`."""
+
+    def __init__(self, folder: Path, staging: Path) -> None:
+        self.folder, self._staging = folder, staging
+        self.made: list[Path] = []
+
+    def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write a safetensors file."""
+        temporary = self._staging / name
+        save_file({key: t.contiguous() for key, t in tensors.items()}, temporary)
+        # safetensors keeps its files to their owner; ours are as open as the folder
+        temporary.chmod(self.folder.stat().st_mode & 0o666)
+        self._name(temporary, self.folder / name)
+
+    def content(self, name: str, content: bytes) -> None:
+        """Write any other file."""
+        temporary = self._staging / name
+        temporary.write_bytes(content)
+        self._name(temporary, self.folder / name)
+
+    def _name(self, temporary: Path, target: Path) -> None:
+        if not target.exists():
+            self.made.append(target)  # before it has its name: an interrupt may come between any two lines
+        commit(temporary, target)
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[list[Path]]:
-    """A folder to write into; what was newly made in it is removed again if writing fails."""
-    existed = folder.exists()
-    made: list[Path] = []
-    try:
-        _staging(folder).mkdir(parents=True, exist_ok=True)
-        yield made
-    except BaseException as error:  # Ctrl-C too must leave nothing behind
-        for file in made:
-            file.unlink(missing_ok=True)
-        shutil.rmtree(_staging(folder), ignore_errors=True)
-        if not existed:
-            with suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, FoveateError):
-            raise CheckpointError(f"cannot write {folder}: {error}") from error
-        raise
-    finally:
-        shutil.rmtree(_staging(folder), ignore_errors=True)
+def writing(folder: Path) -> Iterator[Writer]:
+    """Hold a folder, to write into it. Afterwards only what the head in place names is left of our data files; if
+    writing failed, what was newly made is gone, unless the head in place names it.
 
-
-def _staging(folder: Path) -> Path:
-    """Where files are written before they get their names; safetensors puts temporary files of its own beside them."""
-    return folder / f".foveate-{os.getpid()}"
-
-
-def write_tensors(target: Path, tensors: Mapping[str, Tensor], made: list[Path]) -> None:
-    """Write a safetensors file; `made` is what `writing` gave."""
-    temporary = _staging(target.parent) / target.name
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary)
-    # safetensors keeps its files to their owner; ours are as open as the folder
-    temporary.chmod(temporary.parent.stat().st_mode & 0o666)
-    _name(temporary, target, made)
-
-
-def write_bytes(target: Path, content: bytes, made: list[Path]) -> None:
-    """Write any other file; `made` is what `writing` gave."""
-    temporary = _staging(target.parent) / target.name
-    temporary.write_bytes(content)
-    _name(temporary, target, made)
-
-
-def _name(temporary: Path, target: Path, made: list[Path]) -> None:
-    new = not target.exists()
-    _commit(temporary, target)
-    if new:
-        made.append(target)
-
-
-def _commit(temporary: Path, target: Path) -> None:
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
-    _sync(target.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Make a new name last: what follows it must not be on the disk before it is."""
-    with suppress(OSError):  # a system that cannot open folders, or sync them
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
-def checksum(tensor: Tensor) -> str:
-    """The SHA-256 of a tensor's bytes."""
-    whole = tensor.contiguous()  # kept alive while its bytes are read
-    return hashlib.sha256(_bytes_of(whole)).hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    """A buffer over a contiguous tensor's bytes, which must outlive it."""
-    size = tensor.numel() * tensor.element_size()
-    return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
-
-
-class Reader:
-    """Reads tensors from files, each checked against its checksum.
-
-    A file stays open for the next tensor, since opening one lists all that is in it. It is opened anew after every
-    `_OPEN_FOR` bytes, for its pages count as memory while it is mapped. Nothing stays open when the reader is gone.
+    Raises:
+        CheckpointError: the folder cannot be written.
     """
+    try:
+        with locked(folder):
+            staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+            writer = Writer(folder, staging)
+            before = _head_of(folder)
+            try:
+                yield writer
+            except BaseException:  # Ctrl-C too must leave nothing behind
+                after = _head_of(folder)
+                if after == before:
+                    named = _named(after)
+                    for file in writer.made:
+                        if file.name not in named:
+                            file.unlink(missing_ok=True)
+                raise
+            else:
+                _clear(folder)
+            finally:
+                shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, FoveateError):
+            raise
+        raise CheckpointError(f"cannot write {folder}: {error}") from error
 
-    def __init__(self) -> None:
-        self._open: dict[Path, tuple[Any, int]] = {}
 
-    def tensor(self, file: Path, name: str, sha256: str | None) -> Tensor:
-        """One tensor. Its memory is the file's: copy what is to be kept."""
-        try:
-            opened, done = self._open.pop(file, (None, 0))
-            if opened is None:
-                opened = safe_open(file, "pt")
-            tensor: Tensor = opened.get_tensor(name)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{file} is missing") from error
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged: {error}") from error
-        done += tensor.numel() * tensor.element_size()
-        if done < _OPEN_FOR:
-            self._open[file] = (opened, done)
-        if checksum(tensor) != sha256:
-            raise CheckpointError(f"{file} is damaged: the checksum of {name!r} does not match")
-        return tensor
+def _head_of(folder: Path) -> bytes | None:
+    try:
+        return read_regular(folder / HEAD, LARGEST_HEAD)
+    except (FileNotFoundError, CheckpointError):
+        return None
+
+
+def _named(head: bytes | None) -> set[str]:
+    """The files that a head names, as far as it can be read."""
+    try:
+        return {entry["file"] for entry in parse_json(head or b"")["files"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return set()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed and earlier writers left. The folder is held, so that nobody needs it but readers that have it
+    open; a system that does not remove open files leaves them to the next save.
+    """
+    named = _named(_head_of(folder))
+    for old in folder.iterdir():
+        with suppress(OSError):
+            if old.name.startswith(_STAGING) and old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
+            elif DATA_FILE.fullmatch(old.name) and old.name not in named:
+                old.unlink()
+
+
+def dumped(data: object) -> bytes:
+    """JSON that is the same for the same data."""
+    return json.dumps(data, sort_keys=True).encode()

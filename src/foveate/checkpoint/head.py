@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.errors import CheckpointError, SiteError
+from foveate.files import parse_json, read_regular
 from foveate.formats.grids import EXPONENTS
 from foveate.formats.levels import PLANES, REACHES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS
@@ -24,6 +25,8 @@ HEAD = "foveate.json"
 FEATURES: frozenset[str] = frozenset()
 #: What weights can have been before they were quantized.
 DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
+#: Bytes of a head: a few a tile of the largest models.
+LARGEST_HEAD = 1 << 28
 _MOST_TILES = 1 << 28  # of all sites: half a trillion weights, and a quarter of a GiB of levels
 _LARGEST = 1 << 40  # rows or columns; far more, and far from what 64 bits cannot hold
 DATA_FILE = re.compile(r"foveate-[a-z0-9]+-[0-9a-f]{12}\.safetensors")
@@ -45,6 +48,8 @@ class Head:
         model: how to rebuild the model: `{"transformers": class name}` or nothing.
         profile: samples, objective and notes of the profile; None if it was not kept.
         written_by: the version of foveate.
+        sha256: the head's own checksum, where it was read.
+        other_parameters: as of `PrecisionMap`; None in folders of foveate 0.1.
     """
 
     sites: tuple[Site, ...]
@@ -58,6 +63,8 @@ class Head:
     model: Mapping[str, Any] = field(default_factory=dict)
     profile: Mapping[str, Any] | None = None
     written_by: str = ""
+    sha256: str = field(default="", compare=False)
+    other_parameters: Mapping[str, int] | None = None
 
     def of_weights(self) -> dict[str, Mapping[str, Any]]:
         """What is said of weight sites alone, by its key in the file."""
@@ -77,6 +84,7 @@ def encoded(head: Head) -> bytes:
         "written_by": head.written_by,
         "model": dict(head.model),
         "other_bytes": head.other_bytes,
+        "other_parameters": None if head.other_parameters is None else dict(head.other_parameters),
         "sites": [
             {**asdict(s), **({key: of[s.name] for key, of in head.of_weights().items()} if s.kind == "weight" else {})}
             for s in head.sites
@@ -105,12 +113,14 @@ def read_head(path: PathLike) -> Head:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder")
     file = folder / HEAD
-    if not file.exists():
-        raise CheckpointError(f"{folder} holds no {HEAD}: it is not a foveate checkpoint, or saving it was interrupted")
     try:
-        data = json.loads(file.read_bytes())
+        data = parse_json(read_regular(file, LARGEST_HEAD))
         version, features = data["version"], set(map(str, data["features"]))
-    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{folder} holds no {HEAD}: it is not a foveate checkpoint, or saving it was interrupted"
+        ) from None
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} is malformed: {error!r}") from error
     if data.get("format") != "foveate" or type(version) is not int or version < 1:
         raise CheckpointError(f"{file} is malformed: it does not name the format and its version")
@@ -172,9 +182,10 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
     needed = {"scales", "rest", *(f"plane{p}" for p in range(PLANES))}
     if not needed <= set(files):
         raise ValueError(f"files are not listed: {', '.join(sorted(needed - set(files)))}")
+    other_parameters = _counts(data.get("other_parameters"))
     head = Head(
         sites=tuple(sites),
-        plan=PrecisionMap.from_json(data["map"], sites, data["other_bytes"]),
+        plan=PrecisionMap.from_json(data["map"], sites, data["other_bytes"], other_parameters),
         other_bytes=data["other_bytes"],
         reach=reach,
         exponent=exponent,
@@ -184,6 +195,8 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         model=dict(data["model"]),
         profile=None if data["profile"] is None else dict(data["profile"]),
         written_by=str(data["written_by"]),
+        sha256=data["sha256"],
+        other_parameters=other_parameters,
     )
     if type(head.other_bytes) is not int or head.other_bytes < 0:
         raise ValueError(f"other_bytes (={head.other_bytes!r}) is not a number of bytes")
@@ -197,6 +210,14 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         if len(over) != len(WEIGHT_LEVELS) or not all(type(x) in (int, float) and 0 < x < _LARGEST for x in over):
             raise ValueError("measured_over_summed is not a positive number for each level")
     return head
+
+
+def _counts(found: Any) -> dict[str, int] | None:
+    if found is not None and not (
+        isinstance(found, dict) and all(type(n) is int and 0 <= n < _LARGEST for n in found.values())
+    ):
+        raise ValueError("other_parameters are not counted by the class of their module")
+    return found
 
 
 def _check_site(site: Site) -> None:

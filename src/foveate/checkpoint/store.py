@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.checkpoint.files import Reader, checksum, write_bytes, write_tensors, writing
-from foveate.checkpoint.head import DATA_FILE, HEAD, Head, PathLike, encoded, read_head
+from foveate.checkpoint.files import dumped, writing
+from foveate.checkpoint.folder import Folder, opened
+from foveate.checkpoint.head import HEAD, Head, PathLike, encoded, read_head
 from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
+from foveate.files import checksum
 from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_starts
-from foveate.maps import Levels, PrecisionMap, Profile, Site, tile_levels
+from foveate.maps import FITTED, Levels, PrecisionMap, Profile, Site, tile_levels
 from foveate.planes import PlaneTensor, arena, shared_tags
+from foveate.version import __version__
 
 
 def write(
@@ -32,7 +33,6 @@ def write(
     profile: Profile | None,
     model: Mapping[str, Any],
     extra_files: Mapping[str, bytes],
-    written_by: str,
 ) -> None:
     """Write a checkpoint folder, or replace the one that is there; see `foveate.save`."""
     folder = Path(path)
@@ -54,19 +54,20 @@ def write(
         parts["profile"].update(
             {f"{name}|{key}": t for name, kept in profile.statistics.items() for key, t in kept.items()}
         )
-    with writing(folder) as made:
+    with writing(folder) as writer:
         files, checksums = {}, {}
         for part, tensors in parts.items():
             checksums[part] = {name: checksum(t) for name, t in tensors.items()}
-            digest = hashlib.sha256(json.dumps(checksums[part], sort_keys=True).encode()).hexdigest()[:12]
+            digest = hashlib.sha256(dumped(checksums[part])).hexdigest()[:12]
             files[part] = f"foveate-{part}-{digest}.safetensors"
-            write_tensors(folder / files[part], tensors, made)
+            writer.tensors(files[part], tensors)
         for name, content in extra_files.items():
-            write_bytes(folder / name, content, made)
+            writer.content(name, content)
         head = Head(
             sites=plan.sites,
             plan=plan,
             other_bytes=plan.other_bytes,
+            other_parameters=plan.other_parameters,
             reach={name: w.reach for name, w in weights.items()},
             exponent={name: w.exponent for name, w in weights.items()},
             dtype=dtypes,
@@ -74,14 +75,9 @@ def write(
             checksums=checksums,
             model=model,
             profile=about,
-            written_by=written_by,
+            written_by=f"foveate {__version__}",
         )
-        write_bytes(folder / HEAD, encoded(head), made)
-    for old in folder.iterdir():
-        if old.name.startswith(".foveate-") and old.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-        elif DATA_FILE.fullmatch(old.name) and old.name not in files.values():
-            old.unlink(missing_ok=True)
+        writer.content(HEAD, encoded(head))
 
 
 def save_map(path: PathLike, plan: PrecisionMap) -> None:
@@ -91,31 +87,23 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
         SiteError: the map is of another model.
         PlaneNotResidentError: the folder does not hold the planes of the map.
     """
-    folder = Path(path)
-    head = read_head(folder)
-    if plan.sites != head.sites:
-        raise SiteError(f"the map is of another model than {folder}")
-    stored = _stored_levels(folder, head)
-    for site in head.weight_sites():
-        _wanted(site, stored[site.name], plan.levels[site.name])
-    with writing(folder) as made:
-        write_bytes(folder / HEAD, encoded(replace(head, plan=plan)), made)
+    read_head(path)  # nothing is made where no checkpoint is
+    with writing(Path(path)) as writer, opened(path) as folder:
+        if plan.sites != folder.head.sites:
+            raise SiteError(f"the map is of another model than {path}")
+        stored = _stored_levels(folder)
+        for site in folder.head.weight_sites():
+            _wanted(site, stored[site.name], plan.levels[site.name])
+        writer.content(HEAD, encoded(replace(folder.head, plan=plan)))
 
 
-def _reader(folder: Path, head: Head) -> Callable[[str, str], Tensor]:
-    """What reads the tensor of a part (`scales`, `plane0`, ...) by its name."""
-    files = Reader()
-    return lambda part, name: files.tensor(folder / head.files[part], name, head.checksums[part].get(name))
-
-
-def _stored_levels(folder: Path, head: Head) -> dict[str, Tensor]:
+def _stored_levels(folder: Folder) -> dict[str, Tensor]:
     stored = {}
-    read = _reader(folder, head)
-    for site in head.weight_sites():
-        resident = read("scales", f"{site.name}|resident").clone()
+    for site in folder.head.weight_sites():
+        resident = folder.read("scales", f"{site.name}|resident", site.tiles)
         valid = torch.tensor(WEIGHT_LEVELS, dtype=torch.uint8)
         if resident.dtype != torch.uint8 or resident.shape != site.grid or not bool(torch.isin(resident, valid).all()):
-            raise CheckpointError(f"{folder}: the tile levels of {site.name} are malformed")
+            raise CheckpointError(f"{folder.path}: the tile levels of {site.name} are malformed")
         stored[site.name] = resident
     return stored
 
@@ -132,10 +120,10 @@ def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
     return wanted
 
 
-def at_most_stored(path: PathLike, head: Head, plan: PrecisionMap) -> PrecisionMap:
+def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
     """The map, lowered wherever the folder does not store what it reads; the map itself where it stores everything."""
     levels: dict[str, Levels] = dict(plan.levels)
-    for name, stored in _stored_levels(Path(path), head).items():
+    for name, stored in _stored_levels(folder).items():
         level = levels[name]
         tiles = tile_levels(level, stored.numel())
         levels[name] = bytes(map(min, tiles, stored.flatten().tolist()))
@@ -143,16 +131,15 @@ def at_most_stored(path: PathLike, head: Head, plan: PrecisionMap) -> PrecisionM
     return plan if lowered == plan else lowered
 
 
-def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:
+def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:
     """Read the weights, with the planes that a map needs or with all that are stored.
 
     Planes go straight into the blocks they stay in (`foveate.planes.arena`); of a plane that no tile needs, nothing is
     read.
     """
-    folder = Path(path)
+    head = folder.head
     sites = head.weight_sites()
-    stored = _stored_levels(folder, head)
-    read = _reader(folder, head)
+    stored = _stored_levels(folder)
     wanted = {
         s.name: stored[s.name] if keep is None else _wanted(s, stored[s.name], keep.levels[s.name]) for s in sites
     }
@@ -163,10 +150,10 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
         for site, target in zip(sites, targets, strict=True):
             if not target.numel():
                 continue
-            tensor = read(part, site.name + suffix)
             have = (stored[site.name] >= floor).view(-1)
+            tensor = folder.read(part, site.name + suffix, int(have.sum()) * width[site.group])
             if tensor.dtype != dtype or tensor.numel() * tensor.element_size() != int(have.sum()) * width[site.group]:
-                raise CheckpointError(f"{folder}: {part} of {site.name} is malformed")
+                raise CheckpointError(f"{folder.path}: {part} of {site.name} is malformed")
             need = (wanted[site.name] >= floor).view(-1)
             rows = tensor.view(torch.uint8).view(-1, width[site.group])
             target.copy_((rows if bool((need == have).all()) else rows[need[have]]).view(-1))
@@ -179,10 +166,12 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
     ]
     made = []
     for i, site in enumerate(sites):
-        gain = read("scales", f"{site.name}|gain").clone()
         gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
+        gain = folder.read("scales", f"{site.name}|gain", 2 * len(GAINED_LEVELS) * gain_rows)
         if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
-            raise CheckpointError(f"{folder}: the gains of {site.name} are malformed")
+            raise CheckpointError(f"{folder.path}: the gains of {site.name} are malformed")
+        if not bool(gain.isfinite().all()):
+            raise CheckpointError(f"{folder.path}: the gains of {site.name} hold NaN or Inf")
         resident, reach = wanted[site.name], head.reach[site.name]
         made.append(
             PlaneTensor(
@@ -200,12 +189,6 @@ def read_planes(path: PathLike, head: Head, keep: PrecisionMap | None) -> dict[s
             )
         )
     return dict(zip((s.name for s in sites), shared_tags(made), strict=True))
-
-
-def read_rest(path: PathLike, head: Head) -> dict[str, Tensor]:
-    """Every tensor that is not on planes, copied into memory."""
-    read = _reader(Path(path), head)
-    return {name: read("rest", name).clone() for name in head.checksums["rest"]}
 
 
 #: Shapes of what is known of each input; see `Profile.statistics`.
@@ -226,19 +209,46 @@ def load_profile(path: PathLike) -> Profile:
     Raises:
         CheckpointError: the folder is damaged, or holds no profile.
     """
-    folder = Path(path)
-    head = read_head(folder)
+    with opened(path) as folder:
+        return read_profile(folder)
+
+
+def profile_later(folder: Folder) -> Callable[[], Profile]:
+    """What reads the profile of a folder when it is wanted; it raises if another model was saved there meanwhile."""
+    path, wanted = folder.path.absolute(), _profile_identity(folder.head)
+
+    def read() -> Profile:
+        with opened(path) as now:
+            if _profile_identity(now.head) != wanted:
+                raise CheckpointError(
+                    f"{path} holds another save than the model was loaded from: what was measured of it is gone"
+                )
+            return read_profile(now)
+
+    return read
+
+
+def _profile_identity(head: Head) -> str:
+    """The same for two heads if the profile that they name is the same."""
+    about = [[asdict(s) for s in head.sites], head.other_bytes, head.profile, head.checksums.get("profile")]
+    return hashlib.sha256(dumped(about)).hexdigest()
+
+
+def read_profile(folder: Folder) -> Profile:
+    """Read the profile of an open folder; errors as for `load_profile`."""
+    head, path = folder.head, folder.path
     if head.profile is None or "profile" not in head.files:
-        raise CheckpointError(f"{folder} holds no profile")
+        raise CheckpointError(f"{path} holds no profile")
     losses: dict[str, Tensor] = {}
     statistics: dict[str, dict[str, Tensor]] = {}
     tiles = {s.name: s.tiles for s in head.weight_sites()}
-    read = _reader(folder, head)
+    # the losses, or the longest of the statistics; a row of the embedding counts for its strip, a column for its group
+    most = {s.name: 4 * max(s.tiles * len(WEIGHT_LEVELS), sum(s.grid), 16) for s in head.sites}
     for key in head.checksums["profile"]:
         name, _, what = key.rpartition("|")
-        tensor = read("profile", key).clone()
+        tensor = folder.read("profile", key, most.get(name, 0))
         if tensor.dtype != torch.float32:
-            raise CheckpointError(f"{folder}: {key!r} of the profile is {tensor.dtype}, not torch.float32")
+            raise CheckpointError(f"{path}: {key!r} of the profile is {tensor.dtype}, not torch.float32")
         if what == "losses":
             losses[name] = tensor
         else:
@@ -247,11 +257,10 @@ def load_profile(path: PathLike) -> Profile:
     shapes.update({name: (count, len(WEIGHT_LEVELS)) for name, count in tiles.items()})
     for name, shape in shapes.items():
         if name not in losses or losses[name].shape != shape or not bool(losses[name].isfinite().all()):
-            raise CheckpointError(f"{folder}: the profile does not fit its sites ({name})")
-    for name in (s.name for s in head.sites if s.kind == "input"):
-        for what, tensor in statistics.get(name, {}).items():
-            if tensor.shape != INPUT_STATISTICS.get(what, tensor.shape):
-                raise CheckpointError(f"{folder}: {what} of {name} has shape {tuple(tensor.shape)}")
+            raise CheckpointError(f"{path}: the profile does not fit its sites ({name})")
+    for site in head.sites:
+        for what, tensor in statistics.get(site.name, {}).items():
+            _check_statistic(path, site, what, tensor)
     about = head.profile
     return Profile(
         head.sites,
@@ -262,4 +271,16 @@ def load_profile(path: PathLike) -> Profile:
         statistics,
         tuple(about["notes"]),
         tuple(map(float, about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS)))),  # older ones have none
+        head.other_parameters,
     )
+
+
+def _check_statistic(path: Path, site: Site, what: str, tensor: Tensor) -> None:
+    strips, groups = site.grid
+    of_weights = {"input_energy": (groups,), "output_range": (2,), "row_frequency": (strips,), FITTED: (1,)}
+    shapes = INPUT_STATISTICS if site.kind == "input" else of_weights
+    if tensor.shape != shapes.get(what, tensor.shape):
+        raise CheckpointError(f"{path}: {what} of {site.name} has shape {tuple(tensor.shape)}")
+    # the range of an output that calibration never reached is from Inf to -Inf
+    if what in shapes and what != "output_range" and not bool(tensor.isfinite().all()):
+        raise CheckpointError(f"{path}: {what} of {site.name} holds NaN or Inf")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated
@@ -15,7 +16,7 @@ from foveate.cli.console import emit, plain_table, show
 from foveate.cli.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError
 from foveate.formats.levels import check_input_level
-from foveate.maps import Levels, PrecisionMap, Profile, Site, find_sites, input_level_for, uniform
+from foveate.maps import Levels, PrecisionMap, Profile, Site, input_level_for, meant_sites
 from foveate.report.page import figure, loss_name
 from foveate.sizes import format_bytes
 
@@ -55,12 +56,10 @@ def allocate(
     if budget is None:
         plan = replace(head.plan, levels={**head.plan.levels, **_with_inputs(head.sites, weights)})
     else:
-        chosen, ties = options.levels_of(levels), options.ties_of(tie)
-
-        def solve(part: Profile, room: fv.Budget) -> PrecisionMap:
-            return fv.allocate(part, room, levels=chosen, per_tile=not per_weight, tie=ties, input_bits=input_bits)
-
-        plan = within(profile, budget, weights, solve)
+        constraints = options.constraints_of(levels, per_weight, tie, input_bits)
+        plan = within(profile, budget, weights, constraints)
+        if not weights:
+            options.say_unused(budget, plan, constraints.levels)
     plan = replace(plan, levels={**plan.levels, **inputs})
     plan = replace(plan, predicted_loss=profile.predict(plan))
     even = fv.uniform_of_bytes(plan)
@@ -84,13 +83,12 @@ def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[
     weights: dict[str, Levels] = {}
     inputs: dict[str, Levels] = {}
     for pattern, text in fixed:
-        hits = [s for s in sites if s.matches(options.weight_pattern(pattern))] or find_sites(sites, pattern)
-        named = [s for s in hits if s.kind == "weight"]
-        for site in named:
-            weights[site.name] = options.level_of(text)
-        if not named:
+        named = [s for s in sites if s.matches(options.weight_pattern(pattern))] or meant_sites(sites, pattern)
+        if named[0].kind == "weight":
+            weights.update({site.name: options.level_of(text) for site in named})
+        else:
             level = check_input_level(int(text)) if text.isdigit() else options.level_of(text)
-            inputs.update({site.name: level for site in hits})
+            inputs.update({site.name: level for site in named})
     return weights, inputs
 
 
@@ -118,10 +116,7 @@ def _met(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> PrecisionMa
 
 
 def within(
-    profile: Profile,
-    budget: fv.Budget,
-    weights: Mapping[str, Levels],
-    solve: Callable[[Profile, fv.Budget], PrecisionMap],
+    profile: Profile, budget: fv.Budget, weights: Mapping[str, Levels], constraints: fv.Constraints
 ) -> PrecisionMap:
     """The best map whose `weights` have the levels given: the rest is solved for what these leave of the budget.
 
@@ -129,19 +124,19 @@ def within(
         profile: what was measured.
         budget: for the whole map.
         weights: levels that are fixed, by site.
-        solve: allocates a profile under a budget.
+        constraints: what the rest must keep to.
 
     Raises:
         BudgetError: the fixed weights alone exceed the budget, or the rest does not fit beside them.
     """
     if not weights:
-        return solve(profile, budget)
+        return fv.allocate(profile, budget, constraints)
     levels = _with_inputs(profile.sites, weights)
     own = [s for s in profile.sites if s.name in levels]
     rest = tuple(s for s in profile.sites if s.name not in levels)
     pinned = PrecisionMap(tuple(own), levels)
     if not any(s.kind == "weight" for s in rest):
-        return _met(budget, profile, replace(uniform(profile.sites, 0, profile.other_bytes), levels=levels))
+        return _met(budget, profile, replace(profile.uniform(0), levels=levels))
     losses = {s.name: profile.losses[s.name] for s in rest if s.name in profile.losses}
     part = replace(profile, sites=rest, losses=losses, other_bytes=profile.other_bytes + pinned.bytes_resident)
     if budget.bits is not None:
@@ -151,10 +146,10 @@ def within(
     elif budget.loss is not None:
         budget = _left(fv.Budget, loss=budget.loss - replace(profile, sites=tuple(own)).predict(pinned))
     try:
-        plan = solve(part, budget)
+        plan = fv.allocate(part, budget, constraints)
     except BudgetError as error:
         raise BudgetError(f"for the weights that --set leaves: {error}") from error
-    return PrecisionMap(profile.sites, {**plan.levels, **levels}, profile.other_bytes)
+    return replace(profile.uniform(0), levels={**plan.levels, **levels}, predicted_loss=math.nan)
 
 
 def _left(make: Callable[..., fv.Budget], **room: float) -> fv.Budget:

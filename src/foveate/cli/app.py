@@ -12,10 +12,9 @@ import typer
 from typer.core import TyperGroup
 
 import foveate
-from foveate.cli import allocate, audit, evaluate, generate, inspect, quantize, report
-from foveate.cli.console import emit, figures_table, show
+from foveate.cli import allocate, audit, bench, evaluate, generate, inspect, quantize, report
 from foveate.cli.options import Json
-from foveate.errors import CheckpointError, FoveateError
+from foveate.errors import FoveateError
 from foveate.version import __version__
 
 #: What typer raises for an option or an argument that is wrong; typer does not export it by name.
@@ -77,12 +76,17 @@ def _prepare(
     if version:
         print(__version__)
         raise typer.Exit
-    log = logging.getLogger("foveate")
-    log.handlers[:] = [_ToStderr()]
-    log.setLevel(logging.WARNING if quiet else logging.INFO)
-    warnings.showwarning = _warn
+    speak_on_stderr(logging.WARNING if quiet else logging.INFO)
     if context.invoked_subcommand is None:
         print(context.get_help())
+
+
+def speak_on_stderr(level: int) -> None:
+    """Send the package's log lines from `level` up, and all warnings, to stderr, a line each."""
+    log = logging.getLogger("foveate")
+    log.handlers[:] = [_ToStderr()]
+    log.setLevel(level)
+    warnings.showwarning = _warn
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
@@ -102,6 +106,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("audit")(audit.audit)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
+app.command("bench")(bench.bench)
 
 
 @app.command()
@@ -116,42 +121,3 @@ def demo(
     from foveate.cli.demo import run
 
     run(out=out, cache=cache, json_output=json_output)
-
-
-@app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark; a wrong name lists them.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also write the object to this file.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(help="Of the benchmark peers: also draw time against bits, an SVG file.")
-    ] = None,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="Of the benchmark quality: other libraries beside ours at equal bytes.")
-    ] = False,
-    part: Annotated[
-        list[str] | None,
-        typer.Option(help="Of activations: training, bounds, budgets or times; may be repeated. All without it."),
-    ] = None,
-    share: Annotated[
-        float | None, typer.Option(help="Of activations: the share of its steps and data to run, 0 to 1.")
-    ] = None,
-    json_output: Json = False,
-) -> None:
-    """Run a benchmark and print its figures, the machine and the raw rounds."""
-    from foveate import bench as benchmarks
-    from foveate.report.speed import speed_plot
-
-    for file in (out, plot):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise CheckpointError(f"{file.parent} is not a folder to write {file.name} into")
-    if plot is not None and name != "peers":
-        raise FoveateError(f"--plot draws what the benchmark peers measures, not {name}")
-    options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}
-    found = benchmarks.run(name, peers, **options)
-    text = emit(found, out)
-    if plot is not None:
-        plot.write_text(speed_plot(found["rounds"]), encoding="utf-8")
-    if json_output:
-        print(text)
-    else:
-        show(figures_table(name, found["figures"]))

@@ -13,6 +13,10 @@ from foveate.cli import options
 from foveate.cli.console import emit, log, plain_table, show
 from foveate.cli.data import Request, batches, describe, windows
 from foveate.cli.models import config_of, load_planes
+from foveate.errors import CheckpointError, LevelError
+from foveate.floor import ratio_text
+from foveate.formats.levels import TOP_LEVEL
+from foveate.maps import find_sites
 from foveate.report.page import figure
 
 Sites = Annotated[
@@ -35,10 +39,16 @@ def audit(
 
     It takes a pass over the data for each weight and level: name some weights where there are many.
     """
+    head = fv.read_head(out)
+    patterns = [options.weight_pattern(p) for p in sites] if sites else ["*:weight"]
+    kinds = {site.kind for pattern in patterns for site in find_sites(head.sites, pattern)}
+    wanted = options.input_levels_of(levels) if kinds == {"input"} else options.levels_of(levels)
+    if kinds == {"weight"} and min(wanted) >= TOP_LEVEL:
+        raise LevelError(f"levels (={levels}) lower no weight: the highest level is {TOP_LEVEL}")
+    if head.profile is None:
+        raise CheckpointError(f"{out} holds no profile to compare with: it was saved without one")
     found = windows(Request(data, tokens, samples, length, batch), str(out), config_of(str(out)))
     log.info("measuring on %s", describe(found))
-    patterns = [options.weight_pattern(p) for p in sites] if sites else "*:weight"
-    wanted = options.levels_of(levels)
     got = fv.audit(load_planes(out).float(), batches(found, batch), sites=patterns, levels=wanted)
     if json_output:
         entries = [{**asdict(e), "ratio": e.ratio} for e in got.entries]
@@ -53,6 +63,6 @@ def audit(
             str(e.level),
             figure(e.predicted),
             f"{figure(e.measured)} ± {figure(e.standard_error)}",
-            f"{e.ratio:.2f}",
+            ratio_text(e.measured, e.predicted),
         )
-    show(table, f"measured / predicted, geometric mean: {got.ratio:.2f}")
+    show(table, got.summary)

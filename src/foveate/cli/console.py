@@ -8,11 +8,14 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
+
+from foveate.errors import CheckpointError
 
 #: Columns of text where stdout is no terminal.
 _WIDTH = 120
@@ -32,6 +35,20 @@ def emit(result: Mapping[str, Any], file: Path | None = None) -> str:
     if file is not None:
         file.write_text(text + "\n", encoding="utf-8")
     return text
+
+
+def check_writable(path: Path) -> None:
+    """Refuse, before any work, a file or a folder to write that the nearest folder above it will not take.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
+    parent = next(p for p in (path.absolute(), *path.absolute().parents) if p.is_dir())
+    try:
+        with TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {parent} is not a folder that can be written") from error
 
 
 def _plain(value: Any) -> Any:

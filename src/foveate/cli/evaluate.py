@@ -12,7 +12,7 @@ import foveate as fv
 from foveate.cli import options
 from foveate.cli.console import emit, log, show
 from foveate.cli.data import Request, batches, describe, next_token_loss, windows
-from foveate.cli.models import config_of, is_causal, load_original, load_planes
+from foveate.cli.models import config_of, is_causal, load_original, load_planes, original_config
 from foveate.cli.tables import outcome_figures, outcomes_table
 from foveate.errors import PlaneNotResidentError
 from foveate.formats.levels import NESTED_LEVELS
@@ -59,6 +59,8 @@ def run(out: Path, request: Request, reference: str | None, levels: list[int] | 
         levels: uniform levels to measure; all that the folder stores if None.
     """
     config = config_of(str(out))
+    if reference is not None:
+        original_config(reference)
     found = windows(request, str(out), config)
     log.info("measuring on %s", describe(found))
     model = load_planes(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -103,7 +103,7 @@ def generate(
 
 def _switch(model: nn.Module, level: int, index: int) -> Switch:
     current = fv.current_map(model)
-    plan = uniform(current.sites, level, current.other_bytes)
+    plan = replace(uniform(current.sites, level, current.other_bytes), other_parameters=current.other_parameters)
     started = time.perf_counter()
     fv.apply(model, plan)
     return Switch(index, level, 1e6 * (time.perf_counter() - started))

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-import foveate as fv
+from foveate.checkpoint import opened
 from foveate.cli import options
 from foveate.cli.console import emit, show
-from foveate.cli.tables import legend, map_figures, map_table, sizes_table
-from foveate.errors import CheckpointError
+from foveate.cli.tables import bits_line, legend, map_figures, map_table, sizes_table
 from foveate.maps import PrecisionMap, Site
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, stored_bytes
 
@@ -22,33 +21,18 @@ def inspect(
     json_output: options.Json = False,
 ) -> None:
     """Show where a model's bits are: a row a layer, with its tiles at each level, and what it all takes."""
-    head = fv.read_head(out)
-    plan = head.plan
-    size = folder_bytes(out, head)
+    with opened(out) as folder:
+        plan, size = folder.head.plan, folder.bytes
     if json_output:
         print(emit(_figures(out, plan, size, each)))
         return
     weights = sum(s.weights for s in plan.weight_sites())
     show(
-        f"{out}: {weights:,} weights, {plan.bits:.2f} bits each on average, scales included",
+        f"{out}: {weights:,} weights, {bits_line(plan)}",
         map_table(plan, each_site=each),
         legend(plan),
         sizes_table(plan, size),
     )
-
-
-def folder_bytes(out: Path, head: fv.Head) -> int:
-    """Bytes of the files that a head names.
-
-    Raises:
-        CheckpointError: one of them is missing.
-    """
-    total = 0
-    for name in head.files.values():
-        if not (out / name).is_file():
-            raise CheckpointError(f"{out / name} is missing")
-        total += (out / name).stat().st_size
-    return total
 
 
 def _row(plan: PrecisionMap, name: str, sites: tuple[Site, ...]) -> dict[str, Any]:

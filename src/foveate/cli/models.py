@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import foveate as fv
+from foveate.checkpoint import HEAD
 from foveate.cli.console import log
 from foveate.errors import CheckpointError, DataError, MissingExtraError
 
@@ -64,6 +65,13 @@ def config_of(name: str) -> Any:
         raise CheckpointError(f"cannot read the model {name}: {what}{_first_line(error)}") from error
 
 
+def original_config(name: str) -> Any:
+    """As `config_of`, of a model that has its own weights; raises `CheckpointError` for a folder of foveate's."""
+    if (Path(name) / HEAD).is_file():
+        raise CheckpointError(f"{name} was written by foveate: give the original model")
+    return config_of(name)
+
+
 def is_causal(config: Any) -> bool:
     """Whether the model predicts the next token: by the architectures its configuration names."""
     return any("CausalLM" in name or "LMHead" in name for name in config.architectures or ())
@@ -76,7 +84,7 @@ def load_original(name: str) -> nn.Module:
         CheckpointError: no such model, or no weights.
         DataError: it takes something else than token ids.
     """
-    config = config_of(name)
+    config = original_config(name)
     package = transformers()
     named = [getattr(package, architecture, None) for architecture in config.architectures or ()]
     models = [one for one in named if isinstance(one, type) and issubclass(one, package.PreTrainedModel)]

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from foveate.allocate import Constraints
+from foveate.cli.console import log
 from foveate.errors import LevelError, SiteError
-from foveate.formats.levels import check_weight_level
-from foveate.maps import Budget
+from foveate.formats.levels import NESTED_LEVELS, check_input_level, check_weight_level
+from foveate.maps import Budget, PrecisionMap
+from foveate.sizes import format_bytes
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `foveate quantize` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
@@ -42,6 +45,28 @@ def budget_of(bits: float | None, bytes_: str | None, loss: float | None) -> Bud
     return Budget(bits=bits, bytes=bytes_, loss=loss)
 
 
+def constraints_of(levels: str, per_weight: bool, tie: Sequence[str] | None, input_bits: float | None) -> Constraints:
+    """What a map must keep to beside its budget."""
+    return Constraints(levels=levels_of(levels), per_tile=not per_weight, tie=ties_of(tie), input_bits=input_bits)
+
+
+def say_unused(budget: Budget, plan: PrecisionMap, levels: Sequence[int] = NESTED_LEVELS) -> None:
+    """Warn where a budget decides nothing: all of it is more than the largest map takes, or than the smallest loses."""
+    there = {level for site in plan.weight_sites() for level, tiles in plan.counts(site).items() if tiles}
+    end = min(levels) if budget.loss is not None else max(levels)
+    if there != {end}:
+        return
+    if budget.loss is not None:
+        log.warning("a loss of %g is more than every weight at %d bits, the least to choose, loses", budget.loss, end)
+        return
+    limit, takes = (
+        (f"{budget.bits:g} bits", f"{plan.bits:.4g}")
+        if budget.bits is not None
+        else (format_bytes(float(budget.bytes or 0)), format_bytes(plan.bytes_resident))
+    )
+    log.warning("a budget of %s is more than every weight at %d bits takes, which is %s", limit, end, takes)
+
+
 def level_of(text: str) -> int:
     """A level that weights can have."""
     try:
@@ -54,6 +79,11 @@ def level_of(text: str) -> int:
 def levels_of(text: str) -> list[int]:
     """`8,4,2` -> [8, 4, 2]."""
     return [level_of(word) for word in text.split(",")]
+
+
+def input_levels_of(text: str) -> list[int]:
+    """`8,4` -> [8, 4], levels that inputs can have."""
+    return [check_input_level(int(word)) if word.isdigit() else level_of(word) for word in text.split(",")]
 
 
 def ties_of(texts: Sequence[str] | None) -> list[tuple[str, ...]]:

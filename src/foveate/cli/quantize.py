@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,16 +11,17 @@ from torch import nn
 import foveate as fv
 from foveate.checkpoint import HEAD
 from foveate.cli import options
-from foveate.cli.console import emit, log, plain_table, show
+from foveate.cli.console import check_writable, emit, log, plain_table, show
 from foveate.cli.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
-from foveate.cli.models import config_of, load_original, load_tokenizer
-from foveate.cli.tables import legend, map_figures, sizes_table
+from foveate.cli.models import load_original, load_tokenizer, original_config
+from foveate.cli.tables import bits_line, legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
+from foveate.floor import ratio_text
 from foveate.formats.packing import check_group
 from foveate.nn.least import check_reachable
 from foveate.report.layers import dense_bytes
-from foveate.report.page import figure, loss_name
-from foveate.sizes import format_bytes
+from foveate.report.page import divergence_text, figure, loss_name
+from foveate.sizes import format_bytes, parse_bytes
 
 
 def quantize(
@@ -39,6 +39,7 @@ def quantize(
     loss: options.Loss = None,
     keep_map: Annotated[bool, typer.Option("--keep-map", help="Keep only the planes that the map reads.")] = False,
     memory: options.Memory = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the model that OUT holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
     check: options.Check = False,
     json_output: options.Json = False,
@@ -50,14 +51,15 @@ def quantize(
     map is the smallest whose measured loss on the held-out data, and twice its standard error, are within it.
     """
     budget = options.budget_of(bits, bytes_, loss)
-    if keep_map and budget is None:
-        raise BudgetError("--keep-map needs a budget: give --bits, --bytes or --loss")
+    for option, given in (("--keep-map", keep_map), ("--check", check)):
+        if given and budget is None:
+            raise BudgetError(f"{option} needs a budget: give --bits, --bytes or --loss")
     if group is not None:
         check_group(group)
-    _check_target(out, model)
-    if (out / HEAD).exists():
-        log.warning("%s holds a model already: it will be replaced", out)
-    config = config_of(model)
+    if memory is not None:
+        parse_bytes(memory)
+    _check_target(out, model, force)
+    config = original_config(model)
     request = Request(data, tokens, samples, length, batch)
     found = windows(request, model, config, more=0 if budget is None else 1 / HELD_OUT)
     calibration, held_out = (found, []) if budget is None else split(found)
@@ -92,7 +94,7 @@ def quantize(
         raise typer.Exit(1)
 
 
-def _check_target(out: Path, model: str) -> None:
+def _check_target(out: Path, model: str, force: bool) -> None:
     """Refuse early what could only fail after all the work."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file: give a folder to write")
@@ -101,9 +103,9 @@ def _check_target(out: Path, model: str) -> None:
             raise CheckpointError(f"{out} is the model itself: give another folder to write")
         if any(out.iterdir()) and not (out / HEAD).exists():
             raise CheckpointError(f"{out} is not empty, and not a foveate checkpoint that could be replaced")
-    parent = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise CheckpointError(f"cannot write {out}: {parent} is not a folder that can be written")
+        if (out / HEAD).exists() and not force:
+            raise CheckpointError(f"{out} holds a model already: give another folder, or --force to replace it")
+    check_writable(out)
 
 
 def _choose(
@@ -112,11 +114,14 @@ def _choose(
     """The map for a budget, or uniform precision at its bytes where that measured better."""
     original = load_original(model)
     if budget.loss is not None:
-        verification = fv.repair(net, budget, held_out, reference=original)
-        log.info("measured over predicted loss: %.2f", verification.ratio)
+        verification = fv.fit_to_loss(net, budget, held_out, reference=original)
+        log.info(
+            "measured over predicted loss: %s", ratio_text(verification.measured.divergence, verification.predicted)
+        )
     else:
         plan = fv.allocate(profile, budget)
         verification = fv.verify(net, plan, held_out, reference=original)
+    options.say_unused(budget, verification.plan)
     if not verification.holds:
         log.warning("warning: on the held-out data uniform precision at the same bytes is better, and so it is kept")
     return verification.best, verification
@@ -131,7 +136,9 @@ def _save_tokenizer(model: str, out: Path) -> None:
 
 def _tell(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: fv.Verification | None) -> None:
     show(
-        f"{out}: {len(profile.weight_sites())} weights on planes, measured on {profile.samples:,} samples", legend(plan)
+        f"{out}: {len(profile.weight_sites())} weights on planes, measured on {profile.samples:,} samples",
+        bits_line(plan),
+        legend(plan),
     )
     show(sizes_table(plan))
     if verification is not None:
@@ -146,7 +153,7 @@ def _tell(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: f
                 f"{one.bits:.2f}",
                 format_bytes(one.bytes_resident),
                 figure(profile.predict(one)),
-                f"{figure(got.divergence)} ± {figure(got.standard_error)}",
+                divergence_text(got),
                 f"{got.agreement:.2%}",
             )
         show(table)

@@ -9,10 +9,10 @@ import typer
 
 import foveate as fv
 from foveate.cli import options
-from foveate.cli.console import emit, log, show
+from foveate.cli.console import check_writable, emit, log, show
 from foveate.cli.data import Request
 from foveate.cli.evaluate import METRIC, Reference, run
-from foveate.errors import CheckpointError
+from foveate.errors import CheckpointError, DataError
 from foveate.report import Measured, html
 
 _POINTS = 32
@@ -33,12 +33,15 @@ def report(
     head = fv.read_head(out)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise CheckpointError(f"cannot write {output}: give a file in a folder that exists")
+    check_writable(output)
+    request = Request(data, tokens, samples, length, batch)
+    if reference is not None and not request.given:
+        raise DataError("--reference needs data to compare on: give --data or --tokens")
     profile = None
     if head.profile is None:
         log.info("%s holds no profile: the report will not show sensitivity, nor the frontier", out)
     else:
         profile = fv.load_profile(out)
-    request = Request(data, tokens, samples, length, batch)
     measured: list[Measured] = run(out, request, reference, None) if request.given else []
     page = html(
         head.plan,

@@ -14,7 +14,7 @@ from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.maps import PrecisionMap, Site
 from foveate.report import Measured
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, percent, shares, stored_bytes
-from foveate.report.page import figure
+from foveate.report.page import divergence_text, figure
 from foveate.report.palette import LEVEL_COLOURS, LEVEL_INKS
 from foveate.sizes import format_bytes
 
@@ -99,6 +99,14 @@ def sizes_table(plan: PrecisionMap, on_disk: int | None = None) -> Table:
     return table
 
 
+def bits_line(plan: PrecisionMap) -> str:
+    """A map's average bits, of weights on planes and of all parameters, and what stays float."""
+    text = f"{plan.bits:.2f} bits a weight on planes, scales included"
+    if plan.other_parameters is not None:
+        text += f"; {plan.bits_of_model:.2f} bits a parameter of the whole model"
+    return f"{text}; {plan.stays_float}" if plan.stays_float else text
+
+
 def outcomes_table(measured: Sequence[Measured], reference_bytes: int | None, metric: str, divergence: str) -> Table:
     """What maps were measured to do, a row each; the default map is bold.
 
@@ -120,9 +128,8 @@ def outcomes_table(measured: Sequence[Measured], reference_bytes: int | None, me
                 f"{own.bits:.2f}",
                 *(format_bytes(n) for n in (own.bytes_stored, own.bytes_resident, own.bytes_read)),
             ]
-        error = f" ± {figure(got.standard_error)}" if got.standard_error else ""
         middle = [figure(got.metric if got.metric is not None else math.nan)] if with_metric else []
-        last = [f"{figure(got.divergence)}{error}", f"{got.agreement:.2%}"]
+        last = [divergence_text(got), f"{got.agreement:.2%}"]
         table.add_row(Text(entry.label), *sizes, *middle, *last, style="bold" if entry.is_default else "")
     return table
 
@@ -131,6 +138,8 @@ def map_figures(plan: PrecisionMap) -> dict[str, Any]:
     """A map's totals for machines."""
     return {
         "bits": plan.bits,
+        "bits_of_model": plan.bits_of_model,
+        "other_parameters": plan.other_parameters,
         "bytes_stored": plan.bytes_stored,
         "bytes_resident": plan.bytes_resident,
         "bytes_read": plan.bytes_read,

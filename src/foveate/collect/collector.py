@@ -45,7 +45,6 @@ class Collector:
         *,
         held: Collection[str] | None = None,
         replay: Replay | None = None,
-        seed: int = 0,
     ) -> None:
         """
         Args:
@@ -53,13 +52,11 @@ class Collector:
             objective: what the outputs are for.
             held: names of the modules whose large statistics the first pass collects; all if not given.
             replay: what runs parts of the model twice to save memory, if anything does.
-            seed: of the directions.
         """
         self.objective = objective
         self.samples = 0
         self.batches = 0
         self.calls: list[list[int]] = []
-        self._seed = seed
         self._replay = replay or Replay(())
         self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
         self._numbers = {name: number for number, name in enumerate(self._modules)}
@@ -92,7 +89,7 @@ class Collector:
         self.batches += 1
 
     def _loss(self, output: Any, batch: Any, index: int) -> tuple[Tensor, int]:
-        return self.objective.loss(output, batch, torch.Generator().manual_seed(self._seed + index))
+        return self.objective.loss(output, batch, torch.Generator().manual_seed(index))
 
     def again(self, model: nn.Module, batch: Any, index: int, names: Collection[str]) -> None:
         """The large statistics of some modules, from a batch that `add` has taken before.
@@ -195,8 +192,8 @@ class Collector:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on from `state()`; raises `DataError` if it is of another model or objective."""
-        expected = {k: t.shape for k, t in self.state().items()}
-        if {k: t.shape for k, t in state.items()} != expected:
+        expected = {k: (t.shape, t.dtype) for k, t in self.state().items()}
+        if {k: (t.shape, t.dtype) for k, t in state.items()} != expected:
             raise DataError("the resume file was made for another model or objective: delete it to start afresh")
         self.samples, self.batches = int(state["samples"]), int(state["batches"])
         for name, s in self.by_module.items():

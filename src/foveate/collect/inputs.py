@@ -10,7 +10,7 @@ kernels make, row by row, and its product with the gradient is taken as it is. W
 their own (the tokens of a language model) the squares are added up; where they share one loss, the sum is squared.
 
 The activation's moments, extremes and entropy are kept beside it: what the drift unit compares with, what static
-scales are made of, and what `by_variance` chooses levels by without any gradient.
+scales are made of, and what `variance_proxy` chooses levels by without any gradient.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ entries. Depthwise filters are [channels, kernel].
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
@@ -26,10 +27,16 @@ class Kind(Enum):
     CONV = "conv"
 
 
+#: What the part of a module that holds its weight is called, where the module has a forward of its own
+#: (`foveate.nn.derived`).
+PRODUCT = "product"
+_BASES = (nn.Linear, nn.Embedding, nn.Conv2d, nn.Conv1d)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
-    """The kind of a module that can be quantized, or None. Subclasses that change `forward` are left alone."""
-    if is_parametrized(module):
-        return None
+    """The kind of a module that can be quantized, or None. Subclasses that change `forward` have none."""
+    if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return None  # also where a hook makes the weight anew before each call
     forward = type(module).forward
     if forward is nn.Linear.forward:
         # attention reads this one's weight behind its back
@@ -41,6 +48,22 @@ def kind_of(module: nn.Module) -> Kind | None:
     if type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers."):
         return Kind.LINEAR_TRANSPOSED
     return None
+
+
+def derived_from(module: nn.Module) -> type[nn.Module] | None:
+    """The class whose forward does the product of a module that has another forward around it; None for all others."""
+    base = next((base for base in _BASES if isinstance(module, base)), None)
+    if base is None or type(module).forward is base.forward or hasattr(module, PRODUCT):
+        return None
+    alike = _with_forward_of(module, base)
+    return base if kind_of(alike) is not None else None
+
+
+def _with_forward_of(module: nn.Module, base: type[nn.Module]) -> nn.Module:
+    """A module of class `base` that shares all attributes with `module`."""
+    made = base.__new__(base)
+    made.__dict__.update(module.__dict__)
+    return made
 
 
 def weight_matrix(module: nn.Module) -> Tensor:
@@ -83,14 +106,16 @@ class Found:
 def find_weights(model: nn.Module) -> list[Found]:
     """Every weight that can be quantized, in the model's order; modules that share a parameter are one entry.
 
-    A weight that some other module uses as well stays as it is.
+    A weight that some other module uses as well stays as it is, and so do adapters, and the weight of a module with a
+    forward of its own (see `derived_from`) or one that was put into the object.
     """
+    adapters = {id(m) for m in parts_of_adapters(model)}
     by_parameter: dict[int, list[tuple[str, nn.Module]]] = {}
     elsewhere: set[int] = set()  # parameters that a module uses which stays as it is
     for name, module in model.named_modules():
-        ours = kind_of(module) is not None and not _read_behind(model, name)
+        ours = kind_of(module) is not None and "forward" not in module.__dict__ and id(module) not in adapters
         if ours and cast(Tensor, module.weight).is_floating_point():
-            by_parameter.setdefault(id(module.weight), []).append((name, module))
+            by_parameter.setdefault(id(module.weight), []).append((without_product(name), module))
         else:
             elsewhere.update(map(id, module.parameters(recurse=False)))
     found = []
@@ -101,10 +126,26 @@ def find_weights(model: nn.Module) -> list[Found]:
     return found
 
 
-def _read_behind(model: nn.Module, name: str) -> bool:
-    """Whether a module's parent reads its weight itself: the fast path of torch's own encoder layer does."""
-    parent = model.get_submodule(name.rpartition(".")[0])
-    return isinstance(parent, nn.TransformerEncoderLayer)
+def without_product(name: str) -> str:
+    """The name of the module that a product is part of, or the name itself."""
+    return name.removesuffix(f".{PRODUCT}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, as text: the first five, and how many others there are."""
+    others = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {others} other{'s' if others > 1 else ''}" if others > 0 else "")
+
+
+def parts_of_adapters(model: nn.Module) -> list[nn.Module]:
+    """What adapters add to a model (peft's layers name the children of theirs that are trained), all of it."""
+    found = []
+    for module in model.modules():
+        names = getattr(module, "adapter_layer_names", ())
+        for name in names if isinstance(names, tuple) else ():
+            child = module._modules.get(name)
+            found += list(child.modules()) if child is not None else []
+    return found
 
 
 def weight_matrix_shape(module: nn.Module) -> tuple[int, int]:

@@ -45,17 +45,20 @@ def check_batches(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _field(output: Any, *names: str) -> Tensor:
-    """The tensor in a model's output: the first named attribute or key it has, else itself, else its first element."""
+    """The tensor in a model's output: the first named attribute or key it has, else itself, else the first of its
+    elements that is a tensor with dimensions (a tuple often begins with a loss).
+    """
     if isinstance(output, Tensor):
-        return output
-    for name in names:
-        value = _attribute(output, name)
-        if isinstance(value, Tensor):
-            return value
-    first = next(iter(output.values())) if isinstance(output, Mapping) else output[0]
-    if isinstance(first, Tensor):
-        return first
-    raise DataError(f"the model's output is a {type(output).__name__} without a tensor to measure")
+        if output.dim():
+            return output
+        raise DataError("the model's output is a single number, not rows to compare: call it without labels")
+    parts = [_attribute(output, name) for name in names]
+    if isinstance(output, (Mapping, tuple, list)):
+        parts += output.values() if isinstance(output, Mapping) else output
+    for part in parts:
+        if isinstance(part, Tensor) and part.dim():
+            return part
+    raise DataError(f"the model's output is a {type(output).__name__} without a tensor of rows to measure")
 
 
 def _attribute(output: Any, name: str) -> Any:

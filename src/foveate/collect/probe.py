@@ -138,8 +138,9 @@ def probe(model: nn.Module, batch: Any, found: Sequence[Found], objective: Objec
         if id(module) in ours:
             size, count = _own_copies(module, given[0])
             kept += size
-            calls.append(name)
-            rows[name] = rows.get(name, 0) + count
+            own = ours[id(module)]
+            calls.append(own)
+            rows[own] = rows.get(own, 0) + count
             sizes.append(max(size, 4 * output.numel()))
             if isinstance(output, Tensor) and not output.requires_grad:
                 output = output + spark

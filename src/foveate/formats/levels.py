@@ -37,7 +37,7 @@ def check_weight_level(level: int) -> int:
         return level
     if level in EXACT_LEVELS:
         raise LevelError(
-            f"level (={level}) is exact, and format version 1 stores no exact tiles: "
+            f"level (={level}) is exact, and weights on planes have no exact level: "
             f"choose one of {_listing(WEIGHT_LEVELS)}"
         )
     raise LevelError(f"level (={level}) is not one of {_listing(WEIGHT_LEVELS)}")

@@ -19,8 +19,7 @@ Legend: B sequences, H heads of keys and values, T tokens, D channels a head, L 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from foveate.activations.cache import BLOCK, check_block
 from foveate.activations.cache_argument import cache_argument
 from foveate.activations.cache_blocks import Blocks, is_exact
 from foveate.allocate.cache import CacheProfile
+from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Logits, check_batches
 from foveate.errors import DataError, MissingExtraError, SiteError
 from foveate.formats.levels import CACHE_LEVELS
@@ -82,7 +82,7 @@ def calibrate_cache(
     lost: list[list[float]] = []
     samples, itemsize = 0, 4
     generator = torch.Generator().manual_seed(seed)
-    with _evaluating(model):
+    with evaluating(model):
         for number, batch in enumerate(track(check_batches(batches), "calibrating the cache", show=progress)):
             half = _Half(model, batch, plain, block)
             if not sites:
@@ -106,17 +106,6 @@ def calibrate_cache(
     if not all(bool(torch.isfinite(table).all()) for table in losses.values()):
         raise DataError("the model's gradients, keys or values are not finite on these batches")
     return CacheProfile(sites, losses, samples, itemsize)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _sites(model: nn.Module, plain: Sequence[int], cached: Sequence[Tensor], block: int) -> tuple[Site, ...]:

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,20 +22,21 @@ from typing import Any, cast
 
 import psutil
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from foveate.collect.collector import Collector
-from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
+from foveate.collect.evaluation import frozen
+from foveate.collect.kinds import Found, Kind, kind_of, listed, weight_matrix_shape
 from foveate.collect.objectives import Custom, Objective, check_batches, run
 from foveate.collect.probe import Probe, probe
+from foveate.collect.reads import Reads, decode
 from foveate.collect.replay import Replay
 from foveate.collect.statistics import statistics_of
-from foveate.errors import BudgetError, DataError
+from foveate.errors import BudgetError, DataError, WeightError
 from foveate.nn.estimate import estimate, rough
+from foveate.nn.resuming import read_resume, sample_of, write_resume
 from foveate.nn.streaming import Load, Plan, plan
-from foveate.nn.witness import Witness, witness_bytes
+from foveate.nn.witness import Witness, copied, witness_bytes
 from foveate.progress import say, track
 from foveate.sizes import format_bytes, free_memory
 
@@ -52,11 +52,41 @@ _OUTPUT_COPIES = 6
 _CALL_COPIES = 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What calibration is for, and how it is gone about; as for `foveate.quantize`.
+
+    Attributes:
+        objective: what the output is for; found out from the first output if not given.
+        loss: what is to be kept small, instead of the objective's own.
+        memory: the most bytes that the process may take; three quarters of what is free if not given.
+        resume: the file that keeps the statistics, if any does.
+        progress: whether to show how far it is.
+
+    Raises:
+        DataError: the objective is none.
+    """
+
+    objective: Objective | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    memory: int | None = None
+    resume: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.objective is not None and not isinstance(self.objective, Objective):
+            raise DataError(f"objective (={self.objective!r}) is not an Objective, such as foveate.Logits()")
+
+
 class Calibration:
     """Runs the passes.
 
     Attributes:
-        found: the weights.
+        found: the weights, less those that something else than their modules was seen to read; complete after the first
+            share was asked for.
+        notes: which weights were left so, and what is not known of the model's reads.
+        first: the first batch.
+        generates: whether the model, if it can generate, was seen to.
         collector: the statistics; small ones complete after the first share was asked for.
         plan: how it is gone about.
         probe: what the first batch showed.
@@ -68,36 +98,35 @@ class Calibration:
     probe: Probe
 
     def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        found: Sequence[Found],
-        objective: Objective | None,
-        loss: Callable[[Any, Any], Tensor] | None,
-        *,
-        memory: int | None = None,
-        resume: Path | None = None,
-        progress: bool = True,
+        self, model: nn.Module, batches: Iterable[Any], found: Sequence[Found], options: CalibrationOptions
     ) -> None:
-        """Run the probe and make the plan; arguments as for `foveate.quantize`, `memory` in bytes.
+        """Run the probe and make the plan.
 
         Raises:
             DataError: there are no batches, or a resume file that cannot be used.
+            WeightError: all weights are read past their modules.
             BudgetError: the limit cannot be kept; the message says the least possible.
         """
-        self._model, self.found, self._resume, self._progress = model, list(found), resume, progress
-        self._names = [name for entry in found for name in entry.names]
+        self._model, self.found, self._resume, self._progress = model, list(found), options.resume, options.progress
+        memory = options.memory
+        self._reads = Reads(model, found)
         free = free_memory()
         stream = iter(check_batches(batches))
         first = next(stream, None)
         if first is None:
             raise DataError("there are no batches to calibrate on")
-        with frozen(model):
-            self.probe = probe(model, first, self.found, objective)
+        self.first = copied(first)
+        self.notes: list[str] = []
+        with frozen(model), self._reads.watching():
+            self.probe = probe(model, first, self.found, options.objective)
+            self.generates = self._decoded()
+        self._leave_what_is_read()
         objective = self.probe.objective
-        if loss is not None:
-            objective = Custom(loss, objective)
-        state = _read_resume(resume) if resume is not None and resume.exists() else None
+        if options.loss is not None:
+            objective = Custom(options.loss, objective)
+        self._sample = sample_of(model, first)
+        resume = self._resume
+        state = read_resume(resume, objective, self._sample) if resume is not None and resume.exists() else None
         self._loads = _loads(self.found, objective, self.probe)
         blocks, least = self.probe.least()
         beside = _OUTPUT_COPIES * self.probe.output_bytes + _CALL_COPIES * self.probe.largest
@@ -135,8 +164,16 @@ class Calibration:
         return len(self._shares)
 
     def shares(self) -> Iterator[list[Found]]:
-        """Go through the data once for each share, and hand out the weights whose statistics are complete."""
+        """Go through the data once for each share, and hand out the weights whose statistics are complete.
+
+        Raises:
+            WeightError: all weights are read past their modules.
+        """
         self._first_pass()
+        self._leave_what_is_read()
+        self._leave(self._reads.never_ran(self.found), "their modules have forwards of their own that never ran")
+        kept = {entry.names[0] for entry in self.found}
+        self._shares = [[entry for entry in share if entry.names[0] in kept] for share in self._shares]
         yield self._shares[0]
         for number in range(1, len(self._shares)):
             self._make_room(number)
@@ -160,16 +197,47 @@ class Calibration:
         if self.plan.lean and any(entry is last for last in self._shares[-1]):
             _let_go(entry)
 
+    def make_room(self) -> None:
+        """All weights are rounded: where memory is short, none of them stays."""
+        if self.plan.lean:
+            for entry in self.found:
+                _let_go(entry)
+
     def finish(self) -> None:
-        """All weights are rounded: none of them is needed any more."""
+        """The model is on planes and runs: no float weight is needed any more, nor what would continue."""
         for entry in self.found:
             _let_go(entry)
         if self._resume:
             self._resume.unlink(missing_ok=True)
 
+    def _leave_what_is_read(self) -> None:
+        """Take those weights out whose planes the code that reads them could not read."""
+        own = {entry.names[0] for entry in self._reads.only_own(self.found)}
+        past = [entry for entry in self.found if entry.names[0] not in own]
+        who = self._reads.past[past[0].names[0]] if past else ""
+        self._leave(past, f"other code than their modules' reads them, such as {who}")
+
+    def _leave(self, entries: Sequence[Found], why: str) -> None:
+        if not entries:
+            return
+        gone = {entry.names[0] for entry in entries}
+        self.found = [entry for entry in self.found if entry.names[0] not in gone]
+        self.notes.append(f"the weights of {listed([entry.names[0] for entry in entries])} stay float: {why}")
+        if not self.found:
+            raise WeightError(f"no weight can be quantized: {self.notes[-1]}")
+
+    def _decoded(self) -> bool:
+        """Let the float model generate, if it can, and say if it fails."""
+        try:
+            decode(self._model)
+        except Exception as error:  # a model that calibration can run all the same
+            self.notes.append(f"what generation reads past modules is not known, for it fails: {error!r}")
+            return False
+        return True
+
     def _first_pass(self) -> None:
         done = self.collector.batches
-        with frozen(self._model):
+        with frozen(self._model), self._reads.watching():
             label = "calibrating" if self.passes == 1 else f"calibrating, pass 1 of {self.passes}"
             for index, batch in enumerate(track(self._stream, label, total=self._count, show=self._progress)):
                 if self._kept is not None:
@@ -186,9 +254,9 @@ class Calibration:
                 if index == done:
                     self._say_how_long(time.perf_counter() - started, done)
                 if self._resume is not None and (seen % _SAVE_EVERY == 0 or seen in (1, 2, 4, 8)):
-                    _write_resume(self._resume, self.collector)
+                    write_resume(self._resume, self.collector, self._sample)
         if self._resume is not None and self.passes > 1:
-            _write_resume(self._resume, self.collector)
+            write_resume(self._resume, self.collector, self._sample)
 
     def _say_how_long(self, batch: float, done: int) -> None:
         """Print an estimate, unless it is no time at all."""
@@ -259,38 +327,3 @@ def _as_begun(
     first = [e for e, load in zip(found, loads, strict=True) if not load.large or begun & set(e.names)]
     rest = [[entry for entry in share if not any(entry is one for one in first)] for share in shares]
     return [first, *(share for share in rest if share)]
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients and no caches of keys and values, all put back afterwards."""
-    modes = {m: m.training for m in model.modules()}
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    all_configs = (getattr(m, "config", None) for m in model.modules())
-    configs: dict[int, Any] = {id(c): c for c in all_configs if getattr(c, "use_cache", None) is True}
-    model.eval().requires_grad_(False)
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, flag in wanted.items():
-            parameter.requires_grad_(flag)
-
-
-def _read_resume(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise DataError(f"the resume file {path} cannot be read ({error}): delete it to start afresh") from error
-
-
-def _write_resume(path: Path, collector: Collector) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({k: t.contiguous() for k, t in collector.state().items()}, temporary)
-    os.replace(temporary, path)

@@ -15,7 +15,6 @@ Shapes: T tokens, k experts a token, S = T * k rows, E experts, H model width.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,14 +24,17 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from foveate.nn.modules import PlaneModule
+from foveate.nn.install import replace_module
+from foveate.nn.modules import PlaneModule, take_hooks, without
 
 #: The flags that `use_experts_implementation` sets on a layer, and those that it sets since later releases. Before them,
 #: every expert had a gate (transformers 5.2), and none a norm (5.17).
 _FLAGS = ("has_bias", "is_transposed")
 _LATER_FLAGS = {"has_gate": True, "has_post_expert_norm": False}
 _UP = ("gate_up_proj", "up_proj")
-_DOWN = "down_proj"
+DOWN = "down_proj"
+#: Every parameter of a layer that is taken apart.
+STACKS = tuple(name for base in (*_UP, DOWN) for name in (base, f"{base}_bias"))
 
 # Which experts a token goes to is data, which no graph can branch on: to a graph, a layer of experts is one op, and the
 # layer is found by its number. The numbers are never used again.
@@ -70,13 +72,14 @@ class PlaneExperts(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.up = _UP[0] if layer._parameters.get(_UP[0]) is not None else _UP[1]
-        transposed = bool(getattr(layer, "is_transposed", _is_llama4(layer)))
+        transposed = is_transposed(layer)
         self.routes: float | None = None
-        self.num_experts = cast(Tensor, getattr(layer, _DOWN)).shape[0]
-        self.origin = _emptied(layer)
+        self.num_experts = cast(Tensor, getattr(layer, DOWN)).shape[0]
+        self.origin = without(layer, *STACKS)
         for i in range(self.num_experts):
-            parts = {name: _linear_of(layer, name, i, transposed) for name in (self.up, _DOWN)}
+            parts = {name: _linear_of(layer, name, i, transposed) for name in (self.up, DOWN)}
             self.add_module(str(i), nn.ModuleDict(cast("dict[str, nn.Module]", parts)))
+        take_hooks(self, layer)
         self.train(layer.training)
         self._enlist()
 
@@ -150,7 +153,7 @@ class PlaneExperts(nn.Module):
         else:
             gate, up = y.chunk(2, dim=-1)
             y = up * origin.act_fn(gate)
-        y = cast(Tensor, expert[_DOWN](y))
+        y = cast(Tensor, expert[DOWN](y))
         return cast(Tensor, origin.post_expert_norm(y)) if getattr(origin, "has_post_expert_norm", False) else y
 
     def extra_repr(self) -> str:
@@ -158,14 +161,9 @@ class PlaneExperts(nn.Module):
         return f"{self.num_experts} experts"
 
 
-def _emptied(layer: nn.Module) -> nn.Module:
-    """A copy that shares everything with `layer` but does not hold its weights."""
-    made = copy.copy(layer)
-    gone = {name for base in (*_UP, _DOWN) for name in (base, f"{base}_bias")}
-    state = made.__dict__
-    state.update({key: dict(state[key]) for key in ("_parameters", "_buffers", "_modules")})
-    state["_parameters"] = {name: p for name, p in state["_parameters"].items() if name not in gone}
-    return made
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether a layer's stacks are [E, in, out]."""
+    return bool(getattr(layer, "is_transposed", _is_llama4(layer)))
 
 
 def _linear_of(layer: nn.Module, name: str, number: int, transposed: bool) -> nn.Linear:
@@ -190,7 +188,7 @@ def _can_hold(layer: nn.Module) -> bool:
     """Whether a layer's stacks of weights can be taken apart."""
     up = layer._parameters.get(_UP[0])
     up = up if up is not None else layer._parameters.get(_UP[1])
-    down = layer._parameters.get(_DOWN)
+    down = layer._parameters.get(DOWN)
     if up is None or down is None or up.dim() != 3 or down.dim() != 3 or len(up) != len(down):
         return False
     if not up.is_floating_point() or not down.is_floating_point():
@@ -222,7 +220,7 @@ def merged(model: nn.Module, names: Sequence[str]) -> list[str]:
     listed = set(names)
     for layer, module in model.named_modules():
         if isinstance(module, PlaneExperts):
-            own = {f"{layer}.{i}.{part}" for i in range(module.num_experts) for part in (module.up, _DOWN)}
+            own = {f"{layer}.{i}.{part}" for i in range(module.num_experts) for part in (module.up, DOWN)}
             if own <= listed:
                 listed = listed - own | {layer}
     return [name for name in names if name in listed] + sorted(listed - set(names))
@@ -241,20 +239,15 @@ def taken_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterato
     held = [(name, module) for name, module in named if id(module) in wanted]
     made = {id(module): PlaneExperts(module) for _, module in held}
     for name, module in held:
-        _put(model, name, made[id(module)])
+        replace_module(model, name, made[id(module)])
     try:
         yield
     finally:
         for name, module in held:
             apart = made[id(module)]
             if not any(isinstance(m, PlaneModule) for m in apart.modules()):
-                _put(model, name, module)
+                replace_module(model, name, module)
                 continue
             for layer in apart.modules():
                 if isinstance(layer, nn.Linear):  # skipped: its view must not keep the whole stack in memory
                     layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=layer.weight.requires_grad)
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)

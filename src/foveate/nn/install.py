@@ -37,21 +37,36 @@ def install(
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(id(module), []).append(name)
     for entry, site in zip(found, sites, strict=True):
+        weights[site.name].name = site.name
         for name, module in zip(entry.names, entry.modules, strict=True):
             new = on_planes(module, weights[site.name])
             for place in places[id(module)]:
-                _exchange(model, place, new)
+                replace_module(model, place, new)
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
-    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights))
+    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights), _other_parameters(model))
     attach(model, registry)
     return registry
 
 
-def _exchange(model: nn.Module, name: str, new: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put a module into the place of the one that has this name."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+def _other_parameters(model: nn.Module) -> dict[str, int]:
+    """How many parameters are on no planes, by the class of the module that holds them."""
+    counts: dict[str, int] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        kind = "biases" if isinstance(module, PlaneModule) else type(module).__name__
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                counts[kind] = counts.get(kind, 0) + parameter.numel()
+    return counts
 
 
 def _other_bytes(model: nn.Module, weights: dict[str, PlaneWeight]) -> int:

@@ -10,6 +10,7 @@ from foveate.collect.kinds import weight_matrix_shape
 from foveate.errors import BudgetError
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.maps import Budget, PrecisionMap, Site, uniform
+from foveate.nn.derived import products_apart
 from foveate.nn.experts import taken_apart
 from foveate.nn.quantize import chosen, group_for
 from foveate.sizes import format_bytes
@@ -21,7 +22,7 @@ def least_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str]
     Args:
         model, group, skip: as for `foveate.quantize`; the model is not changed.
     """
-    with taken_apart(model):
+    with taken_apart(model), products_apart(model):
         found, _ = chosen(model, skip)
         sites = []
         for entry in found:

@@ -6,7 +6,9 @@ tied weights are one object and every tensor is a buffer. Precision is changed b
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,34 @@ from foveate.nn.siblings import NO_BIAS, Products, Siblings
 from foveate.planes import PlaneTensor, linear
 
 _TENSORS = ("scales", "gain", "resident", "starts", "tags")
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+class _NotATensorError(FoveateError, AttributeError):
+    """What a tensor has, asked of a weight on planes; `hasattr` says no."""
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"weight.{name} was asked of a weight on planes, which is no tensor: use weight.dequantize(), make the "
+        "model plain with foveate.dequantize(model), or leave the module as it is with quantize(..., skip=...)"
+    )
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    def operator(self: PlaneWeight, *_: Any) -> Any:
+        raise _NotATensorError(_refusal(name))
+
+    return operator
 
 
 class PlaneWeight(nn.Module):
@@ -28,6 +58,8 @@ class PlaneWeight(nn.Module):
         super().__init__()
         #: The dtype of the weight that was quantized: what embeddings and unpacked convolutions compute in.
         self.dtype = dtype
+        #: The name of its site, for messages.
+        self.name = ""
         self.set(planes)
 
     def set(self, planes: PlaneTensor) -> None:
@@ -70,10 +102,20 @@ class PlaneWeight(nn.Module):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
+        given = (*args, *(kwargs or {}).values())
+        name = next((part.name for part in given if isinstance(part, PlaneWeight) and part.name), "a weight")
         raise FoveateError(
-            f"{getattr(func, '__name__', func)} was given a weight on planes: call its module, use "
+            f"{getattr(func, '__name__', func)} was given {name}, which is on planes: call its module, use "
             "weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or not hasattr(Tensor, name):
+                raise
+            raise _NotATensorError(_refusal(name)) from None
 
     def extra_repr(self) -> str:
         """Shape, group and the range of levels."""
@@ -82,17 +124,41 @@ class PlaneWeight(nn.Module):
         return f"{self.value.rows}, {self.value.columns}, group={self.value.group}, levels={low}..{high}"
 
 
+for _name in ("getitem", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "pow"):
+    setattr(PlaneWeight, f"__{_name}__", _refused(f"__{_name}__"))
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What `foveate.dequantize` needs of the module that a plane module replaced.
+
+    Attributes:
+        module: a copy of it without its weight.
+        kind: how it uses its weight.
+        requires_grad: of that weight.
+    """
+
+    module: nn.Module
+    kind: Kind
+    requires_grad: bool
+
+
 class PlaneModule(nn.Module):
-    """What the modules below share: a weight of planes, and the level and range of its input."""
+    """What the modules below share: a weight of planes, and the level and range of its input.
+
+    Attributes:
+        origin: the module that it replaced; set by `on_planes`.
+    """
 
     weight: PlaneWeight
     input_level: Tensor
     input_range: Tensor
+    origin: Origin
 
     def __init__(self, weight: PlaneWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
-        self.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)
+        self.bias = None if bias is None else _as_float32(bias)
         self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8), persistent=False)
         # nothing but zero: each row of the input has a scale of its own
         self.register_buffer("input_range", torch.zeros(2), persistent=False)
@@ -217,8 +283,29 @@ def on_planes(module: nn.Module, weight: PlaneWeight) -> PlaneModule:
         made = PlaneConv(weight, cast(nn.Conv2d, module))
     else:
         raise FoveateError(f"{type(module).__name__} holds no weight that planes can hold")
-    for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"):
-        getattr(made, hooks).update(getattr(module, hooks))
-    for hooks in ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-        getattr(made, hooks).update(getattr(module, hooks))
+    made.origin = Origin(without(module, "weight"), kind, cast(Tensor, module.weight).requires_grad)
+    take_hooks(made, module)
     return made.train(module.training)
+
+
+def without(module: nn.Module, *names: str) -> nn.Module:
+    """A copy of a module that shares everything with it but does not hold the parameters named, nor any hooks."""
+    made = copy.copy(module)
+    state = made.__dict__
+    state.update({key: dict(state[key]) for key in ("_parameters", "_buffers", "_modules")})
+    state["_parameters"] = {name: p for name, p in state["_parameters"].items() if name not in names}
+    take_hooks(made, nn.Module())
+    return made
+
+
+def take_hooks(made: nn.Module, module: nn.Module) -> None:
+    """Give a module that replaces another one its hooks: the very dictionaries, so that handles still remove them."""
+    for name in _HOOKS:
+        setattr(made, name, getattr(module, name))
+
+
+def _as_float32(bias: Tensor) -> nn.Parameter:
+    """The parameter itself where it can be, for others may share it."""
+    if isinstance(bias, nn.Parameter) and bias.dtype == torch.float32:
+        return bias
+    return nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)

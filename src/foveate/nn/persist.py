@@ -7,10 +7,9 @@ model = ...`).
 
 from __future__ import annotations
 
-import functools
-import importlib
 import json
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,20 +18,22 @@ from torch import Tensor, nn
 
 from foveate import checkpoint
 from foveate.allocate import allocate
-from foveate.checkpoint import Head, PathLike
+from foveate.checkpoint import Folder, Head, PathLike
 from foveate.checkpoint.head import DTYPES
-from foveate.collect.kinds import Found, kind_of, weight_matrix_shape
-from foveate.errors import CheckpointError, MissingExtraError, SiteError
+from foveate.collect.kinds import PRODUCT, Found, kind_of, parts_of_adapters, weight_matrix_shape
+from foveate.errors import CheckpointError, SiteError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import Budget, PrecisionMap, tile_levels, uniform
+from foveate.nn import sentence_transformer
+from foveate.nn.derived import products_apart
 from foveate.nn.experts import taken_apart
 from foveate.nn.fold import fold_skeleton, folded_of
 from foveate.nn.install import install
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.registry import Registry, quantized_part, registry_of
+from foveate.nn.skeleton import skeleton
 from foveate.sizes import parse_bytes
-from foveate.version import __version__
 
 #: Files of a tokenizer or processor, copied along from the folder a model came from.
 _COMPANIONS = (
@@ -48,7 +49,7 @@ _COMPANIONS = (
 )
 
 
-def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, written_by: str | None = None) -> None:
+def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) -> None:
     """Write a quantized model to a folder.
 
     The default map in the folder is `keep`, or the map in force. An existing checkpoint is replaced as a whole or not
@@ -58,16 +59,22 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         model: a quantized model.
         path: the folder; made if it does not exist.
         keep: keep only the planes that this map reads; everything the model has if not given.
-        written_by: what to write into the head as the writer; foveate's version if not given.
 
     Raises:
-        CheckpointError: the folder cannot be written (a full disk, say); what was there before is still there.
+        CheckpointError: the folder cannot be written (a full disk, say), a parameter holds NaN or Inf, or modules were
+            put around layers of the model since it was quantized, as adapters are; what was there before is still
+            there.
         PlaneNotResidentError: the model does not have the planes of `keep`.
     """
     model = quantized_part(model)
     registry = registry_of(model)
     plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", registry.applied)[0]
     registry.check(plan)
+    _check_in_place(model, registry)
+    rest = _rest(model)
+    for name, _ in model.named_parameters():
+        if name in rest and not is_finite(rest[name]):
+            raise CheckpointError(f"parameter {name} holds NaN or Inf: a folder with it could not be loaded")
     weights = {name: w.value for name, w in registry.weights.items()}
     if keep is not None:
         weights = {name: w.kept(_level_tiles(keep, name, w.resident)) for name, w in weights.items()}
@@ -76,8 +83,8 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
         path,
         weights=weights,
         dtypes={name: str(w.dtype).removeprefix("torch.") for name, w in registry.weights.items()},
-        rest=_rest(model),
-        plan=plan,
+        rest=rest,
+        plan=replace(plan, other_parameters=registry.other_parameters),
         profile=registry.profile,
         model={
             **about,
@@ -85,8 +92,21 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, 
             **({"ranges": registry.ranges} if registry.ranges else {}),
         },
         extra_files=companions,
-        written_by=written_by or f"foveate {__version__}",
     )
+
+
+def _check_in_place(model: nn.Module, registry: Registry) -> None:
+    """Raise unless every layer is where its site says: elsewhere no load would find it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in registry.inputs.items():
+        place = name.removesuffix(":input")
+        found = modules.get(place)
+        if found is not layer:
+            raise CheckpointError(
+                f"{place} is {type(found).__name__} now, put there since the model was quantized: save adapters "
+                "by themselves (peft's save_pretrained), and the model before they are put on or after they are taken "
+                "off (peft's unload)"
+            )
 
 
 def load(
@@ -103,7 +123,8 @@ def load(
         keep: load only the planes that this map, or this level everywhere, reads, and apply it. If not given, load
             everything and apply the folder's default map.
         memory: load the best map that fits in these bytes, `"6GiB"` or a number.
-        model: the skeleton to fill, for models that are not transformers'.
+        model: the skeleton to fill, for models that are not transformers' (nor a SentenceTransformer of the usual
+            modules: a transformer, pooling, normalization).
 
     Raises:
         CheckpointError: the folder is missing, damaged, of a newer version, or not of this model.
@@ -112,31 +133,39 @@ def load(
         BudgetError: nothing fits in `memory`; the message says the least possible.
     """
     ensure_loaded()
-    head = checkpoint.read_head(path)
+    with checkpoint.opened(path) as folder:
+        return _load(folder, keep, memory, model)
+
+
+def _load(
+    folder: Folder, keep: PrecisionMap | int | None, memory: int | str | None, model: nn.Module | None
+) -> nn.Module:
+    head, path = folder.head, folder.path
     if memory is not None:
         if keep is not None:
             raise CheckpointError("give keep or memory, not both")
-        keep = checkpoint.at_most_stored(path, head, _fitting(path, parse_bytes(memory)))
+        keep = checkpoint.at_most_stored(folder, _fitting(folder, parse_bytes(memory)))
     if isinstance(keep, int):
-        keep = uniform(head.sites, keep, head.other_bytes)
+        keep = replace(uniform(head.sites, keep, head.other_bytes), other_parameters=head.other_parameters)
     if keep is not None and keep.sites != head.sites:
         raise SiteError(f"the map is of another model than {path}")
     if model is None:
-        model = _skeleton(Path(path), head)
+        model = skeleton(folder)
     fold_skeleton(model, head.model.get("folded", ()))
-    planes = checkpoint.read_planes(path, head, keep)
+    planes = checkpoint.read_planes(folder, keep)
     weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
     sites = head.weight_sites()
-    with taken_apart(model, _stacks(head)):
+    names = frozenset(n.removesuffix(":weight") for s in sites for n in (s.name, *s.aliases))
+    with taken_apart(model, _stacks(head)), products_apart(model, names):
         found = [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites]
         registry = install(model, found, sites, weights)
-    _fill(model, checkpoint.read_rest(path, head))
+    _fill(model, folder)
     if registry.sites != head.sites:
         raise CheckpointError(f"{path} is not of this model: its sites differ")
     registry.other_bytes = head.other_bytes
     registry.set_ranges(_ranges(path, head, registry))
     if head.profile is not None:
-        registry.profile_source = functools.partial(checkpoint.load_profile, Path(path).absolute())
+        registry.profile_source = checkpoint.profile_later(folder)
     plan = head.plan if keep is None else keep
     registry.apply(plan, plan)
     return model.eval()
@@ -154,10 +183,18 @@ def _ranges(path: PathLike, head: Head, registry: Registry) -> dict[str, tuple[f
     return {name: (float(low), float(high)) for name, (low, high) in kept.items()}
 
 
-def _fitting(path: PathLike, memory: int) -> PrecisionMap:
-    profile = checkpoint.load_profile(path)
+def _fitting(folder: Folder, memory: int) -> PrecisionMap:
+    profile = checkpoint.read_profile(folder)
     top = profile.uniform(TOP_LEVEL)
     return top if top.bytes_resident <= memory else allocate(profile, Budget(bytes=memory))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or Inf."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return True
+    # eight bits cannot be asked themselves
+    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
 
 
 def _level_tiles(plan: PrecisionMap, name: str, resident: Tensor) -> Tensor:
@@ -183,7 +220,12 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     """How to rebuild the model, and the files to put beside it."""
-    if not type(model).__module__.startswith("transformers."):
+    inner = sentence_transformer.transformer_in(model)
+    if inner is not None:
+        about, files = _about(inner)
+        described = sentence_transformer.description(model)
+        return {**about, "sentence_transformer": described}, {**files, **sentence_transformer.tokenizer_files(model)}
+    if not type(model).__module__.startswith("transformers.") or parts_of_adapters(model):
         return {}, {}
     config = cast(Any, model).config
     named = copy(config)
@@ -201,49 +243,6 @@ def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     return {"transformers": type(model).__name__, **{what: json.loads(text) for what, text in texts.items()}}, files
 
 
-def _skeleton(folder: Path, head: Head) -> nn.Module:
-    name = head.model.get("transformers")
-    if name is None:
-        raise CheckpointError(
-            f"{folder} is not of a transformers model: give the module to fill, load(path, model=...)"
-        )
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise MissingExtraError('rebuilding this model needs transformers: pip install "foveate[cli]"') from error
-    made_by: Any = getattr(transformers, str(name), None)
-    pretrained: type = transformers.PreTrainedModel
-    if not isinstance(made_by, type) or pretrained not in made_by.__mro__:
-        raise CheckpointError(f"{folder}: {name!r} is not a model class of transformers {transformers.__version__}")
-    from huggingface_hub.errors import StrictDataclassError  # comes with transformers
-
-    try:
-        config = cast(Any, made_by).config_class.from_dict(_plain(head.model["config"]))
-        config._name_or_path = str(folder)
-        with torch.device("meta"):
-            model: nn.Module = cast(Any, made_by)._from_config(config)
-        generation = head.model.get("generation_config")
-        if generation is not None and hasattr(model, "generation_config"):
-            model.generation_config = transformers.GenerationConfig.from_dict(dict(generation))
-    except (
-        ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, StrictDataclassError
-    ) as error:  # fmt: skip
-        raise CheckpointError(f"{folder}: the configuration in its head cannot be used: {error!r}") from error
-    return model
-
-
-def _plain(config: Any) -> Any:
-    """A configuration without what would make transformers fetch or choose code: attention kernels, quantizers."""
-    if isinstance(config, list):
-        return [_plain(entry) for entry in config]
-    if not isinstance(config, dict):
-        return config
-    if set(config) == {"__float__"}:  # how transformers writes what JSON has no numbers for
-        return float(config["__float__"])
-    odd = {"attn_implementation", "experts_implementation", "quantization_config", "auto_map", "trust_remote_code"}
-    return {key: _plain(v) for key, v in config.items() if key.lstrip("_").removesuffix("_internal") not in odd}
-
-
 def _stacks(head: Head) -> frozenset[str]:
     """Layers of which the checkpoint has single experts: `a.b` of a site `a.b.5.down_proj:weight`."""
     return frozenset(s.name.rpartition(".")[0].rpartition(".")[0] for s in head.weight_sites())
@@ -257,6 +256,7 @@ def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: in
             module = model.get_submodule(name)
         except AttributeError as error:
             raise CheckpointError(f"the model has no module {name!r}, which the checkpoint has planes for") from error
+        module = module._modules.get(PRODUCT) or module
         if kind_of(module) is None or weight_matrix_shape(module) != (rows, columns):
             raise CheckpointError(
                 f"{name} of the model does not hold a weight of {rows} x {columns}, as the checkpoint has"
@@ -272,10 +272,11 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
+def _fill(model: nn.Module, folder: Folder) -> None:
     """Put the tensors that are not on planes into their places; what the model shares stays shared."""
     filled: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too, so that none is freed and its id used again
-    for full_name, tensor in rest.items():
+    entries = folder.part("rest").entries
+    for full_name in folder.head.checksums["rest"]:
         prefix, _, name = full_name.rpartition(".")
         try:
             module = model.get_submodule(prefix)
@@ -284,21 +285,30 @@ def _fill(model: nn.Module, rest: dict[str, Tensor]) -> None:
                 f"the model has no module {prefix!r}, which the checkpoint has {name!r} for"
             ) from error
         place: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-        old = place.get(name)
-        if old is None or old.shape != tensor.shape:
+        old, entry = place.get(name), entries.get(full_name)
+        if entry is None:
+            raise CheckpointError(f"{folder.path} is damaged: it holds no {full_name!r}")
+        if old is None or old.shape != entry.shape:  # before any of its bytes are read
             have = "missing" if old is None else tuple(old.shape)
-            raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {tuple(tensor.shape)}")
+            raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {entry.shape}")
+        tensor = folder.read("rest", full_name, entry.size)
         known = str(tensor.dtype).removeprefix("torch.") in DTYPES
         if tensor.is_floating_point() and not known and tensor.dtype != old.dtype:
             raise CheckpointError(f"{full_name} of the checkpoint is {tensor.dtype}, which the model cannot be run in")
         if tensor.is_floating_point() != old.is_floating_point():
             raise CheckpointError(f"{full_name} of the model is {old.dtype}, of the checkpoint {tensor.dtype}")
+        if isinstance(old, nn.Parameter) and not is_finite(tensor):  # buffers may: masks are full of Inf
+            raise CheckpointError(f"{full_name} of the checkpoint holds NaN or Inf")
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         _, first = filled.setdefault(id(old), (old, new))
         place[name] = first if torch.equal(first, new) else new
+    for module in model.modules():
+        if isinstance(module, PlaneModule):  # what shared its parameters with others still does once it is plain again
+            own: dict[str, Any] = module.origin.module._parameters
+            own.update({name: filled[id(old)][1] for name, old in own.items() if id(old) in filled})
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
         cast(Any, model).tie_weights()
-    empty = [name for name, t in _rest(model).items() if t.is_meta or name not in rest]
+    empty = [name for name, t in _rest(model).items() if t.is_meta or name not in folder.head.checksums["rest"]]
     if empty:
         raise CheckpointError(
             f"the checkpoint has nothing for {', '.join(empty[:5])}{' and others' if len(empty) > 5 else ''}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -20,20 +20,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.kinds import Found, Kind, find_weights, weight_matrix
+from foveate.collect.evaluation import frozen
+from foveate.collect.kinds import Found, Kind, find_weights, listed, weight_matrix
 from foveate.collect.objectives import Objective
 from foveate.collect.statistics import Factored, WeightStatistics
-from foveate.errors import DataError, SiteError, WeightError
+from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.formats.packing import GROUPS, TILE_ROWS, check_group
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import FITTED, Profile, Site
-from foveate.nn.calibration import Calibration, frozen
+from foveate.nn.calibration import Calibration, CalibrationOptions
+from foveate.nn.derived import products_apart
 from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.heap import given_back
 from foveate.nn.install import install, site_of
 from foveate.nn.modules import PlaneModule, PlaneWeight
 from foveate.nn.routing import Routing
+from foveate.nn.trial import WayBack, run_on_planes
 from foveate.nn.witness import with_measured
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
@@ -41,11 +44,14 @@ from foveate.rounding import Belief, belief, beyond, freedom, round_weight, with
 from foveate.rounding.descent import INPUT_DAMPING, SHARES_LOOKED_UP
 from foveate.rounding.nearest import PRICES
 from foveate.sensitivity import tile_losses
+from foveate.sites import stays_float
 from foveate.sizes import parse_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Values of a weight that are scored at a time.
 _SCORED = 1 << 22
+#: Parameters that stay float, over those on planes, from which on a note says what they are.
+_MUCH = 0.02
 
 
 def group_for(columns: int) -> int:
@@ -72,8 +78,9 @@ def quantize(
     """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
 
     Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts;
-    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. Afterwards
-    every weight is read at 8 bits.
+    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. A weight that
+    calibration saw something else read than its own module (`x @ self.head.weight.t()`) is left as it is; the profile's
+    notes name it. Afterwards every weight is read at 8 bits.
 
     Args:
         model: any module, in memory, on the CPU.
@@ -98,42 +105,38 @@ def quantize(
 
     Raises:
         DataError: no batches, or a loss that is not finite.
-        WeightError: a weight holds NaN or Inf, or no weight can be quantized. The model is then unchanged.
+        WeightError: a weight holds NaN or Inf, no weight can be quantized, or the model does not run on planes. The
+            model is then unchanged, unless float weights had to make room.
         SiteError: a pattern in `skip` matches nothing.
         BudgetError: the model cannot be quantized in `memory`; the message says in how much it can.
     """
     ensure_loaded()
-    limit = None if memory is None else parse_bytes(memory)
-    with taken_apart(model), given_back(limit is not None):
-        path = Path(resume) if resume else None
-        return _quantized(model, batches, objective, loss, group, skip, limit, path, progress)
+    options = CalibrationOptions(
+        objective=objective,
+        loss=loss,
+        memory=None if memory is None else parse_bytes(memory),
+        resume=Path(resume) if resume else None,
+        progress=progress,
+    )
+    with taken_apart(model), products_apart(model), given_back(options.memory is not None):
+        return _quantized(model, batches, group, skip, options)
 
 
 def _quantized(
-    model: nn.Module,
-    batches: Iterable[Any],
-    objective: Objective | None,
-    loss: Callable[[Any, Any], Tensor] | None,
-    group: int | None,
-    skip: Sequence[str],
-    memory: int | None,
-    resume: Path | None,
-    progress: bool,
+    model: nn.Module, batches: Iterable[Any], group: int | None, skip: Sequence[str], options: CalibrationOptions
 ) -> Profile:
-    if objective is not None and not isinstance(objective, Objective):
-        raise DataError(f"objective (={objective!r}) is not an Objective, such as foveate.Logits()")
     found, notes = chosen(model, skip)
     for entry in found:
         weight = cast(Tensor, entry.modules[0].weight)
         if weight.device.type != "cpu":
             raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
         _check_values(entry.names[0], weight.detach())
-    calibration = Calibration(model, batches, found, objective, loss, memory=memory, resume=resume, progress=progress)
+    calibration = Calibration(model, batches, found, options)
     with given_back(calibration.plan.replay or calibration.plan.lean):
-        rounded, routing, few = _all_rounded(model, calibration, group, progress)
-    calibration.finish()
-    collector = calibration.collector
-    notes += _notes(calibration, routing, few, guessed=objective is None)
+        rounded, routing, few = _all_rounded(model, calibration, group, options.progress)
+    calibration.make_room()
+    collector, found = calibration.collector, calibration.found
+    notes += [*calibration.notes, *_notes(calibration, routing, few, guessed=options.objective is None)]
     done = [rounded[entry.names[0]] for entry in found]
     sites = [q.site for q in done]
     weights = {q.site.name: PlaneWeight(q.planes, q.dtype) for q in done}
@@ -142,7 +145,13 @@ def _quantized(
     del rounded, done
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         kept.set(value)
-    registry = install(model, found, sites, weights)
+    way_back = WayBack(model, found)
+    with way_back.on(BaseException):
+        registry = install(model, found, sites, weights)
+        run_on_planes(model, calibration.first, calibration.generates)
+    weight_count = sum(s.weights for s in sites)
+    if sum(registry.other_parameters.values()) >= _MUCH * weight_count:
+        notes.append(stays_float(registry.other_parameters, weight_count))
     for name in registry.inputs:
         node = collector.by_module.get(name.removesuffix(":input"))
         if node is not None and node.inputs is not None:
@@ -157,14 +166,17 @@ def _quantized(
         collector.objective.name,
         statistics,
         tuple(notes),
+        other_parameters=registry.other_parameters,
     )
-    try:
-        with frozen(model):
-            profile = with_measured(profile, model, registry, calibration.witness, progress)
-    finally:  # an interruption, too, leaves a model that is read at 8 bits and has its profile
-        registry.profile = profile
-        top = profile.uniform(TOP_LEVEL)
-        registry.apply(top, top)
+    with way_back.on(Exception):
+        try:
+            with frozen(model):
+                profile = with_measured(profile, model, registry, calibration.witness, options.progress)
+        finally:  # an interruption leaves a model that is read at 8 bits and has its profile
+            registry.profile = profile
+            top = profile.uniform(TOP_LEVEL)
+            registry.apply(top, top)
+    calibration.finish()
     return profile
 
 
@@ -220,60 +232,59 @@ class _Quantized:
 
 def _all_rounded(
     model: nn.Module, calibration: Calibration, group: int | None, progress: bool
-) -> tuple[dict[str, _Quantized], Routing, list[str]]:
-    """Every weight by its module's name, how experts were met, and the weights that had too few inputs."""
+) -> tuple[dict[str, _Quantized], Routing, dict[str, str]]:
+    """Every weight by its module's name, how experts were met, and the weights that had too few inputs: how few."""
     collector = calibration.collector
     rounded: dict[str, _Quantized] = {}
     routing: Routing | None = None
-    few: list[str] = []
+    few: dict[str, str] = {}
     for share in calibration.shares():
         routing = routing or Routing(model, collector)
         for entry in track(share, "rounding", show=progress):
             seen = [collector.by_module[name] for name in entry.names]
             if _saw_too_little(seen):
-                few.append(entry.names[0])
+                rows, columns = _rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
+                few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
             rounded[entry.names[0]] = _round_and_score(entry, seen, routing, group)
             calibration.done(entry)
     assert routing is not None
-    return rounded, routing, [entry.names[0] for entry in calibration.found if entry.names[0] in few]
+    return rounded, routing, {e.names[0]: few[e.names[0]] for e in calibration.found if e.names[0] in few}
 
 
 def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Routing, group: int | None) -> _Quantized:
     w_NK = weight_matrix(entry.modules[0])
     planes, elsewhere = _on_planes(entry, w_NK, seen, group, routing.samples)
     fishers = [routing.fisher(name) for name in entry.names]
-    losses = _losses(w_NK, planes, fishers, [s.covariance() for s in seen], [s.gradients() for s in seen])
+    covariances, gradients = [s.covariance() for s in seen], [s.gradients() for s in seen]
+    losses, on_these = _losses(w_NK, planes, fishers, covariances, gradients, elsewhere or 1.0)
     kept = {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])}
     if elsewhere is not None:
-        kept[FITTED] = torch.tensor([elsewhere])
+        kept[FITTED] = (losses.double().sum(0) / on_these).nan_to_num(1.0, 1.0).float()
     return _Quantized(
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,
         cast(Tensor, entry.modules[0].weight).dtype,
-        losses * (elsewhere or 1.0),
+        losses,
         kept,
     )
 
 
-def _notes(calibration: Calibration, routing: Routing, few: Sequence[str], guessed: bool) -> list[str]:
+def _notes(calibration: Calibration, routing: Routing, few: Mapping[str, str], guessed: bool) -> list[str]:
     """What the user should know of the calibration, a sentence each."""
     collector = calibration.collector
     notes = routing.notes()
-    unseen = [name for name in collector.unseen() if name not in routing]
-    if unseen:
-        notes.append(f"calibration never reached {_listed(unseen)}: their bits are chosen blindly")
+    unseen = set(collector.unseen())
+    blind = [e.names[0] for e in calibration.found if unseen >= set(e.names) and e.names[0] not in routing]
+    if blind:
+        notes.append(f"calibration never reached {listed(blind)}: their bits are chosen blindly")
     if guessed and collector.objective.name == "embedding":
         notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
     if few:
         notes.append(
-            f"{_listed(few)} had fewer rows of input than columns: rounded to nearest, for descent would fit those "
-            "few rows"
+            f"{listed(list(few.values()))} had fewer rows of input than columns: rounded to nearest, since descent "
+            "would fit those few rows; calibrate on at least as many tokens, positions or samples as there are columns"
         )
     return notes
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (" and others" if len(names) > 5 else "")
 
 
 def _on_planes(
@@ -332,9 +343,11 @@ def _losses(
     fishers: Sequence[Tensor | Factored],
     covariances: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
-) -> Tensor:
-    """The table of a weight's tiles, some strips of rows at a time."""
+    elsewhere: float,
+) -> tuple[Tensor, Tensor]:
+    """The table of a weight's tiles, and their sums on the inputs that were seen, some strips of rows at a time."""
     parts = []
+    on_these = torch.zeros((), dtype=torch.float64)
     # blocks of gradients are not cut
     whole = math.lcm(TILE_ROWS, *(g.shape[1] for g in gradients if g is not None))
     step = max(whole, _SCORED // w_NK.shape[1] // whole * whole)
@@ -353,9 +366,12 @@ def _losses(
             for f in fishers
         ]
         blocks = [None if g is None else g[start // g.shape[1] : -(-(start + step) // g.shape[1])] for g in gradients]
-        parts.append(tile_losses(w_NK[start : start + step], at_level, here, planes.group, covariances, blocks))
+        w_rows = w_NK[start : start + step]
+        part, seen = tile_losses(w_rows, at_level, here, planes.group, covariances, blocks, elsewhere)
+        parts.append(part)
+        on_these = on_these + seen
     planes.tags.fill_(TOP_LEVEL)
-    return torch.cat(parts)
+    return torch.cat(parts), on_these
 
 
 def _kept_statistics(seen: Sequence[WeightStatistics], planes: PlaneTensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Profile, Site, tile_levels
 from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight
+from foveate.nn.pretrained import allow_saving, refuse_saving
 from foveate.nn.siblings import Household, Siblings, families
 from foveate.planes import shared_tags
 
@@ -31,6 +32,7 @@ class Registry:
         weights: the planes of each weight site.
         inputs: for each input site the module whose `input_level` it is.
         other_bytes: bytes of everything that is no site.
+        other_parameters: how many parameters that is, by the class of their module.
         profile_source: reads what was measured of this model, if it was kept.
         applied: the maps in force: rows of x read the first, or where a choice is given the second.
     """
@@ -41,11 +43,13 @@ class Registry:
         weights: Mapping[str, PlaneWeight],
         inputs: Mapping[str, PlaneModule],
         other_bytes: int,
+        other_parameters: Mapping[str, int],
     ) -> None:
         self.sites = tuple(sites)
         self.weights = dict(weights)
         self.inputs = dict(inputs)
         self.other_bytes = other_bytes
+        self.other_parameters = other_parameters
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
@@ -74,7 +78,12 @@ class Registry:
         self._input_ranges = torch.cat(ranges) if ranges else torch.empty(0)
         for i, module in enumerate(self.inputs.values()):
             module.input_range = self._input_ranges[2 * i : 2 * i + 2]
-        linears = {site.removesuffix(":input"): m for site, m in self.inputs.items() if isinstance(m, PlaneLinear)}
+        # a layer that has an adapter around it shares its input as it did
+        linears = {
+            site.removesuffix(":input").removesuffix(".base_layer"): m
+            for site, m in self.inputs.items()
+            if isinstance(m, PlaneLinear)
+        }
         for layer in linears.values():
             layer.introduce()
         for layers in families(linears):
@@ -188,6 +197,13 @@ def quantized_part(model: nn.Module) -> nn.Module:
 def attach(model: nn.Module, registry: Registry) -> None:
     """Make `model` a quantized model."""
     model.__dict__[_ATTRIBUTE] = registry
+    refuse_saving(model)
+
+
+def detach(model: nn.Module) -> None:
+    """Make `model` an ordinary model again, once it holds no planes."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+    allow_saving(model)
 
 
 def registry_of(model: nn.Module) -> Registry:

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from foveate.collect.collector import Collector
+from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import Found, Kind, find_weights, kind_of, weight_matrix
 from foveate.collect.objectives import Objective, infer, run
 from foveate.errors import DataError, WeightError
 from foveate.formats.levels import INPUT_LEVELS, check_input_level
-from foveate.nn.calibration import frozen
 from foveate.nn.fold import _Watch
 from foveate.nn.modules import PlaneModule
 from foveate.progress import track

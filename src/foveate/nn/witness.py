@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from foveate.collect.objectives import Custom, Objective, run
-from foveate.errors import FoveateError
+from foveate.errors import DataError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.maps import FITTED, Profile
 from foveate.nn.registry import Registry
@@ -50,7 +50,7 @@ def _plain(batch: Any) -> Any:
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
-def _copied(batch: Any) -> Any:
+def copied(batch: Any) -> Any:
     """A batch that stays as it is when whoever made it fills its memory with the next one."""
     return tree_map_only(Tensor, torch.clone, _plain(batch))
 
@@ -93,7 +93,7 @@ class Witness:
         """Take a batch, with what the float model put out."""
         outcome_nD = self._objective.outcome(output, batch).detach()
         step = max(1, -(-MOST * outcome_nD.numel() * outcome_nD.element_size() // _ROOM))
-        self._kept.append((_copied(batch), step, outcome_nD[::step].clone()))
+        self._kept.append((copied(batch), step, outcome_nD[::step].clone()))
 
     def divergence(self, model: nn.Module) -> float:
         """The mean over samples of how far a model's outcomes are from those that were kept."""
@@ -121,7 +121,7 @@ def with_measured(profile: Profile, model: nn.Module, registry: Registry, witnes
         measured = _measured(profile, model, registry, witness, progress) if witness.samples > 1 else {}
         why = "there is no second sample" if witness.samples < 2 else "an output is not finite"
         why = why if witness.compares else "the loss given is not the divergence that is measured"
-    except FoveateError as error:
+    except DataError as error:
         measured, why = {}, str(error)
     if not measured:
         return replace(profile, notes=(*profile.notes, f"what all weights lose together was not measured: {why}"))
@@ -149,5 +149,5 @@ def _summed(profile: Profile) -> dict[int, float]:
     total = torch.zeros(len(WEIGHT_LEVELS), dtype=torch.float64)
     for site in profile.weight_sites():
         fitted = profile.statistics[site.name].get(FITTED)
-        total += profile.losses[site.name].double().sum(0) / (1.0 if fitted is None else float(fitted))
+        total += profile.losses[site.name].double().sum(0) / (1.0 if fitted is None else fitted.double())
     return dict(zip(WEIGHT_LEVELS, total.tolist(), strict=True))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from html import escape
 
 from foveate.errors import SiteError
+from foveate.floor import FLOOR, both_at_floor
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.maps import PrecisionMap, Profile, uniform_of_bytes
 from foveate.report.layers import dense_bytes, layers_of
@@ -55,6 +56,14 @@ def figure(value: float) -> str:
     return "0" if value == 0 else f"{value:.4f}" if 0.1 <= abs(value) < 100 else f"{value:.3g}"
 
 
+def divergence_text(outcome: Outcome) -> str:
+    """What was measured and its standard error; what float32 cannot tell from none is said to be that."""
+    if outcome.divergence and both_at_floor(outcome.divergence):
+        return f"< {FLOOR:.1e}, the floor of float32"
+    error = f" ± {figure(outcome.standard_error)}" if outcome.standard_error else ""
+    return f"{figure(outcome.divergence)}{error}"
+
+
 def html(
     plan: PrecisionMap,
     *,
@@ -85,7 +94,7 @@ def html(
     sections = [
         _picture_section(plan, profile),
         _plot_section(plan, profile, tuple(frontier), measured, name),
-        _outcome_section(plan, measured, name, metric),
+        _outcome_section(measured, name, metric),
     ]
     said = [*notes, *(() if profile is None else profile.notes)]
     if said:
@@ -139,9 +148,7 @@ def _cards(plan: PrecisionMap, profile: Profile | None, measured: Sequence[Measu
         cards.append(_card(figure(loss), "", f"predicted {name}{beside}"))
     for entry in measured:
         if entry.is_default:
-            error = entry.outcome.standard_error
-            said = f"measured {name}" + (f", ± {figure(error)}" if error else "")
-            cards.append(_card(figure(entry.outcome.divergence), "", said))
+            cards.append(_card(divergence_text(entry.outcome), "", f"measured {name}"))
             cards.append(
                 _card(
                     f"{entry.outcome.agreement:.1%}", "", f"of {entry.outcome.samples:,} decisions are the original's"
@@ -232,7 +239,7 @@ def _plot_section(
     )
 
 
-def _outcome_section(plan: PrecisionMap, measured: Sequence[Measured], name: str, metric: str) -> str:
+def _outcome_section(measured: Sequence[Measured], name: str, metric: str) -> str:
     if not measured:
         return ""
     with_metric = any(entry.outcome.metric is not None for entry in measured)
@@ -246,8 +253,7 @@ def _outcome_section(plan: PrecisionMap, measured: Sequence[Measured], name: str
                 f"{own.bits:.2f}",
                 *(format_bytes(size) for size in (own.bytes_stored, own.bytes_resident, own.bytes_read)),
             ]
-        error = f" ± {figure(got.standard_error)}" if got.standard_error else ""
-        quality = [f"{figure(got.divergence)}{error}", f"{got.agreement:.2%}"] if own is not None else ["–", "–"]
+        quality = [divergence_text(got), f"{got.agreement:.2%}"] if own is not None else ["–", "–"]
         values = [
             entry.label,
             *sizes,

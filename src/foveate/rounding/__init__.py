@@ -1,6 +1,5 @@
 """How weights become the codes that planes hold."""
 
-from foveate.rounding.alone import round_alone as round_alone
 from foveate.rounding.descent import Belief as Belief
 from foveate.rounding.descent import belief as belief
 from foveate.rounding.descent import beyond as beyond

@@ -8,6 +8,10 @@ a sum of squares does not see. So where the covariance H of the inputs is known,
 together by dW_i H dW_i^T / dW_i diag(H) dW_i^T. Where F has factors, their sum is then the row's whole quadratic form.
 Rows that make up for each other's errors are scaled in the same way, by tr(G dW H dW^T) over what its diagonal says,
 where the covariance G of the outputs' gradients is known.
+
+What cancels was found on the inputs that calibration saw. On others less of it does, by a factor that is known where
+codes were fitted (`foveate.rounding.beyond`); but errors that cancel by chance no longer are at worst unrelated there,
+so no row's scale is raised above 1 by it. A use of the weight without a covariance was not fitted to.
 """
 
 from __future__ import annotations
@@ -32,8 +36,9 @@ def tile_losses(
     group: int,
     covariances: Sequence[Tensor | None] = (),
     gradients: Sequence[Tensor | None] = (),
-) -> Tensor:
-    """Score every tile at every level.
+    elsewhere: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Score every tile at every level, on other inputs than those that were seen.
 
     Args:
         w_NK: the original weight, float32.
@@ -42,27 +47,34 @@ def tile_losses(
         group: inputs a tile.
         covariances: for each use E[x x^T] of its inputs, [K, K], where known; none if empty.
         gradients: for each use E[g g^T] of each R rows, [B, R, R], where known; none if empty.
+        elsewhere: what fitted codes lose on other inputs over what they lose on those that were seen.
 
     Returns:
-        float32 [T, 6], tiles in order nt * G + gi, a column for each of WEIGHT_LEVELS.
+        float32 [T, 6], tiles in order nt * G + gi, a column for each of WEIGHT_LEVELS, on other inputs; and float64
+        [6], the sums over tiles on the inputs that were seen.
     """
-    columns = []
+    columns, seen = [], []
     for level in WEIGHT_LEVELS:
         error_NK = w_NK - at_level(level) if level else w_NK.clone()
-        parts = [
-            _strip_sums(_row_sums(error_NK, fisher, group, covariance_KK, gradients_BRR))
-            for fisher, covariance_KK, gradients_BRR in zip(
-                fishers, covariances or [None] * len(fishers), gradients or [None] * len(fishers), strict=True
-            )
-        ]
+        uses = zip(fishers, covariances or [None] * len(fishers), gradients or [None] * len(fishers), strict=True)
+        parts = []
+        total = torch.zeros((), dtype=torch.float64)
+        for fisher, covariance_KK, gradients_BRR in uses:
+            losses_NG = _row_sums(error_NK, fisher, group)
+            if covariance_KK is not None:
+                scale_N = _cancelled(error_NK, covariance_KK, gradients_BRR)
+                total += 0.5 * (losses_NG * scale_N[:, None]).sum()
+                losses_NG = losses_NG * torch.maximum(scale_N, (scale_N * elsewhere).clamp(max=1.0))[:, None]
+            else:
+                total += 0.5 * losses_NG.sum()
+            parts.append(_strip_sums(losses_NG))
         columns.append(0.5 * torch.stack(parts).sum(0))
-    return torch.stack(columns, 1).float()
+        seen.append(total)
+    return torch.stack(columns, 1).float(), torch.stack(seen)
 
 
-def _row_sums(
-    error_NK: Tensor, fisher: Fisher, group: int, covariance_KK: Tensor | None, gradients_BRR: Tensor | None
-) -> Tensor:
-    """The sum over each row's groups of F times the squared error, float64 [N, G], scaled by what cancels."""
+def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
+    """The sum over each row's groups of F times the squared error, float64 [N, G]."""
     rows, columns = error_NK.shape
     groups = tile_grid(rows, columns, group)[1]
 
@@ -75,14 +87,16 @@ def _row_sums(
     else:
         energies_NG = torch.einsum("ngk,gk->ng", grouped(squares_NK), grouped(fisher.energy_K)).double()
         losses_NG = energies_NG * fisher.gradient_N.double()[:, None]
-    if covariance_KK is not None:
-        seen_NK = error_NK @ covariance_KK
-        together_N = (seen_NK * error_NK).sum(1, dtype=torch.float64).clamp_min(0)
-        apart_N = (squares_NK @ covariance_KK.diagonal()).double().clamp_min(torch.finfo(torch.float64).tiny)
-        losses_NG = losses_NG * (together_N / apart_N)[:, None]
-        if gradients_BRR is not None:
-            losses_NG = losses_NG * _made_up_for(error_NK, seen_NK, gradients_BRR)[:, None]
     return losses_NG
+
+
+def _cancelled(error_NK: Tensor, covariance_KK: Tensor, gradients_BRR: Tensor | None) -> Tensor:
+    """What errors that hang together cost over what they cost apart, for each row: float64 [N]."""
+    seen_NK = error_NK @ covariance_KK
+    together_N = (seen_NK * error_NK).sum(1, dtype=torch.float64).clamp_min(0)
+    apart_N = (error_NK.square() @ covariance_KK.diagonal()).double().clamp_min(torch.finfo(torch.float64).tiny)
+    scale_N = together_N / apart_N
+    return scale_N if gradients_BRR is None else scale_N * _made_up_for(error_NK, seen_NK, gradients_BRR)
 
 
 def _made_up_for(error_NK: Tensor, seen_NK: Tensor, gradients_BRR: Tensor) -> Tensor:

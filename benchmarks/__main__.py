@@ -1,0 +1,107 @@
+"""The developers' benchmarks as commands: `python -m benchmarks NAME --out FILE`; `--help` lists them."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks import MODULES, run
+from benchmarks.peers.speed.plot import speed_plot
+from foveate.cli.app import Commands, speak_on_stderr
+from foveate.cli.bench import Out, check_folder_of, show_result
+from foveate.cli.options import Json
+
+app = typer.Typer(
+    name="python -m benchmarks",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Every benchmark: those that are installed with foveate, and those that only developers run.",
+)
+#: Benchmarks with options of their own have a command of their own below.
+_OF_THEIR_OWN = ("activations", "architectures", "peers")
+
+
+@app.callback()
+def _prepare() -> None:
+    speak_on_stderr(logging.INFO)
+
+
+def _headline(module: str) -> str:
+    """The first line of a module's docstring, without importing what it needs."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    head = ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+    return head.partition("\n")[0]
+
+
+def _register(name: str) -> None:
+    @app.command(name, help=_headline(MODULES[name]))
+    def _(out: Out = None, json_output: Json = False) -> None:
+        check_folder_of(out)
+        show_result(run(name), out, json_output)
+
+
+for _name in MODULES:
+    if _name not in _OF_THEIR_OWN:
+        _register(_name)
+
+
+@app.command(help=_headline(MODULES["activations"]))
+def activations(
+    out: Out = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="training, bounds, budgets or times; may be repeated. All without it."),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="The share of its steps and data to run, 0 to 1.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Run all parts, or some of them."""
+    check_folder_of(out)
+    options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}
+    show_result(run("activations", **options), out, json_output)
+
+
+@app.command(help=_headline(MODULES["architectures"]))
+def architectures(
+    out: Out = None,
+    table: Annotated[Path | None, typer.Option(help="Also write the table, a Markdown file.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Try every family, and write what came of it."""
+    for file in (out, table):
+        check_folder_of(file)
+    found = run("architectures")
+    if table is not None:
+        from benchmarks.architectures import page
+
+        table.write_text(page(found), encoding="utf-8")
+    show_result(found, out, json_output)
+
+
+@app.command(help=_headline(MODULES["peers"]))
+def peers(
+    out: Out = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw time against bits, an SVG file.")] = None,
+    json_output: Json = False,
+) -> None:
+    """Run it, and draw it where `plot` says to."""
+    check_folder_of(out)
+    check_folder_of(plot)
+    found = run("peers")
+    if plot is not None:
+        plot.write_text(speed_plot(found["rounds"]), encoding="utf-8")
+    show_result(found, out, json_output)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,195 @@
+"""One family tried as a user would: quantize, run at several levels, save and load, write text, go back.
+
+What comes out is one of
+
+    works      every weight matrix is on planes
+    partly     some stay float: which, and what share of the weights
+    refused    foveate said no, in a sentence
+    FAILED     anything else: an exception that is not foveate's, or an output that it should not be
+    not tried  the installed transformers could not make or run the float model
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.architectures.families import Family
+from foveate.collect.objectives import Logits, run
+from foveate.errors import FoveateError
+from foveate.maps import PrecisionMap
+from foveate.nn.dequantize import dequantize
+from foveate.nn.modules import PlaneWeight
+from foveate.nn.persist import load, save
+from foveate.nn.quantize import quantize
+from foveate.nn.registry import apply, profile_of, registry_of
+
+#: Levels that each model is run at, its inputs at 16 bits.
+LEVELS = (8, 6, 4, 3, 2)
+#: What a chain of roundings may make of outputs that are the same in exact arithmetic, relative to the outputs' size.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one family.
+
+    Attributes:
+        name, kind: of the family.
+        status: `works`, `partly`, `refused`, `FAILED` or `not tried`.
+        step: the last step that was begun.
+        says: the sentence of a refusal or a failure; what stays float; nothing where all is well.
+        float_share: the share of the weights (parameters of two dimensions or more) that stays float.
+        errors: by level, the relative error of the output.
+    """
+
+    name: str
+    kind: str
+    status: str
+    step: str
+    says: str = ""
+    float_share: float = 0.0
+    errors: dict[int, float]
+
+
+def attempt(family: Family) -> Outcome:
+    """Try one family; nothing that happens to it is raised."""
+    trial = _Trial(family)
+    try:
+        status, says = trial.run()
+    except FoveateError as error:
+        status, says = "refused", str(error)
+    except Exception as error:  # what is not ours is what the table is for
+        known = trial.step in ("making", "running the float model")
+        status, says = "not tried" if known else "FAILED", f"{trial.step}: {type(error).__name__}: {error}"
+    return Outcome(
+        name=family.name,
+        kind=family.kind,
+        status=status,
+        step=trial.step,
+        says=" ".join(says.split())[:400],
+        float_share=trial.float_share,
+        errors=trial.errors,
+    )
+
+
+class _Trial:
+    """The steps, and how far they have come."""
+
+    def __init__(self, family: Family) -> None:
+        self.family = family
+        self.step = "making"
+        self.float_share = 0.0
+        self.errors: dict[int, float] = {}
+
+    def run(self) -> tuple[str, str]:
+        family = self.family
+        model = self._made()
+        batch = family.batch(7)
+        self.step = "running the float model"
+        before = _outputs(model, batch)
+        self.step = "quantizing"
+        objective = Logits() if family.skeleton else None
+        quantize(model, [family.batch(1), family.batch(2)], objective=objective, progress=False)
+        floats = _left_float(model)
+        self.float_share = sum(floats.values()) / max(1, sum(floats.values()) + _on_planes(model))
+        self.step = "running at each level"
+        profile = profile_of(model)
+        for level in LEVELS:
+            apply(model, profile.uniform(level, 16))
+            after = _outputs(model, batch)
+            self.errors[level] = _distance(after, before)
+            if not all(bool(t.isfinite().all()) for t in after if t.is_floating_point()):
+                return "FAILED", f"outputs at {level} bits are not finite"
+        self._saved_and_loaded(model, profile.uniform(4), batch)
+        if family.generates:
+            self.step = "writing"
+            prompt = {key: t[:1] for key, t in batch.items() if not key.startswith("decoder_")}
+            cast(Any, model).generate(**prompt, max_new_tokens=4, do_sample=False)
+        self.step = "going back"
+        apply(model, profile.uniform(4, 32))
+        expected = _outputs(model, batch)
+        dequantize(model)
+        if _distance(_outputs(model, batch), expected) > _SAME:
+            return "FAILED", "outputs after dequantize are not those at the same levels"
+        if not floats:
+            return "works", ""
+        return "partly", _listed(floats)
+
+    def _made(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.family.make().eval()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if p.dim() in (2, 4) and "embed" not in name:  # what begins near nothing would hide every error
+                    nn.init.normal_(p, std=p[0].numel() ** -0.5)
+        return model
+
+    def _saved_and_loaded(self, model: nn.Module, plan: PrecisionMap, batch: Any) -> None:
+        self.step = "saving and loading"
+        apply(model, plan)
+        expected = _outputs(model, batch)
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, Path(folder) / "model")
+            again = load(Path(folder) / "model", model=self._made() if self.family.skeleton else None)
+        found = _distance(_outputs(again, batch), expected)
+        if found:
+            raise RuntimeError(f"the loaded model's outputs differ by {found:.2g}")
+
+
+def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
+    with torch.no_grad():
+        torch.manual_seed(0)
+        output = run(model, batch)
+    found: list[Tensor] = []
+    _walk(output, found.append)
+    return [t.detach().clone() for t in found if t.is_floating_point()]
+
+
+def _walk(value: Any, take: Callable[[Tensor], None]) -> None:
+    """Tensors of an output, in order; caches of keys and values are not outputs."""
+    if isinstance(value, Tensor):
+        take(value)
+    elif isinstance(value, dict):
+        for entry in value.values():
+            _walk(entry, take)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _walk(entry, take)
+
+
+def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The relative error of the first output, which is what the model is for."""
+    return float((found[0].float() - expected[0].float()).norm() / expected[0].float().norm().clamp_min(1e-20))
+
+
+def _on_planes(model: nn.Module) -> int:
+    return sum(w.value.rows * w.value.columns for w in registry_of(model).weights.values())
+
+
+def _left_float(model: nn.Module) -> Counter[str]:
+    """Values of the weights that are on no planes, by the module's class and the names with `*` for numbers."""
+    left: Counter[str] = Counter()
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, PlaneWeight):
+            continue
+        for name, p in module._parameters.items():
+            if p is not None and p.dim() > 1 and id(p) not in seen and min(p.shape[:1]) > 1:
+                seen.add(id(p))
+                where = re.sub(r"\.\d+\b", ".*", f"{prefix}.{name}".lstrip("."))
+                left[f"`{where}` ({type(module).__name__})"] += p.numel()
+    return left
+
+
+def _listed(floats: Counter[str]) -> str:
+    most = [name for name, _ in floats.most_common(3)]
+    return ", ".join(most) + (f" and {len(floats) - 3} more" if len(floats) > 3 else "")

@@ -1,0 +1,1 @@
+"""Real models, and the data that they are calibrated and judged on."""

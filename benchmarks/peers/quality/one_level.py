@@ -1,0 +1,68 @@
+"""Round a weight for one level and no other: what nested codes are measured against.
+
+The grid is searched as `nearest` searches it, but in float16, as other libraries have it, and for the error of this
+level alone; with a covariance, codes are chosen by feedback and descent for this level alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.formats.packing import check_group
+from foveate.rounding.descent import SWEEPS, best_codes
+from foveate.rounding.nearest import Rounded, importance_of, in_groups, inverse, search
+
+_LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
+
+
+def _as_float16(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales and offsets as other libraries store them."""
+    return scale_R.half().float(), offset_R.half().float()
+
+
+def round_for_one_level(
+    w_NK: Tensor,
+    level: int,
+    *,
+    group: int,
+    input_energy_K: Tensor | None = None,
+    covariance_KK: Tensor | None = None,
+    gradients_BRR: Tensor | None = None,
+) -> Tensor:
+    """The weight on the best grid of 2^level codes a group, float32 [N, K].
+
+    Args:
+        w_NK: floating point [N, K].
+        level: bits, 2 to 4.
+        group: inputs a group, 32, 64 or 128; K need not divide.
+        input_energy_K: as `round_weight` takes it.
+        covariance_KK: E[x x^T] of the inputs, for feedback and descent; nearest codes without it.
+        gradients_BRR: as `with_descent` takes it.
+    """
+    check_group(group)
+    w_NK = w_NK.detach().float()
+    (rows, columns), half = w_NK.shape, 2 ** (level - 1)
+    w_gR, root_gR = in_groups(w_NK, importance_of(input_energy_K, w_NK), group)
+
+    def codes_from(steps: Tensor) -> Tensor:
+        return (steps - 0.5).round_().clamp_(-half, half - 1).add_(0.5)
+
+    def cost(scale_R: Tensor, offset_R: Tensor) -> Tensor:
+        steps_gR = (w_gR - offset_R) * inverse(scale_R)
+        return (steps_gR - codes_from(steps_gR)).mul_(root_gR).square_().sum(0) * scale_R.square()
+
+    scale_R, offset_R = search(w_gR, root_gR, cost, _as_float16, _LEAST_SCALE, level)
+    code_gR = codes_from((w_gR - offset_R) * inverse(scale_R)) + (half - 0.5)
+    code_NK = code_gR.t().reshape(rows, -1)[:, :columns].to(torch.uint8)
+    scale_NG, offset_NG = scale_R.view(rows, -1), offset_R.view(rows, -1)
+    if covariance_KK is not None:
+        # a nested code whose prefix is this one, on a grid whose steps at this level are these
+        shift = 4 - level
+        anchor_NK, none_NK = code_NK << shift, torch.zeros_like(code_NK)
+        grid = Rounded(anchor_NK, none_NK, scale_NG / 2**shift, offset_NG, torch.ones(2, 1), group)
+        better_2NK = best_codes(w_NK, grid, covariance_KK, gradients_BRR, {level: 1.0}, SWEEPS)
+        code_NK = code_NK if better_2NK is None else better_2NK[0] >> shift
+    scale_NK, offset_NK = (t.repeat_interleave(group, 1)[:, :columns] for t in (scale_NG, offset_NG))
+    dense_NK: Tensor = offset_NK + scale_NK * (code_NK.float() - (half - 0.5))
+    return dense_NK

@@ -1,0 +1,1 @@
+"""What low precision costs real models: of weights, of inputs, of key/value caches."""

@@ -1,0 +1,99 @@
+"""Constraints: what a map must keep to beside its budget. One value for `allocate`, `frontier` and `fit_to_loss`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from foveate.errors import BudgetError, SiteError
+from foveate.formats.levels import INPUT_LEVELS, NESTED_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
+
+INPUT_CHOICE = (4, 8, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What a map must keep to beside its budget. Frozen; levels are kept in ascending order.
+
+        plan = fv.allocate(profile, fv.Budget(bits=4.25), fv.Constraints(levels=(2, 4, 8), input_bits=6.0))
+
+    Attributes:
+        levels: the levels of weights to choose among; add 0 to let tiles be dropped.
+        per_tile: whether tiles may differ within a weight, each strip of 16 rows with a level of its own.
+        tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight",
+            "*.k_proj:weight")]`.
+        input_level: the level of every input, 4, 8, 16 or 32; chosen by its weight's level if not given.
+        input_bits: the most bits that inputs average, over the values products read; each gets the level that loses
+            least within that, by what the profile measured (or see `foveate.variance_proxy`). On a CPU, levels under 8
+            save no time.
+        input_levels: the levels to choose among for `input_bits`.
+
+    Raises:
+        BudgetError: no levels, `input_bits` that are no positive number or stand beside `input_level`, or
+            `input_levels` without `input_bits`.
+        LevelError: a level that weights or inputs cannot have.
+        SiteError: `tie` is not groups of patterns.
+    """
+
+    levels: Sequence[int] = NESTED_LEVELS
+    per_tile: bool = True
+    tie: Sequence[Sequence[str]] = ()
+    input_level: int | None = None
+    input_bits: float | None = None
+    input_levels: Sequence[int] = INPUT_CHOICE
+
+    def __post_init__(self) -> None:
+        levels = _each("levels", self.levels)
+        input_levels = _each("input_levels", self.input_levels)
+        if not levels:
+            raise BudgetError(f"levels is empty: give at least one of {', '.join(map(str, WEIGHT_LEVELS))}")
+        if type(self.per_tile) is not bool:
+            raise BudgetError(f"per_tile (={self.per_tile!r}) is not True or False")
+        if self.input_level is not None:
+            check_input_level(self.input_level)
+            if self.input_bits is not None:
+                raise BudgetError("give input_level or input_bits, not both")
+        if self.input_bits is None and input_levels != INPUT_CHOICE:
+            raise BudgetError("input_levels are what input_bits chooses among: give input_bits too, or input_level")
+        if not input_levels:
+            raise BudgetError(f"input_levels is empty: give at least one of {', '.join(map(str, INPUT_LEVELS))}")
+        if self.input_bits is not None and not _is_positive(self.input_bits):
+            raise BudgetError(f"input_bits (={self.input_bits}) must be a positive finite number")
+        self._set("levels", tuple(sorted({check_weight_level(level) for level in levels})))
+        self._set("input_levels", tuple(sorted({check_input_level(level) for level in input_levels})))
+        self._set("tie", _groups(self.tie))
+
+    def _set(self, name: str, value: tuple[Any, ...]) -> None:
+        object.__setattr__(self, name, value)
+
+
+def check_constraints(constraints: Constraints) -> None:
+    """Raise `BudgetError` for what is no `Constraints`."""
+    if not isinstance(constraints, Constraints):
+        raise BudgetError(f"constraints (={constraints!r}) are not Constraints, such as Constraints(levels=(2, 4, 8))")
+
+
+def _each(name: str, levels: Any) -> tuple[int, ...]:
+    try:
+        return tuple(levels)
+    except TypeError:
+        raise BudgetError(f"{name} (={levels!r}) is not a sequence of levels, such as (2, 4, 8)") from None
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def _groups(tie: Any) -> tuple[tuple[str, ...], ...]:
+    """A pattern in place of a group would be taken for the patterns of its letters."""
+    groups = tie if isinstance(tie, (list, tuple)) else None
+    if groups is None or not all(
+        isinstance(group, (list, tuple)) and all(isinstance(pattern, str) for pattern in group) for group in groups
+    ):
+        raise SiteError(f"tie (={tie!r}) is not groups of patterns, such as [('*.q_proj:weight', '*.k_proj:weight')]")
+    return tuple(map(tuple, groups))
+
+
+#: Every level that planes give, each strip of rows its own, inputs by their weights.
+DEFAULT_CONSTRAINTS = Constraints()

@@ -1,0 +1,56 @@
+"""Starting a fresh process and reading its answer; the highest memory of the process that asks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import foveate
+from foveate.errors import FoveateError
+
+
+def run_in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
+    """Run a module of ours in a fresh Python; the last line that it prints is its answer, a JSON object.
+
+    Raises:
+        FoveateError: it failed; the message has its last words.
+    """
+    source = str(Path(foveate.__file__).parent.parent)
+    paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        raise FoveateError(f"{module}, a process of its own, ended with {done.returncode}: {last}")
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def peak_memory() -> int:
+    """This process's highest resident size in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(v for v in status.read_text().splitlines() if v.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def reset_peak_memory() -> bool:
+    """Let the highest size start from now; whether the system can."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,16 @@
+"""Files that are whole or absent: written aside and renamed, read only if regular, and changed by one writer at a time.
+
+Everything that foveate keeps on a disk goes through here: the folder of a model, the profile of a model in training,
+the file that a calibration is resumed from.
+"""
+
+from foveate.files.atomic import commit as commit
+from foveate.files.atomic import make_folder as make_folder
+from foveate.files.atomic import replacing as replacing
+from foveate.files.lock import LOCK as LOCK
+from foveate.files.lock import locked as locked
+from foveate.files.regular import open_regular as open_regular
+from foveate.files.regular import parse_json as parse_json
+from foveate.files.regular import read_regular as read_regular
+from foveate.files.tensors import TensorFile as TensorFile
+from foveate.files.tensors import checksum as checksum
