@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from foveate.nn.install import replace_module
 from foveate.nn.modules import PlaneModule, take_hooks, without
 
-#: The flags that `use_experts_implementation` sets on a layer, and those that it sets since later releases. Before them,
+#: The flags that `use_experts_implementation` sets on a layer, and those of later releases. Before those,
 #: every expert had a gate (transformers 5.2), and none a norm (5.17).
 _FLAGS = ("has_bias", "is_transposed")
 _LATER_FLAGS = {"has_gate": True, "has_post_expert_norm": False}
