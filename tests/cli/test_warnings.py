@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import foveate
-from conftest import Run
 from foveate.cli import app, demo
 from foveate.cli.demo import show
 from foveate.cli.demo.training import Recipe
@@ -35,7 +36,7 @@ def test_only_our_own_and_no_deprecations(capsys: pytest.CaptureFixture[str], mo
 
 @pytest.mark.filterwarnings("default")
 def test_what_another_library_says_is_not_in_the_demo(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "warnoptions", [])
     tiny = Recipe(width=64, hidden=128, layers=1, heads=2, window=48, batch=4, steps=2, seconds=60)
