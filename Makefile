@@ -62,8 +62,10 @@ pins:
 	$(call install,.venv-pins,$(TORCH))
 	.venv-pins/bin/python .ci/pins.py constraints.txt
 
-# Hostile and random files, and processes that save to one folder at once; the numbers are those of one long run.
+# Hostile and random files, processes that save to one folder at once, and random calls of the ops under sanitizers; the numbers
+# are those of one long run. SEED=1 makes other calls.
 fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz/ops.py $(or $(CALLS),50000) --seed $(or $(SEED),0) --minutes 15
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/heads.py 100000 2000
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/files.py 20000
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/saves.py 500

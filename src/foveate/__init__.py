@@ -38,6 +38,7 @@ from foveate.errors import LevelError as LevelError
 from foveate.errors import MissingExtraError as MissingExtraError
 from foveate.errors import PlaneNotResidentError as PlaneNotResidentError
 from foveate.errors import SiteError as SiteError
+from foveate.errors import StateError as StateError
 from foveate.errors import WeightError as WeightError
 from foveate.fit_to_loss import fit_to_loss as fit_to_loss
 from foveate.inputs import watch_inputs as watch_inputs

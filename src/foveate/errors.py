@@ -35,6 +35,10 @@ class WeightError(FoveateError, ValueError):
     """Weights that cannot be quantized: NaN, Inf, or out of the range of the stored scales."""
 
 
+class StateError(FoveateError, RuntimeError):
+    """A state_dict that does not fit a model on planes: another shape or form, other levels, or none said."""
+
+
 class DataError(FoveateError, ValueError):
     """Calibration or evaluation data that are empty, malformed, or give a loss that is not finite."""
 

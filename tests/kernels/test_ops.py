@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from foveate.kernels import dispatch, reference
 from foveate.nn.modules import PlaneEmbedding, PlaneLinear, PlaneWeight
-from foveate.planes import linear
+from foveate.planes import PlaneTensor, linear
 from kernels.cases import Call, simple
 from tiny import coded, generator, random_levels
 
@@ -202,6 +205,92 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
     del handle, args
     with pytest.raises(RuntimeError, match="stands for no weight of this process: its weight is gone"):
         op(call.x, copied, [], rows)
+
+
+EXCHANGES: dict[str, Callable[[Tensor], object]] = {
+    "none left": lambda t: t.resize_(0),
+    "more": lambda t: t.resize_(1 << 20),
+    "its storage emptied": lambda t: t.untyped_storage().resize_(0),
+    "its storage cut": lambda t: t.untyped_storage().resize_(t.untyped_storage().nbytes() - 1),
+    "set to another": lambda t: t.set_(torch.zeros(1, dtype=t.dtype)),  # type: ignore[call-overload]
+    "another's data": lambda t: setattr(t, "data", torch.zeros(1, dtype=t.dtype)),
+    "not contiguous": lambda t: t.as_strided_(t.shape, [0] * t.dim()),
+}
+
+
+@pytest.mark.skipif(dispatch.ensure_loaded().isa is None, reason="no compiled kernels")
+@pytest.mark.parametrize("how", EXCHANGES)
+@pytest.mark.parametrize("place", [*range(10), "level", "range"])
+def test_what_was_exchanged_behind_a_handle_is_an_error(how: str, place: int | str) -> None:
+    call = simple(24, 70, 4)
+    w = call.weights[0]
+    w.tags.fill_(8)
+    tensors, level, limits = [t.clone() for t in w.tensors], call.input_level, torch.tensor([-1.0, 1.0])
+    handle = torch.ops.foveate.plane_handle(tensors, w.form, [level], [limits])
+    torch.ops.foveate.plane_linear_by_handle(call.x, handle, [], [24])
+    held = {"level": level, "range": limits}[place] if isinstance(place, str) else tensors[place]
+    if how == "more" and place in range(6):
+        pytest.skip("planes and scales may be longer: what is not asked for is not read")
+    EXCHANGES[how](held)
+    with pytest.raises(RuntimeError):
+        torch.ops.foveate.plane_linear_by_handle(call.x, handle, [], [24])
+
+
+HUGE = 2**63 - 1
+
+
+@pytest.mark.skipif(dispatch.ensure_loaded().isa is None, reason="no compiled kernels")
+@pytest.mark.parametrize("size", [HUGE, HUGE - 14, HUGE - 1023, 2**62, 2**60 + 1, -HUGE - 1])
+def test_sizes_at_the_edge_of_int64_are_errors(size: int) -> None:
+    ops, none = torch.ops.foveate, torch.empty(0, dtype=torch.uint8)
+    w = coded(24, 70).planes
+    wrong = [
+        lambda: ops.group_unpack(none, none.view(0, 1).bfloat16(), 8, 32, size, torch.float32),
+        lambda: ops.mask_unpack(none, torch.zeros(2), size),
+        lambda: ops.narrow_unpack(none, 32, 0, size, torch.int64),
+        lambda: ops.plane_unpack(w.tensors, (size, *w.form[1:]), 0),
+        lambda: ops.plane_unpack(w.tensors, (w.form[0], size, *w.form[2:]), 0),
+        lambda: ops.plane_unpack(w.tensors, (*w.form[:4], size), 0),
+        lambda: ops.plane_embedding(torch.tensor([size]), w.tensors, w.form, 0),
+    ]
+    for call in wrong:
+        with pytest.raises((RuntimeError, IndexError)):
+            call()
+
+
+@pytest.mark.skipif(dispatch.ensure_loaded().isa is None, reason="no compiled kernels")
+def test_values_at_the_edge_of_int64_are_errors_that_say_so() -> None:
+    with pytest.raises(RuntimeError, match=f"x has values outside {HUGE - 3}..{HUGE}, the integers"):
+        torch.ops.foveate.narrow_pack(torch.tensor([0]), 8, HUGE - 3)
+    with pytest.raises(RuntimeError, match=r"n \(=9223372036854775807\) is not in 0..72057594037927936"):
+        torch.ops.foveate.mask_unpack(torch.empty(0, dtype=torch.uint8), torch.zeros(2), HUGE)
+    x = torch.zeros(3)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"x of shape \[3\] reaches beyond its storage of 0 bytes"):
+        torch.ops.foveate.mask_pack(x, 0.0)
+
+
+@pytest.mark.skipif(dispatch.ensure_loaded().isa is None, reason="no compiled kernels")
+def test_no_columns_and_no_rows() -> None:
+    w = PlaneTensor(
+        planes=(torch.empty(0, dtype=torch.uint8),) * 5,
+        scales=torch.empty(0, dtype=torch.uint8),
+        gain=torch.ones(2, 1, dtype=torch.float16),
+        resident=torch.zeros(0, 1, dtype=torch.uint8),
+        starts=torch.zeros(0, 6, dtype=torch.int64),
+        tags=torch.zeros(2, 0, 1, dtype=torch.uint8),
+        rows=0,
+        columns=20,
+        group=32,
+        reach=0,
+        exponent=0,
+    )
+    level = torch.full((2,), 8, dtype=torch.uint8)
+    (y,) = linear(torch.zeros(1, 20).expand(2**60, 20), [w], [torch.empty(0)], level)
+    assert y.shape == (2**60, 0)
+    flat = replace(w, rows=8, columns=0, resident=torch.zeros(1, 0, dtype=torch.uint8), starts=torch.zeros(1, 6).long())
+    flat = replace(flat, tags=torch.zeros(2, 1, 0, dtype=torch.uint8))
+    assert torch.equal(linear(torch.zeros(3, 0), [flat], [torch.arange(8.0)], level)[0], torch.arange(8.0).expand(3, 8))
 
 
 def test_the_reference_has_handles_too() -> None:

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention import Attention, Counted, X, apart
+from attention import Attention, Counted, X, apart, within
 from torch import Tensor, nn
 
 import foveate as fv
+from foveate.nn import siblings
 from foveate.nn.registry import registry_of
 from tiny import generator, quantized_llama
 
@@ -40,29 +41,115 @@ def test_input_levels_of_siblings_may_differ(model: nn.Module) -> None:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_a_level_that_changes_between_siblings_is_seen(model: Any, mode: Any) -> None:
     with mode():
-        expected_2 = fv.current_map(model).with_level("*:weight", 2)
-        before = model.v_proj(X.clone())
-        q = model.q_proj(X)
-        fv.apply(model, expected_2)
-        got = model.v_proj(X)
+        low = fv.current_map(model).with_level("*:weight", 2)
+        before = model.v_proj(X)
+
+        def switched(x: Tensor) -> tuple[Tensor, Tensor]:
+            q = model.q_proj(x)
+            fv.apply(model, low)
+            return q, model.v_proj(x)
+
+        q, got = within(model, switched, X)
         assert not torch.equal(got, before)
-        assert torch.equal(got, model.v_proj(X.clone()))
-        assert not torch.equal(q, model.q_proj(X.clone()))
+        assert torch.equal(got, model.v_proj(X))
+        assert not torch.equal(q, model.q_proj(X))
 
 
 def test_an_input_that_is_written_to_between_siblings_is_seen(model: Any) -> None:
+    def written(x: Tensor) -> Tensor:
+        model.q_proj(x)
+        x += 1
+        return model.k_proj(x)
+
+    assert torch.equal(within(model, written, X.clone()), model.k_proj(X + 1))
+
+
+CHANGES = {
+    "data": lambda x: x.data.add_(1),
+    "numpy": lambda x: x.numpy().__iadd__(1),
+    "other data": lambda x: setattr(x, "data", X + 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("calls", ["alone", "in two calls"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_change_that_is_not_counted_is_seen_after_the_call(model: Any, change: str, calls: str, mode: Any) -> None:
+    with mode():
+        x = X.clone()
+        if calls == "alone":
+            model.q_proj(x)
+        else:
+            within(model, model.q_proj, x)
+        CHANGES[change](x)
+        expected = apart(copy.deepcopy(model))(X + 1)
+        assert torch.equal(model.k_proj(x), model.k_proj(X + 1))
+        assert torch.equal(model(x), expected)
+
+
+def test_a_call_that_raises_drops_what_waits(model: Any) -> None:
+    waiting = []
+
+    def failing(x: Tensor) -> None:
+        model.q_proj(x)
+        waiting.append(weakref.ref(siblings._CALLS.open[-1].waiting[model.q_proj.siblings].results[1]))
+        raise ValueError("stop")
+
     x = X.clone()
-    model.q_proj(x)
-    x += 1
-    assert torch.equal(model.k_proj(x), model.k_proj(x.clone()))
+    with pytest.raises(ValueError, match="stop"):
+        within(model, failing, x)
+    assert not siblings._CALLS.open
+    assert waiting[0]() is None
+    x.data.add_(1)
+    assert torch.equal(model.k_proj(x), model.k_proj(X + 1))
+
+
+def test_an_interruption_is_cleared_up_by_the_next_pass(model: Any) -> None:
+    def interrupted(x: Tensor) -> None:
+        model.q_proj(x)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        within(model, interrupted, X.clone())
+    assert siblings._CALLS.open  # torch runs no hooks then
+    model(X)
+    assert not siblings._CALLS.open
+
+
+def test_a_call_within_a_call_has_results_of_its_own(model: Any) -> None:
+    alone = apart(copy.deepcopy(model))
+
+    def twice(x: Tensor) -> Tensor:
+        q = model.q_proj(x)
+        if torch.equal(x, X):
+            x.data.add_(1)  # the inner call has the same tensor, and none of the outer call's results
+            return model(x) + q.sum()
+        return model.k_proj(x)
+
+    with Counted() as counted:
+        got = within(model, twice, X.clone())
+    assert torch.equal(got, alone.k_proj(X + 1) + alone.q_proj(X).sum())
+    assert counted.products() == 2
+
+
+def test_in_inference_mode_a_family_is_one_call(model: nn.Module) -> None:
+    expected = apart(copy.deepcopy(model))(X)
+    with torch.inference_mode(), Counted() as counted:
+        assert torch.equal(model(X.clone()), expected)  # the clone is a tensor of inference mode
+    assert counted.products() == 2
 
 
 def test_every_order_and_every_part_is_right(model: Any) -> None:
     alone = {name: getattr(model, name)(X.clone()) for name in ("q_proj", "k_proj", "v_proj")}
     for names in (("v_proj", "q_proj"), ("k_proj", "k_proj"), ("q_proj", "v_proj", "k_proj", "q_proj"), ("v_proj",)):
         x = X.clone()
-        for name in names:
-            assert torch.equal(getattr(model, name)(x), alone[name])
+        assert all(torch.equal(getattr(model, name)(x), alone[name]) for name in names)
+
+        def all_of_them(x: Tensor, names: tuple[str, ...] = names) -> list[Tensor]:
+            return [getattr(model, name)(x) for name in names]
+
+        for name, y in zip(names, within(model, all_of_them, x), strict=True):
+            assert torch.equal(y, alone[name])
 
 
 def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
@@ -79,8 +166,9 @@ def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
 
 def test_siblings_of_which_some_are_not_used_part(model: Any) -> None:
     y = model.q_proj(X.clone())
+    assert model.q_proj.siblings._wasted == 0  # outside of a call nothing is made for siblings
     for _ in range(6):
-        assert torch.equal(model.q_proj(X.clone()), y)
+        assert torch.equal(within(model, model.q_proj, X.clone()), y)
     assert not model.q_proj.siblings.together
 
 
@@ -134,13 +222,17 @@ def test_a_copy_of_one_layer_is_that_layer_alone(model: Any) -> None:
     assert torch.equal(layer(X), model.q_proj(X))
 
 
-def test_nothing_is_kept_when_the_input_is_gone(model: Any) -> None:
-    x = X.clone()
-    model.k_proj(x)
-    waiting = weakref.ref(x._foveate_waiting.results[0])  # type: ignore[attr-defined]
-    assert waiting() is not None
-    del x
-    assert waiting() is None
+def test_nothing_is_kept_when_the_call_is_over(model: Any) -> None:
+    kept = []
+
+    def part(x: Tensor) -> Tensor:
+        y = model.k_proj(x)
+        waiting = siblings._CALLS.open[-1].waiting[model.k_proj.siblings]
+        kept.extend(weakref.ref(t) for t in (waiting.results[0], waiting.x))
+        return y
+
+    within(model, part, X.clone())
+    assert [reference() for reference in kept] == [None, None]
 
 
 def test_nothing_is_left_on_the_input(model: nn.Module) -> None:
@@ -216,16 +308,19 @@ def test_threads_do_not_meet(model: nn.Module) -> None:
     assert not wrong
 
 
-def test_in_inference_mode_a_change_in_place_is_seen(model: Any) -> None:
+def test_in_inference_mode_a_change_in_place_between_calls_is_seen(model: Any) -> None:
     with torch.inference_mode():
         x = X.clone()
         model.q_proj(x)
         x.add_(1)
         assert torch.equal(model.k_proj(x), model.k_proj(X + 1))
-    x = X.clone()
-    with torch.inference_mode():
-        model.q_proj(x)
-    assert not model.k_proj(x).is_inference()
+
+    def left(x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            model.q_proj(x)
+        return model.k_proj(x)
+
+    assert not within(model, left, X.clone()).is_inference()
 
 
 def test_weights_whose_memory_moves_are_found_again(model: Any) -> None:

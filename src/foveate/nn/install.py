@@ -9,7 +9,8 @@ from torch import nn
 from foveate.collect.kinds import Found, Kind, kind_of
 from foveate.maps import Site
 from foveate.nn.modules import PlaneModule, PlaneWeight, on_planes
-from foveate.nn.registry import Registry, attach
+from foveate.nn.registry import Registry, attach, linear_layers
+from foveate.nn.siblings import hooked_parents
 from foveate.planes import PlaneTensor
 
 
@@ -45,7 +46,8 @@ def install(
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
-    registry = Registry(all_sites, weights, inputs, _other_bytes(model, weights), _other_parameters(model))
+    parents = hooked_parents(model, linear_layers(inputs))
+    registry = Registry(all_sites, weights, inputs, parents, _other_bytes(model, weights), _other_parameters(model))
     attach(model, registry)
     return registry
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from foveate.collect.kinds import Kind, kind_of, patches
-from foveate.errors import FoveateError
+from foveate.errors import FoveateError, StateError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.nn.siblings import NO_BIAS, Products, Siblings
+from foveate.nn.states import FORM, STORED, form_of, taken, weight_in
 from foveate.planes import PlaneTensor, linear
 
-_TENSORS = ("scales", "gain", "resident", "starts", "tags")
 _HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -51,11 +52,26 @@ def _refused(name: str) -> Callable[..., Any]:
     return operator
 
 
+class WeightUser(Protocol):
+    """What keeps a handle, or anything else, of a weight's present planes."""
+
+    def renew(self) -> None:
+        """Take the planes and the form that the weight has now."""
+
+
 class PlaneWeight(nn.Module):
-    """A `PlaneTensor` whose tensors are buffers. `shape`, `dtype` and `device` read like a parameter's."""
+    """A `PlaneTensor` whose tensors are buffers. `shape`, `dtype` and `device` read like a parameter's.
+
+    A state_dict holds what is stored, and the form it is stored in (`form`: rows, columns, group, reach, exponent).
+    Loading one fits the weight and all its users to what is loaded, or leaves everything as it was.
+
+    Attributes:
+        users: what has to know when this weight becomes another; none is kept alive by it.
+    """
 
     def __init__(self, planes: PlaneTensor, dtype: torch.dtype) -> None:
         super().__init__()
+        self.users: WeakSet[WeightUser] = WeakSet()
         #: The dtype of the weight that was quantized: what embeddings and unpacked convolutions compute in.
         self.dtype = dtype
         #: The name of its site, for messages.
@@ -65,11 +81,11 @@ class PlaneWeight(nn.Module):
     def set(self, planes: PlaneTensor) -> None:
         """Take other planes of the same weight (after they moved, or were dropped)."""
         self.value = planes
-        for i, plane in enumerate(planes.planes):
-            self.register_buffer(f"plane{i}", plane)
-        for name in _TENSORS:
-            # a state_dict holds the weight, not the level at which it is read: that is the map's
-            self.register_buffer(name, getattr(planes, name), persistent=name != "tags")
+        self.form = form_of(planes)
+        for name, tensor in zip(STORED, planes.tensors, strict=False):
+            self.register_buffer(name, tensor)
+        # a state_dict holds the weight, not the level at which it is read: that is the map's
+        self.register_buffer("tags", planes.tags, persistent=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -93,11 +109,42 @@ class PlaneWeight(nn.Module):
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
+        destination[prefix + FORM] = self.form
+
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
-        # always into the tensors that are there, which `value` holds, also where the caller asks for an exchange
-        super()._load_from_state_dict(state_dict, prefix, {**local_metadata, "assign_to_params_buffers": False}, *args)
+        known = {prefix + name for name in (*STORED, FORM)}
+        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
+        missing = [prefix + name for name in (*STORED, FORM) if prefix + name not in state_dict]
+        try:
+            loaded = weight_in(state_dict, prefix, self.value)
+        except StateError as error:
+            error_msgs.append(str(error))
+            return
+        if loaded is None:  # not all of it is there, so nothing of it is taken
+            missing_keys += missing
+            return
+        # always copies, also where the caller asks for an exchange (`assign`): planes lie in blocks of their own
+        self.set(taken(self.value, loaded))
+        for user in tuple(self.users):
+            user.renew()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "users"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.users = WeakSet()  # a copy's users are copies, and come by themselves
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -197,6 +244,11 @@ class PlaneLinear(PlaneModule):
         self.alone = Products((self,))
         self.siblings: Siblings | None = None
         self.place = 0
+        self.weight.users.add(self)
+
+    def renew(self) -> None:
+        """The weight has become another: multiply with it as it is now."""
+        self.alone.hold((self,))
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], in the dtype of the input."""

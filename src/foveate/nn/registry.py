@@ -12,12 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import FoveateError, PlaneNotResidentError, SiteError
+from foveate.errors import FoveateError, PlaneNotResidentError, SiteError, StateError
 from foveate.kernels.dispatch import ensure_loaded
 from foveate.maps import PrecisionMap, Profile, Site, tile_levels
 from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight
 from foveate.nn.pretrained import allow_saving, refuse_saving
-from foveate.nn.siblings import Household, Siblings, families
+from foveate.nn.siblings import Parent, Siblings, Switches, families, unhook
+from foveate.nn.states import weight_in
 from foveate.planes import shared_tags
 
 _ATTRIBUTE = "_foveate"
@@ -31,6 +32,7 @@ class Registry:
         sites: weights and inputs.
         weights: the planes of each weight site.
         inputs: for each input site the module whose `input_level` it is.
+        parents: the calls of modules whose children share an input, by the modules' names (`hooked_parents`).
         other_bytes: bytes of everything that is no site.
         other_parameters: how many parameters that is, by the class of their module.
         profile_source: reads what was measured of this model, if it was kept.
@@ -42,6 +44,7 @@ class Registry:
         sites: Iterable[Site],
         weights: Mapping[str, PlaneWeight],
         inputs: Mapping[str, PlaneModule],
+        parents: Mapping[str, Parent],
         other_bytes: int,
         other_parameters: Mapping[str, int],
     ) -> None:
@@ -53,7 +56,8 @@ class Registry:
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
-        self._household = Household()
+        self._parents = dict(parents)
+        self._switches = Switches()
         self._bind()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -68,8 +72,9 @@ class Registry:
         values = shared_tags([w.value for w in self.weights.values()])
         for weight, value in zip(self.weights.values(), values, strict=True):
             weight.set(value)
+            weight.users.add(self)
         self._tags = _block([v.tags for v in values])
-        self._resident = torch.cat([v.resident.expand(2, -1, -1).reshape(-1) for v in values]) if values else self._tags
+        self.renew()
         levels = [m.input_level for m in self.inputs.values()]
         self._input_levels = torch.cat(levels) if levels else torch.empty(0, dtype=torch.uint8)
         for i, module in enumerate(self.inputs.values()):
@@ -78,18 +83,24 @@ class Registry:
         self._input_ranges = torch.cat(ranges) if ranges else torch.empty(0)
         for i, module in enumerate(self.inputs.values()):
             module.input_range = self._input_ranges[2 * i : 2 * i + 2]
-        # a layer that has an adapter around it shares its input as it did
-        linears = {
-            site.removesuffix(":input").removesuffix(".base_layer"): m
-            for site, m in self.inputs.items()
-            if isinstance(m, PlaneLinear)
-        }
+        linears = linear_layers(self.inputs)
         for layer in linears.values():
             layer.introduce()
-        for layers in families(linears):
-            siblings = Siblings(layers, self._household)
+        for parent, layers in families(linears):
+            siblings = Siblings(layers, self._parents[parent], self._switches)
             for place, layer in enumerate(layers):
                 layer.siblings, layer.place = siblings, place
+
+    def renew(self) -> None:
+        """A weight has become another, of which other tiles may be stored."""
+        stored = [w.value.resident.expand(2, -1, -1).reshape(-1) for w in self.weights.values()]
+        self._resident = torch.cat(stored) if stored else self._tags
+
+    def _switched(self) -> None:
+        """Levels or ranges were written: what waits for a sibling is no longer true."""
+        self._switches.count += 1
+        for parent in self._parents.values():
+            parent.traced = None
 
     @property
     def profile(self) -> Profile | None:
@@ -137,7 +148,7 @@ class Registry:
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
         self.applied = (plan, second)
-        self._household.switched()
+        self._switched()
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -152,7 +163,7 @@ class Registry:
             raise SiteError(f"ranges name inputs that the model does not have: {', '.join(sorted(unknown)[:5])}")
         if self.inputs:
             self._input_ranges.copy_(torch.tensor([ranges.get(name, _NO_RANGE) for name in self.inputs]).view(-1))
-        self._household.switched()
+        self._switched()
 
     def _check_sites(self, plan: PrecisionMap) -> None:
         if plan.sites != self.sites:
@@ -169,6 +180,15 @@ class Registry:
                 short = resident[wanted > resident].min()
                 return f"{name} at level {int(wanted.max())}: some of its tiles are loaded up to {int(short)} bits only"
         return None
+
+
+def linear_layers(inputs: Mapping[str, PlaneModule]) -> dict[str, PlaneLinear]:
+    """The linear layers of input sites, by name. One that has an adapter around it shares its input as it did."""
+    return {
+        site.removesuffix(":input").removesuffix(".base_layer"): module
+        for site, module in inputs.items()
+        if isinstance(module, PlaneLinear)
+    }
 
 
 def _block(parts: list[Tensor]) -> Tensor:
@@ -198,12 +218,32 @@ def attach(model: nn.Module, registry: Registry) -> None:
     """Make `model` a quantized model."""
     model.__dict__[_ATTRIBUTE] = registry
     refuse_saving(model)
+    model.register_load_state_dict_pre_hook(_refuse_what_does_not_fit)
 
 
 def detach(model: nn.Module) -> None:
-    """Make `model` an ordinary model again, once it holds no planes."""
+    """Make `model` an ordinary model again, once it holds no planes; undoes `attach` and `hooked_parents`."""
     model.__dict__.pop(_ATTRIBUTE, None)
     allow_saving(model)
+    unhook(model)
+    hooks = model._load_state_dict_pre_hooks
+    for number, hook in list(hooks.items()):
+        if getattr(hook, "hook", hook) is _refuse_what_does_not_fit:
+            del hooks[number]
+
+
+def _refuse_what_does_not_fit(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A pre-hook of `load_state_dict`: raises `StateError` before anything is loaded if any weight does not fit."""
+    errors = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PlaneWeight):
+            try:
+                weight_in(state, f"{prefix}{name}.", module.value)
+            except StateError as error:
+                errors.append(str(error))
+    if errors:
+        more = f" ({len(errors) - 1} other weights do not fit either)" if len(errors) > 1 else ""
+        raise StateError(f"nothing of the state was loaded: {errors[0]}{more}")
 
 
 def registry_of(model: nn.Module) -> Registry:

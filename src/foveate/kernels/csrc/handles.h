@@ -21,7 +21,8 @@ namespace foveate {
 namespace {
 
 struct Held {
-  std::vector<at::Tensor> tensors;       // of all weights; a call asks them where their memory is, for it may move
+  std::vector<at::Tensor> tensors;       // of all weights; each call checks all of these again, and asks where their
+                                         // memory is: a tensor may be resized, set to other memory, or moved meanwhile
   std::vector<int64_t> forms;
   std::vector<at::Tensor> input_levels;  // one a weight
   std::vector<at::Tensor> input_ranges;  // one a weight, or none
@@ -68,7 +69,8 @@ at::Tensor plane_handle(at::TensorList weights, at::IntArrayRef forms, at::Tenso
 }
 
 std::shared_ptr<const Held> held_by(const at::Tensor& handle) {
-  TORCH_CHECK(handle.scalar_type() == at::kLong && handle.numel() == 1 && handle.device().is_cpu(), "a handle is one int64 on the CPU");
+  check_vector(handle, at::kLong, "a handle");
+  TORCH_CHECK(handle.numel() == 1, "a handle has ", handle.numel(), " values, not one");
   const int64_t number = *handle.const_data_ptr<int64_t>();
   Shelf& all = shelf();
   const std::shared_lock<std::shared_mutex> lock(all.mutex);

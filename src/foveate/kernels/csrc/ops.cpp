@@ -119,7 +119,7 @@ class Quantized {
     inputs.sums = reinterpret_cast<float*>(aligned + code_bytes);
     inputs.scales = reinterpret_cast<float*>(aligned + code_bytes + sum_bytes);
     Faults faults;
-    const bool parallel = pass.rows > 1 && worth_threads(pass.rows * w.groups * w.group);
+    const bool parallel = pass.rows > 1 && worth_threads(pass.rows, w.groups, w.group);
     share(pass.rows, 1, parallel,
           [&](int64_t row, int64_t row_end) { faults.note(kernels().quantize(source_, inputs, row, row_end)); });
     faults.raise();
@@ -146,7 +146,7 @@ void integer_passes(const std::vector<Pass>& passes, const Tensor& x, const int6
   int64_t strips = 0;
   for (const Weight& w : weights) strips += w.strips;
   if (strips == 0) return;
-  const bool parallel = worth_threads(strips * kTileRows * weights[0].groups * weights[0].group * lanes);
+  const bool parallel = worth_threads(strips, kTileRows, weights[0].groups, weights[0].group, lanes);
   int64_t chunk = std::min(kRowChunk, rows);
   while (parallel && chunk > 32 && (rows + chunk - 1) / chunk * strips < 4 * at::get_num_threads()) chunk = (chunk + 1) / 2;
   const int64_t chunks = (rows + chunk - 1) / chunk;
@@ -173,7 +173,7 @@ void integer_passes(const std::vector<Pass>& passes, const Tensor& x, const int6
 
 void unpack_rows(const Weight& w, float* out, int64_t strip, int64_t strip_end) {
   Faults faults;
-  share(strip_end - strip, 1, worth_threads((strip_end - strip) * kTileRows * w.columns), [&](int64_t begin, int64_t end) {
+  share(strip_end - strip, 1, worth_threads(strip_end - strip, kTileRows, w.columns), [&](int64_t begin, int64_t end) {
     faults.note(kernels().unpack(w, out + begin * kTileRows * w.columns, strip + begin, strip + end));
   });
   faults.raise();
@@ -226,14 +226,23 @@ void set_bias(Weight& w, const Tensor& bias) {
   w.bias = bias.const_data_ptr<float>();
 }
 
+// M, which without columns is not seen from the number of elements.
+int64_t rows_of(const Tensor& x) {
+  if (const int64_t columns = x.size(-1)) return x.numel() / columns;
+  int64_t rows = 1;
+  for (const int64_t size : x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)))
+    TORCH_CHECK(!__builtin_mul_overflow(rows, size, &rows), "x of shape (=", x.sizes(), ") has more than 2^63 rows");
+  return rows;
+}
+
 // x times weights that share it, with their biases set and the tags of map 0.
 std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights, const Tensor& input_level,
                              const std::optional<Tensor>& choice, const std::optional<Tensor>& order, const float* range) {
   const size_t count = weights.size();
   TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
   type_of(x);
-  const int64_t columns = x.size(-1);
-  const int64_t m = columns ? x.numel() / columns : c10::multiply_integers(x.sizes().begin(), x.sizes().end() - 1);
+  check_memory(x, "x");
+  const int64_t columns = x.size(-1), m = rows_of(x);
   Tensor x_MK = x.dim() == 2 ? x : x.reshape({m, columns});
   if (x_MK.stride(1) != 1) x_MK = x_MK.contiguous();
 
@@ -252,7 +261,7 @@ std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights
     TORCH_CHECK(order->numel() == columns, "order has ", order->numel(), " values, not ", columns);
     order_data = order->const_data_ptr<int64_t>();
   }
-  if (m == 0 || count == 0) return outputs;
+  if (std::all_of(outputs.begin(), outputs.end(), [](const Tensor& y) { return y.numel() == 0; })) return outputs;
 
   std::vector<int64_t> row_of;
   int64_t split = m;  // rows of map 0, then those of map 1
@@ -260,6 +269,7 @@ std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights
     TORCH_CHECK(choice->scalar_type() == at::kByte || choice->scalar_type() == at::kBool, "choice has dtype (=",
                 choice->scalar_type(), "), not bool or uint8");
     TORCH_CHECK(choice->numel() == m, "choice has ", choice->numel(), " values, not one for each of ", m, " rows");
+    check_memory(*choice, "choice");
     const Tensor chosen = choice->contiguous();
     const uint8_t* which = static_cast<const uint8_t*>(chosen.const_data_ptr());
     split = std::count(which, which + m, uint8_t{0});
@@ -313,6 +323,8 @@ std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle
   bool alike = true;
   for (size_t i = 0; i < count; ++i) {
     weights.push_back(weight_of(held->tensors, held->forms, i, 0));
+    check_input_level(levels[i]);
+    if (!held->input_ranges.empty()) check_input_range(held->input_ranges[i]);
     TORCH_CHECK(weights[i].rows == rows[i], "rows (=", rows[i], ") are not those of the weight, ", weights[i].rows);
     if (!biases.empty()) set_bias(weights[i], biases[i]);
     alike = alike && same_inputs(*held, 0, i);
@@ -348,6 +360,7 @@ Tensor plane_embedding(const Tensor& indices, TensorList weight, at::IntArrayRef
   const Weight w = weight_of(weight, form, 0, map);
   TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, "indices have dtype (=",
               indices.scalar_type(), "), not int64 or int32");
+  check_memory(indices, "indices");
   const Tensor index = indices.to(at::kLong).contiguous();
   const int64_t* at = index.const_data_ptr<int64_t>();
   const int64_t count = index.numel();
@@ -359,7 +372,7 @@ Tensor plane_embedding(const Tensor& indices, TensorList weight, at::IntArrayRef
   if (out.numel() == 0) return out;
   float* to = out.data_ptr<float>();
   Faults faults;
-  share(count, 1, worth_threads(count * w.columns * 4), [&](int64_t begin, int64_t end) {
+  share(count, 1, worth_threads(count, w.columns, 4), [&](int64_t begin, int64_t end) {
     faults.note(kernels().embed(w, at, to, begin, end));
   });
   faults.raise();

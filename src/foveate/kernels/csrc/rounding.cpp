@@ -10,6 +10,7 @@
 
 #include <algorithm>
 
+#include "checks.h"
 #include "descent.h"
 #include "saved.h"
 #include "share.h"
@@ -24,6 +25,7 @@ constexpr int64_t kLoneRows = 64;  // rounded together where there are no gradie
 void check(const Tensor& t, at::IntArrayRef shape, at::ScalarType type, const char* name) {
   TORCH_CHECK(t.sizes() == shape && t.scalar_type() == type && t.is_contiguous(), name, " is ", t.scalar_type(), " ", t.sizes(),
               ", not contiguous ", type, " ", shape);
+  check_memory(t, name);
 }
 
 // What the ops share: a weight, its codes and its grid.
@@ -52,15 +54,17 @@ struct Rounding {
     if (gradients) {
       TORCH_CHECK(gradients->dim() == 3 && gradients->size(1) >= 1, "the matrices of rows are not [B, R, R]");
       size = gradients->size(1);
-      check(*gradients, {(rows + size - 1) / size, size, size}, at::kFloat, "the matrix of rows");
+      check(*gradients, {over(rows, size), size, size}, at::kFloat, "the matrix of rows");
     }
   }
 
   // Calls run(first row, what all columns of its rows have in common) for each block of rows.
   template <class Run>
   void each_block(const Run& run) const {
-    const int64_t blocks = (rows + size - 1) / size, padded = (size + 15) / 16 * 16;
-    share(blocks, 1, blocks > 1 && worth_threads(rows * columns), [&](int64_t block, int64_t block_end) {
+    const int64_t blocks = over(rows, size);
+    if (blocks == 0) return;
+    const int64_t padded = (size + 15) / 16 * 16;
+    share(blocks, 1, blocks > 1 && worth_threads(rows, columns), [&](int64_t block, int64_t block_end) {
       Tensor column = at::zeros({kStreams, padded}, w.options());
       for (; block < block_end; ++block) {
         const int64_t row = block * size, count = std::min(size, rows - row), groups = scale.size(1);

@@ -32,6 +32,7 @@ inline uint16_t to_bfloat16(float value) {
 // Row `row` of x as float32.
 template <class V>
 void load_row(const Source& x, int64_t row, float* line) {
+  if (x.columns == 0) return;  // and there may be no memory
   const int64_t offset = (x.row_of ? x.row_of[row] : row) * x.row_stride;
   if (x.type == Type::kFloat32) {
     std::memcpy(line, static_cast<const float*>(x.data) + offset, static_cast<size_t>(x.columns) * sizeof(float));

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "share.h"
 
 namespace foveate {
@@ -26,14 +27,17 @@ constexpr int64_t kPieceGroups = 32;      // what a thread takes at least, so th
 constexpr int64_t kPieceBlocks = 512;
 constexpr int64_t kChunk = 1 << 14;       // elements of a partial sum of moments
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes from which a tensor is written past the caches
-
-int64_t over(int64_t count, int64_t each) { return (count + each - 1) / each; }
+constexpr int64_t kMostElements = int64_t{1} << 56;  // their bits are still counted in int64
 
 const SavedKernels& saved() { return *kernels().saved; }
 
 void check_dense(const Tensor& x) {
   TORCH_CHECK(x.is_non_overlapping_and_dense(), "x of shape ", x.sizes(), " and strides ", x.strides(), " has gaps or overlaps in memory");
+  check_memory(x, "x");
 }
+
+// A number of elements that the caller says, before anything is computed of it.
+void check_count(int64_t n) { TORCH_CHECK(n >= 0 && n <= kMostElements, "n (=", n, ") is not in 0..", kMostElements); }
 
 Type float_type(const Tensor& x) {
   check_dense(x);
@@ -74,11 +78,14 @@ std::tuple<Tensor, Tensor> group_pack(const Tensor& x, int64_t bits, int64_t gro
 Tensor group_unpack(const Tensor& codes, const Tensor& ranges, int64_t bits, int64_t group, int64_t n, at::ScalarType dtype) {
   check_group({bits}, group);
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, "dtype (=", dtype, ") is not float32, bfloat16 or float16");
+  check_count(n);
   const int64_t groups = over(n, group), bytes = groups * group * bits / 8;
-  TORCH_CHECK(n >= 0 && codes.sizes() == at::IntArrayRef{bytes} && ranges.sizes() == at::IntArrayRef({groups, 2}) &&
+  TORCH_CHECK(codes.sizes() == at::IntArrayRef{bytes} && ranges.sizes() == at::IntArrayRef({groups, 2}) &&
                   codes.scalar_type() == at::kByte && ranges.scalar_type() == at::kBFloat16 && codes.is_contiguous() && ranges.is_contiguous(),
               "codes ", codes.sizes(), " and ranges ", ranges.sizes(), " are not those of n (=", n, ") elements in groups of ", group, " with ",
               bits, " bits, uint8 [", bytes, "] and bfloat16 [", groups, ", 2]");
+  check_memory(codes, "codes");
+  check_memory(ranges, "ranges");
   Tensor out = new_empty(codes, {n}, dtype);
   const Type type = dtype == at::kFloat ? Type::kFloat32 : dtype == at::kHalf ? Type::kFloat16 : Type::kBFloat16;
   const bool stream = type == Type::kFloat32 && n * 4 >= kStreamFrom && reinterpret_cast<uintptr_t>(out.data_ptr()) % 64 == 0;
@@ -160,9 +167,12 @@ std::tuple<Tensor, Tensor> two_values_pack(const Tensor& x) {
 
 Tensor mask_unpack(const Tensor& bits, const Tensor& values, int64_t n) {
   TORCH_CHECK(values.sizes() == at::IntArrayRef{2}, "values ", values.sizes(), " is not [2]");
-  TORCH_CHECK(n >= 0 && bits.sizes() == at::IntArrayRef{over(n, 8)} && bits.scalar_type() == at::kByte && bits.is_contiguous(), "bits ",
+  check_count(n);
+  TORCH_CHECK(bits.sizes() == at::IntArrayRef{over(n, 8)} && bits.scalar_type() == at::kByte && bits.is_contiguous(), "bits ",
               bits.sizes(), " is not uint8 [", over(n, 8), "], one bit for each of n (=", n, ") elements");
   check_bytes(values);
+  check_memory(bits, "bits");
+  check_memory(values, "values");
   const Tensor pair = values.contiguous();
   const int64_t bytes = pair.element_size();
   Tensor out = new_empty(values, {n}, values.scalar_type());
@@ -201,15 +211,19 @@ Tensor narrow_pack(const Tensor& x, int64_t bits, int64_t low) {
   share(over(n, kBlock), kPieceBlocks, worth_threads(n), [&](int64_t begin, int64_t end) {
     if (!run(narrowing, begin, end)) inside.store(false, std::memory_order_relaxed);
   });
-  TORCH_CHECK(inside, "x has values outside ", low, "..", low + (int64_t{1} << bits) - 1, ", the integers that ", bits, " bits hold from low");
+  int64_t most = 0;
+  if (__builtin_add_overflow(low, (int64_t{1} << bits) - 1, &most)) most = std::numeric_limits<int64_t>::max();
+  TORCH_CHECK(inside, "x has values outside ", low, "..", most, ", the integers that ", bits, " bits hold from low");
   return codes;
 }
 
 Tensor narrow_unpack(const Tensor& codes, int64_t bits, int64_t low, int64_t n, at::ScalarType dtype) {
   check_narrow(bits);
   const Integer type = integer_type(dtype, "dtype");
-  TORCH_CHECK(n >= 0 && codes.sizes() == at::IntArrayRef{over(n * bits, 8)} && codes.scalar_type() == at::kByte && codes.is_contiguous(), "codes ",
+  check_count(n);
+  TORCH_CHECK(codes.sizes() == at::IntArrayRef{over(n * bits, 8)} && codes.scalar_type() == at::kByte && codes.is_contiguous(), "codes ",
               codes.sizes(), " is not uint8 [", over(n * bits, 8), "], ", bits, " bits for each of n (=", n, ") elements");
+  check_memory(codes, "codes");
   Tensor out = new_empty(codes, {n}, dtype);
   const Narrowing widening{out.data_ptr(), type, n, static_cast<int>(bits), low, const_cast<uint8_t*>(codes.const_data_ptr<uint8_t>())};
   const auto run = saved().widen;

@@ -11,7 +11,7 @@
 namespace foveate {
 namespace {
 
-constexpr int64_t kParallelFrom = 1 << 17;  // products of a weight and an input below which one thread is faster
+constexpr double kParallelFrom = 1 << 17;  // products of a weight and an input below which one thread is faster
 
 // Runs of [0, count), one a thread. A thread takes a little at a time from the front of its own, so that its stream from
 // memory goes on; when that is done, it takes the back half of the longest that is left: one that the machine holds up
@@ -89,7 +89,12 @@ void share(int64_t count, int64_t least, bool parallel, const Each& run) {
   });
 }
 
-bool worth_threads(int64_t work) { return work >= kParallelFrom && at::get_num_threads() > 1 && !at::in_parallel_region(); }
+// Whether so many products (the factors' product, which may be beyond int64) are worth more than one thread.
+template <class... Factors>
+bool worth_threads(Factors... factors) {
+  const double work = (1.0 * ... * static_cast<double>(factors));
+  return work >= kParallelFrom && at::get_num_threads() > 1 && !at::in_parallel_region();
+}
 
 }  // namespace
 }  // namespace foveate

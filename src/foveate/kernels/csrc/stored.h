@@ -7,6 +7,7 @@
 
 #include <cmath>
 
+#include "checks.h"
 #include "planes.h"
 
 namespace foveate {
@@ -14,12 +15,6 @@ namespace {
 
 using at::Tensor;
 using at::TensorList;
-
-void check_vector(const Tensor& t, at::ScalarType type, const char* name) {
-  TORCH_CHECK(t.scalar_type() == type, name, " has dtype (=", t.scalar_type(), "), not ", type);
-  TORCH_CHECK(t.is_contiguous(), name, " is not contiguous");
-  TORCH_CHECK(t.device().is_cpu(), name, " is on device (=", t.device(), "), not the CPU");
-}
 
 void check_input_level(const Tensor& input_level) {
   check_vector(input_level, at::kByte, "input_level");
@@ -51,8 +46,8 @@ Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t ma
   Weight w{};
   w.rows = rows;
   w.columns = columns;
-  w.strips = (rows + kTileRows - 1) / kTileRows;
-  w.groups = (columns + group - 1) / group;
+  w.strips = over(rows, kTileRows);
+  w.groups = over(columns, group);
   w.group = static_cast<int>(group);
   w.reach = static_cast<int>(reach);
   for (int p = 0; p < kPlanes; ++p) {
@@ -67,8 +62,9 @@ Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t ma
   w.scales = scales.const_data_ptr<uint8_t>();
   w.tiles[0] = static_cast<uint64_t>(scales.numel() / (2 * kTileRows));
   check_vector(gain, at::kHalf, "gain");
-  TORCH_CHECK(gain.dim() == 2 && gain.size(0) == 2 && (gain.size(1) == 1 || gain.size(1) == w.strips * kTileRows),
-              "gain has shape (=", gain.sizes(), "), not [2, 1] or [2, ", w.strips * kTileRows, "]");
+  const bool gain_a_row = gain.dim() == 2 && gain.size(1) / kTileRows == w.strips && gain.size(1) % kTileRows == 0;
+  TORCH_CHECK(gain.dim() == 2 && gain.size(0) == 2 && (gain.size(1) == 1 || gain_a_row), "gain has shape (=", gain.sizes(),
+              "), not [2, 1] or [2, ", kTileRows, " * ", w.strips, "]");
   const float half_steps[kPlanes] = {2.0f, 1.0f, 0.5f, 0.125f * static_cast<float>(1 << reach), 0.03125f * static_cast<float>(1 << reach)};
   for (int p = 0; p < kPlanes; ++p) w.units[p] = std::ldexp(half_steps[p], static_cast<int>(exponent));
   w.offset_unit = std::ldexp(0.125f, static_cast<int>(exponent));
@@ -88,7 +84,7 @@ Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t ma
   check_vector(tags, at::kByte, "tags");
   TORCH_CHECK(tags.dim() == 3 && tags.size(0) == 2 && tags.size(1) == w.strips && tags.size(2) == w.groups,
               "tags have shape (=", tags.sizes(), "), not [2, ", w.strips, ", ", w.groups, "]");
-  w.tags = tags.const_data_ptr<uint8_t>() + map * w.strips * w.groups;
+  w.tags = tags.const_data_ptr<uint8_t>() + (map ? tags.numel() / 2 : 0);
   return w;
 }
 

@@ -27,7 +27,14 @@ constexpr int64_t kAheadMixed = 2048;
 constexpr int64_t kScalesAhead = 1024;
 
 // To the second cache: six streams this far ahead would crowd the first.
-inline void prefetch(const void* p, int64_t ahead) { __builtin_prefetch(static_cast<const char*>(p) + ahead, 0, 2); }
+inline void prefetch(const void* p, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)), 0, 2);
+}
+
+// Where a plane's tile is, if it is stored: of a plane that is not read nothing is known, and it is only a number.
+inline const uint8_t* tile_at(const uint8_t* plane, uint64_t bytes) {
+  return reinterpret_cast<const uint8_t*>(reinterpret_cast<uintptr_t>(plane) + bytes);
+}
 
 // The greatest code of a level that reads `planes` planes.
 inline int32_t code_range(int planes, int reach) {
@@ -107,7 +114,7 @@ struct Walk {
       if (outside) return Fault::kOutside;
       tile.scales = w.scales + at[0];
       tile.offset_unit = w.offset_unit;
-      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1];
+      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = tile_at(w.planes[p], at[p + 1]);
     }
     for (int i = 0; i < 6; ++i) at[i] += stored >= kFloors[i] ? (more + 1) * bytes[i] : 0;
     return Fault::kNone;
@@ -124,7 +131,7 @@ struct Walk {
       if (outside) return Fault::kOutside;
       tile.scales = w.scales + at[0];
       tile.offset_unit = w.offset_unit;
-      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = w.planes[p] + at[p + 1];
+      for (int p = 0; p < kPlanes; ++p) tile.planes[p] = tile_at(w.planes[p], at[p + 1]);
     }
     for (int i = 0; i < 6; ++i) at[i] += stored >= kFloors[i] ? bytes[i] : 0;
     return Fault::kNone;

@@ -1,0 +1,41 @@
+"""A slice of the random calls of every op, with the plain kernels; `make fuzz` makes many more under sanitizers."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from foveate.kernels.dispatch import ensure_loaded
+from fuzz.op_calls import op_call, run
+from kernels.cases import forced, isas
+
+OPS = {
+    "plane_linear", "plane_linear_no_grad", "plane_linear_by_handle", "plane_handle", "plane_unpack",
+    "plane_embedding", "codes_feed", "codes_descend", "group_pack", "group_unpack", "group_variance", "mask_pack",
+    "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(ensure_loaded().isa is None, reason="no compiled kernels")
+def test_random_calls_are_answered_or_refused() -> None:
+    answered: Counter[str] = Counter()
+    refused: Counter[str] = Counter()
+    for isa in isas():
+        with forced(isa):
+            for number in range(300):
+                call = op_call(1, number)
+                (answered if run(call) else refused)[call.op] += 1
+    assert set(answered) == set(refused) == OPS
+
+
+def test_a_call_is_made_of_its_seed_and_number() -> None:
+    assert [op_call(3, n).wrongs for n in range(30)] == [op_call(3, n).wrongs for n in range(30)]
+    assert [op_call(3, n).wrongs for n in range(30)] != [op_call(4, n).wrongs for n in range(30)]
+
+
+def test_every_op_of_the_kernels_is_called() -> None:
+    schemas = (schema.name.split("::") for schema in torch._C._jit_get_all_schemas())
+    ours = {name for space, name in schemas if space == "foveate" and not name.startswith("_")}
+    assert ours - {"plane_experts"} == OPS  # that one is a module's, and in Python
