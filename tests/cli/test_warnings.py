@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from foveate.cli.demo_model import Recipe
 
 import foveate
-from conftest import Run
 from foveate.cli import app, demo
+from foveate.cli.demo import show
+from foveate.cli.demo.training import Recipe
 
 OURS = str(Path(foveate.__file__).parent / "nn" / "cache.py")
 THEIRS = "/somewhere/site-packages/transformers/generation/utils.py"
@@ -34,17 +36,17 @@ def test_only_our_own_and_no_deprecations(capsys: pytest.CaptureFixture[str], mo
 
 @pytest.mark.filterwarnings("default")
 def test_what_another_library_says_is_not_in_the_demo(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "warnoptions", [])
     tiny = Recipe(width=64, hidden=128, layers=1, heads=2, window=48, batch=4, steps=2, seconds=60)
-    true_run, true_argument = demo.run, demo.cache_argument
+    true_run, true_argument = demo.run, show.cache_argument
 
     def noisy(*given: object) -> object:
         warnings.warn_explicit("will go in release 6", FutureWarning, THEIRS, 1)
         return true_argument(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(demo, "cache_argument", noisy)
+    monkeypatch.setattr(show, "cache_argument", noisy)
     monkeypatch.setattr(demo, "run", lambda **options: true_run(**options, recipe=tiny))
     done = run("demo", "--out", tmp_path / "out", "--cache", tmp_path / "cache")
     assert done.exit_code == 0, done.output

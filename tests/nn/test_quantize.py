@@ -362,14 +362,6 @@ def test_a_loss_of_ones_own() -> None:
     fv.quantize(mlp(), rows(), loss=lambda o, b: o.sum(), objective=fv.Logits(), progress=False)
 
 
-def test_what_calibration_never_reached_is_noted() -> None:
-    model = mlp()
-    model.add_module("5", nn.Linear(10, 10))
-    model.forward = lambda x: nn.Sequential(*list(model)[:5])(x)  # type: ignore[method-assign]
-    profile = fv.quantize(model, rows(), progress=False)
-    assert any("calibration never reached 5" in note for note in profile.notes)
-
-
 @pytest.mark.parametrize(
     ("columns", "expected"), [(1, 32), (32, 32), (33, 64), (64, 64), (100, 128), (128, 128), (4096, 128), (160, 32)]
 )
@@ -398,10 +390,3 @@ def test_padding_rows_of_an_embedding() -> None:
     assert model[0].padding_idx == 0
     # a row of zeros is constant: exact at every level
     assert float(model[0](torch.tensor([0])).detach().abs().max()) == 0
-
-
-def test_a_note_says_how_many_rows_descent_would_have_needed() -> None:
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
-    profile = fv.quantize(model, [torch.randn(40, 64)], objective=fv.Logits(), progress=False)
-    (note,) = [note for note in profile.notes if "fewer rows" in note]
-    assert note.startswith("0 (40 rows, 64 columns) had fewer rows of input than columns")

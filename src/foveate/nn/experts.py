@@ -27,8 +27,10 @@ from torch import Tensor, nn
 from foveate.nn.install import replace_module
 from foveate.nn.modules import PlaneModule, take_hooks, without
 
-#: The flags that `use_experts_implementation` sets on a layer.
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+#: The flags that `use_experts_implementation` sets on a layer, and those of later releases. Before those,
+#: every expert had a gate (transformers 5.2), and none a norm (5.17).
+_FLAGS = ("has_bias", "is_transposed")
+_LATER_FLAGS = {"has_gate": True, "has_post_expert_norm": False}
 _UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
 #: Every parameter of a layer that is taken apart.
@@ -193,10 +195,12 @@ def _can_hold(layer: nn.Module) -> bool:
         return False
     if _is_llama4(layer):
         return True
-    follows = all(isinstance(getattr(layer, flag, None), bool) for flag in _FLAGS)
+    flags = [getattr(layer, flag, None) for flag in _FLAGS]
+    flags += [getattr(layer, flag, before) for flag, before in _LATER_FLAGS.items()]
+    follows = all(isinstance(flag, bool) for flag in flags)
     # a subclass with a forward of its own does something else; the contract's wraps the layer's
     wrapped = hasattr(type(layer).forward, "__wrapped__")
-    gated = getattr(layer, "has_gate", None) is (layer._parameters.get(_UP[0]) is not None)
+    gated = getattr(layer, "has_gate", _LATER_FLAGS["has_gate"]) is (layer._parameters.get(_UP[0]) is not None)
     return follows and wrapped and gated and not getattr(layer, "_is_expert_parallel", False)
 
 

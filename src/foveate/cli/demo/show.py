@@ -316,11 +316,8 @@ def _passages(model: nn.Module) -> Iterator[tuple[int, str, Switch | None]]:
                 likely = (output.logits[0, -1].float() / _TEMPERATURE).softmax(-1)
                 given = torch.multinomial(likely, 1, generator=generator)[None]
                 piece = decoder.decode(bytes([int(given)]))
-                yield (
-                    level,
-                    "".join(c if c == "\n" or (c.isascii() and c.isprintable()) else "·" for c in piece),
-                    switch,
-                )
+                shown = "".join(c if c == "\n" or (c.isascii() and c.isprintable()) else "·" for c in piece)
+                yield level, shown, switch
                 switch = None
 
 
