@@ -85,7 +85,14 @@ def _bert(dtype: torch.dtype = torch.float32) -> Any:
     return BertForMaskedLM(BertConfig(**TRANSFORMER)).eval().to(dtype)
 
 
+def _gemma() -> Any:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM(Gemma2Config(**TRANSFORMER, head_dim=8)).eval()
+
+
 MODELS = {
+    "gemma 2, whose embedding has a forward of its own": _gemma,
     "llama": llama,
     "llama in bfloat16, tied": lambda: llama(tie_word_embeddings=True).bfloat16(),
     "gpt2": _gpt2,

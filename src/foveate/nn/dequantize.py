@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from foveate.collect.kinds import Kind
 from foveate.errors import BudgetError
+from foveate.nn.derived import put_together
 from foveate.nn.experts import DOWN, PlaneExperts, is_transposed
 from foveate.nn.install import replace_module
 from foveate.nn.modules import PlaneConv, PlaneModule, take_hooks
@@ -68,6 +69,7 @@ def dequantize(model: nn.Module) -> None:
         places.append((name, module))
     for name, module in places:
         replace_module(model, name, made[id(module)])
+    put_together(model)
     detach(model)
 
 

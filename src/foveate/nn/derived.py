@@ -75,6 +75,14 @@ def _join(module: nn.Module, derived: type[nn.Module]) -> None:
     module._parameters = {**product._parameters, **module._parameters}
 
 
+def put_together(model: nn.Module) -> None:
+    """Put back together the split modules of a model whose products are on no planes any more."""
+    split = {made: derived for derived, made in _CLASSES.items()}
+    for module in list(model.modules()):
+        if type(module) in split and not isinstance(module._modules[PRODUCT], PlaneModule):
+            _join(module, split[type(module)])
+
+
 @contextmanager
 def products_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterator[None]:
     """Split the modules that have a forward of their own, and put back together whatever holds no planes at the end.
