@@ -101,7 +101,7 @@ def _check_in_place(model: nn.Module, registry: Registry) -> None:
     for name, layer in registry.inputs.items():
         place = name.removesuffix(":input")
         found = modules.get(place)
-        if found is not layer:
+        if layer not in (found, modules.get(f"{place}.{PRODUCT}")):
             raise CheckpointError(
                 f"{place} is {type(found).__name__} now, put there since the model was quantized: save adapters "
                 "by themselves (peft's save_pretrained), and the model before they are put on or after they are taken "
