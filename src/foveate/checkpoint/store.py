@@ -277,7 +277,8 @@ def read_profile(folder: Folder) -> Profile:
 
 def _check_statistic(path: Path, site: Site, what: str, tensor: Tensor) -> None:
     strips, groups = site.grid
-    of_weights = {"input_energy": (groups,), "output_range": (2,), "row_frequency": (strips,), FITTED: (1,)}
+    fitted = (len(WEIGHT_LEVELS),) if tensor.numel() > 1 else (1,)  # one number for all levels in older folders
+    of_weights = {"input_energy": (groups,), "output_range": (2,), "row_frequency": (strips,), FITTED: fitted}
     shapes = INPUT_STATISTICS if site.kind == "input" else of_weights
     if tensor.shape != shapes.get(what, tensor.shape):
         raise CheckpointError(f"{path}: {what} of {site.name} has shape {tuple(tensor.shape)}")
