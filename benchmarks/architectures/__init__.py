@@ -22,7 +22,7 @@ from benchmarks.architectures.trial import Outcome, attempt
 from foveate.bench.extras import require
 from foveate.bench.result import Measured
 from foveate.errors import FoveateError
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.progress import track
 
 FAMILIES = (*TRANSFORMERS, *LAYERS)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.kernels.compiled import build, cache_folder, distrusted, fingerprint
+from foveate.kernels.backends.cpu.compiled import build, cache_folder, distrusted, fingerprint
 
 SOURCE = Path(__file__).with_name("read.cpp")
 FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.collect.kinds import PRODUCT, derived_from
-from foveate.nn.modules import PlaneModule
+from foveate.nn.plane_module import PlaneModule
 
 _OWN = ("weight", "bias")
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
