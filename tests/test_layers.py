@@ -16,21 +16,19 @@ SOURCE = Path(foveate.__file__).parent
 #: Rooms by level, as the design has them. A room is a folder or a file; `progress` and `version` are for any of them.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "progress", "version"),
-    ("files", "floor", "formats", "sizes"),
+    ("files", "formats", "sizes"),
     ("kernels",),
+    ("memory",),
     ("planes",),
-    ("sites",),
-    ("maps",),
+    ("precision",),
     ("collect", "rounding", "activations"),
-    ("sensitivity", "allocate", "checkpoint", "memory"),
+    ("sensitivity", "allocate", "checkpoint"),
     ("nn",),
-    ("verify", "inputs", "importance", "runtime", "adapters"),
-    ("audit", "fit_to_loss"),
+    ("prepare", "calibrate", "kvcache", "folder"),
+    ("evaluate", "inputs", "importance", "runtime", "adapters"),
     ("serve", "bench", "report"),
     ("cli",),
 )
-#: Lines of a file, at most.
-LONGEST = 400
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
@@ -77,7 +75,7 @@ def test_imports_point_down(module: str) -> None:
             continue
         # the top of the package is for users, and for the rooms that are its users
         if not other:
-            if LEVEL_OF[room] < LEVEL_OF["verify"]:
+            if LEVEL_OF[room] < LEVEL_OF["evaluate"]:
                 wrong.append(f"line {line}: the package itself")
         elif LEVEL_OF[other] >= LEVEL_OF[room]:
             wrong.append(f"line {line}: {imported}, of level {LEVEL_OF[other]} (this is {LEVEL_OF[room]})")
@@ -86,7 +84,9 @@ def test_imports_point_down(module: str) -> None:
 
 def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:
     file = tmp_path / "levels.py"
-    file.write_text("def f():\n    from foveate import nn\n    import foveate.cli.app\n    from ..maps import Site\n")
+    file.write_text(
+        "def f():\n    from foveate import nn\n    import foveate.cli.app\n    from ..precision.maps import Site\n"
+    )
     assert sorted(_imports("foveate.formats.levels", file)) == [
         (2, "foveate.nn"),
         (3, "foveate.cli.app"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from foveate.errors import FoveateError
 from foveate.memory.arena import ALIGNMENT, HUGE_PAGE, arena
-from foveate.planes import PlaneTensor, gathered, resident_bytes, shared_tags
+from foveate.planes import PlaneTensor, gathered, level_bytes, share_active_levels
 from foveate.precision.maps import PrecisionMap, Site
 from tiny import coded, random_levels
 
@@ -33,17 +33,17 @@ def test_kept_is_the_same_weight_with_fewer_bytes(
     w = coded(rows, columns, group=group, row_gains=row_gains, seed=seed)
     levels = random_levels(w.planes, seed)
     kept = w.planes.kept(levels)
-    assert torch.equal(kept.tags, levels.expand(2, -1, -1))
+    assert torch.equal(kept.active_levels, levels.expand(2, -1, -1))
     expected = coded(rows, columns, group=group, row_gains=row_gains, seed=seed).planes
-    expected.tags.copy_(levels.expand(2, -1, -1))
+    expected.active_levels.copy_(levels.expand(2, -1, -1))
     assert torch.equal(kept.dequantize(), expected.dequantize())
     # the map of these levels counts every byte of it
     plan = PrecisionMap((_site(kept),), {"a:weight": bytes(levels.flatten().tolist())})
     assert kept.nbytes() == plan.bytes_resident
-    stored = sum(t.numel() * t.element_size() for t in (*kept.planes, kept.scales, kept.gain, kept.resident))
+    stored = sum(t.numel() * t.element_size() for t in (*kept.planes, kept.scales, kept.gain, kept.stored_levels))
     assert stored == plan.bytes_stored
     # and what was there is as it was
-    assert int(w.planes.tags.min()) == 8
+    assert int(w.planes.active_levels.min()) == 8
     # lower, again
     lower = torch.minimum(levels, random_levels(w.planes, seed + 1))
     assert torch.equal(kept.kept(lower).dequantize(), w.planes.kept(lower).dequantize())
@@ -51,10 +51,10 @@ def test_kept_is_the_same_weight_with_fewer_bytes(
 
 def test_kept_lowers_the_tags_but_does_not_raise_them() -> None:
     w = coded(20, 70).planes
-    w.tags[0].fill_(2)
+    w.active_levels[0].fill_(2)
     kept = w.kept(torch.full(w.grid, 4, dtype=torch.uint8))
-    assert kept.tags[0].unique().tolist() == [2]
-    assert kept.tags[1].unique().tolist() == [4]
+    assert kept.active_levels[0].unique().tolist() == [2]
+    assert kept.active_levels[1].unique().tolist() == [4]
 
 
 def test_kept_cannot_bring_planes_back() -> None:
@@ -79,12 +79,12 @@ def test_gathered_is_the_same_weights_side_by_side() -> None:
     storages = {w.planes[0].untyped_storage().data_ptr() for w in together}
     assert len(storages) == 1
     # tags are one block, in order
-    ends = [w.tags.data_ptr() + w.tags.numel() for w in together]
-    assert [w.tags.data_ptr() for w in together[1:]] == ends[:-1]
+    ends = [w.active_levels.data_ptr() + w.active_levels.numel() for w in together]
+    assert [w.active_levels.data_ptr() for w in together[1:]] == ends[:-1]
 
 
 def test_shared_tags_of_nothing() -> None:
-    assert shared_tags([]) == []
+    assert share_active_levels([]) == []
     assert gathered([]) == []
 
 
@@ -107,8 +107,8 @@ def test_arena(total: int) -> None:
 )
 def test_bytes_of_a_tile_by_hand(level: int, group: int, expected: int) -> None:
     # 16 rows x group x level / 8, and 32 bytes of scales
-    assert resident_bytes(level, 1, group) == expected
-    assert resident_bytes(level, 7, group) == 7 * expected
+    assert level_bytes(level, 1, group) == expected
+    assert level_bytes(level, 7, group) == 7 * expected
 
 
 def test_gains_are_padded_to_whole_tiles() -> None:
@@ -122,5 +122,5 @@ def test_copies_are_independent() -> None:
     w = coded(20, 70).planes
     for other in (copy.deepcopy(w), pickle.loads(pickle.dumps(w))):
         assert torch.equal(other.dequantize(), w.dequantize())
-        other.tags.fill_(0)
+        other.active_levels.fill_(0)
         assert float(w.dequantize().abs().max()) > 0

@@ -77,7 +77,7 @@ def read_at(rounded: Rounded, level: int) -> Tensor:
     """The dense weight of rounded codes at a level."""
     r = rounded
     planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=r.group, reach=r.reach)
-    planes.tags.fill_(level)
+    planes.active_levels.fill_(level)
     return planes.dequantize()
 
 

@@ -68,7 +68,7 @@ def _compressed(task: Task, batch: Any, budget: int) -> tuple[int, float]:
         found = peak_of_backward(task, model, batch, store)
         assert store.latest is not None
         if not (store.latest.profiled or store.latest.probed):
-            return found, store.latest.foretold
+            return found, store.latest.predicted
 
 
 def _least(task: Task, batch: Any) -> int | None:
@@ -94,12 +94,12 @@ def _budgets(task: Task) -> Iterator[dict[str, Any]]:
     for place in PLACES:
         row = common | {"budget": round(least + place * (plain - least))}
         try:
-            peak, foretold = _compressed(task, batch, row["budget"])
+            peak, predicted = _compressed(task, batch, row["budget"])
         except BudgetError as refused:
             yield row | {"peak": None, "refusal": str(refused)}
         else:
             log.info("%s: peak %d of %d bytes", task.name, peak, row["budget"])
-            yield row | {"peak": peak, "foretold": foretold}
+            yield row | {"peak": peak, "foretold": predicted}
 
 
 def measure_budgets(tasks: Iterable[Task]) -> Measured:

@@ -112,7 +112,7 @@ def _run(task: Task, seed: int, error: float | None) -> dict[str, Any]:
 
 def _saved(store: ActivationStore) -> dict[str, Any]:
     assert store.latest is not None
-    audits = [(foretold, audited) for _, foretold, audited in store.audits]
+    audits = [(predicted, audited) for _, predicted, audited in store.audits]
     return {
         "original": store.latest.original,
         "held": store.latest.held,

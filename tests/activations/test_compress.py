@@ -112,10 +112,10 @@ def test_what_the_loss_does_not_depend_on_has_no_error() -> None:
     ) as store:
         for _ in range(12):
             model(torch.randn(64, 64)).square().mean().backward()
-    foretold = [predicted for _, predicted, _ in store.audits]
-    assert foretold
-    assert all(0 < predicted < 0.2 for predicted in foretold)
-    assert len(foretold) < 12
+    predicted = [predicted for _, predicted, _ in store.audits]
+    assert predicted
+    assert all(0 < predicted < 0.2 for predicted in predicted)
+    assert len(predicted) < 12
     assert store.latest is not None
     idle = {name: kept.level for name, kept in store.latest.kept.items() if "tanh" in name or "pooler" in name}
     assert idle

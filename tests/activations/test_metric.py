@@ -147,9 +147,9 @@ def test_what_is_foretold_is_what_audits_find(relative_to: fv.Relative) -> None:
         for _ in range(16):
             F.cross_entropy(model(x), torch.arange(512) % 4).backward()
             model.zero_grad()
-    for _, foretold, audited in store.audits[2:]:
+    for _, predicted, audited in store.audits[2:]:
         assert audited < 0.2
-        shares.append(audited / foretold)
+        shares.append(audited / predicted)
     assert 0.7 < sum(shares) / len(shares) < 1.4
     assert all(map(torch.equal, model.parameters(), twin.parameters()))
 
@@ -162,8 +162,8 @@ def test_a_weight_that_is_made_from_parameters_is_probed() -> None:
             model(torch.randn(256, 64)).square().mean().backward()
     site = next(site for name, site in store.planner.ledger.sites.items() if "linear" in name)
     assert not site.closed
-    for _, foretold, audited in store.audits:
-        assert 0.5 < audited / foretold < 2
+    for _, predicted, audited in store.audits:
+        assert 0.5 < audited / predicted < 2
 
 
 def test_one_weight_with_two_inputs_and_one_input_of_two_weights() -> None:
@@ -233,7 +233,7 @@ def test_a_broken_bound_makes_it_probe_anew() -> None:
     assert not any(probed[number] for number in range(33, 40))
     assert probed[41]
     # and what is learned is used
-    last = store.planner.foretold()
+    last = store.planner.predicted()
     assert last < 0.1
 
 

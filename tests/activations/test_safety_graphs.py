@@ -11,7 +11,7 @@ from small_training import equal, errors, exact, gradients, hooks, most_error, s
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.forms.identity import Interval, Shelf, interval_of
+from foveate.activations.forms.identity import Interval, StorageIndex, interval_of
 
 # --- edits in place
 
@@ -176,7 +176,7 @@ def test_a_shelf_forgets_what_is_gone() -> None:
     class Item:
         pass
 
-    shelf: Shelf[Item] = Shelf()
+    shelf: StorageIndex[Item] = StorageIndex()
     for i in range(200):
         x = torch.full((256,), float(i))
         assert shelf.find(x, interval_of(x), lambda _: True) is None

@@ -11,7 +11,7 @@ pytest.importorskip("expecttest", reason="torch's database of operators needs it
 
 from op_sweep import Case, cases, finite, inside, names, odd_cases, same
 
-SHARES = 4
+LEVEL_WEIGHTS = 4
 #: What torch itself computes differently from run to run with the same seed. None now.
 NOT_DETERMINISTIC: frozenset[str] = frozenset()
 
@@ -33,12 +33,12 @@ def _checked(drawn: Iterator[Case], refused: list[str]) -> Iterator[tuple[Case, 
             yield case, wanted
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", range(LEVEL_WEIGHTS))
 def test_every_operator(share: int) -> None:
     refused: list[str] = []
     wrong: list[str] = []
     count = 0
-    for case, wanted in _checked(cases(share, SHARES), refused):
+    for case, wanted in _checked(cases(share, LEVEL_WEIGHTS), refused):
         count += 1
         if not same(wanted, inside(case, levels=32)):
             wrong.append(f"{case.name}: other gradients at 32 bits")
@@ -51,12 +51,12 @@ def test_every_operator(share: int) -> None:
     assert len(refused) < 12, refused
 
 
-@pytest.mark.parametrize("share", range(SHARES))
+@pytest.mark.parametrize("share", range(LEVEL_WEIGHTS))
 def test_every_operator_with_odd_inputs(share: int) -> None:
     refused: list[str] = []
     wrong: list[str] = []
     count = 0
-    for case, wanted in _checked(odd_cases(share, SHARES), refused):
+    for case, wanted in _checked(odd_cases(share, LEVEL_WEIGHTS), refused):
         count += 1
         change = case.change.__name__
         if not same(wanted, inside(case, levels=32)):

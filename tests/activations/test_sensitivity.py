@@ -42,8 +42,8 @@ def test_a_linear_layers_error_is_what_rounding_makes_of_it() -> None:
     x_NK, g_NM = torch.randn(24, 64) * torch.rand(24, 1), torch.randn(24, 16) * torch.rand(24, 1)
     exact = g_NM.t() @ x_NK
     true = sum(float((g_NM.t() @ _rounded(x_NK, seed) - exact).square().sum()) for seed in range(TRIALS)) / TRIALS
-    foretold = float(linear_error(_variance(x_NK), GROUP, g_NM, 64)[0])
-    assert foretold == pytest.approx(true, rel=0.05)
+    predicted = float(linear_error(_variance(x_NK), GROUP, g_NM, 64)[0])
+    assert predicted == pytest.approx(true, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def test_a_convolutions_error_is_what_rounding_makes_of_it(given: dict[str, obje
     exact = gradient(x)
     true = sum(float((gradient(_rounded(x, s)) - exact).square().sum()) for s in range(TRIALS)) / TRIALS
     kernel, options = conv_options((x, w, None), given)
-    foretold = conv_error(_variance(x), GROUP, g, x.shape, x.stride(), kernel, options)
-    assert float(foretold[0]) == pytest.approx(true, rel=0.1)
+    predicted = conv_error(_variance(x), GROUP, g, x.shape, x.stride(), kernel, options)
+    assert float(predicted[0]) == pytest.approx(true, rel=0.1)
 
 
 def test_a_convolution_whose_window_only_meets_padding_beyond_the_image() -> None:

@@ -10,14 +10,16 @@ from torch import Tensor
 import foveate as fv
 from foveate.calibrate import passes as calibration
 from foveate.calibrate.estimate import Estimate, Machine, estimate, in_words
-from foveate.calibrate.schedule import Load, Plan, further_passes
+from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
 from foveate.calibrate.smallest_map import least_map
 from foveate.kernels.backends.cpu.library import Status
 from tiny import llama, mlp, rows, tokens
 
 
-def _load(rows: int, columns: int, *, last: int = 0, large: int = 1, gradients: bool = False, kept: int = 0) -> Load:
-    return Load(rows, columns, False, 4 * rows * columns, large, gradients, last, last, kept)
+def _load(
+    rows: int, columns: int, *, last: int = 0, large: int = 1, gradients: bool = False, kept: int = 0
+) -> WeightCost:
+    return WeightCost(rows, columns, False, 4 * rows * columns, large, gradients, last, last, kept)
 
 
 def test_rounding_grows_as_its_arithmetic_does() -> None:
@@ -38,17 +40,17 @@ def test_a_machine_is_measured() -> None:
 
 
 def test_passes_are_counted_as_far_as_they_go() -> None:
-    loads = [_load(4, 4, last=i) for i in range(4)]
-    way = Plan(False, ((3,), (2,), (1,), (0,)), True, 0)
-    found = further_passes(loads, way)
+    costs = [_load(4, 4, last=i) for i in range(4)]
+    way = Schedule(False, ((3,), (2,), (1,), (0,)), True, 0)
+    found = further_passes(costs, way)
     assert found.whole == 0
     assert found.forward == pytest.approx(1.2 * (3 + 2 + 1) / 4)
     backward = [_load(4, 4, last=i, gradients=True) for i in range(4)]
     assert further_passes(backward, way).whole == 3
-    got = estimate(loads, [9.0] * 4, way, batch=2.0, forward=0.5, batches=10)
+    got = estimate(costs, [9.0] * 4, way, batch=2.0, forward=0.5, batches=10)
     # and ten batches again at five levels
     assert got.passes == pytest.approx(10 * (2.0 + 0.5 * 1.8) + 10 * 5 * 0.5)
-    unknown = estimate(loads, [9.0] * 4, way, batch=2.0, forward=0.5, batches=None)
+    unknown = estimate(costs, [9.0] * 4, way, batch=2.0, forward=0.5, batches=None)
     assert math.isnan(unknown.passes)
     assert "2 s a batch" in str(unknown)
 

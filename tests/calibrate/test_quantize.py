@@ -104,7 +104,7 @@ def test_gpt2_with_a_tied_head() -> None:
     assert len([s for s in profile.sites if s.kind == "weight"]) == 2 + 2 * 4
     _steps(model, original, tokens(seed=5)[0], profile, lambda y: y.logits)
     fv.apply(model, profile.uniform(8).with_level("lm_head:weight", 2))
-    assert int(model.transformer.wte.weight.value.tags.max()) == 2
+    assert int(model.transformer.wte.weight.value.active_levels.max()) == 2
 
 
 class _Net(nn.Module):

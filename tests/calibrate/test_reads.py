@@ -98,9 +98,9 @@ def test_reads_that_only_a_later_batch_shows() -> None:
 
 def test_the_same_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate.calibrate import passes as calibration
-    from foveate.calibrate.schedule import Plan, cut
+    from foveate.calibrate.schedule import Schedule, cut
 
-    monkeypatch.setattr(calibration, "plan", lambda loads, *_: Plan(False, cut(loads, 3), True, 0))
+    monkeypatch.setattr(calibration, "plan", lambda costs, *_: Schedule(False, cut(costs, 3), True, 0))
     model = _Net(PAST["transposed"][0])
     profile = fv.quantize(model, rows(), objective=fv.Logits(), progress=False)
     assert [s.name for s in profile.weight_sites()] == ["first:weight", "last:weight"]
@@ -198,9 +198,9 @@ def test_a_model_that_fails_on_planes_while_levels_are_measured_is_left_as_it_wa
 
 def test_where_float_weights_had_to_make_room_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate.calibrate import passes as calibration
-    from foveate.calibrate.schedule import Plan, cut
+    from foveate.calibrate.schedule import Schedule, cut
 
-    monkeypatch.setattr(calibration, "plan", lambda loads, *_: Plan(False, cut(loads, 1), True, 0))
+    monkeypatch.setattr(calibration, "plan", lambda costs, *_: Schedule(False, cut(costs, 1), True, 0))
     model = _Net(_asks_for_features)
     with pytest.raises(WeightError, match=r"float weights of first, middle, last had to make room.*load it again"):
         fv.quantize(model, rows(), objective=fv.Logits(), progress=False)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import foveate as fv
 from folders import rewrite
 from foveate.calibrate import reference_outputs as module
-from foveate.calibrate.reference_outputs import MOST, Witness
+from foveate.calibrate.reference_outputs import MOST, ReferenceOutputs
 from foveate.collect.objectives import Logits
 from foveate.errors import CheckpointError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
@@ -29,21 +29,21 @@ from foveate.precision.profiles import FITTED
 from tiny import generator, llama, mlp, rows, tokens
 
 
-def _kept(witness: Witness, batches: list[Tensor], model: nn.Module) -> list[int]:
+def _kept(reference_outputs: ReferenceOutputs, batches: list[Tensor], model: nn.Module) -> list[int]:
     kept = []
     for number, batch in enumerate(batches):
-        if witness.wants(batch):
-            witness.keep(batch, model(batch))
+        if reference_outputs.wants(batch):
+            reference_outputs.keep(batch, model(batch))
             kept.append(number)
     return kept
 
 
 @given(count=st.integers(1, 200))
 def test_batches_are_evenly_spread_and_no_more_than_asked(count: int) -> None:
-    witness = Witness(Logits())
+    reference_outputs = ReferenceOutputs(Logits())
     batches = [torch.full((1, 3), float(i)) for i in range(count)]
-    _kept(witness, batches, nn.Identity())
-    held = [int(batch[0, 0]) for batch, _, _ in witness._kept]
+    _kept(reference_outputs, batches, nn.Identity())
+    held = [int(batch[0, 0]) for batch, _, _ in reference_outputs._kept]
     steps = {b - a for a, b in itertools.pairwise(held)}
     assert held[0] == 0
     assert len(steps) <= 1
@@ -53,11 +53,11 @@ def test_batches_are_evenly_spread_and_no_more_than_asked(count: int) -> None:
 
 def test_large_batches_and_outputs_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_ROOM", 4 * 1000 * MOST)
-    witness = Witness(Logits())
-    _kept(witness, [torch.randn(100, 1000, generator=generator(i)) for i in range(8)], nn.Identity())
-    assert len(witness._kept) == 1  # one such batch is more than all of the room
-    assert witness.samples == 1
-    wide = Witness(Logits())
+    reference_outputs = ReferenceOutputs(Logits())
+    _kept(reference_outputs, [torch.randn(100, 1000, generator=generator(i)) for i in range(8)], nn.Identity())
+    assert len(reference_outputs._kept) == 1  # one such batch is more than all of the room
+    assert reference_outputs.samples == 1
+    wide = ReferenceOutputs(Logits())
     _kept(wide, [torch.randn(100, 1, generator=generator(i)) for i in range(8)], nn.Linear(1, 1000))
     assert sum(outcome.numel() for _, _, outcome in wide._kept) * 4 <= 4 * 1000 * MOST
     assert len(wide._kept) == 8
@@ -66,13 +66,13 @@ def test_large_batches_and_outputs_take_a_bounded_memory(monkeypatch: pytest.Mon
 def test_the_divergence_is_that_of_the_samples_kept() -> None:
     one, other = mlp(), mlp(seed=1)
     batches = rows(60, batches=5)
-    witness = Witness(Logits())
+    reference_outputs = ReferenceOutputs(Logits())
     with torch.no_grad():
-        assert _kept(witness, batches, one) == [0, 1, 2, 3, 4]
+        assert _kept(reference_outputs, batches, one) == [0, 1, 2, 3, 4]
         p, q = (m(torch.cat(batches)).log_softmax(-1) for m in (one, other))
-    assert witness.samples == 60
-    assert witness.divergence(other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
-    assert witness.divergence(one) == pytest.approx(0, abs=1e-6)
+    assert reference_outputs.samples == 60
+    assert reference_outputs.divergence(other) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
+    assert reference_outputs.divergence(one) == pytest.approx(0, abs=1e-6)
 
 
 def test_batches_in_one_buffer_are_kept_as_they_were() -> None:
@@ -89,12 +89,12 @@ def test_batches_in_one_buffer_are_kept_as_they_were() -> None:
 
 def test_mappings_of_any_kind_take_a_bounded_memory() -> None:
     batch = {"x": torch.zeros(1000, 1000)}
-    assert module.witness_bytes(UserDict(batch), 0) == module.witness_bytes(batch, 0)
-    witness = Witness(Logits())
+    assert module.reference_bytes(UserDict(batch), 0) == module.reference_bytes(batch, 0)
+    reference_outputs = ReferenceOutputs(Logits())
     for _ in range(20):
-        if witness.wants(UserDict(batch)):
-            witness.keep(UserDict(batch), torch.randn(3, 4))
-    assert len(witness._kept) <= module._ROOM // 4_000_000
+        if reference_outputs.wants(UserDict(batch)):
+            reference_outputs.keep(UserDict(batch), torch.randn(3, 4))
+    assert len(reference_outputs._kept) <= module._ROOM // 4_000_000
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])

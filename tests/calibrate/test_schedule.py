@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.calibrate import passes as calibration
-from foveate.calibrate.schedule import Load, Plan, cut, freed_after, plan
+from foveate.calibrate.schedule import Schedule, WeightCost, cut, freed_after, plan
 from foveate.collect.dry_run import probe
 from foveate.collect.kinds import find_weights
 from foveate.collect.objectives import Logits
@@ -82,14 +82,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], dict[str, Any]]] = {
 
 
 @pytest.fixture
-def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Schedule]]:
     """Make every calibration follow a plan; what came out is listed."""
 
-    def force(parts: int, *, replay: bool, lean: bool) -> list[Plan]:
-        made: list[Plan] = []
+    def force(parts: int, *, replay: bool, lean: bool) -> list[Schedule]:
+        made: list[Schedule] = []
 
-        def planned(loads: list[Load], *_: int) -> Plan:
-            made.append(Plan(replay, cut(loads, parts), lean, 0))
+        def planned(costs: list[WeightCost], *_: int) -> Schedule:
+            made.append(Schedule(replay, cut(costs, parts), lean, 0))
             return made[-1]
 
         monkeypatch.setattr(calibration, "plan", planned)
@@ -103,7 +103,7 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
     ("parts", "replay", "lean"), [(1, True, False), (1, False, True), (3, False, True), (100, True, True)]
 )
 def test_the_result_is_that_of_one_pass(
-    what: str, parts: int, replay: bool, lean: bool, forced: Callable[..., list[Plan]]
+    what: str, parts: int, replay: bool, lean: bool, forced: Callable[..., list[Schedule]]
 ) -> None:
     make, batches, keywords = MODELS[what]
     plain = make()
@@ -140,7 +140,7 @@ class _Counts(nn.Module):
         return y
 
 
-def test_further_passes_go_only_as_far_as_they_must(forced: Callable[..., list[Plan]]) -> None:
+def test_further_passes_go_only_as_far_as_they_must(forced: Callable[..., list[Schedule]]) -> None:
     forced(4, replay=False, lean=True)
     model = nn.Sequential(*(_Counts() for _ in range(4)))
     fv.quantize(model, [torch.randn(9, 8), torch.randn(9, 8)], objective=fv.Logits(), progress=False)
@@ -149,7 +149,7 @@ def test_further_passes_go_only_as_far_as_they_must(forced: Callable[..., list[P
     assert [m.calls - 2 * 5 for m in model] == [1 + 2 * 4, 1 + 2 * 3, 1 + 2 * 2, 1 + 2 * 1]
 
 
-def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Plan]]) -> None:
+def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Schedule]]) -> None:
     forced(4, replay=False, lean=True)
     model = nn.Sequential(*(_Counts() for _ in range(4)))
     floats = []
@@ -197,7 +197,7 @@ class _Grows(nn.Module):
         return self.calls * torch.sigmoid(self.second(torch.sigmoid(self.first(x))))
 
 
-def test_a_block_that_does_not_repeat_itself_is_an_error(forced: Callable[..., list[Plan]]) -> None:
+def test_a_block_that_does_not_repeat_itself_is_an_error(forced: Callable[..., list[Schedule]]) -> None:
     forced(1, replay=True, lean=False)
     model = nn.Sequential(_Grows(), _Grows(), nn.Linear(8, 3))
     with pytest.raises(DataError, match=r"\d does not compute the same when it is run twice .* more memory"):
@@ -216,7 +216,7 @@ class _InPlace(nn.Module):
         return x
 
 
-def test_a_block_that_changes_its_input_is_not_run_twice(forced: Callable[..., list[Plan]]) -> None:
+def test_a_block_that_changes_its_input_is_not_run_twice(forced: Callable[..., list[Schedule]]) -> None:
     x = torch.randn(50, 8)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), _InPlace(), nn.Linear(8, 3))
@@ -226,7 +226,7 @@ def test_a_block_that_changes_its_input_is_not_run_twice(forced: Callable[..., l
     assert all(torch.allclose(t, expected.losses[n], rtol=1e-4) for n, t in profile.losses.items())
 
 
-def test_resume_when_there_are_several_passes(tmp_path: Path, forced: Callable[..., list[Plan]]) -> None:
+def test_resume_when_there_are_several_passes(tmp_path: Path, forced: Callable[..., list[Schedule]]) -> None:
     batches = rows(60, 70, 6)
     expected = fv.quantize(mlp(), batches, progress=False)
     forced(3, replay=True, lean=True)
@@ -255,39 +255,39 @@ def test_the_first_batches_are_kept_too(tmp_path: Path) -> None:
     assert (tmp_path / "statistics").exists()
 
 
-def _layer(first: int, *, large: int = 100 << 20, gradients: bool = False) -> Load:
-    return Load(1024, 1024, False, 4 << 20, large, gradients, first, first)
+def _layer(first: int, *, large: int = 100 << 20, gradients: bool = False) -> WeightCost:
+    return WeightCost(1024, 1024, False, 4 << 20, large, gradients, first, first)
 
 
 def test_the_cheapest_plan_that_fits() -> None:
-    loads = [_layer(i) for i in range(8)]
+    costs = [_layer(i) for i in range(8)]
     kept, replayed, forward = 2 << 30, 100 << 20, 10 << 20
-    roomy = plan(loads, kept, replayed, forward, 4 << 30)
+    roomy = plan(costs, kept, replayed, forward, 4 << 30)
     assert (roomy.replay, len(roomy.shares), roomy.lean) == (False, 1, False)
-    tighter = plan(loads, kept, replayed, forward, 1200 << 20)
+    tighter = plan(costs, kept, replayed, forward, 1200 << 20)
     assert (tighter.replay, len(tighter.shares)) == (True, 1)
-    tight = plan(loads, kept, replayed, forward, 620 << 20)
+    tight = plan(costs, kept, replayed, forward, 620 << 20)
     assert tight.replay
     assert len(tight.shares) > 1
     assert tight.peak <= 620 << 20
     # nothing fits: the one that takes least
-    least = plan(loads, kept, replayed, forward, 0)
+    least = plan(costs, kept, replayed, forward, 0)
     assert len(least.shares) == 8
     assert all(p >= least.peak for p in (roomy.peak, tighter.peak, tight.peak))
 
 
 def test_shares_go_from_the_end_to_the_beginning() -> None:
-    loads = [_layer(i) for i in (3, 0, 2, 1)]
-    assert cut(loads, 4) == ((0,), (2,), (3,), (1,))
-    assert cut(loads, 2) == ((0, 2), (3, 1))
-    assert cut(loads, 1) == ((0, 2, 3, 1),)
-    shares = cut(loads, 4)
-    assert freed_after(loads, shares, 2) == [0, 2]
+    costs = [_layer(i) for i in (3, 0, 2, 1)]
+    assert cut(costs, 4) == ((0,), (2,), (3,), (1,))
+    assert cut(costs, 2) == ((0, 2), (3, 1))
+    assert cut(costs, 1) == ((0, 2, 3, 1),)
+    shares = cut(costs, 4)
+    assert freed_after(costs, shares, 2) == [0, 2]
     # tied: used at the beginning too
-    loads[0] = Load(8, 8, False, 256, 256, False, -1, 3)
-    assert freed_after(loads, shares, 2) == [2]
-    loads[1] = _layer(0, gradients=True)
-    assert freed_after(loads, shares, 2) == []
+    costs[0] = WeightCost(8, 8, False, 256, 256, False, -1, 3)
+    assert freed_after(costs, shares, 2) == [2]
+    costs[1] = _layer(0, gradients=True)
+    assert freed_after(costs, shares, 2) == []
 
 
 _CHILD = """
@@ -332,7 +332,7 @@ def _child(extra: int | None) -> dict[str, Any]:
         capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.costs(done.stdout.splitlines()[-1])
     return found
 
 
@@ -372,10 +372,10 @@ def test_the_least_memory_that_is_said_is_enough(monkeypatch: pytest.MonkeyPatch
 def test_rounding_counts_what_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     # the damped covariance and a factor in single precision, three factors in double
-    wide = Load(64, 8192, False, 4 * 64 * 8192, 4 * 8192**2, False, 0, 0)
+    wide = WeightCost(64, 8192, False, 4 * 64 * 8192, 4 * 8192**2, False, 0, 0)
     assert wide.rounding >= (4 + 3 * 8 + 4) * 8192**2
     # of two threads' rows what is wanted of five streams, and the product that is taken from it
-    tall = Load(65536, 1024, False, 4 << 26, 4 << 20, False, 0, 0)
-    beside = Load(65536, 1024, False, 4 << 26, 0, False, 0, 0)
+    tall = WeightCost(65536, 1024, False, 4 << 26, 4 << 20, False, 0, 0)
+    beside = WeightCost(65536, 1024, False, 4 << 26, 0, False, 0, 0)
     assert tall.rounding >= 2 * 20 * 1024 * 1024 + 6 * 65536 * 1024
     assert beside.rounding < tall.rounding

@@ -110,10 +110,10 @@ def test_the_map_in_force_and_the_modes_are_put_back() -> None:
     fv.apply(model, high, low)
     model.train()
     model[0].eval()
-    levels = [t.clone() for t in (model[0].weight.tags, model[0].input_level)]
+    levels = [t.clone() for t in (model[0].weight.active_levels, model[0].input_level)]
 
     def unchanged() -> bool:
-        now = (model[0].weight.tags, model[0].input_level)
+        now = (model[0].weight.active_levels, model[0].input_level)
         modes = (model.training, model[0].training, model[2].training, reference.training)
         return (
             fv.current_map(model) == high and all(map(torch.equal, now, levels)) and modes == (True, False, True, True)

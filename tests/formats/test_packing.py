@@ -18,7 +18,7 @@ from foveate.formats.packing import (
     pack_scales,
     split_planes,
     tile_bytes,
-    tile_starts,
+    tile_offsets_of,
     tiles_to_matrix,
     unpack_plane,
 )
@@ -102,7 +102,7 @@ def test_golden_bytes() -> None:
     expected[0], expected[16] = 0xD0, 0xE8
     expected[32 + 1], expected[32 + 17] = 0xF0, 0x01
     assert w.scales.tolist() == expected
-    assert w.starts.tolist() == [[0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
+    assert w.tile_offsets.tolist() == [[0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_golden_values(level: int, first: float, last: float) -> None:
     scale, offset = torch.zeros(2, 18, 1)
     scale[0], offset[0], scale[17], offset[17] = 0.5, -1.5, 2.0, 0.25
     w = from_codes(anchor, residual, scale, offset, torch.ones(2, 1, dtype=torch.float16), group=64, reach=0)
-    w.tags.fill_(level)
+    w.active_levels.fill_(level)
     dense = w.dequantize()
     assert float(dense[0, 0]) == first
     assert float(dense[17, 63]) == last
@@ -152,9 +152,9 @@ def test_scales_of_ragged_rows() -> None:
 
 
 def test_starts_count_only_what_is_stored() -> None:
-    resident = torch.tensor([[0, 2, 8], [4, 0, 0], [3, 6, 8]], dtype=torch.uint8)
+    stored_levels = torch.tensor([[0, 2, 8], [4, 0, 0], [3, 6, 8]], dtype=torch.uint8)
     # scales, then planes 0-4, which exist from levels 2, 3, 4, 6, 8 on
-    assert tile_starts(resident).tolist() == [[0, 0, 0, 0, 0, 0], [2, 2, 1, 1, 1, 1], [3, 3, 2, 2, 1, 1]]
+    assert tile_offsets_of(stored_levels).tolist() == [[0, 0, 0, 0, 0, 0], [2, 2, 1, 1, 1, 1], [3, 3, 2, 2, 1, 1]]
 
 
 @pytest.mark.parametrize("group", [0, 16, 100, 256])

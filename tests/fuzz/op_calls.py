@@ -57,8 +57,8 @@ def _weight(rows: int, columns: int, group: int, kind: int) -> PlaneTensor:
     w = coded(rows, columns, group=group, reach=kind % 3, row_gains=kind % 2 == 1, seed=kind).planes
     if kind >= 3:
         w = w.kept(random_levels(w, kind))
-    w.tags[0].copy_(torch.minimum(random_levels(w, kind + 7), w.resident))
-    w.tags[1].copy_(torch.minimum(random_levels(w, kind + 8), w.resident))
+    w.active_levels[0].copy_(torch.minimum(random_levels(w, kind + 7), w.stored_levels))
+    w.active_levels[1].copy_(torch.minimum(random_levels(w, kind + 8), w.stored_levels))
     return w
 
 
@@ -76,9 +76,9 @@ def _empty(rows: int, columns: int, group: int) -> PlaneTensor:
         planes=(none,) * 5,
         scales=none,
         gain=torch.ones(2, 1, dtype=torch.float16),
-        resident=torch.zeros(grid, dtype=torch.uint8),
-        starts=torch.zeros(grid[0], 6, dtype=torch.int64),
-        tags=torch.zeros(2, *grid, dtype=torch.uint8),
+        stored_levels=torch.zeros(grid, dtype=torch.uint8),
+        tile_offsets=torch.zeros(grid[0], 6, dtype=torch.int64),
+        active_levels=torch.zeros(2, *grid, dtype=torch.uint8),
         rows=rows,
         columns=columns,
         group=group,

@@ -59,8 +59,8 @@ class Call:
 
     def op_args(self) -> tuple[Any, ...]:
         tensors = [t for w in self.weights for t in w.tensors]
-        forms = [number for w in self.weights for number in w.form]
-        return self.x, tensors, self.biases, forms, self.input_level, self.choice, self.order, self.input_range
+        geometries = [number for w in self.weights for number in w.geometry]
+        return self.x, tensors, self.biases, geometries, self.input_level, self.choice, self.order, self.input_range
 
     def run(self) -> list[Tensor]:
         return linear(self.x, self.weights, self.biases, self.input_level, self.choice, self.order, self.input_range)
@@ -83,9 +83,9 @@ def _levels(draw: st.DrawFn, w: PlaneTensor, seed: int) -> Tensor:
     """A level for each tile: one for all, or any, alone or in runs along a strip."""
     uniform = draw(st.sampled_from((None, None, *LEVELS)))
     if uniform is not None:
-        return torch.full_like(w.resident, uniform)
+        return torch.full_like(w.stored_levels, uniform)
     run = draw(st.sampled_from((1, 1, 2, 3, 5)))
-    return random_levels(w, seed)[:, torch.arange(w.resident.shape[1]) // run]
+    return random_levels(w, seed)[:, torch.arange(w.stored_levels.shape[1]) // run]
 
 
 @st.composite
@@ -103,7 +103,7 @@ def calls(draw: st.DrawFn) -> Call:
         if draw(st.booleans()):
             w = w.kept(_levels(draw, w, seed + 10 + i))
         for which in (0, 1):
-            w.tags[which].copy_(_levels(draw, w, seed + 20 + i + which))
+            w.active_levels[which].copy_(_levels(draw, w, seed + 20 + i + which))
         weights.append(w)
         biases.append(torch.randn(n, generator=generator(seed + 30 + i)) if draw(st.booleans()) else torch.empty(0))
     g = generator(seed + 40)
@@ -143,8 +143,8 @@ def simple(
 ) -> Call:
     """One weight of mixed levels, with a bias."""
     w = coded(rows, columns, group=group, row_gains=True, seed=seed).planes
-    w.tags[0].copy_(random_levels(w, seed))
-    w.tags[1].copy_(random_levels(w, seed + 1))
+    w.active_levels[0].copy_(random_levels(w, seed))
+    w.active_levels[1].copy_(random_levels(w, seed + 1))
     x = torch.randn(m, columns, generator=generator(seed)).to(dtype)
     bias = torch.randn(rows, generator=generator(seed + 1))
     return Call(x, [w], [bias], torch.full((2,), level, dtype=torch.uint8))

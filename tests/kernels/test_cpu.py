@@ -93,15 +93,15 @@ def test_unpack_and_embedding(rows: int, columns: int, group: int, reach: int, r
     w = coded(rows, columns, group=group, reach=reach, row_gains=row_gains, seed=seed).planes
     if seed % 2:
         w = w.kept(random_levels(w, seed))
-    w.tags.copy_(torch.stack([random_levels(w, seed + 1), random_levels(w, seed + 2)]))
+    w.active_levels.copy_(torch.stack([random_levels(w, seed + 1), random_levels(w, seed + 2)]))
     indices = torch.randint(0, rows, (3, 5), generator=generator(seed))
     for which in (0, 1):
-        expected = reference.plane_unpack(w.tensors, w.form, which)
+        expected = reference.plane_unpack(w.tensors, w.geometry, which)
         for isa in ISAS:
             with forced(isa):
                 assert _same(w.dequantize(which), expected)
                 for kind in (torch.int64, torch.int32):
-                    got = torch.ops.foveate.plane_embedding(indices.to(kind), w.tensors, w.form, which)
+                    got = torch.ops.foveate.plane_embedding(indices.to(kind), w.tensors, w.geometry, which)
                     assert _same(got, expected[indices])
 
 
@@ -150,7 +150,7 @@ def test_a_row_does_not_depend_on_what_shares_its_call() -> None:
 @pytest.mark.parametrize("weight_level", [0, 2, 8])
 def test_a_row_that_is_not_finite_gives_nan_and_harms_no_other(level: int, bad: float, weight_level: int) -> None:
     call = simple(40, 100, 6, level=level)
-    call.weights[0].tags.fill_(weight_level)
+    call.weights[0].active_levels.fill_(weight_level)
     (clean,) = call.run()
     call.x[2, 99] = bad
     for isa in ISAS:
@@ -189,7 +189,7 @@ def test_tiny_and_huge_rows(level: int, size: float) -> None:
 
 def test_a_tile_at_level_0_is_skipped_whole() -> None:
     call = simple(32, 64, 3)
-    call.weights[0].tags.fill_(0)
+    call.weights[0].active_levels.fill_(0)
     assert torch.equal(call.run()[0], call.biases[0].expand(3, -1))
     assert float(call.weights[0].dequantize().abs().max()) == 0
 
@@ -198,7 +198,7 @@ def test_bytes_of_planes_that_no_level_reads_do_not_matter() -> None:
     """Reading 4 bits with planes 3 and 4 poisoned, and tiles' neighbours with them."""
     call = simple(48, 128, 7)
     w = call.weights[0]
-    w.tags.fill_(4)
+    w.active_levels.fill_(4)
     (before,) = call.run()
     for plane in w.planes[3:]:
         plane.fill_(0xFF)
@@ -280,7 +280,7 @@ MALFORMED = {
 @pytest.mark.parametrize("level", [8, 32])
 def test_malformed_arguments_are_errors(what: str, level: int) -> None:
     call = simple(level=level)
-    call.weights[0].tags.fill_(8)
+    call.weights[0].active_levels.fill_(8)
     for isa in ISAS:
         with forced(isa), pytest.raises((RuntimeError, IndexError)):
             torch.ops.foveate.plane_linear(*MALFORMED[what](call))
@@ -291,8 +291,8 @@ def test_malformed_arguments_are_errors(what: str, level: int) -> None:
 def test_a_run_of_tiles_from_a_bad_start_is_an_error(strip: int, start: int, level: int) -> None:
     call = simple(level=8, columns=300)
     w = call.weights[0]
-    w.tags.fill_(level)
-    w.starts[strip] += start
+    w.active_levels.fill_(level)
+    w.tile_offsets[strip] += start
     for isa in ISAS:
         with forced(isa), pytest.raises(RuntimeError, match="starts and resident say"):
             call.run()
@@ -302,7 +302,7 @@ def test_a_run_of_tiles_from_a_bad_start_is_an_error(strip: int, start: int, lev
 def test_an_embedding_index_outside_is_an_error(index: int) -> None:
     w = coded(40, 50).planes
     with pytest.raises(IndexError, match=r"is not a row of the embedding, 0..39"):
-        torch.ops.foveate.plane_embedding(torch.tensor([0, index]), w.tensors, w.form, 0)
+        torch.ops.foveate.plane_embedding(torch.tensor([0, index]), w.tensors, w.geometry, 0)
 
 
 def test_columns_must_fit_the_weight_even_within_the_padding() -> None:

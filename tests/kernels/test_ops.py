@@ -40,7 +40,7 @@ def _dense_gradient(call: Call, grads: list[Tensor], ordered: bool) -> Tensor:
 def test_gradients_go_straight_through(input_level: int, choice: bool, ordered: bool) -> None:
     call = simple(24, 70, 6, level=input_level)
     other = coded(17, 70, seed=3, reach=1).planes
-    other.tags[1].copy_(random_levels(other, 8))
+    other.active_levels[1].copy_(random_levels(other, 8))
     call.weights.append(other)
     call.biases = [call.biases[0].requires_grad_(), torch.randn(17).requires_grad_()]
     call.x.requires_grad_()
@@ -63,7 +63,7 @@ def test_backward_sees_the_levels_that_forward_read() -> None:
     w = call.weights[0]
     expected = torch.ones(4, 24) @ w.dequantize()
     (y,) = call.run()
-    w.tags.fill_(0)
+    w.active_levels.fill_(0)
     y.sum().backward()
     assert call.x.grad is not None
     assert torch.allclose(call.x.grad, expected, atol=1e-5)
@@ -109,9 +109,9 @@ def test_opcheck_linear(gradient: bool, extras: bool) -> None:
 
 def test_opcheck_unpack_and_embedding() -> None:
     w = coded(24, 70, row_gains=True).planes
-    torch.library.opcheck(torch.ops.foveate.plane_unpack.default, (list(w.tensors), list(w.form), 1))
+    torch.library.opcheck(torch.ops.foveate.plane_unpack.default, (list(w.tensors), list(w.geometry), 1))
     indices = torch.tensor([[1, 23], [0, 7]])
-    torch.library.opcheck(torch.ops.foveate.plane_embedding.default, (indices, list(w.tensors), list(w.form), 0))
+    torch.library.opcheck(torch.ops.foveate.plane_embedding.default, (indices, list(w.tensors), list(w.geometry), 0))
 
 
 def test_float64_inputs_are_computed_in_float32() -> None:
@@ -144,7 +144,7 @@ def test_compiles_whole_and_a_switch_does_not_recompile() -> None:
     with torch._dynamo.config.patch(error_on_recompile=True):
         for level in (2, 3, 4, 6, 0):
             for weight in (model.embed.weight, model.first.weight, model.second.weight):
-                weight.value.tags.fill_(level)
+                weight.value.active_levels.fill_(level)
             model.first.input_level.fill_(16 if level == 6 else 8)
             assert torch.equal(compiled(indices), model(indices))
             assert not torch.equal(model(indices), before)
@@ -184,7 +184,7 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
     op = torch.ops.foveate.plane_linear_by_handle
     none = torch.empty(0)
     levels = [call.input_level.clone() for _ in range(3)]
-    handle = torch.ops.foveate.plane_handle([*w.tensors] * 3, [*w.form] * 3, levels, [])
+    handle = torch.ops.foveate.plane_handle([*w.tensors] * 3, [*w.geometry] * 3, levels, [])
     rows = [24] * 3
     args = (call.x, handle, [call.biases[0], none, none], rows)
     for level in (8, 16, 4):  # seen through the handle
@@ -201,7 +201,7 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
     with pytest.raises(RuntimeError, match="there are 3 weights, and 1 biases"):
         op(call.x, handle, [none], rows)
     with pytest.raises(RuntimeError, match="there are 2 input levels, and 5 numbers of forms, not 5 an input level"):
-        torch.ops.foveate.plane_handle(w.tensors, w.form, levels[:2], [])
+        torch.ops.foveate.plane_handle(w.tensors, w.geometry, levels[:2], [])
     copied = handle.clone()
     assert torch.equal(op(call.x, copied, [], rows)[0], third)
     del handle, args
@@ -226,9 +226,9 @@ EXCHANGES: dict[str, Callable[[Tensor], object]] = {
 def test_what_was_exchanged_behind_a_handle_is_an_error(how: str, place: int | str) -> None:
     call = simple(24, 70, 4)
     w = call.weights[0]
-    w.tags.fill_(8)
+    w.active_levels.fill_(8)
     tensors, level, limits = [t.clone() for t in w.tensors], call.input_level, torch.tensor([-1.0, 1.0])
-    handle = torch.ops.foveate.plane_handle(tensors, w.form, [level], [limits])
+    handle = torch.ops.foveate.plane_handle(tensors, w.geometry, [level], [limits])
     torch.ops.foveate.plane_linear_by_handle(call.x, handle, [], [24])
     held = {"level": level, "range": limits}[place] if isinstance(place, str) else tensors[place]
     if how == "more" and place in range(6):
@@ -250,10 +250,10 @@ def test_sizes_at_the_edge_of_int64_are_errors(size: int) -> None:
         lambda: ops.group_unpack(none, none.view(0, 1).bfloat16(), 8, 32, size, torch.float32),
         lambda: ops.mask_unpack(none, torch.zeros(2), size),
         lambda: ops.narrow_unpack(none, 32, 0, size, torch.int64),
-        lambda: ops.plane_unpack(w.tensors, (size, *w.form[1:]), 0),
-        lambda: ops.plane_unpack(w.tensors, (w.form[0], size, *w.form[2:]), 0),
-        lambda: ops.plane_unpack(w.tensors, (*w.form[:4], size), 0),
-        lambda: ops.plane_embedding(torch.tensor([size]), w.tensors, w.form, 0),
+        lambda: ops.plane_unpack(w.tensors, (size, *w.geometry[1:]), 0),
+        lambda: ops.plane_unpack(w.tensors, (w.geometry[0], size, *w.geometry[2:]), 0),
+        lambda: ops.plane_unpack(w.tensors, (*w.geometry[:4], size), 0),
+        lambda: ops.plane_embedding(torch.tensor([size]), w.tensors, w.geometry, 0),
     ]
     for call in wrong:
         with pytest.raises((RuntimeError, IndexError)):
@@ -278,9 +278,9 @@ def test_no_columns_and_no_rows() -> None:
         planes=(torch.empty(0, dtype=torch.uint8),) * 5,
         scales=torch.empty(0, dtype=torch.uint8),
         gain=torch.ones(2, 1, dtype=torch.float16),
-        resident=torch.zeros(0, 1, dtype=torch.uint8),
-        starts=torch.zeros(0, 6, dtype=torch.int64),
-        tags=torch.zeros(2, 0, 1, dtype=torch.uint8),
+        stored_levels=torch.zeros(0, 1, dtype=torch.uint8),
+        tile_offsets=torch.zeros(0, 6, dtype=torch.int64),
+        active_levels=torch.zeros(2, 0, 1, dtype=torch.uint8),
         rows=0,
         columns=20,
         group=32,
@@ -290,8 +290,10 @@ def test_no_columns_and_no_rows() -> None:
     level = torch.full((2,), 8, dtype=torch.uint8)
     (y,) = linear(torch.zeros(1, 20).expand(2**60, 20), [w], [torch.empty(0)], level)
     assert y.shape == (2**60, 0)
-    flat = replace(w, rows=8, columns=0, resident=torch.zeros(1, 0, dtype=torch.uint8), starts=torch.zeros(1, 6).long())
-    flat = replace(flat, tags=torch.zeros(2, 1, 0, dtype=torch.uint8))
+    flat = replace(
+        w, rows=8, columns=0, stored_levels=torch.zeros(1, 0, dtype=torch.uint8), tile_offsets=torch.zeros(1, 6).long()
+    )
+    flat = replace(flat, active_levels=torch.zeros(2, 1, 0, dtype=torch.uint8))
     assert torch.equal(linear(torch.zeros(3, 0), [flat], [torch.arange(8.0)], level)[0], torch.arange(8.0).expand(3, 8))
 
 
@@ -299,11 +301,11 @@ def test_the_reference_has_handles_too() -> None:
     call = simple(24, 70, 4)
     w = call.weights[0]
     levels = [torch.full((2,), level, dtype=torch.uint8) for level in (8, 16)]
-    handle = reference.plane_handle([*w.tensors] * 2, [*w.form] * 2, levels, [])
+    handle = reference.plane_handle([*w.tensors] * 2, [*w.geometry] * 2, levels, [])
     args = ([call.biases[0], torch.empty(0)], [24, 24])
     first, second = reference.plane_linear_by_handle(call.x, handle, *args)
     assert torch.equal(first, call.by_reference()[0])
-    assert torch.equal(second, reference.plane_linear(call.x, w.tensors, [torch.empty(0)], w.form, levels[1])[0])
+    assert torch.equal(second, reference.plane_linear(call.x, w.tensors, [torch.empty(0)], w.geometry, levels[1])[0])
     assert torch.equal(reference.plane_linear_by_handle(call.x, handle, [], [24, 24])[1], second)
     with pytest.raises(RuntimeError, match=r"rows \(=\[24\]\) are not those of the weights, \[24, 24\]"):
         reference.plane_linear_by_handle(call.x, handle, [], [24])

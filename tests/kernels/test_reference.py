@@ -26,8 +26,8 @@ EPS = torch.finfo(torch.float32).eps
 def test_unpack_is_the_formula(rows: int, columns: int, group: int, reach: int, row_gains: bool, seed: int) -> None:
     w = coded(rows, columns, group=group, reach=reach, row_gains=row_gains, seed=seed)
     levels = random_levels(w.planes, seed)
-    w.planes.tags[0].copy_(levels)
-    got = reference.plane_unpack(w.planes.tensors, w.planes.form)
+    w.planes.active_levels[0].copy_(levels)
+    got = reference.plane_unpack(w.planes.tensors, w.planes.geometry)
     expected = w.dense(levels)
     # one rounding of scale x unit, one of the sum
     bound = 2 * EPS * (expected.abs() + 16 * float(w.scale.max()) + float(w.offset.abs().max()))
@@ -38,9 +38,9 @@ def test_unpack_is_the_formula(rows: int, columns: int, group: int, reach: int, 
 def test_a_tile_is_read_no_higher_than_it_is_stored() -> None:
     w = coded(32, 64)
     kept = w.planes.kept(torch.tensor([[3, 0], [8, 2]], dtype=torch.uint8))
-    kept.tags.fill_(8)
-    got = reference.plane_unpack(kept.tensors, kept.form)
-    expected = w.dense(kept.resident)
+    kept.active_levels.fill_(8)
+    got = reference.plane_unpack(kept.tensors, kept.geometry)
+    expected = w.dense(kept.stored_levels)
     assert torch.allclose(got.double(), expected, rtol=1e-6, atol=1e-7)
 
 
@@ -124,11 +124,11 @@ def test_halves_round_to_even(value: float, expected: float) -> None:
 def test_linear_is_codes_times_weight(level: int) -> None:
     w = coded(37, 150, group=64, row_gains=True, seed=5)
     levels = random_levels(w.planes, 5)
-    w.planes.tags.copy_(levels.expand(2, -1, -1))
+    w.planes.active_levels.copy_(levels.expand(2, -1, -1))
     x = torch.randn(9, 150, generator=generator(4))
     bias = torch.randn(37, generator=generator(5))
     input_level = torch.full((2,), level, dtype=torch.uint8)
-    (y,) = reference.plane_linear(x, w.planes.tensors, [bias], w.planes.form, input_level)
+    (y,) = reference.plane_linear(x, w.planes.tensors, [bias], w.planes.geometry, input_level)
     seen = x.double()
     if level != 32:
         codes, scale = reference.quantize_input(x, level)

@@ -17,7 +17,7 @@ from kernels.cases import forced, isas
 from tiny import generator
 
 ISAS = isas()
-SHARES = (1 / 16, 1 / 4, 1.0, 1.0, 4.0)
+LEVEL_WEIGHTS = (1 / 16, 1 / 4, 1.0, 1.0, 4.0)
 descend, feed = torch.ops.foveate.codes_descend, torch.ops.foveate.codes_feed
 
 
@@ -47,23 +47,23 @@ class Call(NamedTuple):
     def descend(self, sweeps: int = 1) -> Tensor:
         """The codes that the op in use changes a copy of these to."""
         codes = self.codes.clone()
-        descend(codes, *self[1:], SHARES, sweeps)
+        descend(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
         return codes
 
     def feed(self, by: Callable[..., None]) -> Tensor:
         """The codes that feedback gives, by the op or the reference."""
         codes = self.codes.clone()
         rows = None if self.gradients is None else torch.stack([_factor(g).t().tril(-1) for g in self.gradients])
-        by(codes, self.w, _factor(self.covariance), rows, *self[4:], SHARES)
+        by(codes, self.w, _factor(self.covariance), rows, *self[4:], LEVEL_WEIGHTS)
         return codes
 
     def expected(self, sweeps: int = 1) -> Tensor:
         """What `descend` should give, by the reference."""
         codes = self.codes.clone()
-        reference.codes_descend(codes, *self[1:], SHARES, sweeps)
+        reference.codes_descend(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
         return codes
 
-    def form(self, codes: Tensor) -> float:
+    def geometry(self, codes: Tensor) -> float:
         """J in float64, the metrics of blocks cut to the rows there are."""
         rows = len(self.w)
         values = reference.code_values(self.gain)[:, codes[0].long(), codes[1].long(), torch.arange(rows)[:, None]]
@@ -72,7 +72,7 @@ class Call(NamedTuple):
         pulled = error @ self.covariance.double()
         if self.gradients is not None:
             pulled = torch.block_diag(*self.gradients.double())[:rows, :rows] @ pulled
-        return float((torch.tensor(SHARES, dtype=torch.float64) * (error * pulled).sum((1, 2))).sum())
+        return float((torch.tensor(LEVEL_WEIGHTS, dtype=torch.float64) * (error * pulled).sum((1, 2))).sum())
 
 
 def _call(rows: int, columns: int, together: int | None, group: int, seed: int) -> Call:
@@ -107,7 +107,7 @@ def test_as_the_reference(rows: int, columns: int, together: int | None, group: 
         codes = found[0][here]
         assert all(torch.equal(each[here], codes) for each in found)
         # sums in another order may tip a code, and then those that follow; the outcome is as good
-        assert call.form(codes) == pytest.approx(call.form(want), rel=5e-3)
+        assert call.geometry(codes) == pytest.approx(call.geometry(want), rel=5e-3)
         assert float((want == codes).float().mean()) > 0.95
 
 
@@ -123,15 +123,15 @@ def test_threads_change_nothing() -> None:
 @pytest.mark.parametrize("together", [None, 12])
 def test_every_sweep_lowers_the_form(together: int | None) -> None:
     call = _call(30, 60, together, 32, 3)
-    forms = [call.form(call.descend(sweeps)) for sweeps in range(5)]
-    assert forms == sorted(forms, reverse=True)
-    assert forms[-1] < 0.95 * forms[0]
+    geometries = [call.geometry(call.descend(sweeps)) for sweeps in range(5)]
+    assert geometries == sorted(geometries, reverse=True)
+    assert geometries[-1] < 0.95 * geometries[0]
 
 
 @pytest.mark.parametrize("together", [None, 12])
 def test_feedback_is_a_better_start(together: int | None) -> None:
     call = _call(30, 60, together, 32, 3)
-    assert call.form(call.feed(feed)) < 0.97 * call.form(call.codes)
+    assert call.geometry(call.feed(feed)) < 0.97 * call.geometry(call.codes)
 
 
 def test_groups_without_spread_stay() -> None:
@@ -159,13 +159,13 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(RuntimeError, match="outside the 3 groups"):
         call._replace(group_of=torch.full((70,), 3)).descend()
     with pytest.raises(RuntimeError, match="one a level"):
-        descend(*call, SHARES[:4], 1)
+        descend(*call, LEVEL_WEIGHTS[:4], 1)
 
 
 def test_opcheck() -> None:
     call = _call(6, 40, None, 32, 2)
-    torch.library.opcheck(descend.default, (*call, list(SHARES), 1))
-    torch.library.opcheck(feed.default, (*call, list(SHARES)))
+    torch.library.opcheck(descend.default, (*call, list(LEVEL_WEIGHTS), 1))
+    torch.library.opcheck(feed.default, (*call, list(LEVEL_WEIGHTS)))
 
 
 def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +180,10 @@ def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.
     w = torch.randn(rows, 2, generator=generator(0))
     codes = torch.zeros(2, rows, 2, dtype=torch.uint8)
     grid = torch.ones(rows, 1), torch.zeros(rows, 1), torch.ones(2, rows), torch.zeros(2, dtype=torch.int64)
-    reference.codes_feed(codes, w, torch.eye(2), None, *grid, SHARES)
+    reference.codes_feed(codes, w, torch.eye(2), None, *grid, LEVEL_WEIGHTS)
     assert at_once == [reference._LONE_ROWS, 5]
     last = torch.zeros(2, 5, 2, dtype=torch.uint8)
     reference.codes_feed(
-        last, w[-5:], torch.eye(2), None, *(t[-5:] for t in grid[:2]), torch.ones(2, 5), grid[3], SHARES
+        last, w[-5:], torch.eye(2), None, *(t[-5:] for t in grid[:2]), torch.ones(2, 5), grid[3], LEVEL_WEIGHTS
     )
     assert torch.equal(codes[:, -5:], last)

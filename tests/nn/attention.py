@@ -58,5 +58,5 @@ X = torch.randn(5, 64, generator=generator(0))
 def apart(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if hasattr(module, "siblings"):
-            module.siblings = None
+            module.fused_group = None
     return model

@@ -16,7 +16,7 @@ from attention import Attention, Counted, X, apart, within
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.nn import fused_group as siblings
+from foveate.nn import fused_group as fused_group
 from foveate.nn.registry import registry_of
 from tiny import generator, quantized_llama
 
@@ -92,13 +92,13 @@ def test_a_call_that_raises_drops_what_waits(model: Any) -> None:
 
     def failing(x: Tensor) -> None:
         model.q_proj(x)
-        waiting.append(weakref.ref(siblings._CALLS.open[-1].waiting[model.q_proj.siblings].results[1]))
+        waiting.append(weakref.ref(fused_group._CALLS.open[-1].waiting[model.q_proj.fused_group].results[1]))
         raise ValueError("stop")
 
     x = X.clone()
     with pytest.raises(ValueError, match="stop"):
         within(model, failing, x)
-    assert not siblings._CALLS.open
+    assert not fused_group._CALLS.open
     assert waiting[0]() is None
     x.data.add_(1)
     assert torch.equal(model.k_proj(x), model.k_proj(X + 1))
@@ -111,9 +111,9 @@ def test_an_interruption_is_cleared_up_by_the_next_pass(model: Any) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         within(model, interrupted, X.clone())
-    assert siblings._CALLS.open  # torch runs no hooks then
+    assert fused_group._CALLS.open  # torch runs no hooks then
     model(X)
-    assert not siblings._CALLS.open
+    assert not fused_group._CALLS.open
 
 
 def test_a_call_within_a_call_has_results_of_its_own(model: Any) -> None:
@@ -166,10 +166,10 @@ def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
 
 def test_siblings_of_which_some_are_not_used_part(model: Any) -> None:
     y = model.q_proj(X.clone())
-    assert model.q_proj.siblings._wasted == 0  # outside of a call nothing is made for siblings
+    assert model.q_proj.fused_group._wasted == 0  # outside of a call nothing is made for siblings
     for _ in range(6):
         assert torch.equal(within(model, model.q_proj, X.clone()), y)
-    assert not model.q_proj.siblings.together
+    assert not model.q_proj.fused_group.together
 
 
 def test_siblings_that_are_used_stay_together(model: nn.Module) -> None:
@@ -192,7 +192,7 @@ def test_cross_attention_is_known_by_its_name() -> None:
 
     layer = Layer()
     fv.quantize(layer, [X], progress=False)
-    assert layer.encoder_attn.q_proj.siblings is None
+    assert layer.encoder_attn.q_proj.fused_group is None
 
 
 def test_gradients_are_those_of_separate_layers(model: nn.Module) -> None:
@@ -208,7 +208,7 @@ def test_gradients_are_those_of_separate_layers(model: nn.Module) -> None:
 def test_copies_are_siblings_of_their_own(model: Any, copied: Any) -> None:
     before = model(X)
     other = copied(model)
-    assert other.q_proj.siblings is other.v_proj.siblings is not model.q_proj.siblings
+    assert other.q_proj.fused_group is other.v_proj.fused_group is not model.q_proj.fused_group
     fv.apply(other, fv.current_map(other).with_level("*:weight", 2))
     with Counted() as counted:
         assert not torch.equal(other(X), before)
@@ -218,7 +218,7 @@ def test_copies_are_siblings_of_their_own(model: Any, copied: Any) -> None:
 
 def test_a_copy_of_one_layer_is_that_layer_alone(model: Any) -> None:
     layer = copy.deepcopy(model.q_proj)
-    assert layer.siblings is None
+    assert layer.fused_group is None
     assert torch.equal(layer(X), model.q_proj(X))
 
 
@@ -227,7 +227,7 @@ def test_nothing_is_kept_when_the_call_is_over(model: Any) -> None:
 
     def part(x: Tensor) -> Tensor:
         y = model.k_proj(x)
-        waiting = siblings._CALLS.open[-1].waiting[model.k_proj.siblings]
+        waiting = fused_group._CALLS.open[-1].waiting[model.k_proj.fused_group]
         kept.extend(weakref.ref(t) for t in (waiting.results[0], waiting.x))
         return y
 

@@ -1,4 +1,4 @@
-"""Siblings in compiled graphs: one call a family, made once, and no recompilation at a switch."""
+"""FusedGroup in compiled graphs: one call a family, made once, and no recompilation at a switch."""
 
 from __future__ import annotations
 
@@ -164,11 +164,11 @@ def test_decoding_keeps_no_more_tensors_and_no_more_memory() -> None:
         gc.collect()
         return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
-    counts, resident = [], []
+    counts, stored_levels = [], []
     with torch.no_grad():
         for _ in range(6):
             llama.generate(ids, max_new_tokens=50, do_sample=False, cache_implementation="static", eos_token_id=None)
             counts.append(alive())
-            resident.append(psutil.Process().memory_info().rss)
+            stored_levels.append(psutil.Process().memory_info().rss)
     assert len(set(counts[1:])) == 1
-    assert resident[-1] - resident[2] < 1 << 20  # 150 tokens of 14 products each
+    assert stored_levels[-1] - stored_levels[2] < 1 << 20  # 150 tokens of 14 products each

@@ -41,8 +41,8 @@ def test_a_map_of_mixed_tiles_is_applied_tile_by_tile() -> None:
         levels = plan.levels[site.name]
         tiles = bytes([levels]) * site.tiles if isinstance(levels, int) else levels
         weight = model.get_submodule(site.name.removesuffix(":weight")).weight
-        assert bytes(weight.value.tags[0].flatten().tolist()) == tiles
-        assert bytes(weight.tags[1].flatten().tolist()) == tiles
+        assert bytes(weight.value.active_levels[0].flatten().tolist()) == tiles
+        assert bytes(weight.active_levels[1].flatten().tolist()) == tiles
 
 
 def test_two_maps() -> None:
@@ -50,7 +50,7 @@ def test_two_maps() -> None:
     high, low = profile.uniform(8), profile.uniform(2)
     fv.apply(model, high, low)
     assert fv.current_map(model) == high
-    assert model[0].weight.value.tags.unique(dim=0).shape[0] == 2
+    assert model[0].weight.value.active_levels.unique(dim=0).shape[0] == 2
     assert model[0].input_level.tolist() == [16, 8]
     y = model(X)
     fv.apply(model, high)
@@ -116,8 +116,8 @@ def test_a_copy_of_tied_weights_stays_tied() -> None:
     other = copy.deepcopy(model)
     assert other.lm_head.weight is other.model.embed_tokens.weight
     fv.apply(other, profile.uniform(2))
-    assert int(other.lm_head.weight.value.tags.max()) == 2
-    assert int(model.lm_head.weight.value.tags.max()) == 8
+    assert int(other.lm_head.weight.value.active_levels.max()) == 2
+    assert int(model.lm_head.weight.value.active_levels.max()) == 8
 
 
 def test_torch_save_of_the_whole_model() -> None:
@@ -142,7 +142,7 @@ def test_state_dict_holds_the_weights_and_not_the_levels(assign: bool) -> None:
     fv.apply(model, profile.uniform(2))
     fv.apply(other, profile.uniform(4))
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    assert not [key for key in state if "tags" in key or "input_level" in key]
+    assert not [key for key in state if "active_levels" in key or "input_level" in key]
     assert other.load_state_dict(state, assign=assign).missing_keys == []
     # levels are the map's: those in force stay in force
     assert fv.current_map(other) == profile.uniform(4)
@@ -166,7 +166,7 @@ def test_casting_leaves_the_planes_alone(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     assert float((y.float() - expected).norm() / expected.norm()) < 8 * torch.finfo(dtype).eps
     fv.apply(model, profile.uniform(2))
-    assert int(model[0].weight.value.tags.max()) == 2
+    assert int(model[0].weight.value.active_levels.max()) == 2
     assert not torch.equal(model(X.to(dtype)), y)
 
 

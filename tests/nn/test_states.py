@@ -64,9 +64,9 @@ def test_two_llamas_agree_after_a_state_went_from_one_to_the_other() -> None:
     with torch.no_grad():
         expected = one(**batch).logits
         assert not torch.equal(other(**batch).logits, expected)
-        forms = [m.value.form for m in other.modules() if isinstance(m, PlaneWeight)]
+        forms = [m.value.geometry for m in other.modules() if isinstance(m, PlaneWeight)]
         other.load_state_dict({name: t.clone() for name, t in one.state_dict().items()})
-        assert forms != [m.value.form for m in other.modules() if isinstance(m, PlaneWeight)]
+        assert forms != [m.value.geometry for m in other.modules() if isinstance(m, PlaneWeight)]
         for copied in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
             assert torch.equal(copied(**batch).logits, expected)
         fv.apply(one, one_map := fv.current_map(one).with_level("*:weight", 3))
@@ -109,7 +109,7 @@ def test_a_layer_without_a_model(source: Any, target: Any) -> None:
     layer.load_state_dict(source.q_proj.state_dict())
     assert torch.equal(layer(X), source.q_proj(X))
     layer.to(torch.bfloat16)
-    assert layer.state_dict()["weight.form"].tolist() == list(source.q_proj.weight.value.form)
+    assert layer.state_dict()["weight.geometry"].tolist() == list(source.q_proj.weight.value.geometry)
 
 
 def test_a_compiled_model_sees_the_loaded_weights(source: nn.Module, target: Any) -> None:
@@ -129,20 +129,20 @@ def _at(key: str, change: Any) -> Any:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "an older state": (
-        lambda state: {k: v for k, v in state.items() if not k.endswith(".form")},
+        lambda state: {k: v for k, v in state.items() if not k.endswith(".geometry")},
         r"the state does not say the form of its planes \(q_proj.weight.form\).*3 other weights do not fit",
     ),
     "another group": (
-        _at("form", lambda t: t * torch.tensor([1, 1, 2, 1, 1])),
+        _at("geometry", lambda t: t * torch.tensor([1, 1, 2, 1, 1])),
         "size mismatch, the state has 64 x 48 in groups of",
     ),
-    "reach": (_at("form", lambda t: t + torch.tensor([0, 0, 0, 3, 0])), r"reach \(=\d\) is not one of 0, 1, 2"),
-    "a form in int32": (_at("form", lambda t: t.int()), r"the form is torch.int32 \[5\]"),
+    "reach": (_at("geometry", lambda t: t + torch.tensor([0, 0, 0, 3, 0])), r"reach \(=\d\) is not one of 0, 1, 2"),
+    "a form in int32": (_at("geometry", lambda t: t.int()), r"the geometry is torch.int32 \[5\]"),
     "planes in float": (_at("plane1", lambda t: t.float()), r"plane1 of the state is torch.float32 \[\d+\], not"),
     "a plane cut off": (_at("plane0", lambda t: t[:-64]), r"plane0 of the state is torch.uint8 \[\d+\], not"),
-    "levels of no kind": (_at("resident", lambda t: t - 1), "resident has a level that is not one of"),
-    "a grid of another shape": (_at("resident", lambda t: t[:1]), "resident of the state is"),
-    "starts elsewhere": (_at("starts", lambda t: t + 1), "starts are not those of resident"),
+    "levels of no kind": (_at("stored_levels", lambda t: t - 1), "stored_levels has a level that is not one of"),
+    "a grid of another shape": (_at("stored_levels", lambda t: t[:1]), "stored_levels of the state is"),
+    "starts elsewhere": (_at("tile_offsets", lambda t: t + 1), "tile_offsets are not those of stored_levels"),
     "gains a row": (_at("gain", lambda t: t.expand(2, 64) if t.shape[1] == 1 else t[:, :1]), "gain of the state is"),
     "no tensor": (_at("gain", lambda t: 3), "gain of the state is no tensor that holds values"),
     "no values": (_at("gain", lambda t: t.to("meta")), "gain of the state is no tensor that holds values"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from foveate.kernels.backends.cpu.library import Status
 from foveate.rounding import Rounded, round_weight, with_descent
-from foveate.rounding.descent import INPUT_DAMPING, SHARES
+from foveate.rounding.descent import INPUT_DAMPING, LEVEL_WEIGHTS
 from tiny import read_at
 
 
@@ -45,7 +45,7 @@ def test_less_error_of_the_output(rows: int, columns: int, group: int) -> None:
 
 
 def _cost(w: Tensor, rounded: Rounded, covariance: Tensor) -> float:
-    return sum(SHARES[k] * _output_error(w, rounded, k, covariance) for k in SHARES)
+    return sum(LEVEL_WEIGHTS[k] * _output_error(w, rounded, k, covariance) for k in LEVEL_WEIGHTS)
 
 
 def test_no_sweep_makes_it_worse() -> None:

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.rounding import Rounded, belief, beyond, freedom, round_weight, with_descent
-from foveate.rounding.descent import INPUT_DAMPING, SHARES, SHARES_LOOKED_UP
-from foveate.rounding.nearest import PRICES, PRICES_FOR_DESCENT
+from foveate.rounding import Rounded, degrees_of_freedom, descent_config, overfit_factor, round_weight, with_descent
+from foveate.rounding.descent import INPUT_DAMPING, LEVEL_WEIGHTS, LEVEL_WEIGHTS_LOOKED_UP
+from foveate.rounding.nearest import CLIP_PENALTIES, CLIP_PENALTIES_FOR_DESCENT
 from tiny import generator, read_at
 
 LEVELS = (2, 3, 4, 6, 8)
@@ -34,13 +34,13 @@ def _form(w: Tensor, rounded: Rounded, level: int, covariance: Tensor) -> float:
 @given(seed=st.integers(0, 10_000), columns=st.sampled_from((64, 160)), times=st.floats(1.0, 2.0))
 def test_few_rows_lose_no_more_than_nearest_codes_at_any_level(seed: int, columns: int, times: float) -> None:
     truth, seen = _drawn(columns, round(times * columns), seed)
-    free = freedom(seen, round(times * columns))
+    free = degrees_of_freedom(seen, round(times * columns))
     assert free >= 0.3
-    way = belief(free, 10**6)
+    way = descent_config(free, 10**6)
     w = torch.randn(96, columns, generator=generator(seed + 1))
     energy = seen.diagonal()
     nearest = round_weight(w, group=64, input_energy_K=energy)
-    start = round_weight(w, group=64, input_energy_K=energy, prices=way.prices)
+    start = round_weight(w, group=64, input_energy_K=energy, clip_penalties=way.clip_penalties)
     ours = with_descent(w, start, seen, shares=way.shares, damping=way.damping)
     for level in LEVELS:
         assert _form(w, ours, level, truth) <= 1.05 * _form(w, nearest, level, truth), level
@@ -53,33 +53,38 @@ def test_what_fitting_hides_is_foreseen(times: int) -> None:
     for seed in range(4):
         truth, seen = _drawn(columns, times * columns, seed)
         w = torch.randn(128, columns, generator=generator(seed + 50))
-        start = round_weight(w, group=64, input_energy_K=seen.diagonal(), prices=PRICES_FOR_DESCENT)
+        start = round_weight(w, group=64, input_energy_K=seen.diagonal(), clip_penalties=CLIP_PENALTIES_FOR_DESCENT)
         # 8 bits alone: codes fine enough to go wherever the form is least
         ours = with_descent(w, start, seen, shares={8: 1.0})
-        free = freedom(seen, times * columns)
-        seen_more.append(_form(w, ours, 8, truth) / _form(w, ours, 8, seen) / beyond(free))
+        free = degrees_of_freedom(seen, times * columns)
+        seen_more.append(_form(w, ours, 8, truth) / _form(w, ours, 8, seen) / overfit_factor(free))
     assert sum(seen_more) / 4 == pytest.approx(1.0, abs=0.1)
 
 
 def test_many_rows_are_believed_and_few_are_not() -> None:
-    many, few = belief(0.0, 1000), belief(0.5, 1000)
-    assert many.shares == pytest.approx(dict(SHARES))
-    assert (many.prices, many.damping) == (pytest.approx(PRICES_FOR_DESCENT), pytest.approx(INPUT_DAMPING))
-    assert few.shares == pytest.approx(dict(SHARES_LOOKED_UP))
-    assert few.prices == pytest.approx(PRICES)
+    many, few = descent_config(0.0, 1000), descent_config(0.5, 1000)
+    assert many.shares == pytest.approx(dict(LEVEL_WEIGHTS))
+    assert (many.clip_penalties, many.damping) == (
+        pytest.approx(CLIP_PENALTIES_FOR_DESCENT),
+        pytest.approx(INPUT_DAMPING),
+    )
+    assert few.shares == pytest.approx(dict(LEVEL_WEIGHTS_LOOKED_UP))
+    assert few.clip_penalties == pytest.approx(CLIP_PENALTIES)
     assert few.damping > many.damping
-    eights = [belief(free / 100, 1000).shares[8] for free in range(51)]
+    eights = [descent_config(free / 100, 1000).shares[8] for free in range(51)]
     assert eights == sorted(eights)
     # the same rows of fewer samples say less
-    assert belief(0.1, 10).shares[8] > belief(0.1, 150).shares[8] > belief(0.1, 10_000).shares[8]
+    assert (
+        descent_config(0.1, 10).shares[8] > descent_config(0.1, 150).shares[8] > descent_config(0.1, 10_000).shares[8]
+    )
 
 
 def test_freedom_is_of_directions_that_vary_and_at_most_a_half() -> None:
-    assert freedom(torch.zeros(8, 8), 100) == 0.0
-    assert freedom(torch.full((8, 8), torch.nan), 100) == 0.0
-    assert freedom(torch.eye(8), 4) == 0.5
-    assert freedom(torch.eye(8), 1000) == pytest.approx(8 / (1 + INPUT_DAMPING) / 1000)
+    assert degrees_of_freedom(torch.zeros(8, 8), 100) == 0.0
+    assert degrees_of_freedom(torch.full((8, 8), torch.nan), 100) == 0.0
+    assert degrees_of_freedom(torch.eye(8), 4) == 0.5
+    assert degrees_of_freedom(torch.eye(8), 1000) == pytest.approx(8 / (1 + INPUT_DAMPING) / 1000)
     x = torch.randn(500, 2, generator=generator(0)) @ torch.randn(2, 64, generator=generator(1))
-    assert freedom(x.t() @ x, 500) == pytest.approx(2 / 500, rel=0.05)
-    assert beyond(0.0) == 1.0
-    assert beyond(0.5) == 4.0
+    assert degrees_of_freedom(x.t() @ x, 500) == pytest.approx(2 / 500, rel=0.05)
+    assert overfit_factor(0.0) == 1.0
+    assert overfit_factor(0.5) == 4.0

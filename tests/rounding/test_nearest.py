@@ -186,7 +186,7 @@ def test_planes_read_what_was_rounded() -> None:
     r = round_weight(w_NK, group=64)
     planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=r.group, reach=r.reach)
     for level in NESTED_LEVELS:
-        planes.tags.fill_(level)
+        planes.active_levels.fill_(level)
         torch.testing.assert_close(planes.dequantize().double(), decoded(r, level), rtol=0, atol=16 * EPS)
 
 
@@ -209,7 +209,7 @@ def _any(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_search_never_costs_more_than_the_whole_range() -> None:
     w_gR, root_gR = torch.randn(128, 300) ** 3, torch.rand(128, 300)
-    cost = partial(nearest._cost, w_gR, root_gR, sum(nearest.PRICES), 0.05 * root_gR.square().sum(0))
+    cost = partial(nearest._cost, w_gR, root_gR, sum(nearest.CLIP_PENALTIES), 0.05 * root_gR.square().sum(0))
     scale_R, offset_R = nearest.search(w_gR, root_gR, cost, _any, 1e-9)
     low, high = torch.aminmax(w_gR, dim=0)
     whole = ((high - low) / 15, (low + high) / 2)

@@ -20,7 +20,7 @@ def test_losses_are_the_sums_of_their_tiles(factored: bool) -> None:
     fishers: list[Tensor | Factored] = [Factored(g, a) if factored else g[:, None] * a, other]
 
     def at_level(level: int) -> Tensor:
-        w.tags.fill_(level)
+        w.active_levels.fill_(level)
         return w.dequantize()
 
     table = tile_losses(original, at_level, fishers, 32)[0]
@@ -40,7 +40,7 @@ def test_with_a_covariance_the_tiles_of_a_strip_add_up_to_its_whole_form() -> No
     h = x.t() @ x / 200
 
     def at_level(level: int) -> Tensor:
-        w.tags.fill_(level)
+        w.active_levels.fill_(level)
         return w.dequantize()
 
     whole = tile_losses(original, at_level, [Factored(g, h.diagonal())], 32, [h])[0]
@@ -64,7 +64,7 @@ def test_with_gradients_the_tiles_of_a_block_add_up_to_its_whole_form(size: int)
         block[: len(inside), : len(inside)] = inside
 
     def at_level(level: int) -> Tensor:
-        w.tags.fill_(level)
+        w.active_levels.fill_(level)
         return w.dequantize()
 
     table = tile_losses(original, at_level, [Factored(full.diagonal(), h.diagonal())], 32, [h], [kept])[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.calibrate.one_weight import group_for
-from foveate.collect.kinds import Found, Kind, find_weights, kind_of, patches, weight_matrix
+from foveate.collect.kinds import Kind, QuantizableWeight, find_weights, kind_of, patches, weight_matrix
 from foveate.collect.objectives import Objective, run
 from foveate.formats.levels import TOP_LEVEL
 from foveate.planes import from_codes
@@ -42,7 +42,7 @@ class Layers:
         return sum(w.numel() for w in self.weights.values())
 
 
-def round_embeddings(model: nn.Module) -> list[Found]:
+def round_embeddings(model: nn.Module) -> list[QuantizableWeight]:
     """Put embeddings at our 8 bits, in place, as both sides have them; returns the weights that are to be compared."""
     compared = []
     for found in find_weights(model):
@@ -51,14 +51,16 @@ def round_embeddings(model: nn.Module) -> list[Found]:
             group = group_for(weight.shape[1])
             r = round_weight(weight, group=group)
             planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=group, reach=r.reach)
-            planes.tags.fill_(TOP_LEVEL)
+            planes.active_levels.fill_(TOP_LEVEL)
             weight.data.copy_(planes.dequantize())
         else:
             compared.append(found)
     return compared
 
 
-def gather(model: nn.Module, compared: Sequence[Found], batches: Sequence[Any], objective: Objective) -> Layers:
+def gather(
+    model: nn.Module, compared: Sequence[QuantizableWeight], batches: Sequence[Any], objective: Objective
+) -> Layers:
     """Run the calibration data and keep the second moments of the inputs of every layer that the output depends on, and
     those of its outputs' gradients.
     """
@@ -103,7 +105,9 @@ def gather(model: nn.Module, compared: Sequence[Found], batches: Sequence[Any], 
     )
 
 
-def _used_by_output(model: nn.Module, compared: Sequence[Found], batch: Any, objective: Objective) -> list[Found]:
+def _used_by_output(
+    model: nn.Module, compared: Sequence[QuantizableWeight], batch: Any, objective: Objective
+) -> list[QuantizableWeight]:
     """The weights that the output depends on: a transformer may have a pooler whose output nobody takes."""
     weights = [cast(nn.Parameter, f.modules[0].weight).requires_grad_() for f in compared]
     with torch.enable_grad():

@@ -223,10 +223,10 @@ def report_of(
     """
     rows = []
     for name, kept in (step.kept if step is not None else {}).items():
-        lossy = kept.form == "grouped" and name in ledger.sites
+        lossy = kept.encoding == "grouped" and name in ledger.sites
         error = ledger.errors(ledger.sites[name])[LEVELS.index(kept.level)] if lossy else 0.0
         operation = name.rpartition(":saved.")[2].split(".")[0]
-        rows.append(SavedRow(name, operation, kept.form, kept.level, kept.original, kept.held, math.sqrt(error)))
+        rows.append(SavedRow(name, operation, kept.encoding, kept.level, kept.original, kept.held, math.sqrt(error)))
     return SavedReport(
         0 if step is None else step.number,
         tuple(rows),

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.activations.forms.encodings import Computed, Exact, Form, Grouped
+from foveate.activations.forms.encodings import Computed, Encoding, Exact, Grouped
 from foveate.activations.forms.identity import Interval
 from foveate.activations.forms.rules import Need
 from foveate.activations.measure.steps import Record, Step
 from foveate.activations.memory.peak import Token
-from foveate.activations.recompute.recipes import Recipe, Source
+from foveate.activations.recompute.recipes import Recipe, StoredView
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Derived(Computed):
     """A recipe, and how its sources are read now: a form that holds nothing."""
 
     recipe: Recipe
-    read: Callable[[Source], Tensor]
+    read: Callable[[StoredView], Tensor]
 
     @property
     def roots(self) -> tuple[Any, ...]:
@@ -43,8 +43,8 @@ class Payload:
 
     __slots__ = (
         "__weakref__",
+        "encoding",
         "exact",
-        "form",
         "interval",
         "layout",
         "lossy",
@@ -56,27 +56,27 @@ class Payload:
         "token",
     )
 
-    def __init__(self, site: str, step: Step, need: Need, interval: Interval, form: Form) -> None:
-        self.site, self.step, self.need, self.interval, self.form = site, step, need, interval, form
+    def __init__(self, site: str, step: Step, need: Need, interval: Interval, encoding: Encoding) -> None:
+        self.site, self.step, self.need, self.interval, self.encoding = site, step, need, interval, encoding
         self.layout: tuple[torch.Size, tuple[int, ...]] | None = None  # of an interval that has gaps
-        self.exact: Form | None = None
-        self.other: Form | None = None
+        self.exact: Encoding | None = None
+        self.other: Encoding | None = None
         self.record: Record | None = None
         self.token: Token | None = None
-        self.lossy = isinstance(form, (Grouped, Computed))
+        self.lossy = isinstance(encoding, (Grouped, Computed))
 
     @property
     def rounded(self) -> tuple[Payload, ...]:
         """The payloads whose errors it has: itself, or those that it is computed from."""
-        return self.form.roots if isinstance(self.form, Computed) else (self,)
+        return self.encoding.roots if isinstance(self.encoding, Computed) else (self,)
 
 
 @dataclass(frozen=True)
 class Handle:
     """What autograd holds: a payload, how to see the tensor in it, and its version."""
 
-    source: Source
-    witness: Tensor
+    source: StoredView
+    version_probe: Tensor
     version: int
 
 
@@ -158,12 +158,12 @@ def changed(expected: int, found: int, shape: torch.Size) -> RuntimeError:
     )
 
 
-def source_of(payload: Payload, tensor: Tensor) -> Source:
+def source_of(payload: Payload, tensor: Tensor) -> StoredView:
     """A tensor as it lies in a payload of its storage."""
     offset = int(tensor.storage_offset()) - payload.interval.start
-    return Source(payload, tensor.shape, tensor.stride(), offset, version_of(payload))
+    return StoredView(payload, tensor.shape, tensor.stride(), offset, version_of(payload))
 
 
 def version_of(payload: Payload) -> int:
     """The version of the memory of a payload that is the tensor itself; of a copy it stays what it is."""
-    return payload.form.flat._version if isinstance(payload.form, Exact) else 0
+    return payload.encoding.flat._version if isinstance(payload.encoding, Exact) else 0

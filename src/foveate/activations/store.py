@@ -18,8 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.activations.forms.encodings import GROUPED_LEVELS, Exact, Form, Grouped, grouped
-from foveate.activations.forms.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
+from foveate.activations.forms.encodings import GROUPED_LEVELS, Encoding, Exact, Grouped, grouped
+from foveate.activations.forms.identity import (
+    Interval,
+    StorageIndex,
+    interval_of,
+    parameter_of,
+    version_probe,
+    without_repeats,
+)
 from foveate.activations.forms.lossless import lossless
 from foveate.activations.forms.rules import FUSED_FLOOR, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
 from foveate.activations.measure.compiled import CompiledParts, note_reader
@@ -34,7 +41,7 @@ from foveate.activations.policy.options import Settings
 from foveate.activations.policy.planner import RECORDED_STEP, Planner
 from foveate.activations.policy.profile import load_profile_into, save_profile
 from foveate.activations.recompute.attention import ATTENTION, Again, Attentions, are_sums
-from foveate.activations.recompute.recipes import ELEMENTWISE, NORMS, Source
+from foveate.activations.recompute.recipes import ELEMENTWISE, NORMS, StoredView
 from foveate.activations.recompute.tracker import Recipes
 from foveate.activations.report import SavedReport, report_of
 from foveate.activations.saved_tensors import (
@@ -83,11 +90,11 @@ class ActivationStore:
         self._attentions = Attentions(self._view)
         self._recipes = Recipes(lambda tensor: self._found(tensor, interval_of(tensor), Need.VALUES))
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
-        self._shelf: Shelf[Payload] = Shelf()
+        self._shelf: StorageIndex[Payload] = StorageIndex()
         self._random = random.Random(settings.options.seed)
         self._step: Step | None = None
         self._reading = ""
-        self._last: tuple[Form, Tensor] | None = None
+        self._last: tuple[Encoding, Tensor] | None = None
         self._can_pass = True
 
     # --- entering and leaving
@@ -152,13 +159,13 @@ class ActivationStore:
             payload = payload or self._stored(tensor, interval, need, name, rule, step)
             payload.token = self._tracking.stored(payload, tensor)
             self._shelf.put(tensor, payload.interval, payload)
-            step.stored(name, interval.length * tensor.element_size(), payload.form)
+            step.stored(name, interval.length * tensor.element_size(), payload.encoding)
         elif payload.record is not None and not rule.linear:
             payload.record.site.closed = False
         source = source_of(payload, tensor)
         if not again:
             call.packed.append(source)
-        return Handle(source, witness(tensor), tensor._version)
+        return Handle(source, version_probe(tensor), tensor._version)
 
     def _derived(self, tensor: Tensor, interval: Interval, need: Need, name: str, step: Step) -> Payload | None:
         """A payload that holds nothing, where the tensor is a cheap function of others that are rounded."""
@@ -174,10 +181,10 @@ class ActivationStore:
         """How a result of attention that it saves is computed again, where its arguments are rounded."""
         call.tensors.append(tensor)
         whole = self.settings.options.recompute and interval.dense and interval.start == 0
-        form = self._attentions.form(call, tensor) if whole else None
-        if form is None and are_sums(call, tensor):
+        encoding = self._attentions.encoding(call, tensor) if whole else None
+        if encoding is None and are_sums(call, tensor):
             self.planner.ledger.raise_floor({source.item.site for source in call.packed}, FUSED_FLOOR)
-        return form if form is not None and self._may_run_again(form.roots) else None
+        return encoding if encoding is not None and self._may_run_again(encoding.roots) else None
 
     def _may_run_again(self, roots: Sequence[Payload]) -> bool:
         """Whether what is made from these may be made again: exact is to the bit where it is asked for."""
@@ -215,19 +222,19 @@ class ActivationStore:
         if need is Need.INSIDE and bounds is None:
             need = Need.EXACT
         constant = not (tensor.requires_grad or rule.linear)
-        form, need = lossless(flat, need, bounds, constant, self.settings.options.smallest)
-        payload = Payload(name, step, need, interval, form)
+        encoding, need = lossless(flat, need, bounds, constant, self.settings.options.smallest)
+        payload = Payload(name, step, need, interval, encoding)
         if not interval.dense:
             payload.layout = (tensor.shape, tensor.stride())
         if need is Need.VALUES and flat.dtype in _ROUNDED:
             self._round(payload, flat, rule)
         elif (
-            isinstance(form, Exact)
+            isinstance(encoding, Exact)
             and interval.dense
             and rule.need is not Need.LEAVE
             and 2 * flat.nbytes < data.untyped_storage().nbytes()
         ):
-            payload.form = Exact(flat.clone())  # or a small part would keep a large storage alive
+            payload.encoding = Exact(flat.clone())  # or a small part would keep a large storage alive
         return payload
 
     def _round(self, payload: Payload, flat: Tensor, rule: Rule) -> None:
@@ -238,8 +245,8 @@ class ActivationStore:
         site.count(grouped_bytes(flat.numel(), group, flat.element_size()), step.number)
         level = self.planner.level_of(name)
         if level < 8 * flat.element_size():
-            payload.form = grouped(flat, level, group, self._seed()) or payload.form
-        payload.lossy = isinstance(payload.form, Grouped)
+            payload.encoding = grouped(flat, level, group, self._seed()) or payload.encoding
+        payload.lossy = isinstance(payload.encoding, Grouped)
         if step.audited and payload.lossy:
             payload.exact = Exact(flat)
         if step.profiled and (payload.lossy or torch.isfinite(flat).all()):
@@ -266,7 +273,7 @@ class ActivationStore:
             return
         for source in call.packed:
             payload = source.item
-            rule = UNKNOWN if isinstance(payload.form, Derived) else rule_of(call.function)
+            rule = UNKNOWN if isinstance(payload.encoding, Derived) else rule_of(call.function)
             for stored in payload.rounded:
                 if stored.record is not None:
                     stored.record.watch(len(differentiable) == 1)
@@ -284,18 +291,18 @@ class ActivationStore:
             if packed.parameter._version != packed.version:
                 raise changed(packed.version, packed.parameter._version, packed.shape)
             return packed.values()
-        if packed.witness._version != packed.version:
-            raise changed(packed.version, packed.witness._version, packed.source.shape)
+        if packed.version_probe._version != packed.version:
+            raise changed(packed.version, packed.version_probe._version, packed.source.shape)
         step = packed.source.item.step
         if not self._reading and torch._C._current_graph_task_id() != -1:  # else somebody looks at what a node holds
             if not step.begun:
                 self._begin(step)
             elif step.over:
-                self.planner.read_late(packed.source.item.rounded)
+                self.planner.saw_second_backward(packed.source.item.rounded)
             note_reader(step, packed.source.item.site)
         return self._view(packed.source)
 
-    def _view(self, source: Source) -> Tensor:
+    def _view(self, source: StoredView) -> Tensor:
         """A tensor as it lies in what is stored."""
         if (found := version_of(source.item)) != source.version:  # what a recipe reads, no handle has checked
             raise changed(source.version, found, source.shape)
@@ -305,17 +312,17 @@ class ActivationStore:
         return values.as_strided(source.shape, source.stride, int(values.storage_offset()) + source.offset)
 
     def _values(self, payload: Payload) -> Tensor:
-        form = payload.form
+        encoding = payload.encoding
         if self._reading == EXACT:
-            form = payload.exact or form
+            encoding = payload.exact or encoding
         elif self._reading and payload.other is not None and family_of(payload.site) == self._reading:
-            form = payload.other
+            encoding = payload.other
         last = self._last
-        if last is not None and last[0] is form:  # q, k and v ask for one input, one after another
+        if last is not None and last[0] is encoding:  # q, k and v ask for one input, one after another
             return last[1]
-        values = form.values()
+        values = encoding.values()
         self._tracking.restored(payload.token, values)
-        self._last = (form, values)
+        self._last = (encoding, values)
         return values
 
     def _backward(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -367,9 +374,9 @@ class ActivationStore:
         self._last = None
         step.finish(self.planner.ledger)
         if step.audit is not None:
-            self.audits.append((step.number, step.foretold, step.audit))
+            self.audits.append((step.number, step.predicted, step.audit))
             if self.settings.error is not None and step.audit > self.settings.error:
-                self.planner.ledger.doubt()
+                self.planner.ledger.invalidate()
         self.steps += 1
         self.latest = step
         if self._step is step:

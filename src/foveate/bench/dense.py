@@ -103,7 +103,7 @@ def _dense_layers(shape: tuple[int, int], dtype: torch.dtype, grid: Grid) -> lis
 
 
 def _plane_layers(weight: PlaneTensor, level: int, grid: Grid) -> list[Layer]:
-    kept = weight.kept(torch.full_like(weight.resident, level))
+    kept = weight.kept(torch.full_like(weight.stored_levels, level))
     copies = gathered([kept] * _copies(sum(p.numel() for p in kept.planes), grid))
     return [PlaneLinear(PlaneWeight(copy, torch.float32)) for copy in copies]
 

@@ -84,8 +84,8 @@ class Copies:
 
     def tagged(self, level_tiles: Tensor) -> Copies:
         """The same memory, read at other levels (uint8 [NT, G]); `bytes_each` stays that of what is stored."""
-        tags = level_tiles.expand(2, -1, -1).clone()
-        return replace(self, weights=[replace(w, tags=tags) for w in self.weights])
+        active_levels = level_tiles.expand(2, -1, -1).clone()
+        return replace(self, weights=[replace(w, active_levels=active_levels) for w in self.weights])
 
     def blocks(self) -> list[Tensor]:
         """The memory that the weights lie in: the scales, and each plane."""
@@ -241,7 +241,7 @@ def _figures(runs: dict[str, Run], rounds: Sequence[dict[str, Any]]) -> dict[str
     figures = {f"bandwidth_ratio_{name}": share(name) for name in runs if name.startswith("b")}
     figures |= {name: share(name) for name in sorted(runs) if name.startswith("m") and name != "mixed"}
     figures["time_ratio_b2_over_b8"] = times("b2", "b8")
-    tiles = runs["mixed"].copies.weights[0].resident
+    tiles = runs["mixed"].copies.weights[0].stored_levels
     shares = {level: float((tiles == level).float().mean()) for level in NESTED_LEVELS}
     figures["mixed_tiles_overhead"] = over_rounds(
         lambda r: r["seconds_mixed"] / sum(share * r[f"seconds_b{level}"] for level, share in shares.items())

@@ -37,7 +37,12 @@ def _random_planes(rows: int, columns: int, generator: torch.Generator) -> Plane
 
 
 def _with_its_own_index(planes: PlaneTensor) -> PlaneTensor:
-    return replace(planes, gain=planes.gain.clone(), resident=planes.resident.clone(), starts=planes.starts.clone())
+    return replace(
+        planes,
+        gain=planes.gain.clone(),
+        stored_levels=planes.stored_levels.clone(),
+        tile_offsets=planes.tile_offsets.clone(),
+    )
 
 
 def on_random_planes(model: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from foveate.calibrate.reference_outputs import MOST
-from foveate.calibrate.schedule import Load, Plan, further_passes
+from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
 from foveate.collect.statistics import TOGETHER, Factored
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
@@ -72,7 +72,7 @@ class Machine:
         together = _seconds(lambda: _round(rows, sweeps, torch.eye(rows)[None])) / (rows * columns)
         return cls(nearest, code, max(together - apart, 0.0) / (sweeps * rows), flop)
 
-    def rounding(self, load: Load, descends: bool) -> float:
+    def rounding(self, load: WeightCost, descends: bool) -> float:
         """Seconds that one weight takes."""
         rows, columns = load.rows, load.columns
         seconds = self.value
@@ -127,7 +127,12 @@ class Estimate:
 
 
 def estimate(
-    loads: Sequence[Load], inputs: Sequence[float], way: Plan, batch: float, forward: float, batches: int | None
+    costs: Sequence[WeightCost],
+    inputs: Sequence[float],
+    way: Schedule,
+    batch: float,
+    forward: float,
+    batches: int | None,
 ) -> Estimate:
     """Add up the parts.
 
@@ -142,9 +147,9 @@ def estimate(
     machine = Machine.measured()
     rounding = sum(
         machine.rounding(load, bool(load.large) and rows >= load.columns)
-        for load, rows in zip(loads, inputs, strict=True)
+        for load, rows in zip(costs, inputs, strict=True)
     )
-    further = further_passes(loads, way)
+    further = further_passes(costs, way)
     passes = math.nan
     if batches is not None:
         passes = batches * (batch * (1 + further.whole) + forward * further.forward)
@@ -152,9 +157,9 @@ def estimate(
     return Estimate(passes, batch, rounding, len(way.shares))
 
 
-def rough(loads: Sequence[Load]) -> float:
+def rough(costs: Sequence[WeightCost]) -> float:
     """Seconds that rounding takes on a fast core, without measuring anything: a lower bound."""
-    return sum(3e-7 * w.rows * w.columns + _PRODUCTS * w.rows * w.columns**2 / 4e11 for w in loads)
+    return sum(3e-7 * w.rows * w.columns + _PRODUCTS * w.rows * w.columns**2 / 4e11 for w in costs)
 
 
 def in_words(seconds: float) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from foveate.calibrate.routing import Routing
-from foveate.collect.kinds import Found, Kind, weight_matrix
+from foveate.collect.kinds import Kind, QuantizableWeight, weight_matrix
 from foveate.collect.statistics import Factored, WeightStatistics
 from foveate.errors import WeightError
 from foveate.formats.levels import TOP_LEVEL
@@ -20,9 +20,16 @@ from foveate.nn.replace import site_of
 from foveate.planes import PlaneTensor, from_codes
 from foveate.precision.maps import Site
 from foveate.precision.profiles import FITTED
-from foveate.rounding import Belief, belief, beyond, freedom, round_weight, with_descent
-from foveate.rounding.descent import INPUT_DAMPING, SHARES_LOOKED_UP
-from foveate.rounding.nearest import PRICES
+from foveate.rounding import (
+    DescentConfig,
+    degrees_of_freedom,
+    descent_config,
+    overfit_factor,
+    round_weight,
+    with_descent,
+)
+from foveate.rounding.descent import INPUT_DAMPING, LEVEL_WEIGHTS_LOOKED_UP
+from foveate.rounding.nearest import CLIP_PENALTIES
 from foveate.sensitivity import tile_losses
 
 #: Values of a weight that are scored at a time.
@@ -49,7 +56,9 @@ class _Quantized:
     statistics: dict[str, Tensor]
 
 
-def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Routing, group: int | None) -> _Quantized:
+def _round_and_score(
+    entry: QuantizableWeight, seen: Sequence[WeightStatistics], routing: Routing, group: int | None
+) -> _Quantized:
     w_NK = weight_matrix(entry.modules[0])
     planes, elsewhere = _on_planes(entry, w_NK, seen, group, routing.samples)
     fishers = [routing.fisher(name) for name in entry.names]
@@ -68,7 +77,7 @@ def _round_and_score(entry: Found, seen: Sequence[WeightStatistics], routing: Ro
 
 
 def _on_planes(
-    entry: Found, w_NK: Tensor, seen: Sequence[WeightStatistics], group: int | None, samples: int
+    entry: QuantizableWeight, w_NK: Tensor, seen: Sequence[WeightStatistics], group: int | None, samples: int
 ) -> tuple[PlaneTensor, float | None]:
     """Round and pack one weight; with what it loses on other data over what it loses on these, if it was fitted to
     them.
@@ -81,15 +90,15 @@ def _on_planes(
         columns = seen[0].tensors.get("gradient_K")
         energy = columns.float() if columns is not None and bool(columns.any()) else None
     covariances = [c for c in (s.covariance() for s in seen) if c is not None]
-    way, elsewhere, covariance = Belief(SHARES_LOOKED_UP, PRICES, INPUT_DAMPING), None, None
+    way, elsewhere, covariance = DescentConfig(LEVEL_WEIGHTS_LOOKED_UP, CLIP_PENALTIES, INPUT_DAMPING), None, None
     if covariances and not _saw_too_little(seen):
         covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
-        free = freedom(covariance, _rows_of_covariances(seen))
-        elsewhere = beyond(free)
+        free = degrees_of_freedom(covariance, _rows_of_covariances(seen))
+        elsewhere = overfit_factor(free)
         if not any(s.kind is Kind.EMBEDDING for s in seen):
-            way = belief(free, samples)
+            way = descent_config(free, samples)
     try:
-        rounded = round_weight(w_NK, group=size, input_energy_K=energy, prices=way.prices)
+        rounded = round_weight(w_NK, group=size, input_energy_K=energy, clip_penalties=way.clip_penalties)
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
     if covariance is not None:
@@ -135,8 +144,8 @@ def _losses(
         rows = torch.arange(start, min(start + step, len(w_NK)))
 
         def at_level(level: int, rows: Tensor = rows) -> Tensor:
-            planes.tags.fill_(level)
-            dense: Tensor = torch.ops.foveate.plane_embedding(rows, planes.tensors, planes.form, 0)
+            planes.active_levels.fill_(level)
+            dense: Tensor = torch.ops.foveate.plane_embedding(rows, planes.tensors, planes.geometry, 0)
             return dense
 
         here = [
@@ -150,7 +159,7 @@ def _losses(
         part, seen = tile_losses(w_rows, at_level, here, planes.group, covariances, blocks, elsewhere)
         parts.append(part)
         on_these = on_these + seen
-    planes.tags.fill_(TOP_LEVEL)
+    planes.active_levels.fill_(TOP_LEVEL)
     return torch.cat(parts), on_these
 
 

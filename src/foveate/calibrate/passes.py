@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from foveate.calibrate.estimate import estimate, rough
-from foveate.calibrate.reference_outputs import Witness, copied, witness_bytes
+from foveate.calibrate.reference_outputs import ReferenceOutputs, copied, reference_bytes
 from foveate.calibrate.resuming import read_resume, sample_of, write_resume
-from foveate.calibrate.schedule import Load, Plan, plan
+from foveate.calibrate.schedule import Schedule, WeightCost, plan
 from foveate.collect.collector import Collector
-from foveate.collect.dry_run import Probe, probe
+from foveate.collect.dry_run import DryRun, probe
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import Found, Kind, kind_of, listed, weight_matrix_shape
+from foveate.collect.kinds import Kind, QuantizableWeight, kind_of, listed, weight_matrix_shape
 from foveate.collect.objectives import Custom, Objective, check_batches, run
 from foveate.collect.reads import Reads, decode
 from foveate.collect.replay import Replay
@@ -95,11 +95,11 @@ class Calibration:
     """
 
     collector: Collector
-    plan: Plan
-    probe: Probe
+    plan: Schedule
+    probe: DryRun
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], found: Sequence[Found], options: CalibrationOptions
+        self, model: nn.Module, batches: Iterable[Any], found: Sequence[QuantizableWeight], options: CalibrationOptions
     ) -> None:
         """Run the probe and make the plan.
 
@@ -128,30 +128,30 @@ class Calibration:
         self._sample = sample_of(model, first)
         resume = self._resume
         state = read_resume(resume, objective, self._sample) if resume is not None and resume.exists() else None
-        self._loads = _loads(self.found, objective, self.probe)
+        self._costs = _costs(self.found, objective, self.probe)
         blocks, least = self.probe.least()
         beside = _OUTPUT_COPIES * self.probe.output_bytes + _CALL_COPIES * self.probe.largest
         gc.collect()
         taken = psutil.Process().memory_info().rss
         room = int(_SHARE * free) if memory is None else memory - taken
-        witness = witness_bytes(first, self.probe.output_bytes)
-        room -= witness
-        self.plan = plan(self._loads, self.probe.kept + beside, least + beside, beside, room)
+        reference = reference_bytes(first, self.probe.output_bytes)
+        room -= reference
+        self.plan = plan(self._costs, self.probe.kept + beside, least + beside, beside, room)
         if memory is not None and self.plan.peak > room:
             raise BudgetError(
                 f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(taken)} already, and "
-                f"quantizing this model {format_bytes(self.plan.peak + witness)} more (smaller batches take less)"
+                f"quantizing this model {format_bytes(self.plan.peak + reference)} more (smaller batches take less)"
             )
         modules = dict(model.named_modules())
         replay = Replay([(name, modules[name]) for name in blocks] if self.plan.replay else ())
         shares = [[self.found[i] for i in share] for share in self.plan.shares]
         if state is not None:
-            shares = _as_begun(self.found, self._loads, shares, state)
+            shares = _as_begun(self.found, self._costs, shares, state)
         self._shares = shares
         self.collector = Collector(
             self.found, objective, held={name for entry in shares[0] for name in entry.names}, replay=replay
         )
-        self.witness = Witness(objective)
+        self.reference_outputs = ReferenceOutputs(objective)
         if state is not None:
             self.collector.restore(state)
         self._count = len(batches) if isinstance(batches, Sized) else None
@@ -164,7 +164,7 @@ class Calibration:
         """How often the data are gone through."""
         return len(self._shares)
 
-    def shares(self) -> Iterator[list[Found]]:
+    def shares(self) -> Iterator[list[QuantizableWeight]]:
         """Go through the data once for each share, and hand out the weights whose statistics are complete.
 
         Raises:
@@ -191,7 +191,7 @@ class Calibration:
                         self.collector.again(self._model, batch, index, names)
             yield share
 
-    def done(self, entry: Found) -> None:
+    def done(self, entry: QuantizableWeight) -> None:
         """A weight is rounded: its large statistics are let go, and itself too where that is needed and can be."""
         for name in entry.names:
             self.collector.by_module[name].release()
@@ -218,7 +218,7 @@ class Calibration:
         who = self._reads.past[past[0].names[0]] if past else ""
         self._leave(past, f"other code than their modules' reads them, such as {who}")
 
-    def _leave(self, entries: Sequence[Found], why: str) -> None:
+    def _leave(self, entries: Sequence[QuantizableWeight], why: str) -> None:
         if not entries:
             return
         gone = {entry.names[0] for entry in entries}
@@ -243,14 +243,14 @@ class Calibration:
             for index, batch in enumerate(track(self._stream, label, total=self._count, show=self._progress)):
                 if self._kept is not None:
                     self._kept.append(batch)
-                wanted = self.witness.wants(batch)
+                wanted = self.reference_outputs.wants(batch)
                 if index < done:
                     if wanted:
                         with torch.no_grad():
-                            self.witness.keep(batch, run(self._model, batch))
+                            self.reference_outputs.keep(batch, run(self._model, batch))
                     continue
                 started = time.perf_counter()
-                self.collector.add(self._model, batch, partial(self.witness.keep, batch) if wanted else None)
+                self.collector.add(self._model, batch, partial(self.reference_outputs.keep, batch) if wanted else None)
                 seen = self.collector.batches
                 if index == done:
                     self._say_how_long(time.perf_counter() - started, done)
@@ -262,12 +262,12 @@ class Calibration:
     def _say_how_long(self, batch: float, done: int) -> None:
         """Print an estimate, unless it is no time at all."""
         batches = None if self._count is None else self._count - done
-        if not self._progress or rough(self._loads) + batch * (batches or 1) < _WORTH_SAYING:
+        if not self._progress or rough(self._costs) + batch * (batches or 1) < _WORTH_SAYING:
             return
         rows = [sum(self.probe.rows.get(name, 0) for name in entry.names) for entry in self.found]
         # where it is not known how many batches there are, they are taken to be enough for every weight
         inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
-        say(str(estimate(self._loads, inputs, self.plan, batch, self.probe.seconds, batches)))
+        say(str(estimate(self._costs, inputs, self.plan, batch, self.probe.seconds, batches)))
 
     def _make_room(self, number: int) -> None:
         """Let go of the float weights that are rounded and lie behind all that is left."""
@@ -285,18 +285,18 @@ class Calibration:
                     _let_go(entry)
 
 
-def _loads(found: Sequence[Found], objective: Objective, seen: Probe) -> list[Load]:
+def _costs(found: Sequence[QuantizableWeight], objective: Objective, seen: DryRun) -> list[WeightCost]:
     place: dict[str, list[int]] = {}
     for i, name in enumerate(seen.calls):
         place.setdefault(name, []).append(i)
-    loads = []
+    costs = []
     for entry in found:
         weight = cast(Tensor, entry.modules[0].weight)
         each = [statistics_of(module, objective) for module in entry.modules]
         at = [i for name in entry.names for i in place.get(name, [])]
         rows, columns = weight_matrix_shape(entry.modules[0])
-        loads.append(
-            Load(
+        costs.append(
+            WeightCost(
                 rows=rows,
                 columns=columns,
                 copied=weight.dtype != torch.float32 or kind_of(entry.modules[0]) is Kind.LINEAR_TRANSPOSED,
@@ -308,10 +308,10 @@ def _loads(found: Sequence[Found], objective: Objective, seen: Probe) -> list[Lo
                 kept=sum(s.kept_bytes for s in each),
             )
         )
-    return loads
+    return costs
 
 
-def _let_go(entry: Found) -> None:
+def _let_go(entry: QuantizableWeight) -> None:
     """Give a float weight's memory back; its shape and dtype stay."""
     weight = cast(nn.Parameter, entry.modules[0].weight)
     if not weight.is_meta:
@@ -321,10 +321,13 @@ def _let_go(entry: Found) -> None:
 
 
 def _as_begun(
-    found: Sequence[Found], loads: Sequence[Load], shares: Sequence[list[Found]], state: dict[str, Tensor]
-) -> list[list[Found]]:
+    found: Sequence[QuantizableWeight],
+    costs: Sequence[WeightCost],
+    shares: Sequence[list[QuantizableWeight]],
+    state: dict[str, Tensor],
+) -> list[list[QuantizableWeight]]:
     """The shares of a calibration that is resumed: what was begun in the first pass stays in it."""
     begun = {key.rpartition("|")[0] for key in state if key.endswith(("|covariance_KK", "|fisher_NK"))}
-    first = [e for e, load in zip(found, loads, strict=True) if not load.large or begun & set(e.names)]
+    first = [e for e, load in zip(found, costs, strict=True) if not load.large or begun & set(e.names)]
     rest = [[entry for entry in share if not any(entry is one for one in first)] for share in shares]
     return [first, *(share for share in rest if share)]

@@ -24,7 +24,7 @@ from foveate.calibrate.reference_outputs import with_measured
 from foveate.calibrate.routing import Routing
 from foveate.calibrate.trial import WayBack, run_on_planes
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import Found, find_weights, listed
+from foveate.collect.kinds import QuantizableWeight, find_weights, listed
 from foveate.collect.objectives import Objective
 from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
@@ -154,7 +154,7 @@ def _quantized(
     with way_back.on(Exception):
         try:
             with frozen(model):
-                profile = with_measured(profile, model, registry, calibration.witness, options.progress)
+                profile = with_measured(profile, model, registry, calibration.reference_outputs, options.progress)
         finally:  # an interruption leaves a model that is read at 8 bits and has its profile
             registry.profile = profile
             top = profile.uniform(TOP_LEVEL)
@@ -163,7 +163,7 @@ def _quantized(
     return profile
 
 
-def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[QuantizableWeight], list[str]]:
     """The weights to quantize, and notes on what is left as it is; errors as `quantize` raises them."""
     if any(isinstance(m, PlaneModule) for m in model.modules()):
         raise WeightError("the model is quantized already: quantize the original")

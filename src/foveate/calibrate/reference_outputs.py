@@ -36,7 +36,7 @@ _INPUTS = 16
 _LARGEST = 100.0
 
 
-def witness_bytes(batch: Any, outcome: int) -> int:
+def reference_bytes(batch: Any, outcome: int) -> int:
     """Bytes that a witness takes at most, of batches like this one, with so many bytes of outcomes each."""
     return min(MOST * (_bytes_of(batch) + outcome), max(_ROOM, _bytes_of(batch)) + _ROOM)
 
@@ -55,7 +55,7 @@ def copied(batch: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, _plain(batch))
 
 
-class Witness:
+class ReferenceOutputs:
     """Some batches, and what the float model made of them.
 
     Attributes:
@@ -105,7 +105,9 @@ class Witness:
         return total / self.samples
 
 
-def with_measured(profile: Profile, model: nn.Module, registry: Registry, witness: Witness, progress: bool) -> Profile:
+def with_measured(
+    profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, progress: bool
+) -> Profile:
     """The profile with what is measured of each level over what is summed of it, or with a note why that is not known.
 
     A factor under 1 is taken for 1: of all data those of calibration flatter a model most, and a model that has
@@ -118,9 +120,11 @@ def with_measured(profile: Profile, model: nn.Module, registry: Registry, witnes
         progress: whether to show how far it is.
     """
     try:
-        measured = _measured(profile, model, registry, witness, progress) if witness.samples > 1 else {}
-        why = "there is no second sample" if witness.samples < 2 else "an output is not finite"
-        why = why if witness.compares else "the loss given is not the divergence that is measured"
+        measured = (
+            _measured(profile, model, registry, reference_outputs, progress) if reference_outputs.samples > 1 else {}
+        )
+        why = "there is no second sample" if reference_outputs.samples < 2 else "an output is not finite"
+        why = why if reference_outputs.compares else "the loss given is not the divergence that is measured"
     except DataError as error:
         measured, why = {}, str(error)
     if not measured:
@@ -129,7 +133,7 @@ def with_measured(profile: Profile, model: nn.Module, registry: Registry, witnes
 
 
 def _measured(
-    profile: Profile, model: nn.Module, registry: Registry, witness: Witness, progress: bool
+    profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, progress: bool
 ) -> dict[int, float]:
     """A factor for each level; nothing if an output is not finite."""
     summed = _summed(profile)
@@ -137,7 +141,7 @@ def _measured(
     for level in track(NESTED_LEVELS, "measuring", show=progress):
         plan = profile.uniform(level, _INPUTS)
         registry.apply(plan, plan)
-        measured = witness.divergence(model)
+        measured = reference_outputs.divergence(model)
         if not math.isfinite(measured):
             return {}
         factors[level] = min(max(measured / summed[level], 1.0), _LARGEST) if summed[level] > 0 else 1.0

@@ -30,7 +30,7 @@ _SLACK = 32 << 20
 
 
 @dataclass(frozen=True)
-class Load:
+class WeightCost:
     """What one weight takes, in bytes, and when it is used.
 
     Attributes:
@@ -75,7 +75,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """How to go about it.
 
     Attributes:
@@ -91,7 +91,7 @@ class Plan:
     peak: int
 
 
-def plan(loads: Sequence[Load], kept: int, kept_replayed: int, forward: int, room: int) -> Plan:
+def plan(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int) -> Schedule:
     """The cheapest way that fits, or the one that takes least if none does.
 
     Args:
@@ -101,29 +101,29 @@ def plan(loads: Sequence[Load], kept: int, kept_replayed: int, forward: int, roo
         forward: bytes that a pass without gradients takes.
         room: bytes that there are beyond the model.
     """
-    ways: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Plan] = {}
-    for parts in (*range(1, 17), *range(20, 64, 4), max(len(loads), 64)):
-        shares = cut(loads, parts)
+    ways: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
+    for parts in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
+        shares = cut(costs, parts)
         for replay in (False, True):
             for lean in (False, True):
                 if (shares, replay, lean) not in ways:
-                    peak = _peak(loads, shares, kept_replayed if replay else kept, forward, lean)
-                    ways[shares, replay, lean] = Plan(replay, shares, lean, peak)
+                    peak = _peak(costs, shares, kept_replayed if replay else kept, forward, lean)
+                    ways[shares, replay, lean] = Schedule(replay, shares, lean, peak)
     fitting = [way for way in ways.values() if way.peak <= room]
     if fitting:
-        return min(fitting, key=lambda way: _cost(loads, way))
+        return min(fitting, key=lambda way: _cost(costs, way))
     return min(ways.values(), key=lambda way: way.peak)
 
 
-def cut(loads: Sequence[Load], parts: int) -> tuple[tuple[int, ...], ...]:
+def cut(costs: Sequence[WeightCost], parts: int) -> tuple[tuple[int, ...], ...]:
     """Weights by number in shares of about equal bytes, from the last called to the first."""
-    total = sum(load.large for load in loads)
-    order = sorted(range(len(loads)), key=lambda i: -loads[i].last)
+    total = sum(load.large for load in costs)
+    order = sorted(range(len(costs)), key=lambda i: -costs[i].last)
     most = -(-total // parts)
     shares: list[list[int]] = [[]]
     filled = 0
     for i in order:
-        large = loads[i].large
+        large = costs[i].large
         if filled and large and filled + large > most:
             shares.append([])
             filled = 0
@@ -132,36 +132,36 @@ def cut(loads: Sequence[Load], parts: int) -> tuple[tuple[int, ...], ...]:
     return tuple(map(tuple, shares))
 
 
-def freed_after(loads: Sequence[Load], shares: Sequence[Sequence[int]], done: int) -> list[int]:
+def freed_after(costs: Sequence[WeightCost], shares: Sequence[Sequence[int]], done: int) -> list[int]:
     """The weights, by number, that no pass needs once the first `done` shares are rounded."""
     left = [i for share in shares[done:] for i in share]
-    if any(loads[i].gradients for i in left):
+    if any(costs[i].gradients for i in left):
         return []  # a backward pass goes through everything
-    needed = max((loads[i].last for i in left), default=-2)
-    return [i for share in shares[:done] for i in share if loads[i].first > needed]
+    needed = max((costs[i].last for i in left), default=-2)
+    return [i for share in shares[:done] for i in share if costs[i].first > needed]
 
 
-def _peak(loads: Sequence[Load], shares: Sequence[Sequence[int]], kept: int, forward: int, lean: bool) -> int:
+def _peak(costs: Sequence[WeightCost], shares: Sequence[Sequence[int]], kept: int, forward: int, lean: bool) -> int:
     """Bytes beyond the model, at most, while a plan is carried out."""
-    made, peak = sum(load.kept for load in loads), 0
+    made, peak = sum(load.kept for load in costs), 0
     gone: set[int] = set()
     for number, share in enumerate(shares):
-        large = sum(loads[i].large for i in share)
-        backward = number == 0 or any(loads[i].gradients for i in share)
+        large = sum(costs[i].large for i in share)
+        backward = number == 0 or any(costs[i].gradients for i in share)
         peak = max(peak, made + large + (kept if backward else forward))
         at_once = lean and number == len(shares) - 1
         for i in share:
-            peak = max(peak, made + large + loads[i].rounding)
-            made += loads[i].planes - (loads[i].floats if at_once else 0)
-            large -= loads[i].large
+            peak = max(peak, made + large + costs[i].rounding)
+            made += costs[i].planes - (costs[i].floats if at_once else 0)
+            large -= costs[i].large
             gone |= {i} if at_once else set()
         if lean:
-            more = set(freed_after(loads, shares, number + 1)) - gone
-            made -= sum(loads[i].floats for i in more)
+            more = set(freed_after(costs, shares, number + 1)) - gone
+            made -= sum(costs[i].floats for i in more)
             gone |= more
     # planes are gathered in blocks at the end, when no float weight is needed any more
-    made -= sum(load.floats for i, load in enumerate(loads) if i not in gone)
-    return _SLACK + max(peak, made + sum(load.planes for load in loads))
+    made -= sum(load.floats for i, load in enumerate(costs) if i not in gone)
+    return _SLACK + max(peak, made + sum(load.planes for load in costs))
 
 
 @dataclass(frozen=True)
@@ -177,20 +177,20 @@ class Further:
     forward: float
 
 
-def further_passes(loads: Sequence[Load], way: Plan) -> Further:
+def further_passes(costs: Sequence[WeightCost], way: Schedule) -> Further:
     """The passes after the first one."""
-    total = max((load.last for load in loads), default=0) + 1
+    total = max((load.last for load in costs), default=0) + 1
     whole, forward = 0, 0.0
     for share in way.shares[1:]:
-        if any(loads[i].gradients for i in share):
+        if any(costs[i].gradients for i in share):
             whole += 1
         else:
-            forward += 1.2 * (max(loads[i].last for i in share) + 1) / total
+            forward += 1.2 * (max(costs[i].last for i in share) + 1) / total
     return Further(whole, forward)
 
 
-def _cost(loads: Sequence[Load], way: Plan) -> float:
+def _cost(costs: Sequence[WeightCost], way: Schedule) -> float:
     """Time, in forward passes: one with gradients and statistics takes about five."""
-    further = further_passes(loads, way)
+    further = further_passes(costs, way)
     # what can be undone is kept if it may be
     return (1 + further.whole) * (5.0 + way.replay) + further.forward + 0.01 * way.lean

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import Found, listed
+from foveate.collect.kinds import QuantizableWeight, listed
 from foveate.collect.objectives import run
 from foveate.collect.reads import decode, running
 from foveate.errors import WeightError
@@ -34,7 +34,7 @@ def run_on_planes(model: nn.Module, batch: Any, generates: bool) -> None:
 class WayBack:
     """The modules that are about to be exchanged, and where they are."""
 
-    def __init__(self, model: nn.Module, found: Sequence[Found]) -> None:
+    def __init__(self, model: nn.Module, found: Sequence[QuantizableWeight]) -> None:
         ours = {id(module) for entry in found for module in entry.modules}
         named = model.named_modules(remove_duplicate=False)
         self._model = model

@@ -17,9 +17,9 @@ from foveate.checkpoint.head import HEAD, Head, PathLike, encoded, read_head
 from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
 from foveate.files import checksum
 from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
-from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_starts
+from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_offsets_of
 from foveate.memory.arena import arena
-from foveate.planes import PlaneTensor, shared_tags
+from foveate.planes import PlaneTensor, share_active_levels
 from foveate.precision.maps import Levels, PrecisionMap, Site, tile_levels
 from foveate.precision.profiles import FITTED, Profile
 from foveate.version import __version__
@@ -40,7 +40,9 @@ def write(
     folder = Path(path)
     parts: dict[str, dict[str, Tensor]] = {"scales": {}, **{f"plane{p}": {} for p in range(PLANES)}, "rest": dict(rest)}
     for name, w in weights.items():
-        parts["scales"].update({f"{name}|scales": w.scales, f"{name}|gain": w.gain, f"{name}|resident": w.resident})
+        parts["scales"].update(
+            {f"{name}|scales": w.scales, f"{name}|gain": w.gain, f"{name}|resident": w.stored_levels}
+        )
         for p, plane in enumerate(w.planes):
             if plane.numel():
                 parts[f"plane{p}"][name] = plane
@@ -102,11 +104,15 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
 def _stored_levels(folder: Folder) -> dict[str, Tensor]:
     stored = {}
     for site in folder.head.weight_sites():
-        resident = folder.read("scales", f"{site.name}|resident", site.tiles)
+        stored_levels = folder.read("scales", f"{site.name}|resident", site.tiles)
         valid = torch.tensor(WEIGHT_LEVELS, dtype=torch.uint8)
-        if resident.dtype != torch.uint8 or resident.shape != site.grid or not bool(torch.isin(resident, valid).all()):
+        if (
+            stored_levels.dtype != torch.uint8
+            or stored_levels.shape != site.grid
+            or not bool(torch.isin(stored_levels, valid).all())
+        ):
             raise CheckpointError(f"{folder.path}: the tile levels of {site.name} are malformed")
-        stored[site.name] = resident
+        stored[site.name] = stored_levels
     return stored
 
 
@@ -136,8 +142,8 @@ def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
 def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:
     """Read the weights, with the planes that a map needs or with all that are stored.
 
-    Planes go straight into the blocks they stay in (`foveate.memory.arena.arena`); of a plane that no tile needs, nothing is
-    read.
+    Planes go straight into the blocks that they stay in (`foveate.memory.arena.arena`). Of a plane that no tile needs,
+    nothing is read.
     """
     head = folder.head
     sites = head.weight_sites()
@@ -174,15 +180,15 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
             raise CheckpointError(f"{folder.path}: the gains of {site.name} are malformed")
         if not bool(gain.isfinite().all()):
             raise CheckpointError(f"{folder.path}: the gains of {site.name} hold NaN or Inf")
-        resident, reach = wanted[site.name], head.reach[site.name]
+        stored_levels, reach = wanted[site.name], head.reach[site.name]
         made.append(
             PlaneTensor(
                 planes=tuple(planes[p][i] for p in range(PLANES)),
                 scales=scales[i],
                 gain=gain,
-                resident=resident,
-                starts=tile_starts(resident),
-                tags=resident.expand(2, -1, -1).clone(),
+                stored_levels=stored_levels,
+                tile_offsets=tile_offsets_of(stored_levels),
+                active_levels=stored_levels.expand(2, -1, -1).clone(),
                 rows=site.rows,
                 columns=site.columns,
                 group=site.group,
@@ -190,7 +196,7 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
                 exponent=head.exponent[site.name],
             )
         )
-    return dict(zip((s.name for s in sites), shared_tags(made), strict=True))
+    return dict(zip((s.name for s in sites), share_active_levels(made), strict=True))
 
 
 #: Shapes of what is known of each input; see `Profile.statistics`.

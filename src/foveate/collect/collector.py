@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.kinds import Found
+from foveate.collect.kinds import QuantizableWeight
 from foveate.collect.objectives import Objective, run
 from foveate.collect.replay import Replay
 from foveate.collect.statistics import WeightStatistics, statistics_of
@@ -40,7 +40,7 @@ class Collector:
 
     def __init__(
         self,
-        found: Iterable[Found],
+        found: Iterable[QuantizableWeight],
         objective: Objective,
         *,
         held: Collection[str] | None = None,

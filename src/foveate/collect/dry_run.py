@@ -2,7 +2,7 @@
 
 The pass runs with gradients, so that every operation says what it saves, and each tensor is let go as soon as its
 bytes are counted: a model that does not fit with its gradients can be probed. Bytes are booked on the module that was
-running, so that `Probe.blocks_within` can cut a model of any structure into blocks to replay
+running, so that `DryRun.blocks_within` can cut a model of any structure into blocks to replay
 (`foveate.collect.replay`): the largest modules, from the outside in, of which each keeps no more than is allowed.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from foveate.collect.kinds import Found, Kind, kind_of, weight_matrix_shape
+from foveate.collect.kinds import Kind, QuantizableWeight, kind_of, weight_matrix_shape
 from foveate.collect.objectives import Objective, infer, run
 
 
@@ -36,7 +36,7 @@ class _Visit:
 
 
 @dataclass(frozen=True)
-class Probe:
+class DryRun:
     """What the first batch showed.
 
     Attributes:
@@ -100,7 +100,7 @@ class Probe:
         return best
 
 
-def probe(model: nn.Module, batch: Any, found: Sequence[Found], objective: Objective | None) -> Probe:
+def probe(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight], objective: Objective | None) -> DryRun:
     """Run a batch through a model and keep nothing. Parameters are frozen and the model in evaluation mode.
 
     Args:
@@ -166,7 +166,7 @@ def probe(model: nn.Module, batch: Any, found: Sequence[Found], objective: Objec
     with torch.no_grad():
         objective = infer(output) if objective is None else objective
         outcome = objective.outcome(output, batch)
-    return Probe(seconds, objective, 4 * outcome.numel(), len(outcome), tuple(calls), rows, max(sizes), visits)
+    return DryRun(seconds, objective, 4 * outcome.numel(), len(outcome), tuple(calls), rows, max(sizes), visits)
 
 
 def _own_copies(module: nn.Module, x: Tensor) -> tuple[int, int]:

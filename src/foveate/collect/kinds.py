@@ -91,7 +91,7 @@ def patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Found:
+class QuantizableWeight:
     """A weight of a model: the modules that share it, first the one whose name the site takes."""
 
     names: tuple[str, ...]
@@ -103,7 +103,7 @@ class Found:
         return all(kind_of(m) is Kind.EMBEDDING for m in self.modules)
 
 
-def find_weights(model: nn.Module) -> list[Found]:
+def find_weights(model: nn.Module) -> list[QuantizableWeight]:
     """Every weight that can be quantized, in the model's order; modules that share a parameter are one entry.
 
     A weight that some other module uses as well stays as it is, and so do adapters, and the weight of a module with a
@@ -122,7 +122,7 @@ def find_weights(model: nn.Module) -> list[Found]:
     for parameter, entries in by_parameter.items():
         shapes = {weight_matrix_shape(m) for _, m in entries}
         if len(shapes) == 1 and parameter not in elsewhere:
-            found.append(Found(tuple(n for n, _ in entries), tuple(m for _, m in entries)))
+            found.append(QuantizableWeight(tuple(n for n, _ in entries), tuple(m for _, m in entries)))
     return found
 
 

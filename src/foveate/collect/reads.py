@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from foveate.collect.kinds import Found, without_product
+from foveate.collect.kinds import QuantizableWeight, without_product
 
 #: What a weight on planes answers as a parameter does.
 ANSWERED = frozenset({"shape", "dtype", "device"})
@@ -41,7 +41,7 @@ class Reads:
 
     past: dict[str, str]
 
-    def __init__(self, model: nn.Module, found: Iterable[Found]) -> None:
+    def __init__(self, model: nn.Module, found: Iterable[QuantizableWeight]) -> None:
         self.past = {}
         modules = dict(model.named_modules())
         self._names = {id(module): name for name, module in modules.items()}
@@ -64,11 +64,11 @@ class Reads:
             stack.enter_context(_Mode(self))
             yield
 
-    def only_own(self, found: Sequence[Found]) -> list[Found]:
+    def only_own(self, found: Sequence[QuantizableWeight]) -> list[QuantizableWeight]:
         """The weights that nothing but their modules was seen to read."""
         return [entry for entry in found if entry.names[0] not in self.past]
 
-    def never_ran(self, found: Sequence[Found]) -> list[Found]:
+    def never_ran(self, found: Sequence[QuantizableWeight]) -> list[QuantizableWeight]:
         """The weights of which a module has a forward of its own that was not seen to call the one of its base."""
         unknown = {product for product, kind in self._around.items() if kind not in self._ran}
         return [entry for entry in found if any(id(module) in unknown for module in entry.modules)]

@@ -17,7 +17,7 @@ from foveate import checkpoint
 from foveate.allocate import allocate
 from foveate.checkpoint import Folder, Head, PathLike
 from foveate.checkpoint.head import DTYPES
-from foveate.collect.kinds import PRODUCT, Found, kind_of, weight_matrix_shape
+from foveate.collect.kinds import PRODUCT, QuantizableWeight, kind_of, weight_matrix_shape
 from foveate.errors import CheckpointError, SiteError
 from foveate.folder.save import _rest, is_finite
 from foveate.folder.skeleton import skeleton
@@ -120,7 +120,7 @@ def _stacks(head: Head) -> frozenset[str]:
     return frozenset(s.name.rpartition(".")[0].rpartition(".")[0] for s in head.weight_sites())
 
 
-def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: int) -> Found:
+def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: int) -> QuantizableWeight:
     names = tuple(name.removesuffix(":weight") for name in site_names)
     modules = []
     for name in names:
@@ -134,7 +134,7 @@ def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: in
                 f"{name} of the model does not hold a weight of {rows} x {columns}, as the checkpoint has"
             )
         modules.append(module)
-    return Found(names, tuple(modules))
+    return QuantizableWeight(names, tuple(modules))
 
 
 def _dtype(name: str) -> torch.dtype:

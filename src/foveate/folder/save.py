@@ -64,7 +64,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
             raise CheckpointError(f"parameter {name} holds NaN or Inf: a folder with it could not be loaded")
     weights = {name: w.value for name, w in registry.weights.items()}
     if keep is not None:
-        weights = {name: w.kept(_level_tiles(keep, name, w.resident)) for name, w in weights.items()}
+        weights = {name: w.kept(_level_tiles(keep, name, w.stored_levels)) for name, w in weights.items()}
     about, companions = _about(model)
     checkpoint.write(
         path,
@@ -104,9 +104,9 @@ def is_finite(tensor: Tensor) -> bool:
     return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
 
 
-def _level_tiles(plan: PrecisionMap, name: str, resident: Tensor) -> Tensor:
-    levels = bytearray(tile_levels(plan.levels[name], resident.numel()))
-    return torch.frombuffer(levels, dtype=torch.uint8).view_as(resident)
+def _level_tiles(plan: PrecisionMap, name: str, stored_levels: Tensor) -> Tensor:
+    levels = bytearray(tile_levels(plan.levels[name], stored_levels.numel()))
+    return torch.frombuffer(levels, dtype=torch.uint8).view_as(stored_levels)
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:

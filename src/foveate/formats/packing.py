@@ -109,7 +109,7 @@ def pack_scales(scale_NG: Tensor, offset_NG: Tensor) -> Tensor:
     return both.view(2, strips, TILE_ROWS, groups).permute(1, 3, 0, 2).reshape(strips * groups, SCALE_BYTES)
 
 
-def tile_starts(resident: Tensor) -> Tensor:
+def tile_offsets_of(stored_levels: Tensor) -> Tensor:
     """Where each strip's tiles begin in the scales and in each plane, counted in stored tiles.
 
     Args:
@@ -119,5 +119,5 @@ def tile_starts(resident: Tensor) -> Tensor:
         int64 [NT, 6]: column 0 for the scales, 1 + p for plane p.
     """
     floors = (1, *NESTED_LEVELS)  # the scales exist at any level above 0, plane p from NESTED_LEVELS[p] on
-    counts = torch.stack([(resident >= floor).sum(1) for floor in floors], dim=1)
+    counts = torch.stack([(stored_levels >= floor).sum(1) for floor in floors], dim=1)
     return (counts.cumsum(0) - counts).contiguous()

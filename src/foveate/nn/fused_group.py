@@ -12,7 +12,7 @@ any change of a tensor of inference mode (where siblings that have hooks, which 
 While a graph is traced, results wait on the parent's record, within the trace: the graph sees plain calls. Changes in
 place between siblings are not seen there.
 
-Siblings are found by name, at one parent; cross-attention, whose query has another input than its keys, is told from
+FusedGroup are found by name, at one parent; cross-attention, whose query has another input than its keys, is told from
 the names too. Where results are left lying, because a name misled or because some layers are not used, they part for
 good.
 """
@@ -27,13 +27,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from foveate.nn.linear_call import Products
+from foveate.nn.linear_call import LinearCall
 from foveate.nn.plane_module import PlaneModule
 
 M = TypeVar("M", bound=PlaneModule)
 
 #: Children of one parent that share its input.
-FAMILIES = (
+SHARED_INPUTS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
@@ -59,7 +59,7 @@ class Parent:
 
     def __init__(self) -> None:
         self.under_way = False
-        self.traced: tuple[Siblings, Tensor, dict[int, Tensor]] | None = None
+        self.traced: tuple[FusedGroup, Tensor, dict[int, Tensor]] | None = None
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """A forward pre-hook."""
@@ -87,7 +87,7 @@ class _Call:
 
     def __init__(self, parent: Parent) -> None:
         self.parent = parent
-        self.waiting: dict[Siblings, _Waiting] = {}
+        self.waiting: dict[FusedGroup, _Waiting] = {}
 
 
 class _Calls(threading.local):
@@ -113,7 +113,7 @@ class Switches:
         self.count = 0
 
 
-class Siblings:
+class FusedGroup:
     """Layers that share their input.
 
     Attributes:
@@ -121,12 +121,12 @@ class Siblings:
     """
 
     def __init__(
-        self, layers: Sequence[PlaneModule], alone: Sequence[Products], parent: Parent, switches: Switches
+        self, layers: Sequence[PlaneModule], own_call: Sequence[LinearCall], parent: Parent, switches: Switches
     ) -> None:
         self.together = True
         self._layers = tuple(weakref.ref(layer) for layer in layers)
-        self._all = Products(layers)
-        self._alone = tuple(alone)
+        self._all = LinearCall(layers)
+        self._own_calls = tuple(own_call)
         self._hooks = tuple(hooks for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks))
         self._parent, self._switches = parent, switches
         self._wasted = 0
@@ -145,12 +145,12 @@ class Siblings:
             return self._product_in_trace(place, x)
         calls = _CALLS.open
         if not calls or calls[-1].parent is not self._parent:
-            return self._alone[place].of(x)[0]
+            return self._own_calls[place].of(x)[0]
         version = -1
         if not x.is_inference():
             version = x._version
         elif any(self._hooks):
-            return self._alone[place].of(x)[0]
+            return self._own_calls[place].of(x)[0]
         state = (version, self._switches.count, torch.is_inference_mode_enabled())
         waiting = calls[-1].waiting.get(self)
         if waiting is not None and waiting.x is x and waiting.state == state:
@@ -160,7 +160,7 @@ class Siblings:
                 return y
         if self._wasted > _WASTE:
             self.together = False
-            return self._alone[place].of(x)[0]
+            return self._own_calls[place].of(x)[0]
         results = dict(enumerate(self._all.of(x)))
         y = results.pop(place)
         self._wasted += len(results)
@@ -171,14 +171,14 @@ class Siblings:
         """The same while torch.compile traces, which cannot read versions."""
         parent = self._parent
         if not parent.under_way:
-            return self._alone[place].of(x)[0]
+            return self._own_calls[place].of(x)[0]
         traced = parent.traced
         if traced is not None and traced[0] is self and traced[1] is x:
             results = traced[2]
             y = results.pop(place, None)
             if not results:
                 parent.traced = None
-            return self._alone[place].of(x)[0] if y is None else y
+            return self._own_calls[place].of(x)[0] if y is None else y
         results = dict(enumerate(self._all.of(x)))
         y = results.pop(place)
         parent.traced = (self, x, results)
@@ -194,11 +194,11 @@ class _Waiting:
         self.results = results
 
 
-def families(names: Mapping[str, M]) -> Iterator[tuple[str, tuple[M, ...]]]:
+def fused_groups(names: Mapping[str, M]) -> Iterator[tuple[str, tuple[M, ...]]]:
     """Layers that share an input, of layers by their full names, and the name of their parent."""
     for name, layer in names.items():
         parent, _, child = name.rpartition(".")
-        for family in FAMILIES:
+        for family in SHARED_INPUTS:
             if child != family[0] or any(part in parent.lower() for part in APART):
                 continue
             found = [names.get(f"{parent}.{other}" if parent else other) for other in family]
@@ -216,7 +216,7 @@ def hooked_parents(model: nn.Module, names: Mapping[str, PlaneModule]) -> dict[s
     """
     made: dict[int, Parent] = {}
     parents: dict[str, Parent] = {}
-    for name in dict.fromkeys(name for name, _ in families(names)):
+    for name in dict.fromkeys(name for name, _ in fused_groups(names)):
         module = model.get_submodule(name)
         around = name
         while isinstance(module, (nn.ModuleDict, nn.ModuleList)) and around:  # these are never called

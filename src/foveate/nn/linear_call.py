@@ -11,7 +11,7 @@ from foveate.errors import FoveateError
 from foveate.nn.plane_module import NO_BIAS, PlaneModule
 
 
-class Products:
+class LinearCall:
     """x times the weights of layers that share it, in one call and without gradients.
 
     Weights, input levels and ranges go by handle (see the op `plane_linear_by_handle`), for a compiled graph checks
@@ -30,9 +30,9 @@ class Products:
         """Take the planes, input levels and ranges that the layers have now."""
         weights = [layer.weight.value for layer in layers]
         tensors = [t for w in weights for t in w.tensors]
-        forms = [n for w in weights for n in w.form]
+        geometries = [n for w in weights for n in w.geometry]
         levels, ranges = [layer.input_level for layer in layers], [layer.input_range for layer in layers]
-        self.handle: Tensor = torch.ops.foveate.plane_handle(tensors, forms, levels, ranges)
+        self.handle: Tensor = torch.ops.foveate.plane_handle(tensors, geometries, levels, ranges)
         self.rows = tuple(w.rows for w in weights)
         self.columns = weights[0].columns
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from foveate.collect.kinds import Kind, kind_of, patches
 from foveate.errors import FoveateError
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.fused_group import Siblings
-from foveate.nn.linear_call import Products
+from foveate.nn.fused_group import FusedGroup
+from foveate.nn.linear_call import LinearCall
 from foveate.nn.plane_module import Origin, PlaneModule
 from foveate.nn.weight import PlaneWeight, _refused
 
@@ -54,23 +54,23 @@ class PlaneLinear(PlaneModule):
     def introduce(self) -> None:
         """Begin anew without siblings, with the planes, `input_level` and `input_range` that are there now."""
         ensure_loaded()
-        self.alone = Products((self,))
-        self.siblings: Siblings | None = None
+        self.own_call = LinearCall((self,))
+        self.fused_group: FusedGroup | None = None
         self.place = 0
         self.weight.users.add(self)
 
     def renew(self) -> None:
         """The weight has become another: multiply with it as it is now."""
-        self.alone.hold((self,))
+        self.own_call.hold((self,))
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., K] -> [..., N], in the dtype of the input."""
         if (torch.is_grad_enabled() and self._needs_gradient(input)) or torch.compiler.is_exporting():
             return self._product(input)
-        siblings = self.siblings
-        if siblings is None or not siblings.together:
-            return self.alone.of(input)[0]
-        return siblings.product(self.place, input)
+        fused_group = self.fused_group
+        if fused_group is None or not fused_group.together:
+            return self.own_call.of(input)[0]
+        return fused_group.product(self.place, input)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("alone", "siblings", "place")}
@@ -92,7 +92,7 @@ class PlaneEmbedding(PlaneModule):
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] -> [..., K], in the dtype of the weight that was quantized."""
         value = self.weight.value
-        rows: Tensor = torch.ops.foveate.plane_embedding(input, value.tensors, value.form, 0)
+        rows: Tensor = torch.ops.foveate.plane_embedding(input, value.tensors, value.geometry, 0)
         return rows.to(self.weight.dtype)
 
 

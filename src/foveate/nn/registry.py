@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError, StateError
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.fused_group import Parent, Siblings, Switches, families, unhook
+from foveate.nn.fused_group import FusedGroup, Parent, Switches, fused_groups, unhook
 from foveate.nn.modules import PlaneLinear
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.pretrained import allow_saving, refuse_saving
 from foveate.nn.states import weight_in
 from foveate.nn.weight import PlaneWeight
-from foveate.planes import shared_tags
+from foveate.planes import share_active_levels
 from foveate.precision.maps import PrecisionMap, Site, tile_levels
 from foveate.precision.profiles import Profile
 
@@ -72,11 +72,11 @@ class Registry:
     def _bind(self) -> None:
         """Put all levels side by side, where `apply` writes and the modules read."""
         self._known_sites = self.sites
-        values = shared_tags([w.value for w in self.weights.values()])
+        values = share_active_levels([w.value for w in self.weights.values()])
         for weight, value in zip(self.weights.values(), values, strict=True):
             weight.set(value)
             weight.users.add(self)
-        self._tags = _block([v.tags for v in values])
+        self._active = _block([v.active_levels for v in values])
         self.renew()
         levels = [m.input_level for m in self.inputs.values()]
         self._input_levels = torch.cat(levels) if levels else torch.empty(0, dtype=torch.uint8)
@@ -89,15 +89,17 @@ class Registry:
         linears = linear_layers(self.inputs)
         for layer in linears.values():
             layer.introduce()
-        for parent, layers in families(linears):
-            siblings = Siblings(layers, [layer.alone for layer in layers], self._parents[parent], self._switches)
+        for parent, layers in fused_groups(linears):
+            fused_group = FusedGroup(
+                layers, [layer.own_call for layer in layers], self._parents[parent], self._switches
+            )
             for place, layer in enumerate(layers):
-                layer.siblings, layer.place = siblings, place
+                layer.fused_group, layer.place = fused_group, place
 
     def renew(self) -> None:
         """A weight has become another, of which other tiles may be stored."""
-        stored = [w.value.resident.expand(2, -1, -1).reshape(-1) for w in self.weights.values()]
-        self._resident = torch.cat(stored) if stored else self._tags
+        stored = [w.value.stored_levels.expand(2, -1, -1).reshape(-1) for w in self.weights.values()]
+        self._stored = torch.cat(stored) if stored else self._active
 
     def _switched(self) -> None:
         """Levels or ranges were written: what waits for a sibling is no longer true."""
@@ -130,7 +132,7 @@ class Registry:
 
     def apply(self, plan: PrecisionMap, second: PrecisionMap) -> None:
         """Write the levels of two maps; nothing else moves."""
-        tags = bytearray()
+        active_levels = bytearray()
         input_levels = bytearray()
         for one in {id(m): m for m in (plan, second)}.values():
             if not isinstance(one, PrecisionMap):
@@ -139,15 +141,15 @@ class Registry:
                 self._check_sites(one)
         for name, weight in self.weights.items():
             for one in (plan, second):
-                tags += tile_levels(one.levels[name], weight.value.resident.numel())
+                active_levels += tile_levels(one.levels[name], weight.value.stored_levels.numel())
         for name in self.inputs:
             input_levels += bytes((cast(int, plan.levels[name]), cast(int, second.levels[name])))
-        if tags:
-            new = torch.frombuffer(tags, dtype=torch.uint8)
-            if bool((new > self._resident).any()):
+        if active_levels:
+            new = torch.frombuffer(active_levels, dtype=torch.uint8)
+            if bool((new > self._stored).any()):
                 self.check(plan)
                 self.check(second)
-            self._tags.copy_(new)
+            self._active.copy_(new)
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
         self.applied = (plan, second)
@@ -177,10 +179,12 @@ class Registry:
 
     def _first_missing(self, plan: PrecisionMap) -> str | None:
         for name, weight in self.weights.items():
-            resident = weight.value.resident.view(-1)
-            wanted = torch.frombuffer(bytearray(tile_levels(plan.levels[name], resident.numel())), dtype=torch.uint8)
-            if bool((wanted > resident).any()):
-                short = resident[wanted > resident].min()
+            stored_levels = weight.value.stored_levels.view(-1)
+            wanted = torch.frombuffer(
+                bytearray(tile_levels(plan.levels[name], stored_levels.numel())), dtype=torch.uint8
+            )
+            if bool((wanted > stored_levels).any()):
+                short = stored_levels[wanted > stored_levels].min()
                 return f"{name} at level {int(wanted.max())}: some of its tiles are loaded up to {int(short)} bits only"
         return None
 
@@ -195,7 +199,7 @@ def linear_layers(inputs: Mapping[str, PlaneModule]) -> dict[str, PlaneLinear]:
 
 
 def _block(parts: list[Tensor]) -> Tensor:
-    """The block that consecutive views were cut from (`foveate.planes.shared_tags`), as one view."""
+    """The block that consecutive views were cut from (`foveate.planes.share_active_levels`), as one view."""
     if not parts:
         return torch.empty(0, dtype=torch.uint8)
     ends = [p.data_ptr() + p.numel() for p in parts]

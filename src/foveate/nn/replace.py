@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from foveate.collect.kinds import Found, Kind, kind_of
+from foveate.collect.kinds import Kind, QuantizableWeight, kind_of
 from foveate.nn.fused_group import hooked_parents
 from foveate.nn.modules import on_planes
 from foveate.nn.plane_module import PlaneModule
@@ -16,7 +16,7 @@ from foveate.planes import PlaneTensor
 from foveate.precision.maps import Site
 
 
-def site_of(entry: Found, planes: PlaneTensor, share: float = 1.0) -> Site:
+def site_of(entry: QuantizableWeight, planes: PlaneTensor, share: float = 1.0) -> Site:
     """The site of a weight, of which one token reads `share` (an expert is not routed every token)."""
     return Site(
         name=f"{entry.names[0]}:weight",
@@ -31,7 +31,7 @@ def site_of(entry: Found, planes: PlaneTensor, share: float = 1.0) -> Site:
 
 
 def install(
-    model: nn.Module, found: Sequence[Found], sites: Sequence[Site], weights: dict[str, PlaneWeight]
+    model: nn.Module, found: Sequence[QuantizableWeight], sites: Sequence[Site], weights: dict[str, PlaneWeight]
 ) -> Registry:
     """Exchange the modules of `found` for ones on planes and attach the registry."""
     inputs: dict[str, PlaneModule] = {}

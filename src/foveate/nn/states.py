@@ -1,6 +1,6 @@
 """What a state_dict holds of a weight on planes, and how it is read back.
 
-Beside the tensors that are stored it holds their form: rows, columns, inputs a group, reach and the exponent of the
+Beside the tensors that are stored it holds their geometry: rows, columns, inputs a group, reach and the exponent of the
 scales, without which the same bytes are other weights by powers of two. Nothing is taken from a state before all of the
 weight was found to fit; nor, where a whole model is loaded, before all of its weights were.
 
@@ -19,18 +19,18 @@ from torch import Tensor
 from foveate.errors import StateError
 from foveate.formats.grids import EXPONENTS
 from foveate.formats.levels import NESTED_LEVELS, PLANES, REACHES, WEIGHT_LEVELS
-from foveate.formats.packing import SCALE_BYTES, tile_bytes, tile_starts
+from foveate.formats.packing import SCALE_BYTES, tile_bytes, tile_offsets_of
 from foveate.planes import PlaneTensor, gathered
 
 #: The tensors of a weight that a state holds, in the order of `PlaneTensor.tensors`.
-STORED = (*(f"plane{i}" for i in range(PLANES)), "scales", "gain", "starts", "resident")
-#: int64 [5], see `form_of`.
-FORM = "form"
+STORED = (*(f"plane{i}" for i in range(PLANES)), "scales", "gain", "tile_offsets", "stored_levels")
+#: int64 [5], see `geometry_of`.
+GEOMETRY = "geometry"
 
 
-def form_of(planes: PlaneTensor) -> Tensor:
+def geometry_of(planes: PlaneTensor) -> Tensor:
     """Rows, columns, inputs a group, reach and exponent, int64 [5]."""
-    return torch.tensor(planes.form, dtype=torch.int64, device="cpu")
+    return torch.tensor(planes.geometry, dtype=torch.int64, device="cpu")
 
 
 def weight_in(state: Mapping[str, Any], prefix: str, present: PlaneTensor) -> PlaneTensor | None:
@@ -43,11 +43,12 @@ def weight_in(state: Mapping[str, Any], prefix: str, present: PlaneTensor) -> Pl
         StateError: what the state holds does not fit the present weight, or is no weight.
     """
     name = prefix.rstrip(".") or "the weight"
-    found = {key: state[prefix + key] for key in (*STORED, FORM) if prefix + key in state}
-    if FORM not in found and len(found) == len(STORED):
+    found = {key: state[prefix + key] for key in (*STORED, GEOMETRY) if prefix + key in state}
+    if GEOMETRY not in found and len(found) == len(STORED):
         raise StateError(
-            f"{name}: the state does not say the form of its planes ({prefix}{FORM}), without which weights would be "
-            "wrong by powers of two: it is of an older foveate; load that model with it and save it with foveate.save"
+            f"{name}: the state does not say the geometry of its planes ({prefix}{GEOMETRY}), without which weights "
+            "would be wrong by powers of two: it is of an older foveate; load that model with it, and save it with "
+            "foveate.save"
         )
     if len(found) <= len(STORED):
         return None
@@ -61,31 +62,35 @@ def weight_in(state: Mapping[str, Any], prefix: str, present: PlaneTensor) -> Pl
 
 
 def _checked(found: dict[str, Tensor], present: PlaneTensor) -> PlaneTensor:
-    form = found[FORM]
-    if form.dtype != torch.int64 or form.shape != (len(present.form),):
-        raise StateError(f"the form is {form.dtype} {list(form.shape)}, not int64 [{len(present.form)}]")
-    rows, columns, group, reach, exponent = form.tolist()
-    if (rows, columns, group) != present.form[:3]:
+    geometry = found[GEOMETRY]
+    if geometry.dtype != torch.int64 or geometry.shape != (len(present.geometry),):
+        raise StateError(
+            f"the geometry is {geometry.dtype} {list(geometry.shape)}, not int64 [{len(present.geometry)}]"
+        )
+    rows, columns, group, reach, exponent = geometry.tolist()
+    if (rows, columns, group) != present.geometry[:3]:
         raise StateError(
             f"size mismatch, the state has {rows} x {columns} in groups of {group}, "
             f"the model {present.rows} x {present.columns} in groups of {present.group}"
         )
     if reach not in REACHES or exponent not in EXPONENTS:
         raise StateError(f"reach (={reach}) is not one of 0, 1, 2, or exponent (={exponent}) not in -64..32")
-    resident = found["resident"]
-    _check("resident", resident, present.resident.dtype, present.resident.shape)
-    if not bool(torch.isin(resident, torch.tensor(WEIGHT_LEVELS, dtype=torch.uint8, device=resident.device)).all()):
-        raise StateError("resident has a level that is not one of 0, 2, 3, 4, 6, 8")
+    stored_levels = found["stored_levels"]
+    _check("stored_levels", stored_levels, present.stored_levels.dtype, present.stored_levels.shape)
+    if not bool(
+        torch.isin(stored_levels, torch.tensor(WEIGHT_LEVELS, dtype=torch.uint8, device=stored_levels.device)).all()
+    ):
+        raise StateError("stored_levels has a level that is not one of 0, 2, 3, 4, 6, 8")
     _check("gain", found["gain"], present.gain.dtype, present.gain.shape)
     for i in range(PLANES):
-        stored = int((resident >= NESTED_LEVELS[i]).sum())
+        stored = int((stored_levels >= NESTED_LEVELS[i]).sum())
         _check(f"plane{i}", found[f"plane{i}"], torch.uint8, (stored * tile_bytes(i, group),))
-    _check("scales", found["scales"], torch.uint8, (int((resident > 0).sum()) * SCALE_BYTES,))
-    _check("starts", found["starts"], torch.int64, present.starts.shape)
-    if not torch.equal(found["starts"], tile_starts(resident)):
-        raise StateError("starts are not those of resident")
-    if bool((present.tags > resident.to(present.tags.device)).any()):
-        most, least = int(present.tags.max()), int(resident.min())
+    _check("scales", found["scales"], torch.uint8, (int((stored_levels > 0).sum()) * SCALE_BYTES,))
+    _check("tile_offsets", found["tile_offsets"], torch.int64, present.tile_offsets.shape)
+    if not torch.equal(found["tile_offsets"], tile_offsets_of(stored_levels)):
+        raise StateError("tile_offsets are not those of stored_levels")
+    if bool((present.active_levels > stored_levels.to(present.active_levels.device)).any()):
+        most, least = int(present.active_levels.max()), int(stored_levels.min())
         raise StateError(
             f"the state stores some tiles up to {least} bits only, and the map in force reads up to {most}: "
             "apply a map first that reads no more than is stored"
@@ -95,8 +100,8 @@ def _checked(found: dict[str, Tensor], present: PlaneTensor) -> PlaneTensor:
         planes=tuple(found[f"plane{i}"] for i in range(PLANES)),
         scales=found["scales"],
         gain=found["gain"],
-        resident=resident,
-        starts=found["starts"],
+        stored_levels=stored_levels,
+        tile_offsets=found["tile_offsets"],
         reach=reach,
         exponent=exponent,
     )
@@ -110,13 +115,15 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 @torch.no_grad()
 def taken(present: PlaneTensor, loaded: PlaneTensor) -> PlaneTensor:
     """A copy of what was loaded: in the present tensors where as much is stored of each tile, else in new ones."""
-    if torch.equal(present.resident, loaded.resident.to(present.resident.device)):
+    if torch.equal(present.stored_levels, loaded.stored_levels.to(present.stored_levels.device)):
         for old, new in zip(present.tensors, loaded.tensors, strict=True):
             if old is not new:
                 old.copy_(new)
         return replace(present, reach=loaded.reach, exponent=loaded.exponent)
     (moved,) = gathered([loaded])
-    gain, resident, starts = (
-        t.clone(memory_format=torch.contiguous_format) for t in (loaded.gain, loaded.resident, loaded.starts)
+    gain, stored_levels, tile_offsets = (
+        t.clone(memory_format=torch.contiguous_format) for t in (loaded.gain, loaded.stored_levels, loaded.tile_offsets)
     )
-    return replace(moved, gain=gain, resident=resident, starts=starts, tags=present.tags)
+    return replace(
+        moved, gain=gain, stored_levels=stored_levels, tile_offsets=tile_offsets, active_levels=present.active_levels
+    )

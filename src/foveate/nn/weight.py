@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError, StateError
-from foveate.nn.states import FORM, STORED, form_of, taken, weight_in
+from foveate.nn.states import GEOMETRY, STORED, geometry_of, taken, weight_in
 from foveate.planes import PlaneTensor
 
 
@@ -42,7 +42,7 @@ class WeightUser(Protocol):
 class PlaneWeight(nn.Module):
     """A `PlaneTensor` whose tensors are buffers. `shape`, `dtype` and `device` read like a parameter's.
 
-    A state_dict holds what is stored, and the form it is stored in (`form`: rows, columns, group, reach, exponent).
+    A state_dict holds what is stored, and the form it is stored in (`geometry`: rows, columns, group, reach, exponent).
     Loading one fits the weight and all its users to what is loaded, or leaves everything as it was.
 
     Attributes:
@@ -61,11 +61,11 @@ class PlaneWeight(nn.Module):
     def set(self, planes: PlaneTensor) -> None:
         """Take other planes of the same weight (after they moved, or were dropped)."""
         self.value = planes
-        self.form = form_of(planes)
+        self.geometry = geometry_of(planes)
         for name, tensor in zip(STORED, planes.tensors, strict=False):
             self.register_buffer(name, tensor)
         # a state_dict holds the weight, not the level at which it is read: that is the map's
-        self.register_buffer("tags", planes.tags, persistent=False)
+        self.register_buffer("active_levels", planes.active_levels, persistent=False)
 
     @property
     def shape(self) -> torch.Size:
@@ -91,7 +91,7 @@ class PlaneWeight(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + FORM] = self.form
+        destination[prefix + GEOMETRY] = self.geometry
 
     def _load_from_state_dict(
         self,
@@ -103,9 +103,9 @@ class PlaneWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = {prefix + name for name in (*STORED, FORM)}
+        known = {prefix + name for name in (*STORED, GEOMETRY)}
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
-        missing = [prefix + name for name in (*STORED, FORM) if prefix + name not in state_dict]
+        missing = [prefix + name for name in (*STORED, GEOMETRY) if prefix + name not in state_dict]
         try:
             loaded = weight_in(state_dict, prefix, self.value)
         except StateError as error:
@@ -146,6 +146,6 @@ class PlaneWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """Shape, group and the range of levels."""
-        levels = self.value.tags[0]
+        levels = self.value.active_levels[0]
         low, high = (int(levels.min()), int(levels.max())) if levels.numel() else (0, 0)
         return f"{self.value.rows}, {self.value.columns}, group={self.value.group}, levels={low}..{high}"

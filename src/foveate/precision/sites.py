@@ -16,7 +16,7 @@ from foveate.formats.levels import (
     check_weight_level,
 )
 from foveate.formats.packing import TILE_ROWS, tile_grid
-from foveate.planes import resident_bytes
+from foveate.planes import level_bytes
 
 Levels = int | bytes
 
@@ -68,7 +68,7 @@ class Site:
 
     def tile_costs(self) -> list[int]:
         """Bytes of planes and scales that one tile takes at each of WEIGHT_LEVELS."""
-        return [resident_bytes(level, 1, self.group) for level in WEIGHT_LEVELS]
+        return [level_bytes(level, 1, self.group) for level in WEIGHT_LEVELS]
 
     def stored_overhead(self) -> int:
         """Bytes in the file besides planes and scales: gains and the level each tile is stored for."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from foveate.collect.collector import Collector
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import Found, Kind, find_weights, kind_of, weight_matrix
+from foveate.collect.kinds import Kind, QuantizableWeight, find_weights, kind_of, weight_matrix
 from foveate.collect.objectives import Objective, infer, run
 from foveate.errors import DataError, WeightError
 from foveate.formats.levels import INPUT_LEVELS, check_input_level
@@ -121,7 +121,7 @@ class _Node:
     layers: tuple[nn.Module, ...]
 
 
-def _nodes(model: nn.Module, batch: Any, found: Sequence[Found]) -> list[_Node]:
+def _nodes(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight]) -> list[_Node]:
     """Norms whose output goes into linear layers only, each called once, with weights nobody shares."""
     linear = {
         f.names[0]: f.modules[0]
@@ -194,7 +194,7 @@ def _scales(node: _Node, x: Tensor, y: Tensor) -> bool:
 def _measured(
     model: nn.Module,
     data: Sequence[Any],
-    found: Sequence[Found],
+    found: Sequence[QuantizableWeight],
     objective: Objective,
     nodes: Sequence[_Node],
     column: int,

@@ -13,8 +13,8 @@ Behdin et al., arXiv:2309.01885, for one side and one level). Columns go in the 
 greatest first, which leaves the most to make up for them.
 
 A nested code is read at five levels, and each makes errors of its own. So a code is the one with the least sum over
-all levels, weighted by `SHARES`: one code for all of them, and each level's errors are made up for by its own. The
-loops are in ops, whose reference has the formulae (`foveate.kernels.rounding.reference`).
+all levels, weighted by `LEVEL_WEIGHTS`: one code for all of them, and each level's errors are made up for by its own.
+The loops are in ops, whose reference has the formulae (`foveate.kernels.rounding.reference`).
 
 G is kept for some hundred rows at a time (`foveate.collect.statistics`); rows that are further apart do not help each
 other. docs/decisions.md has the figures behind the numbers here.
@@ -31,13 +31,13 @@ from torch import Tensor
 
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.rounding.nearest import PRICES, PRICES_FOR_DESCENT, Rounded, restoring_gains
+from foveate.rounding.nearest import CLIP_PENALTIES, CLIP_PENALTIES_FOR_DESCENT, Rounded, restoring_gains
 
 #: What a squared error costs at each level.
-SHARES: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.0}
+LEVEL_WEIGHTS: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.0}
 #: The same for a weight that is also an embedding: nothing makes up for the errors of rows that are looked up, and
 #: allocation gives them many bits.
-SHARES_LOOKED_UP: Mapping[int, float] = {**SHARES, 6: 4.0, 8: 96.0}
+LEVEL_WEIGHTS_LOOKED_UP: Mapping[int, float] = {**LEVEL_WEIGHTS, 6: 4.0, 8: 96.0}
 #: Freedom (d/n) up to which H is believed at all levels, and from which it is not at 6 and 8 bits; how many samples it
 #: takes until what the rows of one have in common weighs no more than that there are few rows; and the damping of few.
 _BELIEVED = (0.18, 0.32)
@@ -50,7 +50,7 @@ SWEEPS = 10
 INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.3
 
 
-def freedom(covariance_KK: Tensor, rows: float) -> float:
+def degrees_of_freedom(covariance_KK: Tensor, rows: float) -> float:
     """Of the rows that inputs were seen in, the share that descent has directions to fit to them; at most a half.
 
     As many as damping leaves, tr H (H + damping)^-1, over the rows. It is what decides how far H can be believed.
@@ -69,7 +69,7 @@ def freedom(covariance_KK: Tensor, rows: float) -> float:
     return min(max(len(metric_KK) - INPUT_DAMPING * left, 0.0) / rows, 0.5)
 
 
-def beyond(free: float) -> float:
+def overfit_factor(free: float) -> float:
     """What codes that were chosen by descent lose on other inputs, over what they lose on those they were chosen on.
 
     dW H dW^T is made small on the H of some rows, and directions in which that is small by chance look cheap. For a
@@ -77,13 +77,13 @@ def beyond(free: float) -> float:
     portfolio does (Varga-Haszonits et al., arXiv:1606.08679).
 
     Args:
-        free: d/n (`freedom`).
+        free: d/n (`degrees_of_freedom`).
     """
     return 1 / (1 - free) ** 2
 
 
 @dataclass(frozen=True)
-class Belief:
+class DescentConfig:
     """How far descent goes by what calibration saw.
 
     Attributes:
@@ -93,11 +93,11 @@ class Belief:
     """
 
     shares: Mapping[int, float]
-    prices: tuple[float, float]
+    clip_penalties: tuple[float, float]
     damping: float
 
 
-def belief(free: float, samples: float) -> Belief:
+def descent_config(free: float, samples: float) -> DescentConfig:
     """How far descent should go by a covariance of so many rows, of so many independent samples.
 
     Where few were seen, part of what descent gains at 4 bits and below is still there on others, but at 8 bits, where
@@ -105,7 +105,7 @@ def belief(free: float, samples: float) -> Belief:
     6 and 8 bits weigh more, up to what they do for nearest codes.
 
     Args:
-        free: d/n (`freedom`).
+        free: d/n (`degrees_of_freedom`).
         samples: tokens of a language model, sentences of an encoder, images: rows of one have much in common.
     """
     low, high = _BELIEVED
@@ -115,9 +115,11 @@ def belief(free: float, samples: float) -> Belief:
     def between(many: float, few: float) -> float:
         return math.exp((1 - part) * math.log(many) + part * math.log(few))
 
-    shares = {level: between(SHARES[level], SHARES_LOOKED_UP[level]) for level in SHARES}
-    (six, eight), (six_few, eight_few) = PRICES_FOR_DESCENT, PRICES
-    return Belief(shares, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _DAMPING_OF_FEW))
+    shares = {level: between(LEVEL_WEIGHTS[level], LEVEL_WEIGHTS_LOOKED_UP[level]) for level in LEVEL_WEIGHTS}
+    (six, eight), (six_few, eight_few) = CLIP_PENALTIES_FOR_DESCENT, CLIP_PENALTIES
+    return DescentConfig(
+        shares, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _DAMPING_OF_FEW)
+    )
 
 
 @torch.no_grad()
@@ -127,7 +129,7 @@ def with_descent(
     covariance_KK: Tensor,
     gradients_BRR: Tensor | None = None,
     *,
-    shares: Mapping[int, float] = SHARES,
+    shares: Mapping[int, float] = LEVEL_WEIGHTS,
     sweeps: int = SWEEPS,
     damping: float = INPUT_DAMPING,
 ) -> Rounded:

@@ -42,8 +42,8 @@ _ROW_GAINS_FROM = 1024
 
 #: What a squared error costs at 6 and at 8 bits, where it costs 1 at 4: of nearest codes, and of those that descent
 #: will exchange.
-PRICES = (4.0, 96.0)
-PRICES_FOR_DESCENT = (1.0, 4.0)
+CLIP_PENALTIES = (4.0, 96.0)
+CLIP_PENALTIES_FOR_DESCENT = (1.0, 4.0)
 
 # How far each end of the grid goes: 1 puts the outermost 4-bit codes on the farthest weight.
 _SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
@@ -83,7 +83,11 @@ class Rounded:
 
 
 def round_weight(
-    w_NK: Tensor, *, group: int, input_energy_K: Tensor | None = None, prices: tuple[float, float] = PRICES
+    w_NK: Tensor,
+    *,
+    group: int,
+    input_energy_K: Tensor | None = None,
+    clip_penalties: tuple[float, float] = CLIP_PENALTIES,
 ) -> Rounded:
     """Round a weight to the nearest codes, on grids searched for all levels.
 
@@ -114,7 +118,7 @@ def round_weight(
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
         outcome = codes[:, part], grids[:, part], gain_2N[:, part]
-        _round_rows(w_NK[part].float(), importance_K, group, exponent, prices, *outcome)
+        _round_rows(w_NK[part].float(), importance_K, group, exponent, clip_penalties, *outcome)
     return Rounded(codes[0], codes[1], grids[0], grids[1], _one_if_narrow(gain_2N, columns), group)
 
 
@@ -187,7 +191,7 @@ def _round_rows(
     importance_K: Tensor,
     group: int,
     exponent: int,
-    prices: tuple[float, float],
+    clip_penalties: tuple[float, float],
     codes: Tensor,
     grids: Tensor,
     gain_2n: Tensor,
@@ -195,8 +199,8 @@ def _round_rows(
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
     w_gR, root_gR = in_groups(w_nK, importance_K, group)
-    noise_R = (prices[0] / 4**2 + prices[1] / 4**4) / 12 * root_gR.square().sum(0)
-    cost = partial(_cost, w_gR, root_gR, sum(prices), noise_R)
+    noise_R = (clip_penalties[0] / 4**2 + clip_penalties[1] / 4**4) / 12 * root_gR.square().sum(0)
+    cost = partial(_cost, w_gR, root_gR, sum(clip_penalties), noise_R)
     scale_R, offset_R = search(w_gR, root_gR, cost, partial(snapped, exponent=exponent), least_scale(exponent))
 
     from_offset_gR = w_gR - offset_R

@@ -24,7 +24,7 @@ GROUPED_LEVELS: tuple[int, ...] = (2, 4, 8, 16)
 _WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
-class Form(Protocol):
+class Encoding(Protocol):
     """What holds a flat run of values."""
 
     @property

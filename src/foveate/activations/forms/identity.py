@@ -1,15 +1,15 @@
 """Which saved tensors are one and the same, which are parameters, and whether one was changed in place.
 
 **The same.** Autograd saves views: q, k and v of one projection, a matrix and its transpose. What is stored is
-therefore an interval of a storage at a version: `Interval`, found again through `Shelf`. An address alone is no
+therefore an interval of a storage at a version: `Interval`, found again through `StorageIndex`. An address alone is no
 identity, for memory is used again; the shelf holds a weak reference to each storage, which keeps its address from being
 given away.
 
 **Parameters** are never stored: they are there anyway. A pointer is not enough (autocast makes copies, FSDP hands out
 others), so `parameter_of` walks from a tensor through views and casts to a leaf that accumulates a gradient.
 
-**Changed in place.** Any pack hook switches off autograd's own check of versions. `witness` shares a tensor's version
-counter without holding its memory, so the check can be made again when the tensor is asked for.
+**Changed in place.** Any pack hook switches off autograd's own check of versions. `version_probe` shares a tensor's
+version counter without holding its memory, so the check can be made again when the tensor is asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CASTS = frozenset(("ToCopy",))
 _NOTHING = torch.empty(0)
 
 
-def witness(tensor: Tensor) -> Tensor:
+def version_probe(tensor: Tensor) -> Tensor:
     """An empty tensor whose `_version` is the tensor's, now and later."""
     with torch.no_grad():
         shared = tensor.detach()
@@ -113,19 +113,19 @@ def without_repeats(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class _Shelved(Generic[T]):
+class _IndexedStorage(Generic[T]):
     storage: StorageWeakRef
     items: list[tuple[Interval, torch.dtype, int, weakref.ref[T]]]
 
 
-class Shelf(Generic[T]):
+class StorageIndex(Generic[T]):
     """Finds what is already stored of a storage, for as long as somebody holds it.
 
     Items are held weakly: they live in autograd's graph and go with it.
     """
 
     def __init__(self) -> None:
-        self._by_storage: dict[int, _Shelved[T]] = {}
+        self._by_storage: dict[int, _IndexedStorage[T]] = {}
 
     def __len__(self) -> int:
         return sum(len(shelved.items) for shelved in self._by_storage.values())
@@ -160,7 +160,7 @@ class Shelf(Generic[T]):
         key = storage._cdata
         shelved = self._by_storage.get(key)
         if shelved is None:
-            shelved = self._by_storage[key] = _Shelved(StorageWeakRef(storage), [])
+            shelved = self._by_storage[key] = _IndexedStorage(StorageWeakRef(storage), [])
 
         def forget(reference: weakref.ref[T]) -> None:
             shelved.items[:] = [entry for entry in shelved.items if entry[3] is not reference]

@@ -15,14 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.activations.forms.encodings import Empty, Exact, Form, Masked, narrowed, two_valued
+from foveate.activations.forms.encodings import Empty, Encoding, Exact, Masked, narrowed, two_valued
 from foveate.activations.forms.rules import Bounds, Need
 
 #: Integers that can be narrowed.
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def lossless(flat: Tensor, need: Need, bounds: Bounds | None, constant: bool, smallest: int) -> tuple[Form, Need]:
+def lossless(flat: Tensor, need: Need, bounds: Bounds | None, constant: bool, smallest: int) -> tuple[Encoding, Need]:
     """A form that loses nothing, and what it then serves: `Need.VALUES` where the caller may round.
 
     Args:
@@ -49,7 +49,7 @@ def lossless(flat: Tensor, need: Need, bounds: Bounds | None, constant: bool, sm
     return Exact(flat), need
 
 
-def _integers(flat: Tensor) -> Form | None:
+def _integers(flat: Tensor) -> Encoding | None:
     return narrowed(flat) if flat.dtype in _INTEGERS else None
 
 

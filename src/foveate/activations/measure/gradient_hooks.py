@@ -11,12 +11,12 @@ from foveate.activations.forms.identity import parameter_of
 from foveate.activations.forms.rules import Rule
 from foveate.activations.measure import closed_forms as sensitivity
 from foveate.activations.measure.scope import Call
-from foveate.activations.recompute.recipes import Source
+from foveate.activations.recompute.recipes import StoredView
 from foveate.activations.saved_tensors import Payload
 
 
 def gradient_watcher(
-    payload: Payload, source: Source, rule: Rule, call: Call, again: Callable[[], bool]
+    payload: Payload, source: StoredView, rule: Rule, call: Call, again: Callable[[], bool]
 ) -> Callable[[Tensor], None]:
     """What to do with the gradient of one consumer of a payload.
 

@@ -94,7 +94,7 @@ class Site:
     seen: Running
     step: int = -1
     derived: bool = False
-    late: bool = False
+    read_by_second_backward: bool = False
 
     def count(self, bytes: tuple[int, ...], step: int) -> None:
         """A tensor of it takes so many bytes at each of LEVELS; those of one step add up."""
@@ -127,10 +127,10 @@ class Trust:
 
     logs: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
 
-    def saw(self, foretold: float, audited: float) -> None:
+    def saw(self, predicted: float, audited: float) -> None:
         """One audit: relative errors (not squared)."""
-        if foretold > 0 and audited > 0:
-            self.logs.append(math.log(audited / foretold))
+        if predicted > 0 and audited > 0:
+            self.logs.append(math.log(audited / predicted))
 
     @property
     def factor(self) -> float:
@@ -204,7 +204,7 @@ class Ledger:
             if local_L is not None and (transfer or not local_L.any()):  # without a gradient there is no error
                 factor = float(recent([torch.tensor(v, dtype=torch.float64) for v in transfer])) if transfer else 0.0
                 found = tuple((local_L * factor).tolist())
-        if site.late and not any(found):
+        if site.read_by_second_backward and not any(found):
             found = unknown  # it has one, from a gradient that was not measured
         if site.rule.unsteady:
             found = tuple(_UNSTEADY_COUNTS * error for error in found)
@@ -235,7 +235,7 @@ class Ledger:
         """The step at which a family was probed last; -1 if never, or if that is in doubt."""
         return self.families[name].probed_at if name in self.families else -1
 
-    def doubt(self) -> None:
+    def invalidate(self) -> None:
         """Probe every family anew, as in the first steps: what was measured does not hold any more."""
         for family in self.families.values():
             family.probed_at = -1

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from foveate.activations.forms.encodings import GROUPED_LEVELS, Form
+from foveate.activations.forms.encodings import GROUPED_LEVELS, Encoding
 from foveate.activations.measure.ledger import Family, Ledger, Site, family_of
 from foveate.activations.measure.metric import Relative, Weights
 
@@ -93,7 +93,7 @@ class Kept:
 
     original: int
     held: int
-    form: str
+    encoding: str
     level: int
 
 
@@ -117,7 +117,7 @@ class Step:
     profiled: bool = False
     audited: bool = False
     probed: tuple[str, ...] = ()
-    foretold: float = float("nan")
+    predicted: float = float("nan")
     records: list[Record] = field(default_factory=list)
     original: int = 0
     kept: dict[str, Kept] = field(default_factory=dict)
@@ -145,16 +145,16 @@ class Step:
     def held_compiled(self) -> int:
         """Bytes of them that are held for compiled functions, as they came."""
         found = (self.kept[site] for site in self.compiled if site in self.kept)
-        return sum(kept.held for kept in found if kept.form == "exact")
+        return sum(kept.held for kept in found if kept.encoding == "exact")
 
-    def stored(self, site: str, original: int, form: Form) -> None:
+    def stored(self, site: str, original: int, encoding: Encoding) -> None:
         """A tensor was stored."""
         before = self.kept.get(site)
         self.kept[site] = Kept(
             original + (before.original if before else 0),
-            form.bytes + (before.held if before else 0),
-            type(form).__name__.lower(),
-            form.level,
+            encoding.bytes + (before.held if before else 0),
+            type(encoding).__name__.lower(),
+            encoding.level,
         )
 
     def run_passes(
@@ -225,7 +225,7 @@ class Step:
             self._write_probes(ledger, weights)
             if EXACT in self._differences:
                 self.audit = self._difference(EXACT, weights) ** 0.5
-                ledger.trust.saw(self.foretold, self.audit)
+                ledger.trust.saw(self.predicted, self.audit)
         self.records.clear()
 
     def _weights(self, relative_to: Relative) -> Weights | None:

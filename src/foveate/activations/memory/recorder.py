@@ -55,11 +55,13 @@ class Tracking:
 
     def stored(self, payload: Payload, tensor: Tensor) -> Token | None:
         """A payload was made of a tensor."""
-        if self._tracker is None or self.timeline is not None or isinstance(payload.form, Nothing):
+        if self._tracker is None or self.timeline is not None or isinstance(payload.encoding, Nothing):
             return None
-        held = [value for value in vars(payload.form).values() if isinstance(value, Tensor)]
+        held = [value for value in vars(payload.encoding).values() if isinstance(value, Tensor)]
         flat = tensor.detach().as_strided((payload.interval.length,), (1,), payload.interval.start)
-        return self._tracker.stored(payload.site, held, payload.form.flat if isinstance(payload.form, Exact) else flat)
+        return self._tracker.stored(
+            payload.site, held, payload.encoding.flat if isinstance(payload.encoding, Exact) else flat
+        )
 
     def restored(self, token: Token | None, values: Tensor) -> None:
         """Backward was given a payload's values."""

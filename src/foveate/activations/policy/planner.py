@@ -91,16 +91,16 @@ class Planner:
         probed: tuple[str, ...] = ()
         if profiled and number and can_pass:
             probed = tuple(self.ledger.next_families(_FIRST_PROBES if learning or early else settings.options.probes))
-        return Step(number, profiled, audited, probed, self.foretold())
+        return Step(number, profiled, audited, probed, self.predicted())
 
-    def read_late(self, payloads: Iterable[Payload]) -> None:
+    def saw_second_backward(self, payloads: Iterable[Payload]) -> None:
         """A second backward of a step asks for something. What it does to the gradient is not measured, so that no
         gradient came back in the first is no reason to give it few bits.
         """
         for payload in payloads:
             site = self.ledger.sites.get(payload.site)
-            if site is not None and not site.late:
-                site.late = True
+            if site is not None and not site.read_by_second_backward:
+                site.read_by_second_backward = True
                 self.levels.pop(site.name, None)
 
     def decide(self, timeline: Timeline | None) -> None:
@@ -116,10 +116,12 @@ class Planner:
         elif settings.bytes is not None and timeline is not None and not self.ledger.unprobed():
             self.levels = dict(within_bytes(sites, timeline, settings.bytes, settings.options.granularity).levels)
 
-    def foretold(self) -> float:
+    def predicted(self) -> float:
         """The relative error that the ledger predicts for the levels in use."""
         total: float = 0.0
         for site in self.ledger.stored_sites():
             error = float(self.ledger.errors(site)[LEVELS.index(self.level_of(site.name))])
-            total += 0.0 if site.late and math.isnan(error) else error  # audits do not see what is read late
+            total += (
+                0.0 if site.read_by_second_backward and math.isnan(error) else error
+            )  # audits do not see what is read late
         return math.sqrt(total)

@@ -83,7 +83,9 @@ def _site_to_json(ledger: Ledger, site: Site) -> dict[str, Any]:
         "bytes": list(site.bytes),
         "closed_form": site.closed,
         "errors": errors,
-        "measured": None if site.late and not measured else _mean(site.errors if site.closed else site.local),
+        "measured": None
+        if site.read_by_second_backward and not measured
+        else _mean(site.errors if site.closed else site.local),
         "statistics": site.seen.summary().to_json(),
     }
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foveate.activations.forms.encodings import Computed
 from foveate.activations.measure.scope import Call
-from foveate.activations.recompute.recipes import Source, laid_out
+from foveate.activations.recompute.recipes import StoredView, laid_out
 
 #: The torch function whose calls these are.
 ATTENTION = "scaled_dot_product_attention"
@@ -41,7 +41,7 @@ class Attended:
     """
 
     def __init__(
-        self, inputs: tuple[Source, ...], causal: bool, scale: float | None, read: Callable[[Source], Tensor]
+        self, inputs: tuple[StoredView, ...], causal: bool, scale: float | None, read: Callable[[StoredView], Tensor]
     ) -> None:
         self.inputs, self._causal, self._scale, self._read = inputs, causal, scale, read
         self._other: tuple[int, Tensor] | None = None
@@ -100,11 +100,11 @@ class Attentions:
         read: the tensor of a source.
     """
 
-    def __init__(self, read: Callable[[Source], Tensor]) -> None:
+    def __init__(self, read: Callable[[StoredView], Tensor]) -> None:
         self._read = read
         self._agrees: dict[tuple[str, int, torch.dtype], bool] = {}
 
-    def form(self, call: Call, tensor: Tensor) -> Again | None:
+    def encoding(self, call: Call, tensor: Tensor) -> Again | None:
         """How a tensor that a call of attention saves is computed again; None if it is not.
 
         Args:

@@ -42,7 +42,7 @@ DEPTH = 4
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredView:
     """A tensor as it lies in something stored.
 
     Attributes:
@@ -88,7 +88,7 @@ class Recipe:
     depth: int
     roots: tuple[Any, ...]
 
-    def result(self, read: Callable[[Source], Tensor]) -> Tensor:
+    def result(self, read: Callable[[StoredView], Tensor]) -> Tensor:
         """The tensor, computed from what `read` gives for each source.
 
         Raises:
@@ -96,7 +96,7 @@ class Recipe:
         """
 
         def found(argument: Any) -> Any:
-            if isinstance(argument, Source):
+            if isinstance(argument, StoredView):
                 return read(argument)
             if isinstance(argument, Recipe):
                 return argument.result(read)

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from foveate.activations.forms.identity import interval_of, parameter_of
 from foveate.activations.measure.scope import Call
-from foveate.activations.recompute.recipes import DEPTH, NORMS, Parameter, Recipe, Source, norm_arguments, normalised
+from foveate.activations.recompute.recipes import (
+    DEPTH,
+    NORMS,
+    Parameter,
+    Recipe,
+    StoredView,
+    norm_arguments,
+    normalised,
+)
 from foveate.activations.saved_tensors import Derived, Payload, is_plain, source_of
 
 
@@ -51,7 +59,7 @@ class Recipes:
         if made is None:
             return
         function, args, kwargs = made
-        found = [a for a in (*args, *kwargs.values()) if isinstance(a, (Source, Recipe))]
+        found = [a for a in (*args, *kwargs.values()) if isinstance(a, (StoredView, Recipe))]
         depth = 1 + max((_depth_of(a) for a in found), default=0)
         roots = tuple(dict.fromkeys(root for a in found for root in _roots_of(a)))
         if roots and depth <= DEPTH:
@@ -105,15 +113,15 @@ def _is_whole(result: Tensor) -> bool:
     return interval.dense and interval.length * result.element_size() == result.untyped_storage().nbytes()
 
 
-def _depth_of(found: Source | Recipe) -> int:
+def _depth_of(found: StoredView | Recipe) -> int:
     """Functions between what an argument is and what is stored."""
     if isinstance(found, Recipe):
         return found.depth
-    return found.item.form.recipe.depth if isinstance(found.item.form, Derived) else 0
+    return found.item.encoding.recipe.depth if isinstance(found.item.encoding, Derived) else 0
 
 
-def _roots_of(found: Source | Recipe) -> tuple[Any, ...]:
+def _roots_of(found: StoredView | Recipe) -> tuple[Any, ...]:
     """What an argument is made from in the end."""
     if isinstance(found, Recipe):
         return found.roots
-    return found.item.form.recipe.roots if isinstance(found.item.form, Derived) else (found.item,)
+    return found.item.encoding.recipe.roots if isinstance(found.item.encoding, Derived) else (found.item,)

@@ -2,8 +2,8 @@
 
 Schemas are defined here and nowhere else. The reference is registered for every device; compiled kernels, when they are
 built, take the CPU over from it (`foveate.backends()` says which runs). Levels, residency and the choice of map are
-tensors, so no switch recompiles a graph or allocates. docs/format.md has the arithmetic, kernels/planes/reference.py the
-meaning of the arguments.
+tensors, so no switch recompiles a graph or allocates. docs/format.md has the arithmetic, `reference.py` beside this
+file the meaning of the arguments.
 
 Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum
 of dy, planes get none. `plane_linear_no_grad` is `plane_linear` for calls that need none: autograd's part of a custom
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from foveate.kernels.library import LIBRARY
 from foveate.kernels.planes import reference
-from foveate.kernels.planes.reference import FORM_NUMBERS, WEIGHT_TENSORS
+from foveate.kernels.planes.reference import GEOMETRY_NUMBERS, WEIGHT_TENSORS
 
 LIBRARY.define("plane_unpack(Tensor[] weight, int[] form, int which) -> Tensor")
 LIBRARY.define("plane_embedding(Tensor indices, Tensor[] weight, int[] form, int which) -> Tensor")
@@ -31,19 +31,19 @@ LIBRARY.impl("plane_embedding", reference.plane_embedding, "CompositeExplicitAut
 
 
 @torch.library.register_fake("foveate::plane_unpack", lib=LIBRARY)
-def _unpack_fake(weight: Sequence[Tensor], form: Sequence[int], which: int) -> Tensor:
-    return weight[0].new_empty(form[0], form[1], dtype=torch.float32)
+def _unpack_fake(weight: Sequence[Tensor], geometry: Sequence[int], which: int) -> Tensor:
+    return weight[0].new_empty(geometry[0], geometry[1], dtype=torch.float32)
 
 
 @torch.library.register_fake("foveate::plane_embedding", lib=LIBRARY)
-def _embedding_fake(indices: Tensor, weight: Sequence[Tensor], form: Sequence[int], which: int) -> Tensor:
-    return weight[0].new_empty(*indices.shape, form[1], dtype=torch.float32)
+def _embedding_fake(indices: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], which: int) -> Tensor:
+    return weight[0].new_empty(*indices.shape, geometry[1], dtype=torch.float32)
 
 
 def _linear_fake(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], forms: Sequence[int], *_: Any
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], geometries: Sequence[int], *_: Any
 ) -> list[Tensor]:
-    return [x.new_empty(*x.shape[:-1], rows) for rows in forms[::FORM_NUMBERS]]
+    return [x.new_empty(*x.shape[:-1], rows) for rows in geometries[::GEOMETRY_NUMBERS]]
 
 
 for _name in ("plane_linear", "plane_linear_no_grad"):
@@ -68,16 +68,16 @@ def _by_handle_fake(x: Tensor, handle: Tensor, biases: Sequence[Tensor], rows: S
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, forms, _, choice, order, _ = inputs
+    x, weights, biases, geometries, _, choice, order, _ = inputs
     # levels may be switched between forward and backward: backward must see the weight that forward used
-    tags = WEIGHT_TENSORS - 1
-    kept = [t.clone() if i % WEIGHT_TENSORS == tags else t for i, t in enumerate(weights)]
+    active_levels = WEIGHT_TENSORS - 1
+    kept = [t.clone() if i % WEIGHT_TENSORS == active_levels else t for i, t in enumerate(weights)]
     ctx.save_for_backward(choice, order, *kept)
-    ctx.static = (tuple(forms), x.shape, x.dtype, tuple(b.numel() > 0 for b in biases))
+    ctx.static = (tuple(geometries), x.shape, x.dtype, tuple(b.numel() > 0 for b in biases))
 
 
 def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    forms, x_shape, x_dtype, has_bias = ctx.static
+    geometries, x_shape, x_dtype, has_bias = ctx.static
     choice, order, *weights = ctx.saved_tensors
     grad_x = None
     grad_biases: list[Tensor | None] = []
@@ -85,15 +85,15 @@ def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
         if grad is None:
             grad_biases.append(None)
             continue
-        form = forms[w * FORM_NUMBERS : (w + 1) * FORM_NUMBERS]
-        grad_MN = grad.reshape(-1, form[0]).float()
+        geometry = geometries[w * GEOMETRY_NUMBERS : (w + 1) * GEOMETRY_NUMBERS]
+        grad_MN = grad.reshape(-1, geometry[0]).float()
         grad_biases.append(grad_MN.sum(0) if has_bias[w] else None)
         if not ctx.needs_input_grad[0]:
             continue
         tensors = weights[w * WEIGHT_TENSORS : (w + 1) * WEIGHT_TENSORS]
-        part = grad_MN @ torch.ops.foveate.plane_unpack(tensors, form, 0)
+        part = grad_MN @ torch.ops.foveate.plane_unpack(tensors, geometry, 0)
         if choice is not None:
-            second = grad_MN @ torch.ops.foveate.plane_unpack(tensors, form, 1)
+            second = grad_MN @ torch.ops.foveate.plane_unpack(tensors, geometry, 1)
             part = torch.where(choice.reshape(-1, 1).bool(), second, part)
         grad_x = part if grad_x is None else grad_x + part
     if grad_x is not None:

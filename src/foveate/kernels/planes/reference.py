@@ -36,7 +36,7 @@ BLOCK_UNITS = 8
 #: Levels at which a range that was given stands for each row's own.
 STATIC_LEVELS = (4, 8)
 WEIGHT_TENSORS = PLANES + 5
-FORM_NUMBERS = 5
+GEOMETRY_NUMBERS = 5
 
 
 class Weight(NamedTuple):
@@ -45,9 +45,9 @@ class Weight(NamedTuple):
     planes: Sequence[Tensor]
     scales: Tensor
     gain: Tensor
-    starts: Tensor
-    resident: Tensor
-    tags: Tensor
+    tile_offsets: Tensor
+    stored_levels: Tensor
+    active_levels: Tensor
     rows: int
     columns: int
     group: int
@@ -55,14 +55,14 @@ class Weight(NamedTuple):
     exponent: int
 
 
-def weights_of(tensors: Sequence[Tensor], forms: Sequence[int]) -> list[Weight]:
+def weights_of(tensors: Sequence[Tensor], geometries: Sequence[int]) -> list[Weight]:
     """The weights of a list of tensors and one of numbers."""
     weights = []
-    for i in range(len(forms) // FORM_NUMBERS):
+    for i in range(len(geometries) // GEOMETRY_NUMBERS):
         mine = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
-        scales, gain, starts, resident, tags = mine[PLANES:]
-        form = forms[i * FORM_NUMBERS : (i + 1) * FORM_NUMBERS]
-        weights.append(Weight(mine[:PLANES], scales, gain, starts, resident, tags, *form))
+        scales, gain, tile_offsets, stored_levels, active_levels = mine[PLANES:]
+        geometry = geometries[i * GEOMETRY_NUMBERS : (i + 1) * GEOMETRY_NUMBERS]
+        weights.append(Weight(mine[:PLANES], scales, gain, tile_offsets, stored_levels, active_levels, *geometry))
     return weights
 
 
@@ -73,12 +73,14 @@ def _spread(stored: Tensor, has_it: Tensor) -> Tensor:
     return full
 
 
-def _centred_codes(planes: Sequence[Tensor], resident: Tensor, level_tiles: Tensor, group: int, reach: int) -> Tensor:
+def _centred_codes(
+    planes: Sequence[Tensor], stored_levels: Tensor, level_tiles: Tensor, group: int, reach: int
+) -> Tensor:
     """2c - C of every tile at its level, int64 [NT, G, 16, g]; 0 where the level is 0."""
-    strips, groups = resident.shape
+    strips, groups = stored_levels.shape
     q = []
     for plane, packed in enumerate(planes):
-        has_it = resident >= NESTED_LEVELS[plane]
+        has_it = stored_levels >= NESTED_LEVELS[plane]
         stored = packed.view(-1, tile_bytes(plane, group))
         q.append(unpack_plane(_spread(stored, has_it), plane, group).view(strips, groups, TILE_ROWS, group).long())
     anchor = q[0] << 2 | q[1] << 1 | q[2]
@@ -98,8 +100,8 @@ def _centred_codes(planes: Sequence[Tensor], resident: Tensor, level_tiles: Tens
 
 def _scales(w: Weight, level_tiles: Tensor) -> tuple[Tensor, Tensor]:
     """(scale x unit, offset) of every tile's rows at its level, float32 [NT, G, 16] each; 0 where the level is 0."""
-    strips, groups = w.resident.shape
-    codes = _spread(w.scales.view(-1, SCALE_BYTES), w.resident > 0).view(strips, groups, 2, TILE_ROWS)
+    strips, groups = w.stored_levels.shape
+    codes = _spread(w.scales.view(-1, SCALE_BYTES), w.stored_levels > 0).view(strips, groups, 2, TILE_ROWS)
     scale, offset = decoded(codes[:, :, 0], codes[:, :, 1].view(torch.int8), w.exponent)
     gain_by_strip = w.gain.float().expand(len(GAINED_LEVELS), strips * TILE_ROWS).view(-1, strips, 1, TILE_ROWS)
     scaled = torch.zeros_like(scale)
@@ -111,27 +113,27 @@ def _scales(w: Weight, level_tiles: Tensor) -> tuple[Tensor, Tensor]:
     return scaled, torch.where(level_tiles[..., None] > 0, offset, 0.0)
 
 
-def _levels_read(tags: Tensor, resident: Tensor, which: int) -> Tensor:
-    return torch.minimum(tags[which], resident)
+def _levels_read(active_levels: Tensor, stored_levels: Tensor, which: int) -> Tensor:
+    return torch.minimum(active_levels[which], stored_levels)
 
 
-def plane_unpack(weight: Sequence[Tensor], form: Sequence[int], which: int = 0) -> Tensor:
+def plane_unpack(weight: Sequence[Tensor], geometry: Sequence[int], which: int = 0) -> Tensor:
     """The dense weight, float32 [rows, columns], at the levels of map `which`."""
-    (w,) = weights_of(weight, form)
+    (w,) = weights_of(weight, geometry)
     return tiles_to_matrix(_dense_tiles(w, which), w.rows, w.columns).contiguous()
 
 
 def _dense_tiles(w: Weight, which: int) -> Tensor:
-    level_tiles = _levels_read(w.tags, w.resident, which)
-    centred = _centred_codes(w.planes, w.resident, level_tiles, w.group, w.reach)
+    level_tiles = _levels_read(w.active_levels, w.stored_levels, which)
+    centred = _centred_codes(w.planes, w.stored_levels, level_tiles, w.group, w.reach)
     scaled, offset = _scales(w, level_tiles)
     # one rounding, as a fused multiply-add has
     return (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
 
 
-def plane_embedding(indices: Tensor, weight: Sequence[Tensor], form: Sequence[int], which: int = 0) -> Tensor:
+def plane_embedding(indices: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], which: int = 0) -> Tensor:
     """Rows of the dense weight, float32 [*indices.shape, columns]."""
-    return F.embedding(indices, plane_unpack(weight, form, which))
+    return F.embedding(indices, plane_unpack(weight, geometry, which))
 
 
 class Grid(NamedTuple):
@@ -246,7 +248,7 @@ def plane_linear(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
-    forms: Sequence[int],
+    geometries: Sequence[int],
     input_level: Tensor,
     choice: Tensor | None = None,
     order: Tensor | None = None,
@@ -258,8 +260,8 @@ def plane_linear(
         x_MK = x_MK[:, order]
     chosen = torch.zeros(len(x_MK), dtype=torch.long) if choice is None else (choice.reshape(-1) != 0).long()
     outputs = []
-    for w, bias in zip(weights_of(weights, forms), biases, strict=True):
-        y_MN = x_MK.new_empty(len(x_MK), w.resident.shape[0] * TILE_ROWS)
+    for w, bias in zip(weights_of(weights, geometries), biases, strict=True):
+        y_MN = x_MK.new_empty(len(x_MK), w.stored_levels.shape[0] * TILE_ROWS)
         for which in (0, 1):
             mine = chosen == which
             if which == 1 and not bool(mine.any()):
@@ -269,8 +271,8 @@ def plane_linear(
                 dense = tiles_to_matrix(_dense_tiles(w, which), y_MN.shape[1], x_MK.shape[1])
                 y_MN[mine] = F.linear(x_MK[mine], dense)
             else:
-                levels = _levels_read(w.tags, w.resident, which)
-                centred = _centred_codes(w.planes, w.resident, levels, w.group, w.reach)
+                levels = _levels_read(w.active_levels, w.stored_levels, which)
+                centred = _centred_codes(w.planes, w.stored_levels, levels, w.group, w.reach)
                 scaled, offset = _scales(w, levels)
                 y_MN[mine] = _product(x_MK[mine], centred, scaled, offset, level, input_range)
         y_MN = y_MN[:, : w.rows]
@@ -286,7 +288,7 @@ _NUMBERS = itertools.count(1)
 
 def plane_handle(
     weights: Sequence[Tensor],
-    forms: Sequence[int],
+    geometries: Sequence[int],
     input_levels: Sequence[Tensor],
     input_ranges: Sequence[Tensor],
 ) -> Tensor:
@@ -294,7 +296,7 @@ def plane_handle(
     as long as it lives. Without ranges each row has its own.
     """
     number = next(_NUMBERS)
-    _HELD[number] = (tuple(weights), tuple(forms), tuple(input_levels), tuple(input_ranges))
+    _HELD[number] = (tuple(weights), tuple(geometries), tuple(input_levels), tuple(input_ranges))
     handle = torch.tensor([number])
     weakref.finalize(handle, _HELD.pop, number)
     return handle
@@ -307,13 +309,13 @@ def plane_linear_by_handle(x: Tensor, handle: Tensor, biases: Sequence[Tensor], 
     """
     if int(handle) not in _HELD:
         raise RuntimeError(f"handle (={int(handle)}) stands for no weight of this process: its weight is gone")
-    tensors, forms, levels, ranges = _HELD[int(handle)]
-    if list(rows) != list(forms[::FORM_NUMBERS]):
-        raise RuntimeError(f"rows (={list(rows)}) are not those of the weights, {list(forms[::FORM_NUMBERS])}")
+    tensors, geometries, levels, ranges = _HELD[int(handle)]
+    if list(rows) != list(geometries[::GEOMETRY_NUMBERS]):
+        raise RuntimeError(f"rows (={list(rows)}) are not those of the weights, {list(geometries[::GEOMETRY_NUMBERS])}")
     outputs = []
     for i, level in enumerate(levels):
         weight = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
-        form = forms[i * FORM_NUMBERS : (i + 1) * FORM_NUMBERS]
+        geometry = geometries[i * GEOMETRY_NUMBERS : (i + 1) * GEOMETRY_NUMBERS]
         bias = biases[i] if biases else torch.empty(0)
-        outputs += plane_linear(x, weight, [bias], form, level, input_range=ranges[i] if ranges else None)
+        outputs += plane_linear(x, weight, [bias], geometry, level, input_range=ranges[i] if ranges else None)
     return outputs
