@@ -52,9 +52,7 @@ def _library() -> ctypes.CDLL:
     target = cache_folder() / f"read-{fingerprint([SOURCE], FLAGS)}" / "foveate_read.so"
     danger = distrusted(target)
     if danger is not None:
-        raise FoveateError(
-            f"read bandwidth is measured by a library of the cache, and {danger}"
-        )
+        raise FoveateError(f"read bandwidth is measured by a library of the cache, and {danger}")
     if not target.exists():
         try:
             build("foveate_read", [SOURCE], FLAGS, target)
