@@ -27,7 +27,8 @@ def test_random_calls_are_answered_or_refused() -> None:
             for number in range(300):
                 call = op_call(1, number)
                 (answered if run(call) else refused)[call.op] += 1
-    assert set(answered) == set(refused) == OPS
+    assert set(answered) == set(answered | refused) == OPS
+    assert min(answered.total(), refused.total()) > 250
 
 
 def test_a_call_is_made_of_its_seed_and_number() -> None:
