@@ -277,7 +277,12 @@ def read_profile(folder: Folder) -> Profile:
 
 def _check_statistic(path: Path, site: Site, what: str, tensor: Tensor) -> None:
     strips, groups = site.grid
-    of_weights = {"input_energy": (groups,), "output_range": (2,), "row_frequency": (strips,), FITTED: (1,)}
+    of_weights = {
+        "input_energy": (groups,),
+        "output_range": (2,),
+        "row_frequency": (strips,),
+        FITTED: (len(WEIGHT_LEVELS),),
+    }
     shapes = INPUT_STATISTICS if site.kind == "input" else of_weights
     if tensor.shape != shapes.get(what, tensor.shape):
         raise CheckpointError(f"{path}: {what} of {site.name} has shape {tuple(tensor.shape)}")
