@@ -14,7 +14,7 @@ from benchmarks import MODULES, run
 from benchmarks.peers.speed.plot import speed_plot
 from foveate.cli.app import Commands, speak_on_stderr
 from foveate.cli.bench import Out, check_folder_of, show_result
-from foveate.cli.options import Json
+from foveate.cli.shared.options import Json
 
 app = typer.Typer(
     name="python -m benchmarks",

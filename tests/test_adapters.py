@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import foveate as fv
-from foveate.nn.modules import PlaneLinear, PlaneModule
+from foveate.nn.modules import PlaneLinear
+from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import registry_of
 from tiny import llama, quantized_llama, tokens
 

@@ -90,7 +90,7 @@ def test_the_check_sees_imports_inside_functions(tmp_path: Path) -> None:
     assert sorted(_imports("foveate.formats.levels", file)) == [
         (2, "foveate.nn"),
         (3, "foveate.cli.app"),
-        (4, "foveate.maps"),
+        (4, "foveate.precision.maps"),
     ]
 
 

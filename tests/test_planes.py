@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import FoveateError
-from foveate.maps import PrecisionMap, Site
-from foveate.planes import ALIGNMENT, HUGE_PAGE, PlaneTensor, arena, gathered, resident_bytes, shared_tags
+from foveate.memory.arena import ALIGNMENT, HUGE_PAGE, arena
+from foveate.planes import PlaneTensor, gathered, resident_bytes, shared_tags
+from foveate.precision.maps import PrecisionMap, Site
 from tiny import coded, random_levels
 
 

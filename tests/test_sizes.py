@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from foveate.sizes import free_memory
+from foveate.memory.available import free_memory
 
 MIB = 1 << 20
 

@@ -22,7 +22,7 @@ from benchmarks.architectures.trial import Outcome, attempt
 from foveate.bench.extras import require
 from foveate.bench.result import Measured
 from foveate.errors import FoveateError
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.progress import track
 
 FAMILIES = (*TRANSFORMERS, *LAYERS)
@@ -123,7 +123,7 @@ def page(result: Mapping[str, Any]) -> str:
         "",
         "- **works**: every weight matrix is on planes.",
         "- **partly**: some stay float; the share is of all values in weights of two dimensions or more.",
-        "- **refused**: in the sentence given. **FAILED**: a fault of foveate's.",
+        "- **refused**: at the step and in the sentence given. **FAILED**: a fault of foveate's.",
         "- **not tried**: the float model could not be made or run.",
     ]
     for kind in dict.fromkeys(r["kind"] for r in rounds):

@@ -265,6 +265,7 @@ TRANSFORMERS: tuple[Family, ...] = (
         "Swin",
         "Swin",
         num_attention_heads=None,
+        head_dim=None,
         embed_dim=16,
         depths=[1, 1],
         num_heads=[2, 4],

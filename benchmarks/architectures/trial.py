@@ -23,14 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.architectures.families import Family
+from foveate.calibrate.dequantize import dequantize
+from foveate.calibrate.quantize import quantize
 from foveate.collect.objectives import Logits, run
 from foveate.errors import FoveateError
-from foveate.maps import PrecisionMap
-from foveate.nn.dequantize import dequantize
-from foveate.nn.modules import PlaneWeight
-from foveate.nn.persist import load, save
-from foveate.nn.quantize import quantize
-from foveate.nn.registry import apply, profile_of, registry_of
+from foveate.folder.load import load
+from foveate.folder.save import save
+from foveate.nn.levels import apply
+from foveate.nn.registry import profile_of, registry_of
+from foveate.nn.weight import PlaneWeight
+from foveate.precision.maps import PrecisionMap
 
 #: Levels that each model is run at, its inputs at 16 bits.
 LEVELS = (8, 6, 4, 3, 2)
@@ -66,7 +68,7 @@ def attempt(family: Family) -> Outcome:
     try:
         status, says = trial.run()
     except FoveateError as error:
-        status, says = "refused", str(error)
+        status, says = "refused", f"{trial.step}: {error}"
     except Exception as error:  # what is not ours is what the table is for
         known = trial.step in ("making", "running the float model")
         status, says = "not tried" if known else "FAILED", f"{trial.step}: {type(error).__name__}: {error}"

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from foveate.errors import FoveateError
-from foveate.kernels.cpu import cache_folder
+from foveate.kernels.backends.cpu.compiled import cache_folder
 
 log = logging.getLogger("foveate")
 ABANDONED_AFTER_S = 7200.0

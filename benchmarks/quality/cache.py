@@ -30,15 +30,16 @@ from torch import Tensor
 from benchmarks.models.cases import VARIABLE, Case, babyllama105, data_folder, mixed_llama, stories260k
 from benchmarks.peers.child import SCRIPTS, Child, PeerError
 from benchmarks.peers.environments import ENVIRONMENTS
-from foveate.activations.cache import WINDOW, quantized_cache
-from foveate.activations.cache_argument import cache_argument
-from foveate.allocate.cache import CacheProfile
 from foveate.bench.extras import require
 from foveate.bench.result import Measured
 from foveate.collect.objectives import Logits
 from foveate.errors import BudgetError
-from foveate.maps import Budget, PrecisionMap
-from foveate.nn.cache import calibrate_cache
+from foveate.kvcache.cache import WINDOW, quantized_cache
+from foveate.kvcache.cache_argument import cache_argument
+from foveate.kvcache.calibrate import calibrate_cache
+from foveate.kvcache.profile import CacheProfile
+from foveate.precision.budgets import Budget
+from foveate.precision.maps import PrecisionMap
 from foveate.progress import log
 
 BITS = (3.0, 3.5, 4.0, 4.5)

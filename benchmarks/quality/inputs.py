@@ -33,14 +33,17 @@ from benchmarks.models.cases import VARIABLE, Case, data_folder, mixed_llama, re
 from benchmarks.models.resnet import MEAN, STD
 from foveate.allocate import Constraints, allocate, variance_proxy
 from foveate.bench.result import Measured
+from foveate.calibrate.quantize import quantize
 from foveate.collect.objectives import run
+from foveate.evaluate.verify import measure as measure_maps
 from foveate.inputs import watch_inputs
-from foveate.maps import Budget, Levels, PrecisionMap, Profile
+from foveate.nn.levels import apply, use_static_scales
 from foveate.nn.modules import PlaneLinear
-from foveate.nn.quantize import quantize
-from foveate.nn.registry import apply, registry_of, use_static_scales
+from foveate.nn.registry import registry_of
+from foveate.precision.budgets import Budget
+from foveate.precision.maps import Levels, PrecisionMap
+from foveate.precision.profiles import Profile
 from foveate.progress import log
-from foveate.verify import measure as measure_maps
 
 AVERAGE = 6
 PROSE, CODE = ("stories", "wiki", "shakespeare"), ("c", "python")

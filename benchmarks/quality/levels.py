@@ -15,11 +15,13 @@ from typing import Any
 from benchmarks.models.cases import VARIABLE, Case, cases, data_folder
 from foveate.allocate import Constraints, allocate
 from foveate.bench.result import Measured
+from foveate.calibrate.quantize import quantize
+from foveate.evaluate.verify import measure as measure_maps
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import Budget, PrecisionMap, Profile, input_level_for
-from foveate.nn.quantize import quantize
+from foveate.precision.budgets import Budget
+from foveate.precision.maps import PrecisionMap, input_level_for
+from foveate.precision.profiles import Profile
 from foveate.progress import log
-from foveate.verify import measure as measure_maps
 
 ALLOCATED = (3, 4)
 

@@ -23,7 +23,7 @@ import torch
 from benchmarks.training.paired import train_step
 from benchmarks.training.tasks import Task
 from foveate.activations.compress import compress_activations
-from foveate.activations.settings import ActivationOptions
+from foveate.activations.policy.options import ActivationOptions
 from foveate.bench.result import Measured
 from foveate.progress import log
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.training.tasks import Task
 from foveate.activations.compress import compress_activations
-from foveate.activations.peak import PeakTracker
+from foveate.activations.memory.peak import PeakTracker
 from foveate.activations.store import ActivationStore
 from foveate.bench.result import Measured
 from foveate.errors import BudgetError

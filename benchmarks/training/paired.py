@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.training.tasks import Task
 from foveate.activations.compress import compress_activations
-from foveate.activations.peak import PeakTracker
-from foveate.activations.settings import ActivationOptions
+from foveate.activations.memory.peak import PeakTracker
+from foveate.activations.policy.options import ActivationOptions
 from foveate.activations.store import ActivationStore
 from foveate.bench.extras import require
 from foveate.bench.result import Measured

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.training.paired import peak_of
 from benchmarks.training.tasks import byte_llama, next_byte
 from foveate.activations.compress import compress_activations
-from foveate.activations.settings import ActivationOptions
+from foveate.activations.policy.options import ActivationOptions
 from foveate.activations.store import ActivationStore
 from foveate.bench.result import BackgroundLoad, Measured
 from foveate.kernels.threads import threads

@@ -7,9 +7,7 @@ The value is frozen: rounding makes it, `kept` drops planes from it, `moved` put
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -30,9 +28,7 @@ from foveate.formats.packing import (
     tile_grid,
     tile_starts,
 )
-
-HUGE_PAGE = 2 << 20
-ALIGNMENT = 64
+from foveate.memory.arena import arena
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +44,7 @@ class PlaneTensor:
         tags: uint8 [2, NT, G], the level each tile is read at, for each of two maps.
         rows, columns, group, reach: the shape, the inputs a group, and the reach of the residual planes (0, 1, 2).
         exponent: the power of two that the scales are multiplied with.
-        tensors, form: the same as the ops take it, see kernels/reference.py.
+        tensors, form: the same as the ops take it, see kernels/planes/reference.py.
     """
 
     planes: tuple[Tensor, ...]
@@ -169,30 +165,6 @@ def linear(
         return [y.double() for y in op(x.float(), tensors, biases, forms, input_level, choice, order, input_range)]
     outputs: list[Tensor] = op(x, tensors, biases, forms, input_level, choice, order, input_range)
     return outputs
-
-
-def arena(sizes: Sequence[int]) -> list[Tensor]:
-    """One block of memory on huge pages, cut into uint8 tensors of the given sizes, each on a cache line.
-
-    Small pages cost bandwidth when weights are read once a token, so planes live in blocks like this one. Untouched
-    memory is not resident.
-    """
-    offsets = [0]
-    for size in sizes:
-        offsets.append(offsets[-1] + -(-size // ALIGNMENT) * ALIGNMENT)
-    total = offsets[-1]
-    if total >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        # private: Python's default is shared memory, which has no huge pages and which a forked process writes through
-        block = mmap.mmap(-1, total + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        whole = torch.frombuffer(block, dtype=torch.uint8)
-        start = -whole.data_ptr() % HUGE_PAGE
-        with suppress(OSError):  # a kernel built without them
-            # whole ones only: the end of the block must not make the rest of a huge page resident
-            block.madvise(mmap.MADV_HUGEPAGE, start, total // HUGE_PAGE * HUGE_PAGE)
-        whole = whole[start : start + total]
-    else:
-        whole = torch.empty(total, dtype=torch.uint8)
-    return [whole[start : start + size] for start, size in zip(offsets, sizes, strict=False)]
 
 
 def gathered(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.attention import Attended, Attentions
+from foveate.activations.recompute.attention import Attended, Attentions
 from foveate.activations.store import ActivationStore
 
 _LEVELS = {"*:saved.scaled_dot_product_attention*": 2, "*": 32}

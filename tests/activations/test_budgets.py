@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.peak import PeakTracker
-from foveate.activations.profile import profile_checksum
+from foveate.activations.memory.peak import PeakTracker
+from foveate.activations.policy.profile import profile_checksum
 
 
 def _model() -> nn.Module:

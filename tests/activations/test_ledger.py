@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from foveate.activations.ledger import Ledger, Trust, _student
-from foveate.activations.rules import Rule, rule_of
+from foveate.activations.forms.rules import Rule, rule_of
+from foveate.activations.measure.ledger import Ledger, Trust, _student
 
 
 def _ledger(rule: Rule) -> tuple[Ledger, tuple[float, ...]]:

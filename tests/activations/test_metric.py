@@ -13,8 +13,8 @@ from small_training import gradients, relative_error, small_model
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.ledger import recent
-from foveate.activations.metric import FLOOR, Weights, weights_of
+from foveate.activations.measure.ledger import recent
+from foveate.activations.measure.metric import FLOOR, Weights, weights_of
 
 ENERGIES = st.lists(
     st.tuples(st.one_of(st.just(0.0), st.floats(1e-12, 1e12)), st.integers(1, 10_000)), min_size=1, max_size=12

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from foveate.activations.peak import PeakTracker, Token
-from foveate.activations.timeline import Timeline
+from foveate.activations.memory.peak import PeakTracker, Token
+from foveate.activations.memory.timeline import Timeline
 
 BATCH = 64
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.activations.policy import LEVELS, Choice, Granularity, SavedSite, within_bytes, within_error
-from foveate.activations.timeline import Span, Timeline
+from foveate.activations.memory.timeline import Span, Timeline
+from foveate.activations.policy.choose import LEVELS, Choice, Granularity, SavedSite, within_bytes, within_error
 from foveate.errors import BudgetError, DataError, SiteError
 
 

@@ -11,7 +11,7 @@ from small_training import equal, errors, exact, gradients, hooks, most_error, s
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.identity import Interval, Shelf, interval_of
+from foveate.activations.forms.identity import Interval, Shelf, interval_of
 
 # --- edits in place
 

@@ -15,7 +15,7 @@ from small_training import equal, exact, gradients, hooks, small_model
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.identity import Interval
+from foveate.activations.forms.identity import Interval
 
 
 def test_failures_leave_the_store_usable_and_nothing_behind(settings: dict[str, Any]) -> None:

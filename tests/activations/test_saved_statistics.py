@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.activations.statistics import GROUPS, Running, Summary
+from foveate.activations.measure.statistics import GROUPS, Running, Summary
 from foveate.errors import BudgetError
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 
 COUNT = 1 << 16
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from foveate.activations.sensitivity import conv_error, conv_options, linear_error, row_sums
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.activations.measure.closed_forms import conv_error, conv_options, linear_error, row_sums
+from foveate.kernels.backends.table import ensure_loaded
 
 GROUP, LEVEL, TRIALS = 32, 4, 300
 

@@ -14,7 +14,8 @@ import foveate as fv
 from foveate.allocate.problem import build
 from foveate.allocate.solve import solve_loss
 from foveate.errors import BudgetError, SiteError
-from foveate.maps import PrecisionMap, Profile, Site
+from foveate.precision.maps import PrecisionMap, Site
+from foveate.precision.profiles import Profile
 from tiny import generator
 
 LEVELS = (0, 2, 3, 4, 6, 8)

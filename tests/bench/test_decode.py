@@ -5,8 +5,9 @@ import torch
 
 from foveate.bench import decode
 from foveate.bench.random_model import on_random_planes, random_llama
-from foveate.maps import uniform
-from foveate.nn.registry import apply, current_map, registry_of
+from foveate.nn.levels import apply, current_map
+from foveate.nn.registry import registry_of
+from foveate.precision.maps import uniform
 
 SHAPE = decode.Shape(width=64, intermediate=96, layers=1, heads=2, kv_heads=1, vocabulary=128)
 TINY = decode.Sizes(

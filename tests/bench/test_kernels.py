@@ -5,7 +5,7 @@ import torch
 
 from foveate.bench import bandwidth, dense, kernels
 from foveate.bench.result import BackgroundLoad
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads
 from kernels.cases import isas
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from foveate.bench import saved
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 
 needs_compiler = pytest.mark.skipif(ensure_loaded().isa is None, reason="no compiled kernels here")
 

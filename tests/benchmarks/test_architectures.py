@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -65,19 +66,17 @@ def test_a_model_that_fails_by_itself_is_not_tried() -> None:
 
 
 def test_an_error_that_is_not_ours_is_a_failure() -> None:
-    def forward(model: Any, x: Tensor) -> Tensor:
-        assert isinstance(model.layer, nn.Linear)
-        return model.layer(x)  # type: ignore[no-any-return]
-
-    found = attempt(_broken(forward))
-    assert found.status == "FAILED"
-    assert "AssertionError" in found.says
+    family = _broken(lambda self, x: self.layer(x))
+    makers = [family.make]  # the second model, which is to be loaded into, cannot be made
+    found = attempt(replace(family, make=lambda: makers.pop()()))
+    assert (found.status, found.step) == ("FAILED", "saving and loading")
+    assert "IndexError" in found.says
 
 
 def test_a_refusal_is_its_sentence() -> None:
     found = attempt(Family(name="none", kind="test", make=nn.Identity, batch=lambda seed: torch.ones(2), skeleton=True))
     assert found.status == "refused"
-    assert found.says.startswith("Identity has no weight that can be quantized")
+    assert found.says.startswith("quantizing: Identity has no weight that can be quantized")
 
 
 def test_a_process_that_ends_is_a_failure_and_the_next_family_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:

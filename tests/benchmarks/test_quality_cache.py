@@ -14,8 +14,8 @@ from benchmarks.models.cases import Case
 from benchmarks.peers.child import SCRIPTS
 from benchmarks.quality import cache as bench
 from foveate.collect.objectives import Logits
-from foveate.maps import Budget
-from foveate.nn.cache import calibrate_cache
+from foveate.kvcache.calibrate import calibrate_cache
+from foveate.precision.budgets import Budget
 from tiny import generator, llama
 
 STUB = """

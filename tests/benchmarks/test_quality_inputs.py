@@ -12,9 +12,9 @@ from torch import nn
 from benchmarks.models import cases
 from benchmarks.models.resnet import ResNet
 from benchmarks.quality import inputs
+from foveate.calibrate.quantize import quantize
 from foveate.collect.objectives import Logits
-from foveate.nn.quantize import quantize
-from foveate.nn.registry import apply
+from foveate.nn.levels import apply
 from tiny import generator, mlp, rows
 
 

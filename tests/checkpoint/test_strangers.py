@@ -20,7 +20,7 @@ import foveate as fv
 from folders import copy_of, rewrite, skeleton, with_
 from foveate.errors import CheckpointError
 from foveate.files import checksum
-from foveate.nn.skeleton import offline
+from foveate.folder.skeleton import offline
 from tiny import quantized_llama
 
 

@@ -5,8 +5,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from foveate.cli.tables import legend, level_bar, map_table, sizes_table
-from foveate.maps import PrecisionMap, Site
+from foveate.cli.shared.tables import legend, level_bar, map_table, sizes_table
+from foveate.precision.maps import PrecisionMap, Site
 
 SITES = tuple(Site(f"[red]{i}[/].0.w:weight", "weight", 32, 64, 32, rows_read=32) for i in range(2))
 

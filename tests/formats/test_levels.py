@@ -3,13 +3,7 @@ from __future__ import annotations
 import pytest
 
 from foveate.errors import LevelError
-from foveate.formats.levels import (
-    check_input_level,
-    check_weight_level,
-    code_range,
-    code_step,
-    planes_of,
-)
+from foveate.formats.levels import check_input_level, check_weight_level, code_range, code_step, planes_of
 
 
 @pytest.mark.parametrize(

@@ -24,12 +24,12 @@ from torch import Tensor
 
 import foveate as fv
 from folders import X, skeleton
-from foveate.activations.profile import profile_checksum
+from foveate.activations.policy.profile import profile_checksum
+from foveate.calibrate.resuming import _SAMPLE, _digest, read_resume, sample_of, write_resume
 from foveate.checkpoint.head import head_checksum
 from foveate.collect.collector import Collector
 from foveate.collect.kinds import find_weights
 from foveate.files import checksum
-from foveate.nn.resuming import _SAMPLE, _digest, read_resume, sample_of, write_resume
 from tiny import mlp, quantized_mlp, rows
 
 

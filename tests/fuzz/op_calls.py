@@ -157,11 +157,9 @@ class _Maker:
         return [self.other(v, f"{place}[{j}]") if j == i else v for j, v in enumerate(values)]
 
     def other_tensor(self, t: Tensor, place: str) -> Tensor:
-        copied = self.chance(0.9)
-        if not _whole(t):  # torch itself would read beyond its storage
+        if not _whole(t) or t.numel() > 1 << 20:  # torch itself would read beyond its storage, or for hours
             return t
-        if t.numel() < 1 << 20:  # more than that only an expanded one has, which need not be copied
-            t = t.clone() if copied else t.detach()
+        t = t.clone() if self.chance(0.9) else t.detach()
         ways: list[tuple[str, Callable[[], Tensor]]] = [
             ("dtype", lambda: t.to(self.one(DTYPES))),
             ("cut", lambda: t[..., : max(0, t.shape[-1] - self.one((1, 2, 16)))] if t.dim() else t),
@@ -269,7 +267,7 @@ class _Maker:
             ("strided", lambda: t.as_strided_(t.shape, [0] * t.dim())),
         ]
         name, way = self.one(ways)
-        if not _whole(t):
+        if not _whole(t) or t.numel() > 1 << 20:
             return
         try:
             way()

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from foveate.kernels.compiled import cache_folder, compiler, distrusted, fingerprint
-from foveate.kernels.cpu import FLAGS, SOURCES
+from foveate.kernels.backends.cpu.compiled import cache_folder, compiler, distrusted, fingerprint
+from foveate.kernels.backends.cpu.library import FLAGS, SOURCES
 
 #: `vptr` asks for type information that torch's own libraries do not give.
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=vptr")
@@ -104,6 +104,6 @@ def environment() -> dict[str, str]:
 
 def load() -> None:
     """Load the library in this process, in place of the plain kernels."""
-    import foveate.kernels.dispatch  # noqa: F401  the ops must be defined before they are given kernels
+    import foveate.kernels.backends.table  # noqa: F401  the ops must be defined before they are given kernels
 
     torch.ops.load_library(library())

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from fuzz.op_calls import op_call, run
 from kernels.cases import forced, isas
 

@@ -11,8 +11,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.kernels import reference
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.kernels.planes import reference
 from foveate.planes import PlaneTensor, linear
 from tiny import LEVELS, coded, generator, random_levels
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.kernels.saved_reference import FLOATS
+from foveate.kernels.saved.reference import FLOATS
 from tiny import generator
 
 SIZES = st.sampled_from((0, 1, 7, 8, 9, 31, 32, 33, 95, 96, 97, 1023, 1024, 1025)) | st.integers(0, 5000)

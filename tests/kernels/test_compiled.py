@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from foveate.kernels import compiled, cpu
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.cpu import compiled
+from foveate.kernels.backends.cpu import library as cpu
+from foveate.kernels.backends.table import ensure_loaded
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foveate.errors import FoveateError
 from foveate.formats.levels import PLANES
-from foveate.kernels import reference
+from foveate.kernels.planes import reference
 from foveate.planes import linear
 from kernels.cases import COLUMNS, KNOWN_ISAS, ROWS, Call, calls, forced, isas, simple
 from tiny import coded, generator, random_levels
@@ -40,7 +40,7 @@ def test_an_instruction_set_that_is_not_here_is_skipped_loudly(isa: str) -> None
 def test_the_environment_can_force_an_instruction_set_that_is_here_and_no_other() -> None:
     code = (
         "import os\n"
-        "from foveate.kernels.dispatch import ensure_loaded\n"
+        "from foveate.kernels.backends.table import ensure_loaded\n"
         "os.environ['FOVEATE_CPU'] = 'mmx'\n"
         "try: ensure_loaded()\n"
         "except RuntimeError as error: print(error)\n"

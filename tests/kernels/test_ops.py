@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveate.kernels import dispatch, reference
-from foveate.nn.modules import PlaneEmbedding, PlaneLinear, PlaneWeight
+from foveate.kernels.backends import table as dispatch
+from foveate.kernels.planes import reference
+from foveate.nn.modules import PlaneEmbedding, PlaneLinear
+from foveate.nn.weight import PlaneWeight
 from foveate.planes import PlaneTensor, linear
 from kernels.cases import Call, simple
 from tiny import coded, generator, random_levels

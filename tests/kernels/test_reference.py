@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.kernels import reference
+from foveate.kernels.planes import reference
 from tiny import coded, generator, random_levels
 
 GROUPS = (32, 64, 128)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.kernels import rounding_reference as reference
+from foveate.kernels.rounding import reference as reference
 from foveate.rounding import round_weight
 from kernels.cases import forced, isas
 from tiny import generator

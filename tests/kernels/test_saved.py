@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.kernels import dispatch
-from foveate.kernels.saved_reference import FLOATS, GROUP_BITS, INTEGERS, NARROW_BITS, PAGE, uniform
+from foveate.kernels.backends import table as dispatch
+from foveate.kernels.saved.reference import FLOATS, GROUP_BITS, INTEGERS, NARROW_BITS, PAGE, uniform
 from kernels.saved_cases import GROUPS, SEEDS, SIZES, mixed, same
 from tiny import generator
 
@@ -286,7 +286,7 @@ BAD: list[tuple[str, tuple[Any, ...], str]] = [
 
 @pytest.mark.parametrize(("name", "args", "message"), BAD)
 def test_bad_arguments_are_named(name: str, args: tuple[Any, ...], message: str) -> None:
-    import foveate.kernels.saved_reference as reference
+    import foveate.kernels.saved.reference as reference
 
     with pytest.raises(RuntimeError, match=message):
         getattr(ops, name)(*args)

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foveate.kernels import saved_reference as reference
-from foveate.kernels.saved_reference import FLOATS, GROUP_BITS, INTEGERS, NARROW_BITS
+from foveate.kernels.saved import reference as reference
+from foveate.kernels.saved.reference import FLOATS, GROUP_BITS, INTEGERS, NARROW_BITS
 from kernels.cases import forced, isas
 from kernels.saved_cases import GROUPS, SEEDS, SIZES, WORDS, float_data, same
 from tiny import generator

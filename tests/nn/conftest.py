@@ -7,7 +7,7 @@ from attention import Attention, X
 from torch import nn
 
 import foveate as fv
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 
 ensure_loaded()
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.planes import HUGE_PAGE, arena
+from foveate.memory.arena import HUGE_PAGE, arena
 from tiny import tokens
 
 X = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))

@@ -13,7 +13,8 @@ from attention import Attention, Counted, X
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.nn.modules import PlaneLinear, PlaneWeight
+from foveate.nn.modules import PlaneLinear
+from foveate.nn.weight import PlaneWeight
 from tiny import llama, mlp, quantized_llama, rows, tokens
 
 

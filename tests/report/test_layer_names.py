@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from foveate.maps import PrecisionMap, Site
+from foveate.precision.maps import PrecisionMap, Site
 from foveate.report.layers import (
     blocks_of,
     dense_bytes,

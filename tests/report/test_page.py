@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import foveate as fv
-from foveate.maps import PrecisionMap, Profile, Site, uniform
+from foveate.precision.maps import PrecisionMap, Site, uniform
+from foveate.precision.profiles import Profile
 from foveate.report import Measured, html
 from foveate.report.palette import LEVEL_COLOURS, heat_colour
 from foveate.report.plot import Mark, plot

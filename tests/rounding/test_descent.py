@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.kernels.cpu import Status
+from foveate.kernels.backends.cpu.library import Status
 from foveate.rounding import Rounded, round_weight, with_descent
 from foveate.rounding.descent import INPUT_DAMPING, SHARES
 from tiny import read_at

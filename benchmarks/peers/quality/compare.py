@@ -32,13 +32,17 @@ from benchmarks.peers.quality.rounded import Peers, Work
 from benchmarks.peers.quality.settings import POINTS, SETTINGS, STAND_IN, WINDOW, Setting
 from foveate.allocate import Constraints, allocate
 from foveate.bench.result import Measured
+from foveate.calibrate.one_weight import group_for
+from foveate.calibrate.quantize import quantize
 from foveate.collect.kinds import Kind, find_weights, kind_of
 from foveate.collect.objectives import run
 from foveate.errors import BudgetError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
-from foveate.maps import Budget, PrecisionMap, Profile
-from foveate.nn.quantize import group_for, quantize
-from foveate.nn.registry import apply, registry_of
+from foveate.nn.levels import apply
+from foveate.nn.registry import registry_of
+from foveate.precision.budgets import Budget
+from foveate.precision.maps import PrecisionMap
+from foveate.precision.profiles import Profile
 from foveate.progress import log
 
 EXACT_INPUTS = 32

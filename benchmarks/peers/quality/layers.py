@@ -12,10 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from foveate.calibrate.one_weight import group_for
 from foveate.collect.kinds import Found, Kind, find_weights, kind_of, patches, weight_matrix
 from foveate.collect.objectives import Objective, run
 from foveate.formats.levels import TOP_LEVEL
-from foveate.nn.quantize import group_for
 from foveate.planes import from_codes
 from foveate.rounding import round_weight
 

@@ -30,11 +30,12 @@ from foveate.bench.bandwidth import Blocks, fastest_loop
 from foveate.bench.random_model import on_random_planes
 from foveate.bench.result import Measured
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads
-from foveate.maps import uniform
-from foveate.nn.registry import apply, registry_of
-from foveate.planes import arena
+from foveate.memory.arena import arena
+from foveate.nn.levels import apply
+from foveate.nn.registry import registry_of
+from foveate.precision.maps import uniform
 from foveate.progress import track
 
 #: What `scripts/linear_layers.py` knows, by the environment that has it; None is the one that runs this.

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from foveate.activations.metric import Relative
-from foveate.activations.settings import DEFAULT_OPTIONS, ActivationOptions, Settings
+from foveate.activations.measure.metric import Relative
+from foveate.activations.policy.options import DEFAULT_OPTIONS, ActivationOptions, Settings
 from foveate.activations.store import ActivationStore
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.sizes import parse_bytes
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from foveate.activations.ledger import Ledger, family_of
-from foveate.activations.metric import Relative
-from foveate.activations.policy import LEVELS
-from foveate.activations.steps import Step
+from foveate.activations.measure.ledger import Ledger, family_of
+from foveate.activations.measure.metric import Relative
+from foveate.activations.measure.steps import Step
+from foveate.activations.policy.choose import LEVELS
 from foveate.sizes import format_bytes
 
 if TYPE_CHECKING:

@@ -18,14 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.activations.attention import ATTENTION, Again, Attentions, are_sums
-from foveate.activations.compiled import CompiledParts, note_reader
-from foveate.activations.deriving import Recipes
-from foveate.activations.extra import can_run_again
-from foveate.activations.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
-from foveate.activations.ledger import family_of, grouped_bytes
-from foveate.activations.lossless import lossless
-from foveate.activations.packed import (
+from foveate.activations.forms.encodings import GROUPED_LEVELS, Exact, Form, Grouped, grouped
+from foveate.activations.forms.identity import Interval, Shelf, interval_of, parameter_of, without_repeats, witness
+from foveate.activations.forms.lossless import lossless
+from foveate.activations.forms.rules import FUSED_FLOOR, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
+from foveate.activations.measure.compiled import CompiledParts, note_reader
+from foveate.activations.measure.gradient_hooks import gradient_watcher
+from foveate.activations.measure.ledger import family_of, grouped_bytes
+from foveate.activations.measure.scope import FOREIGN, Call, Scope
+from foveate.activations.measure.second_backward import can_run_again
+from foveate.activations.measure.steps import EXACT, Record, Step, arguments_of_backward
+from foveate.activations.memory.recorder import Tracking
+from foveate.activations.policy.choose import LEVELS
+from foveate.activations.policy.options import Settings
+from foveate.activations.policy.planner import RECORDED_STEP, Planner
+from foveate.activations.policy.profile import load_profile_into, save_profile
+from foveate.activations.recompute.attention import ATTENTION, Again, Attentions, are_sums
+from foveate.activations.recompute.recipes import ELEMENTWISE, NORMS, Source
+from foveate.activations.recompute.tracker import Recipes
+from foveate.activations.report import SavedReport, report_of
+from foveate.activations.saved_tensors import (
     Derived,
     Handle,
     Packed,
@@ -40,18 +52,6 @@ from foveate.activations.packed import (
     version_of,
     with_gaps,
 )
-from foveate.activations.payloads import GROUPED_LEVELS, Exact, Form, Grouped, grouped
-from foveate.activations.planning import RECORDED_STEP, Planner
-from foveate.activations.policy import LEVELS
-from foveate.activations.profile import load_profile_into, save_profile
-from foveate.activations.recipes import ELEMENTWISE, NORMS, Source
-from foveate.activations.report import SavedReport, report_of
-from foveate.activations.rules import FUSED_FLOOR, UNKNOWN, Need, Rule, bounds_of, need_of, rule_of
-from foveate.activations.scope import FOREIGN, Call, Scope
-from foveate.activations.settings import Settings
-from foveate.activations.steps import EXACT, Record, Step, arguments_of_backward
-from foveate.activations.tracking import Tracking
-from foveate.activations.watching import gradient_watcher
 from foveate.errors import BudgetError, FoveateError
 
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)

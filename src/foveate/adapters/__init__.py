@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from foveate.errors import FoveateError, MissingExtraError
-from foveate.nn.modules import PlaneLinear, PlaneModule
+from foveate.nn.modules import PlaneLinear
+from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import quantized_part
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from foveate.allocate.inputs import levels_of_inputs
 from foveate.allocate.problem import build
 from foveate.allocate.solve import ordered_steps, take
 from foveate.errors import BudgetError
-from foveate.maps import Frontier, Profile
+from foveate.precision.frontiers import Frontier
+from foveate.precision.profiles import Profile
 
 
 def frontier(profile: Profile, points: int = 16, constraints: Constraints = DEFAULT_CONSTRAINTS) -> Frontier:

@@ -17,7 +17,7 @@ from foveate.allocate.problem import Choices
 from foveate.allocate.solve import solve_bytes
 from foveate.errors import BudgetError
 from foveate.formats.levels import INPUT_LEVELS, input_bits_of
-from foveate.maps import Profile
+from foveate.precision.profiles import Profile
 
 
 def levels_of_inputs(profile: Profile, constraints: Constraints) -> dict[str, int] | None:

@@ -11,7 +11,9 @@ from foveate.allocate.inputs import levels_of_inputs
 from foveate.allocate.problem import Problem, build
 from foveate.allocate.solve import solve_bytes, solve_loss
 from foveate.errors import BudgetError
-from foveate.maps import Budget, PrecisionMap, Profile
+from foveate.precision.budgets import Budget
+from foveate.precision.maps import PrecisionMap
+from foveate.precision.profiles import Profile
 from foveate.sizes import format_bytes
 
 _ROUNDS = 8  # in practice two: inputs lose little beside weights

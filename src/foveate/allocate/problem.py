@@ -17,7 +17,8 @@ from torch import Tensor
 from foveate.allocate.constraints import Constraints
 from foveate.errors import BudgetError, SiteError
 from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.maps import FITTED, PrecisionMap, Profile, find_sites, input_level_for
+from foveate.precision.maps import PrecisionMap, find_sites, input_level_for
+from foveate.precision.profiles import FITTED, Profile
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,20 +11,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from foveate.errors import FoveateError
-from foveate.kernels.cpu import cache_folder
+from foveate.kernels.backends.cpu.compiled import build, cache_folder, distrusted, fingerprint
 
 SOURCE = Path(__file__).with_name("read.cpp")
 FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
@@ -53,25 +49,16 @@ LOOPS = tuple(
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    stamp = repr((FLAGS, torch.__version__)).encode() + SOURCE.read_bytes()
-    target = cache_folder() / f"read-{hashlib.sha256(stamp).hexdigest()[:16]}.so"
+    target = cache_folder() / f"read-{fingerprint([SOURCE], FLAGS)}" / "foveate_read.so"
+    danger = distrusted(target)
+    if danger is not None:
+        raise FoveateError(f"read bandwidth is measured by a library of the cache, and {danger}")
     if not target.exists():
-        from torch.utils import cpp_extension  # slow to import
-
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, ignore_cleanup_errors=True) as folder:
-            try:
-                cpp_extension.load(
-                    name="foveate_read",
-                    sources=[str(SOURCE)],
-                    extra_cflags=list(FLAGS),
-                    build_directory=folder,
-                    is_python_module=False,
-                )
-            except (RuntimeError, OSError) as error:
-                first = (str(error).splitlines() or [type(error).__name__])[0]
-                raise FoveateError(f"read bandwidth needs a C++ compiler to be measured: {first}") from error
-            os.replace(Path(folder) / "foveate_read.so", target)
+        try:
+            build("foveate_read", [SOURCE], FLAGS, target)
+        except (RuntimeError, OSError) as error:
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise FoveateError(f"read bandwidth needs a C++ compiler to be measured: {first}") from error
     library = ctypes.CDLL(str(target))
     library.foveate_read.argtypes = [ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 4]
     library.foveate_read.restype = ctypes.c_uint64

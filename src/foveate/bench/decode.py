@@ -42,12 +42,13 @@ from foveate.bench.extras import require
 from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.bench.random_model import random_llama
 from foveate.bench.result import Measured
+from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.threads import threads
-from foveate.maps import uniform
-from foveate.nn.persist import save
-from foveate.nn.registry import apply, registry_of
-from foveate.planes import arena
+from foveate.memory.arena import arena
+from foveate.nn.levels import apply
+from foveate.nn.registry import registry_of
+from foveate.precision.maps import uniform
 from foveate.progress import track
 
 #: The level of prefill, of the kernels' share and of memory.

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from foveate.bench.result import Measured
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS
-from foveate.nn.modules import PlaneLinear, PlaneWeight
+from foveate.nn.modules import PlaneLinear
+from foveate.nn.weight import PlaneWeight
 from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
 

@@ -31,11 +31,11 @@ from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
 from foveate.bench.result import BackgroundLoad, Measured
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.formats.packing import tile_grid
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads
+from foveate.memory.available import free_memory
 from foveate.planes import PlaneTensor, gathered, linear
 from foveate.progress import track
-from foveate.sizes import free_memory
 
 _NO_BIAS = torch.empty(0)
 #: Rows of x for every level, and more for 4 bits.

@@ -20,10 +20,10 @@ from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.bench.random_model import random_llama
 from foveate.bench.result import Measured
 from foveate.checkpoint import HEAD, Head, read_head
+from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS, PLANES
-from foveate.kernels.dispatch import ensure_loaded
-from foveate.maps import PrecisionMap, Site, uniform
-from foveate.nn.persist import save
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.precision.maps import PrecisionMap, Site, uniform
 
 
 def write_model(path: Path, width: int, layers: int) -> None:

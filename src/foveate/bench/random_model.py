@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from foveate.bench.extras import require
+from foveate.calibrate.one_weight import group_for
 from foveate.collect.kinds import find_weights, weight_matrix_shape
 from foveate.formats.levels import GAINED_LEVELS
-from foveate.kernels.dispatch import ensure_loaded
-from foveate.maps import uniform
-from foveate.nn.install import install, site_of
-from foveate.nn.modules import PlaneWeight
-from foveate.nn.quantize import group_for
-from foveate.nn.registry import apply
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.nn.levels import apply
+from foveate.nn.replace import install, site_of
+from foveate.nn.weight import PlaneWeight
 from foveate.planes import PlaneTensor, from_codes, gathered
+from foveate.precision.maps import uniform
 
 
 def _random_planes(rows: int, columns: int, generator: torch.Generator) -> PlaneTensor:

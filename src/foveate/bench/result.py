@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import torch
 
-from foveate.kernels.dispatch import backends
+from foveate.kernels.backends.table import backends
 
 #: Instructions that decide which kernels run and how fast.
 FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
 from foveate.bench.result import BackgroundLoad, Measured
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads
 from foveate.progress import track
 

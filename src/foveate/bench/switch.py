@@ -19,12 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from foveate.bench.result import Measured
+from foveate.calibrate.quantize import quantize
 from foveate.collect.objectives import Embedding
+from foveate.folder.load import load
+from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import PrecisionMap, Profile
-from foveate.nn.persist import load, save
-from foveate.nn.quantize import quantize
-from foveate.nn.registry import Registry, apply, registry_of
+from foveate.nn.levels import apply
+from foveate.nn.registry import Registry, registry_of
+from foveate.precision.maps import PrecisionMap
+from foveate.precision.profiles import Profile
 
 
 def _layers(count: int, width: int) -> nn.Sequential:

@@ -16,7 +16,7 @@ from foveate.files import parse_json, read_regular
 from foveate.formats.grids import EXPONENTS
 from foveate.formats.levels import PLANES, REACHES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS
-from foveate.maps import PrecisionMap, Site
+from foveate.precision.maps import PrecisionMap, Site
 
 VERSION = 2
 HEAD = "foveate.json"

@@ -18,8 +18,10 @@ from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
 from foveate.files import checksum
 from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_starts
-from foveate.maps import FITTED, Levels, PrecisionMap, Profile, Site, tile_levels
-from foveate.planes import PlaneTensor, arena, shared_tags
+from foveate.memory.arena import arena
+from foveate.planes import PlaneTensor, shared_tags
+from foveate.precision.maps import Levels, PrecisionMap, Site, tile_levels
+from foveate.precision.profiles import FITTED, Profile
 from foveate.version import __version__
 
 
@@ -134,7 +136,7 @@ def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
 def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:
     """Read the weights, with the planes that a map needs or with all that are stored.
 
-    Planes go straight into the blocks they stay in (`foveate.planes.arena`); of a plane that no tile needs, nothing is
+    Planes go straight into the blocks they stay in (`foveate.memory.arena.arena`); of a plane that no tile needs, nothing is
     read.
     """
     head = folder.head
@@ -277,12 +279,8 @@ def read_profile(folder: Folder) -> Profile:
 
 def _check_statistic(path: Path, site: Site, what: str, tensor: Tensor) -> None:
     strips, groups = site.grid
-    of_weights = {
-        "input_energy": (groups,),
-        "output_range": (2,),
-        "row_frequency": (strips,),
-        FITTED: (len(WEIGHT_LEVELS),),
-    }
+    fitted = (len(WEIGHT_LEVELS),) if tensor.numel() > 1 else (1,)  # one number for all levels in older folders
+    of_weights = {"input_energy": (groups,), "output_range": (2,), "row_frequency": (strips,), FITTED: fitted}
     shapes = INPUT_STATISTICS if site.kind == "input" else of_weights
     if tensor.shape != shapes.get(what, tensor.shape):
         raise CheckpointError(f"{path}: {what} of {site.name} has shape {tuple(tensor.shape)}")

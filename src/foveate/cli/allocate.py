@@ -11,12 +11,13 @@ import typer
 from rich.table import Table
 
 import foveate as fv
-from foveate.cli import options
-from foveate.cli.console import emit, plain_table, show
-from foveate.cli.tables import legend, map_figures, sizes_table
+from foveate.cli.shared import options
+from foveate.cli.shared.console import emit, plain_table, show
+from foveate.cli.shared.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError
 from foveate.formats.levels import check_input_level
-from foveate.maps import Levels, PrecisionMap, Profile, Site, input_level_for, meant_sites
+from foveate.precision.maps import Levels, PrecisionMap, Site, input_level_for, meant_sites
+from foveate.precision.profiles import Profile
 from foveate.report.page import figure, loss_name
 from foveate.sizes import format_bytes
 

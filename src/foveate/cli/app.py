@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 import foveate
 from foveate.cli import allocate, audit, bench, evaluate, generate, inspect, quantize, report
-from foveate.cli.options import Json
+from foveate.cli.shared.options import Json
 from foveate.errors import FoveateError
 from foveate.version import __version__
 

@@ -9,14 +9,14 @@ import typer
 from rich.text import Text
 
 import foveate as fv
-from foveate.cli import options
-from foveate.cli.console import emit, log, plain_table, show
-from foveate.cli.data import Request, batches, describe, windows
-from foveate.cli.models import config_of, load_planes
+from foveate.cli.shared import options
+from foveate.cli.shared.console import emit, log, plain_table, show
+from foveate.cli.shared.data import Request, batches, describe, windows
+from foveate.cli.shared.models import config_of, load_planes
 from foveate.errors import CheckpointError, LevelError
-from foveate.floor import ratio_text
+from foveate.evaluate.floor import ratio_text
 from foveate.formats.levels import TOP_LEVEL
-from foveate.maps import find_sites
+from foveate.precision.maps import find_sites
 from foveate.report.page import figure
 
 Sites = Annotated[

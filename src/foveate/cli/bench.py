@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from foveate.cli.console import check_writable, emit, figures_table, show
-from foveate.cli.options import Json
+from foveate.cli.shared.console import check_writable, emit, figures_table, show
+from foveate.cli.shared.options import Json
 from foveate.errors import CheckpointError
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the object to this file.")]

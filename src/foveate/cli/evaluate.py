@@ -9,14 +9,14 @@ import typer
 from torch import nn
 
 import foveate as fv
-from foveate.cli import options
-from foveate.cli.console import emit, log, show
-from foveate.cli.data import Request, batches, describe, next_token_loss, windows
-from foveate.cli.models import config_of, is_causal, load_original, load_planes, original_config
-from foveate.cli.tables import outcome_figures, outcomes_table
+from foveate.cli.shared import options
+from foveate.cli.shared.console import emit, log, show
+from foveate.cli.shared.data import Request, batches, describe, next_token_loss, windows
+from foveate.cli.shared.models import config_of, is_causal, load_original, load_planes, original_config
+from foveate.cli.shared.tables import outcome_figures, outcomes_table
 from foveate.errors import PlaneNotResidentError
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import uniform
+from foveate.precision.maps import uniform
 from foveate.report import Measured
 from foveate.report.layers import dense_bytes
 from foveate.report.page import loss_name

@@ -13,12 +13,12 @@ import typer
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.cache_argument import cache_argument, cache_of
-from foveate.cli import options
-from foveate.cli.console import emit, log
-from foveate.cli.models import config_of, is_causal, load_planes, load_tokenizer
+from foveate.cli.shared import options
+from foveate.cli.shared.console import emit, log
+from foveate.cli.shared.models import config_of, is_causal, load_planes, load_tokenizer
 from foveate.errors import DataError, LevelError
-from foveate.maps import uniform
+from foveate.kvcache.cache_argument import cache_argument, cache_of
+from foveate.precision.maps import uniform
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from foveate.checkpoint import opened
-from foveate.cli import options
-from foveate.cli.console import emit, show
-from foveate.cli.tables import bits_line, legend, map_figures, map_table, sizes_table
-from foveate.maps import PrecisionMap, Site
+from foveate.cli.shared import options
+from foveate.cli.shared.console import emit, show
+from foveate.cli.shared.tables import bits_line, legend, map_figures, map_table, sizes_table
+from foveate.precision.maps import PrecisionMap, Site
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, stored_bytes
 
 

@@ -9,16 +9,16 @@ import typer
 from torch import nn
 
 import foveate as fv
+from foveate.calibrate.smallest_map import check_reachable
 from foveate.checkpoint import HEAD
-from foveate.cli import options
-from foveate.cli.console import check_writable, emit, log, plain_table, show
-from foveate.cli.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
-from foveate.cli.models import load_original, load_tokenizer, original_config
-from foveate.cli.tables import bits_line, legend, map_figures, sizes_table
+from foveate.cli.shared import options
+from foveate.cli.shared.console import check_writable, emit, log, plain_table, show
+from foveate.cli.shared.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
+from foveate.cli.shared.models import load_original, load_tokenizer, original_config
+from foveate.cli.shared.tables import bits_line, legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
-from foveate.floor import ratio_text
+from foveate.evaluate.floor import ratio_text
 from foveate.formats.packing import check_group
-from foveate.nn.least import check_reachable
 from foveate.report.layers import dense_bytes
 from foveate.report.page import divergence_text, figure, loss_name
 from foveate.sizes import format_bytes, parse_bytes

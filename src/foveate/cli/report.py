@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 import foveate as fv
-from foveate.cli import options
-from foveate.cli.console import check_writable, emit, log, show
-from foveate.cli.data import Request
 from foveate.cli.evaluate import METRIC, Reference, run
+from foveate.cli.shared import options
+from foveate.cli.shared.console import check_writable, emit, log, show
+from foveate.cli.shared.data import Request
 from foveate.errors import CheckpointError, DataError
 from foveate.report import Measured, html
 

@@ -20,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from foveate.kernels.reference import INPUT_RANGE, block_codes, quantize_input
+from foveate.kernels.planes.reference import INPUT_RANGE, block_codes, quantize_input
 
 #: Values that are quantized at a time: what fits into the second cache a few times over.
 _CHUNK = 1 << 16

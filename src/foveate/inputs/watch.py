@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 from foveate.inputs.drift import Calibrated, Decision, Observation, State, Tolerance, step
-from foveate.maps import Levels, PrecisionMap, Profile
 from foveate.nn.registry import profile_of, quantized_part, registry_of
+from foveate.precision.maps import Levels, PrecisionMap
+from foveate.precision.profiles import Profile
 
 #: Values of an input that are looked at, at most.
 _SAMPLE = 1 << 14

@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from foveate.collect.kinds import PRODUCT, derived_from
-from foveate.nn.modules import PlaneModule
+from foveate.nn.plane_module import PlaneModule
 
 _OWN = ("weight", "bias")
 _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
@@ -73,6 +73,14 @@ def _join(module: nn.Module, derived: type[nn.Module]) -> None:
     assert product is not None
     module.__class__ = derived
     module._parameters = {**product._parameters, **module._parameters}
+
+
+def put_together(model: nn.Module) -> None:
+    """Put back together the split modules of a model whose products are on no planes any more."""
+    split = {made: derived for derived, made in _CLASSES.items()}
+    for module in list(model.modules()):
+        if type(module) in split and not isinstance(module._modules[PRODUCT], PlaneModule):
+            _join(module, split[type(module)])
 
 
 @contextmanager

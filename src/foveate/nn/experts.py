@@ -24,8 +24,9 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from foveate.nn.install import replace_module
-from foveate.nn.modules import PlaneModule, take_hooks, without
+from foveate.nn.modules import take_hooks, without
+from foveate.nn.plane_module import PlaneModule
+from foveate.nn.replace import replace_module
 
 #: The flags that `use_experts_implementation` sets on a layer, and those of later releases. Before those,
 #: every expert had a gate (transformers 5.2), and none a norm (5.17).

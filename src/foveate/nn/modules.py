@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, cast
-from weakref import WeakSet
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from foveate.collect.kinds import Kind, kind_of, patches
-from foveate.errors import FoveateError, StateError
-from foveate.kernels.dispatch import ensure_loaded
-from foveate.nn.siblings import NO_BIAS, Products, Siblings
-from foveate.nn.states import FORM, STORED, form_of, taken, weight_in
-from foveate.planes import PlaneTensor, linear
+from foveate.errors import FoveateError
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.nn.fused_group import Siblings
+from foveate.nn.linear_call import Products
+from foveate.nn.plane_module import Origin, PlaneModule
+from foveate.nn.weight import PlaneWeight, _refused
 
 _HOOKS = (
     "_forward_pre_hooks",
@@ -34,194 +33,8 @@ _HOOKS = (
 )
 
 
-class _NotATensorError(FoveateError, AttributeError):
-    """What a tensor has, asked of a weight on planes; `hasattr` says no."""
-
-
-def _refusal(name: str) -> str:
-    return (
-        f"weight.{name} was asked of a weight on planes, which is no tensor: use weight.dequantize(), make the "
-        "model plain with foveate.dequantize(model), or leave the module as it is with quantize(..., skip=...)"
-    )
-
-
-def _refused(name: str) -> Callable[..., Any]:
-    def operator(self: PlaneWeight, *_: Any) -> Any:
-        raise _NotATensorError(_refusal(name))
-
-    return operator
-
-
-class WeightUser(Protocol):
-    """What keeps a handle, or anything else, of a weight's present planes."""
-
-    def renew(self) -> None:
-        """Take the planes and the form that the weight has now."""
-
-
-class PlaneWeight(nn.Module):
-    """A `PlaneTensor` whose tensors are buffers. `shape`, `dtype` and `device` read like a parameter's.
-
-    A state_dict holds what is stored, and the form it is stored in (`form`: rows, columns, group, reach, exponent).
-    Loading one fits the weight and all its users to what is loaded, or leaves everything as it was.
-
-    Attributes:
-        users: what has to know when this weight becomes another; none is kept alive by it.
-    """
-
-    def __init__(self, planes: PlaneTensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.users: WeakSet[WeightUser] = WeakSet()
-        #: The dtype of the weight that was quantized: what embeddings and unpacked convolutions compute in.
-        self.dtype = dtype
-        #: The name of its site, for messages.
-        self.name = ""
-        self.set(planes)
-
-    def set(self, planes: PlaneTensor) -> None:
-        """Take other planes of the same weight (after they moved, or were dropped)."""
-        self.value = planes
-        self.form = form_of(planes)
-        for name, tensor in zip(STORED, planes.tensors, strict=False):
-            self.register_buffer(name, tensor)
-        # a state_dict holds the weight, not the level at which it is read: that is the map's
-        self.register_buffer("tags", planes.tags, persistent=False)
-
-    @property
-    def shape(self) -> torch.Size:
-        """[rows, columns]."""
-        return self.value.shape
-
-    @property
-    def device(self) -> torch.device:
-        """Where the planes are."""
-        return self.value.scales.device
-
-    def dequantize(self) -> Tensor:
-        """The dense weight at its present levels, float32 [rows, columns]."""
-        return self.value.dequantize()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneWeight:
-        # a cast to another dtype must not touch the stored form, and there are no planes elsewhere than on the CPU yet
-        moved = fn(torch.empty(0, dtype=torch.uint8))
-        if moved.device != self.device:
-            raise FoveateError(f"planes cannot move to {moved.device}: this version of foveate computes on the CPU")
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[no-untyped-call]
-        destination[prefix + FORM] = self.form
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        known = {prefix + name for name in (*STORED, FORM)}
-        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
-        missing = [prefix + name for name in (*STORED, FORM) if prefix + name not in state_dict]
-        try:
-            loaded = weight_in(state_dict, prefix, self.value)
-        except StateError as error:
-            error_msgs.append(str(error))
-            return
-        if loaded is None:  # not all of it is there, so nothing of it is taken
-            missing_keys += missing
-            return
-        # always copies, also where the caller asks for an exchange (`assign`): planes lie in blocks of their own
-        self.set(taken(self.value, loaded))
-        for user in tuple(self.users):
-            user.renew()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "users"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.users = WeakSet()  # a copy's users are copies, and come by themselves
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
-        given = (*args, *(kwargs or {}).values())
-        name = next((part.name for part in given if isinstance(part, PlaneWeight) and part.name), "a weight")
-        raise FoveateError(
-            f"{getattr(func, '__name__', func)} was given {name}, which is on planes: call its module, use "
-            "weight.dequantize(), or leave the module as it is with quantize(..., skip=...)"
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or not hasattr(Tensor, name):
-                raise
-            raise _NotATensorError(_refusal(name)) from None
-
-    def extra_repr(self) -> str:
-        """Shape, group and the range of levels."""
-        levels = self.value.tags[0]
-        low, high = (int(levels.min()), int(levels.max())) if levels.numel() else (0, 0)
-        return f"{self.value.rows}, {self.value.columns}, group={self.value.group}, levels={low}..{high}"
-
-
 for _name in ("getitem", "neg", "add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "matmul", "pow"):
     setattr(PlaneWeight, f"__{_name}__", _refused(f"__{_name}__"))
-
-
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """What `foveate.dequantize` needs of the module that a plane module replaced.
-
-    Attributes:
-        module: a copy of it without its weight.
-        kind: how it uses its weight.
-        requires_grad: of that weight.
-    """
-
-    module: nn.Module
-    kind: Kind
-    requires_grad: bool
-
-
-class PlaneModule(nn.Module):
-    """What the modules below share: a weight of planes, and the level and range of its input.
-
-    Attributes:
-        origin: the module that it replaced; set by `on_planes`.
-    """
-
-    weight: PlaneWeight
-    input_level: Tensor
-    input_range: Tensor
-    origin: Origin
-
-    def __init__(self, weight: PlaneWeight, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = None if bias is None else _as_float32(bias)
-        self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8), persistent=False)
-        # nothing but zero: each row of the input has a scale of its own
-        self.register_buffer("input_range", torch.zeros(2), persistent=False)
-
-    def _needs_gradient(self, x: Tensor) -> bool:
-        return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-
-    def _product(self, x: Tensor) -> Tensor:
-        bias = NO_BIAS if self.bias is None else self.bias.float()
-        return linear(x, [self.weight.value], [bias], self.input_level, input_range=self.input_range)[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
-        level, limits = self.input_level, self.input_range
-        nn.Module._apply(self, fn, recurse)
-        self.input_level, self.input_range = level, limits  # views that `foveate.apply` and others write through
-        return self
 
 
 class PlaneLinear(PlaneModule):
@@ -229,7 +42,7 @@ class PlaneLinear(PlaneModule):
 
     Attributes:
         alone: its product without gradients.
-        siblings: the layers that share its input, itself among them; see `foveate.nn.siblings`.
+        siblings: the layers that share its input, itself among them; see `foveate.nn.fused_group`.
         place: its place among them.
     """
 
@@ -354,10 +167,3 @@ def take_hooks(made: nn.Module, module: nn.Module) -> None:
     """Give a module that replaces another one its hooks: the very dictionaries, so that handles still remove them."""
     for name in _HOOKS:
         setattr(made, name, getattr(module, name))
-
-
-def _as_float32(bias: Tensor) -> nn.Parameter:
-    """The parameter itself where it can be, for others may share it."""
-    if isinstance(bias, nn.Parameter) and bias.dtype == torch.float32:
-        return bias
-    return nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)

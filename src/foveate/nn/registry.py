@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError, StateError
-from foveate.kernels.dispatch import ensure_loaded
-from foveate.maps import PrecisionMap, Profile, Site, tile_levels
-from foveate.nn.modules import PlaneLinear, PlaneModule, PlaneWeight
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.nn.fused_group import Parent, Siblings, Switches, families, unhook
+from foveate.nn.modules import PlaneLinear
+from foveate.nn.plane_module import PlaneModule
 from foveate.nn.pretrained import allow_saving, refuse_saving
-from foveate.nn.siblings import Parent, Siblings, Switches, families, unhook
 from foveate.nn.states import weight_in
+from foveate.nn.weight import PlaneWeight
 from foveate.planes import shared_tags
+from foveate.precision.maps import PrecisionMap, Site, tile_levels
+from foveate.precision.profiles import Profile
 
 _ATTRIBUTE = "_foveate"
 _NO_RANGE = (0.0, 0.0)
@@ -87,7 +90,7 @@ class Registry:
         for layer in linears.values():
             layer.introduce()
         for parent, layers in families(linears):
-            siblings = Siblings(layers, self._parents[parent], self._switches)
+            siblings = Siblings(layers, [layer.alone for layer in layers], self._parents[parent], self._switches)
             for place, layer in enumerate(layers):
                 layer.siblings, layer.place = siblings, place
 
@@ -251,59 +254,9 @@ def registry_of(model: nn.Module) -> Registry:
     return cast(Registry, quantized_part(model).__dict__[_ATTRIBUTE])
 
 
-def apply(model: nn.Module, plan: PrecisionMap, second: PrecisionMap | None = None) -> None:
-    """Read the model at the levels of a map from the next call on. Moves and repacks nothing: it writes a byte a tile,
-    which takes microseconds, or milliseconds for billions of weights. A call that runs meanwhile in another thread may
-    read some tiles at the old level and some at the new.
-
-    Args:
-        model: a quantized model.
-        plan: the map.
-        second: the map for rows of inputs that choose it; the same one if not given.
-
-    Raises:
-        SiteError: the map is of another model.
-        PlaneNotResidentError: a level whose planes were not loaded or not kept; nothing was changed.
-    """
-    registry_of(model).apply(plan, plan if second is None else second)
-
-
-def use_static_scales(model: nn.Module, on: bool = True) -> None:
-    """Quantize inputs at levels 4 and 8 by the range that calibration saw at each node, not by each row's own.
-
-    What a static scale saves is finding each row's greatest value, which the CPU's kernels do not notice; other
-    machines do. It is worse than a scale a row wherever rows differ, and cuts off what calibration did not see:
-    `foveate.watch_inputs` finds that out. At levels 16 and 32 every row keeps its own. A folder keeps the choice.
-
-    Args:
-        model: a quantized model, with its profile.
-        on: False goes back to a scale for each row, which is what models begin with.
-
-    Raises:
-        FoveateError: the profile is missing, or was made by a foveate that did not measure inputs.
-    """
-    registry = registry_of(model)
-    ranges: dict[str, tuple[float, float]] = {}
-    if on:
-        for name, kept in profile_of(model).statistics.items():
-            if name in registry.inputs and "range" in kept:
-                low, high = kept["range"].tolist()
-                ranges[name] = (low, high)
-        if registry.inputs and not ranges:
-            raise FoveateError("the profile has no ranges of inputs: quantize the original again")
-    registry.set_ranges(ranges)
-
-
 def profile_of(model: nn.Module) -> Profile:
     """What was measured of a quantized model; raises `FoveateError` if it was loaded without its profile."""
     profile = registry_of(model).profile
     if profile is None:
         raise FoveateError("the model was loaded without its profile")
     return profile
-
-
-def current_map(model: nn.Module) -> PrecisionMap:
-    """The map in force."""
-    applied = registry_of(model).applied
-    assert applied is not None
-    return applied[0]

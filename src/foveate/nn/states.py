@@ -90,9 +90,16 @@ def _checked(found: dict[str, Tensor], present: PlaneTensor) -> PlaneTensor:
             f"the state stores some tiles up to {least} bits only, and the map in force reads up to {most}: "
             "apply a map first that reads no more than is stored"
         )
-    tensors = {key: found[key] for key in ("scales", "gain", "resident", "starts")}
-    planes = tuple(found[f"plane{i}"] for i in range(PLANES))
-    return replace(present, planes=planes, reach=reach, exponent=exponent, **tensors)
+    return replace(
+        present,
+        planes=tuple(found[f"plane{i}"] for i in range(PLANES)),
+        scales=found["scales"],
+        gain=found["gain"],
+        resident=resident,
+        starts=found["starts"],
+        reach=reach,
+        exponent=exponent,
+    )
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -109,7 +116,7 @@ def taken(present: PlaneTensor, loaded: PlaneTensor) -> PlaneTensor:
                 old.copy_(new)
         return replace(present, reach=loaded.reach, exponent=loaded.exponent)
     (moved,) = gathered([loaded])
-    own = {
-        key: getattr(loaded, key).clone(memory_format=torch.contiguous_format) for key in ("gain", "resident", "starts")
-    }
-    return replace(moved, tags=present.tags, **own)
+    gain, resident, starts = (
+        t.clone(memory_format=torch.contiguous_format) for t in (loaded.gain, loaded.resident, loaded.starts)
+    )
+    return replace(moved, gain=gain, resident=resident, starts=starts, tags=present.tags)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.maps import PrecisionMap, Site
+from foveate.precision.maps import PrecisionMap, Site
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from html import escape
 
 from foveate.errors import SiteError
-from foveate.floor import FLOOR, both_at_floor
+from foveate.evaluate.floor import FLOOR, both_at_floor
+from foveate.evaluate.verify import Outcome
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.maps import PrecisionMap, Profile, uniform_of_bytes
+from foveate.precision.maps import PrecisionMap, uniform_of_bytes
+from foveate.precision.profiles import Profile
 from foveate.report.layers import dense_bytes, layers_of
 from foveate.report.picture import HEAT_LEVEL, picture
 from foveate.report.plot import Mark, plot
 from foveate.report.style import CSS
 from foveate.sizes import format_bytes
-from foveate.verify import Outcome
 
 
 @dataclass(frozen=True)

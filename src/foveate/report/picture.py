@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from html import escape
 
 from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.maps import PrecisionMap, Profile, Site
+from foveate.precision.maps import PrecisionMap, Site
+from foveate.precision.profiles import Profile
 from foveate.report.layers import (
     Block,
     Layer,

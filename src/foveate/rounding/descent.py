@@ -14,7 +14,7 @@ greatest first, which leaves the most to make up for them.
 
 A nested code is read at five levels, and each makes errors of its own. So a code is the one with the least sum over
 all levels, weighted by `SHARES`: one code for all of them, and each level's errors are made up for by its own. The
-loops are in ops, whose reference has the formulae (`foveate.kernels.rounding_reference`).
+loops are in ops, whose reference has the formulae (`foveate.kernels.rounding.reference`).
 
 G is kept for some hundred rows at a time (`foveate.collect.statistics`); rows that are further apart do not help each
 other. docs/decisions.md has the figures behind the numbers here.
@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.rounding.nearest import PRICES, PRICES_FOR_DESCENT, Rounded, restoring_gains
 
 #: What a squared error costs at each level.

@@ -18,7 +18,7 @@ import torch
 import foveate
 from foveate.bench.extras import require
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
-from foveate.kernels.dispatch import ensure_loaded
+from foveate.kernels.backends.table import ensure_loaded
 
 
 def _io() -> int | None:

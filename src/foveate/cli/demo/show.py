@@ -29,15 +29,16 @@ from rich.text import Text
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.cache_argument import cache_argument, cache_of
-from foveate.cli.console import check_writable, emit, plain_table
 from foveate.cli.demo.cache import default_cache, trained
 from foveate.cli.demo.corpus import Corpus, corpus, windows
 from foveate.cli.demo.training import Progress, Recipe, Trained
-from foveate.cli.tables import legend
+from foveate.cli.shared.console import check_writable, emit, plain_table
+from foveate.cli.shared.tables import legend
 from foveate.kernels.threads import threads
-from foveate.maps import PrecisionMap, Profile
+from foveate.kvcache.cache_argument import cache_argument, cache_of
 from foveate.nn.registry import registry_of
+from foveate.precision.maps import PrecisionMap
+from foveate.precision.profiles import Profile
 from foveate.report import Measured, html
 from foveate.report.palette import LEVEL_COLOURS, LEVEL_INKS
 from foveate.sizes import format_bytes

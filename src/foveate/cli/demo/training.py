@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from foveate.cli.demo.corpus import Corpus, windows
-from foveate.cli.models import transformers
+from foveate.cli.shared.models import transformers
 from foveate.kernels.threads import threads
 
 _VALUES = 256  # a byte is a token

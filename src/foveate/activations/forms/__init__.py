@@ -1,0 +1,1 @@
+"""How a saved tensor is packed: encodings, and what each operation's backward needs of it."""

@@ -1,0 +1,1 @@
+"""What a training step measures: statistics, gradients, probes and audits."""

@@ -1,0 +1,1 @@
+"""Saved tensors that are computed again instead of being stored."""

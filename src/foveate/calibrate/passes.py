@@ -1,0 +1,330 @@
+"""The passes over a calibration set: a probe, the pass that collects, and further passes where memory is short.
+
+    with the first batch    probe: what backward would keep, which weights are called when, how long it takes
+    plan                    by what is free, or by the limit given (`foveate.calibrate.schedule`)
+    pass 1                  everything small, and the large statistics of the first share of the weights
+    pass 2, 3, ...          those of the other shares, as far into the model as each of them goes
+
+Whoever rounds the weights takes them share by share from `Calibration.shares` and says when each is `done`.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from foveate.calibrate.estimate import estimate, rough
+from foveate.calibrate.reference_outputs import Witness, copied, witness_bytes
+from foveate.calibrate.resuming import read_resume, sample_of, write_resume
+from foveate.calibrate.schedule import Load, Plan, plan
+from foveate.collect.collector import Collector
+from foveate.collect.dry_run import Probe, probe
+from foveate.collect.evaluation import frozen
+from foveate.collect.kinds import Found, Kind, kind_of, listed, weight_matrix_shape
+from foveate.collect.objectives import Custom, Objective, check_batches, run
+from foveate.collect.reads import Reads, decode
+from foveate.collect.replay import Replay
+from foveate.collect.statistics import statistics_of
+from foveate.errors import BudgetError, DataError, WeightError
+from foveate.memory.available import free_memory
+from foveate.progress import say, track
+from foveate.sizes import format_bytes
+
+#: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
+_SAVE_EVERY = 16
+#: Share of the free memory that is taken where no limit is given.
+_SHARE = 0.75
+#: Seconds below which nothing is said of how long it will take.
+_WORTH_SAYING = 5.0
+#: Tensors of the output's size that the objective and its backward take at once.
+_OUTPUT_COPIES = 6
+#: Tensors of the size of a layer's input that taking its statistics, or going backward through it, takes at once.
+_CALL_COPIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What calibration is for, and how it is gone about; as for `foveate.quantize`.
+
+    Attributes:
+        objective: what the output is for; found out from the first output if not given.
+        loss: what is to be kept small, instead of the objective's own.
+        memory: the most bytes that the process may take; three quarters of what is free if not given.
+        resume: the file that keeps the statistics, if any does.
+        progress: whether to show how far it is.
+
+    Raises:
+        DataError: the objective is none.
+    """
+
+    objective: Objective | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
+    memory: int | None = None
+    resume: Path | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.objective is not None and not isinstance(self.objective, Objective):
+            raise DataError(f"objective (={self.objective!r}) is not an Objective, such as foveate.Logits()")
+
+
+class Calibration:
+    """Runs the passes.
+
+    Attributes:
+        found: the weights, less those that something else than their modules was seen to read; complete after the first
+            share was asked for.
+        notes: which weights were left so, and what is not known of the model's reads.
+        first: the first batch.
+        generates: whether the model, if it can generate, was seen to.
+        collector: the statistics; small ones complete after the first share was asked for.
+        plan: how it is gone about.
+        probe: what the first batch showed.
+        witness: what the float model made of some of the batches; complete after the first share was asked for.
+    """
+
+    collector: Collector
+    plan: Plan
+    probe: Probe
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], found: Sequence[Found], options: CalibrationOptions
+    ) -> None:
+        """Run the probe and make the plan.
+
+        Raises:
+            DataError: there are no batches, or a resume file that cannot be used.
+            WeightError: all weights are read past their modules.
+            BudgetError: the limit cannot be kept; the message says the least possible.
+        """
+        self._model, self.found, self._resume, self._progress = model, list(found), options.resume, options.progress
+        memory = options.memory
+        self._reads = Reads(model, found)
+        free = free_memory()
+        stream = iter(check_batches(batches))
+        first = next(stream, None)
+        if first is None:
+            raise DataError("there are no batches to calibrate on")
+        self.first = copied(first)
+        self.notes: list[str] = []
+        with frozen(model), self._reads.watching():
+            self.probe = probe(model, first, self.found, options.objective)
+            self.generates = self._decoded()
+        self._leave_what_is_read()
+        objective = self.probe.objective
+        if options.loss is not None:
+            objective = Custom(options.loss, objective)
+        self._sample = sample_of(model, first)
+        resume = self._resume
+        state = read_resume(resume, objective, self._sample) if resume is not None and resume.exists() else None
+        self._loads = _loads(self.found, objective, self.probe)
+        blocks, least = self.probe.least()
+        beside = _OUTPUT_COPIES * self.probe.output_bytes + _CALL_COPIES * self.probe.largest
+        gc.collect()
+        taken = psutil.Process().memory_info().rss
+        room = int(_SHARE * free) if memory is None else memory - taken
+        witness = witness_bytes(first, self.probe.output_bytes)
+        room -= witness
+        self.plan = plan(self._loads, self.probe.kept + beside, least + beside, beside, room)
+        if memory is not None and self.plan.peak > room:
+            raise BudgetError(
+                f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(taken)} already, and "
+                f"quantizing this model {format_bytes(self.plan.peak + witness)} more (smaller batches take less)"
+            )
+        modules = dict(model.named_modules())
+        replay = Replay([(name, modules[name]) for name in blocks] if self.plan.replay else ())
+        shares = [[self.found[i] for i in share] for share in self.plan.shares]
+        if state is not None:
+            shares = _as_begun(self.found, self._loads, shares, state)
+        self._shares = shares
+        self.collector = Collector(
+            self.found, objective, held={name for entry in shares[0] for name in entry.names}, replay=replay
+        )
+        self.witness = Witness(objective)
+        if state is not None:
+            self.collector.restore(state)
+        self._count = len(batches) if isinstance(batches, Sized) else None
+        self._stream = chain([first], stream)
+        # what is read more than once is kept, so that it is the same each time
+        self._kept: list[Any] | None = [] if len(shares) > 1 else None
+
+    @property
+    def passes(self) -> int:
+        """How often the data are gone through."""
+        return len(self._shares)
+
+    def shares(self) -> Iterator[list[Found]]:
+        """Go through the data once for each share, and hand out the weights whose statistics are complete.
+
+        Raises:
+            WeightError: all weights are read past their modules.
+        """
+        self._first_pass()
+        self._leave_what_is_read()
+        self._leave(self._reads.never_ran(self.found), "their modules have forwards of their own that never ran")
+        kept = {entry.names[0] for entry in self.found}
+        self._shares = [[entry for entry in share if entry.names[0] in kept] for share in self._shares]
+        yield self._shares[0]
+        for number in range(1, len(self._shares)):
+            self._make_room(number)
+            share = self._shares[number]
+            names = {name for entry in share for name in entry.names}
+            names = {name for name in names if self.collector.by_module[name].large_bytes}
+            if names:
+                for name in names:
+                    self.collector.by_module[name].hold()
+                label = f"calibrating, pass {number + 1} of {self.passes}"
+                assert self._kept is not None
+                with frozen(self._model):
+                    for index, batch in enumerate(track(self._kept, label, show=self._progress)):
+                        self.collector.again(self._model, batch, index, names)
+            yield share
+
+    def done(self, entry: Found) -> None:
+        """A weight is rounded: its large statistics are let go, and itself too where that is needed and can be."""
+        for name in entry.names:
+            self.collector.by_module[name].release()
+        if self.plan.lean and any(entry is last for last in self._shares[-1]):
+            _let_go(entry)
+
+    def make_room(self) -> None:
+        """All weights are rounded: where memory is short, none of them stays."""
+        if self.plan.lean:
+            for entry in self.found:
+                _let_go(entry)
+
+    def finish(self) -> None:
+        """The model is on planes and runs: no float weight is needed any more, nor what would continue."""
+        for entry in self.found:
+            _let_go(entry)
+        if self._resume:
+            self._resume.unlink(missing_ok=True)
+
+    def _leave_what_is_read(self) -> None:
+        """Take those weights out whose planes the code that reads them could not read."""
+        own = {entry.names[0] for entry in self._reads.only_own(self.found)}
+        past = [entry for entry in self.found if entry.names[0] not in own]
+        who = self._reads.past[past[0].names[0]] if past else ""
+        self._leave(past, f"other code than their modules' reads them, such as {who}")
+
+    def _leave(self, entries: Sequence[Found], why: str) -> None:
+        if not entries:
+            return
+        gone = {entry.names[0] for entry in entries}
+        self.found = [entry for entry in self.found if entry.names[0] not in gone]
+        self.notes.append(f"the weights of {listed([entry.names[0] for entry in entries])} stay float: {why}")
+        if not self.found:
+            raise WeightError(f"no weight can be quantized: {self.notes[-1]}")
+
+    def _decoded(self) -> bool:
+        """Let the float model generate, if it can, and say if it fails."""
+        try:
+            decode(self._model)
+        except Exception as error:  # a model that calibration can run all the same
+            self.notes.append(f"what generation reads past modules is not known, for it fails: {error!r}")
+            return False
+        return True
+
+    def _first_pass(self) -> None:
+        done = self.collector.batches
+        with frozen(self._model), self._reads.watching():
+            label = "calibrating" if self.passes == 1 else f"calibrating, pass 1 of {self.passes}"
+            for index, batch in enumerate(track(self._stream, label, total=self._count, show=self._progress)):
+                if self._kept is not None:
+                    self._kept.append(batch)
+                wanted = self.witness.wants(batch)
+                if index < done:
+                    if wanted:
+                        with torch.no_grad():
+                            self.witness.keep(batch, run(self._model, batch))
+                    continue
+                started = time.perf_counter()
+                self.collector.add(self._model, batch, partial(self.witness.keep, batch) if wanted else None)
+                seen = self.collector.batches
+                if index == done:
+                    self._say_how_long(time.perf_counter() - started, done)
+                if self._resume is not None and (seen % _SAVE_EVERY == 0 or seen in (1, 2, 4, 8)):
+                    write_resume(self._resume, self.collector, self._sample)
+        if self._resume is not None and self.passes > 1:
+            write_resume(self._resume, self.collector, self._sample)
+
+    def _say_how_long(self, batch: float, done: int) -> None:
+        """Print an estimate, unless it is no time at all."""
+        batches = None if self._count is None else self._count - done
+        if not self._progress or rough(self._loads) + batch * (batches or 1) < _WORTH_SAYING:
+            return
+        rows = [sum(self.probe.rows.get(name, 0) for name in entry.names) for entry in self.found]
+        # where it is not known how many batches there are, they are taken to be enough for every weight
+        inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
+        say(str(estimate(self._loads, inputs, self.plan, batch, self.probe.seconds, batches)))
+
+    def _make_room(self, number: int) -> None:
+        """Let go of the float weights that are rounded and lie behind all that is left."""
+        left = [name for share in self._shares[number:] for entry in share for name in entry.names]
+        needs = [name for name in left if self.collector.by_module[name].large_bytes]
+        if not self.plan.lean or any(self.collector.by_module[name].needs_gradients for name in needs):
+            return
+        batches = range(self.collector.batches)
+        reached = [self.collector.last_call(i, needs) for i in batches]
+        if -1 in reached:
+            return  # resumed: the order of some calls is not known, and passes run to the end
+        for share in self._shares[:number]:
+            for entry in share:
+                if all(self.collector.first_call(i, entry.names) >= reached[i] for i in batches):
+                    _let_go(entry)
+
+
+def _loads(found: Sequence[Found], objective: Objective, seen: Probe) -> list[Load]:
+    place: dict[str, list[int]] = {}
+    for i, name in enumerate(seen.calls):
+        place.setdefault(name, []).append(i)
+    loads = []
+    for entry in found:
+        weight = cast(Tensor, entry.modules[0].weight)
+        each = [statistics_of(module, objective) for module in entry.modules]
+        at = [i for name in entry.names for i in place.get(name, [])]
+        rows, columns = weight_matrix_shape(entry.modules[0])
+        loads.append(
+            Load(
+                rows=rows,
+                columns=columns,
+                copied=weight.dtype != torch.float32 or kind_of(entry.modules[0]) is Kind.LINEAR_TRANSPOSED,
+                floats=weight.numel() * weight.element_size(),
+                large=sum(s.large_bytes for s in each),
+                gradients=any(s.needs_gradients for s in each),
+                first=min(at, default=-1),
+                last=max(at, default=len(seen.calls)),
+                kept=sum(s.kept_bytes for s in each),
+            )
+        )
+    return loads
+
+
+def _let_go(entry: Found) -> None:
+    """Give a float weight's memory back; its shape and dtype stay."""
+    weight = cast(nn.Parameter, entry.modules[0].weight)
+    if not weight.is_meta:
+        empty = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
+        for module in entry.modules:
+            module.weight = empty
+
+
+def _as_begun(
+    found: Sequence[Found], loads: Sequence[Load], shares: Sequence[list[Found]], state: dict[str, Tensor]
+) -> list[list[Found]]:
+    """The shares of a calibration that is resumed: what was begun in the first pass stays in it."""
+    begun = {key.rpartition("|")[0] for key in state if key.endswith(("|covariance_KK", "|fisher_NK"))}
+    first = [e for e, load in zip(found, loads, strict=True) if not load.large or begun & set(e.names)]
+    rest = [[entry for entry in share if not any(entry is one for one in first)] for share in shares]
+    return [first, *(share for share in rest if share)]

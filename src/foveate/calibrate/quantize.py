@@ -1,0 +1,241 @@
+"""quantize: put a model on planes, in place, and measure what every plane is worth.
+
+    find weights -> passes over the data (statistics) -> for each weight: round, pack, score -> exchange the modules
+    -> Profile
+
+The first pass over the data is the long part, and can be resumed. It is the only one where memory allows it: see
+`foveate.calibrate.passes`, which hands out the weights share by share as their statistics are complete.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate.calibrate.one_weight import _Quantized, _round_and_score, _rows_of_covariances, _saw_too_little
+from foveate.calibrate.passes import Calibration, CalibrationOptions
+from foveate.calibrate.reference_outputs import with_measured
+from foveate.calibrate.routing import Routing
+from foveate.calibrate.trial import WayBack, run_on_planes
+from foveate.collect.evaluation import frozen
+from foveate.collect.kinds import Found, find_weights, listed
+from foveate.collect.objectives import Objective
+from foveate.errors import SiteError, WeightError
+from foveate.formats.levels import TOP_LEVEL
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.memory.allocator import given_back
+from foveate.nn.derived import products_apart
+from foveate.nn.experts import left_notes, merged, taken_apart
+from foveate.nn.plane_module import PlaneModule
+from foveate.nn.replace import install
+from foveate.nn.weight import PlaneWeight
+from foveate.planes import gathered
+from foveate.precision.profiles import Profile
+from foveate.precision.sites import stays_float
+from foveate.progress import track
+from foveate.sizes import parse_bytes
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Parameters that stay float, over those on planes, from which on a note says what they are.
+_MUCH = 0.02
+
+
+def quantize(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    objective: Objective | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    group: int | None = None,
+    skip: Sequence[str] = (),
+    memory: int | str | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> Profile:
+    """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
+
+    Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts;
+    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. A weight that
+    calibration saw something else read than its own module (`x @ self.head.weight.t()`) is left as it is; the profile's
+    notes name it. Afterwards every weight is read at 8 bits.
+
+    Args:
+        model: any module, in memory, on the CPU.
+        batches: a small data set: mappings are passed to the model as keywords, tuples as positions, anything else as
+            the one argument.
+        objective: what the output is for, `foveate.Logits()` or `foveate.Embedding()`; found out from the first output
+            if not given (one with a `logits` attribute is `Logits`).
+        loss: `loss(output, batch)`, a sum over the samples of the batch whose increase is to be kept small, instead of
+            the objective's own.
+        group: inputs a group, 32, 64 or 128, for every weight; chosen by width if not given.
+        skip: shell patterns of module names to leave as they are.
+        memory: the most that the process may take meanwhile, the model included, `"6GiB"` or a number; if not given,
+            three quarters of what is free. Where that is too little for doing everything at once, parts of the model
+            are run twice, statistics are collected in several passes over the data, and float weights are let go as
+            their planes are finished (an interruption then leaves a model without them). The result is the same.
+        resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is
+            deleted at the end.
+        progress: whether to show how far it is.
+
+    Returns:
+        The profile: sites, and the loss of every tile at every level.
+
+    Raises:
+        DataError: no batches, or a loss that is not finite.
+        WeightError: a weight holds NaN or Inf, no weight can be quantized, or the model does not run on planes. The
+            model is then unchanged, unless float weights had to make room.
+        SiteError: a pattern in `skip` matches nothing.
+        BudgetError: the model cannot be quantized in `memory`; the message says in how much it can.
+    """
+    ensure_loaded()
+    options = CalibrationOptions(
+        objective=objective,
+        loss=loss,
+        memory=None if memory is None else parse_bytes(memory),
+        resume=Path(resume) if resume else None,
+        progress=progress,
+    )
+    with taken_apart(model), products_apart(model), given_back(options.memory is not None):
+        return _quantized(model, batches, group, skip, options)
+
+
+def _quantized(
+    model: nn.Module, batches: Iterable[Any], group: int | None, skip: Sequence[str], options: CalibrationOptions
+) -> Profile:
+    found, notes = chosen(model, skip)
+    for entry in found:
+        weight = cast(Tensor, entry.modules[0].weight)
+        if weight.device.type != "cpu":
+            raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
+        _check_values(entry.names[0], weight.detach())
+    calibration = Calibration(model, batches, found, options)
+    with given_back(calibration.plan.replay or calibration.plan.lean):
+        rounded, routing, few = _all_rounded(model, calibration, group, options.progress)
+    calibration.make_room()
+    collector, found = calibration.collector, calibration.found
+    notes += [*calibration.notes, *_notes(calibration, routing, few, guessed=options.objective is None)]
+    done = [rounded[entry.names[0]] for entry in found]
+    sites = [q.site for q in done]
+    weights = {q.site.name: PlaneWeight(q.planes, q.dtype) for q in done}
+    losses = {q.site.name: q.losses for q in done}
+    statistics = {q.site.name: q.statistics for q in done}
+    del rounded, done
+    for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
+        kept.set(value)
+    way_back = WayBack(model, found)
+    with way_back.on(BaseException):
+        registry = install(model, found, sites, weights)
+        run_on_planes(model, calibration.first, calibration.generates)
+    weight_count = sum(s.weights for s in sites)
+    if sum(registry.other_parameters.values()) >= _MUCH * weight_count:
+        notes.append(stays_float(registry.other_parameters, weight_count))
+    for name in registry.inputs:
+        node = collector.by_module.get(name.removesuffix(":input"))
+        if node is not None and node.inputs is not None:
+            if float(node.tensors["rows"]):  # what was never seen is not free
+                losses[name] = node.inputs.losses(collector.samples)
+            statistics[name] = node.inputs.summary(collector.samples)
+    profile = Profile(
+        registry.sites,
+        losses,
+        registry.other_bytes,
+        collector.samples,
+        collector.objective.name,
+        statistics,
+        tuple(notes),
+        other_parameters=registry.other_parameters,
+    )
+    with way_back.on(Exception):
+        try:
+            with frozen(model):
+                profile = with_measured(profile, model, registry, calibration.witness, options.progress)
+        finally:  # an interruption leaves a model that is read at 8 bits and has its profile
+            registry.profile = profile
+            top = profile.uniform(TOP_LEVEL)
+            registry.apply(top, top)
+    calibration.finish()
+    return profile
+
+
+def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[Found], list[str]]:
+    """The weights to quantize, and notes on what is left as it is; errors as `quantize` raises them."""
+    if any(isinstance(m, PlaneModule) for m in model.modules()):
+        raise WeightError("the model is quantized already: quantize the original")
+    found = find_weights(model)
+    if not found:
+        raise WeightError(
+            f"{type(model).__name__} has no weight that can be quantized (Linear, Conv1D, Embedding, Conv1d, Conv2d)"
+        )
+    names = [name for f in found for name in f.names]
+    if "" in names:
+        raise WeightError("the model is itself a single layer: put it into a module, such as nn.Sequential")
+    skip = (skip,) if isinstance(skip, str) else skip
+    for pattern in skip:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SiteError(
+                f"pattern {pattern!r} in skip matches none of {len(names)} modules, "
+                f"which are like {', '.join(names[:3])}"
+            )
+    left = [any(fnmatchcase(name, pattern) for name in f.names for pattern in skip) for f in found]
+    kept = [f for f, out in zip(found, left, strict=True) if not out]
+    if not kept:
+        raise WeightError("skip leaves no weight to quantize")
+    skipped = [f.names[0] for f, out in zip(found, left, strict=True) if out]
+    return kept, [*(f"{name} was left as it is" for name in merged(model, skipped)), *left_notes(model)]
+
+
+def _check_values(name: str, weight: Tensor) -> None:
+    """Refuse before any work what rounding would refuse."""
+    if weight.dtype not in _DTYPES:
+        raise WeightError(f"{name}.weight is {weight.dtype}: load the model in float16, bfloat16 or float32")
+    lowest, highest = torch.aminmax(weight)
+    largest = float(torch.maximum(-lowest, highest))
+    if not largest < float("inf"):  # NaN fails too
+        raise WeightError(f"{name}.weight holds NaN or Inf")
+    if largest > torch.finfo(torch.float16).max:
+        raise WeightError(f"{name}: weight (largest magnitude {largest:g}) is beyond 65504, the range of float16")
+
+
+def _all_rounded(
+    model: nn.Module, calibration: Calibration, group: int | None, progress: bool
+) -> tuple[dict[str, _Quantized], Routing, dict[str, str]]:
+    """Every weight by its module's name, how experts were met, and the weights that had too few inputs: how few."""
+    collector = calibration.collector
+    rounded: dict[str, _Quantized] = {}
+    routing: Routing | None = None
+    few: dict[str, str] = {}
+    for share in calibration.shares():
+        routing = routing or Routing(model, collector)
+        for entry in track(share, "rounding", show=progress):
+            seen = [collector.by_module[name] for name in entry.names]
+            if _saw_too_little(seen):
+                rows, columns = _rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
+                few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
+            rounded[entry.names[0]] = _round_and_score(entry, seen, routing, group)
+            calibration.done(entry)
+    assert routing is not None
+    return rounded, routing, {e.names[0]: few[e.names[0]] for e in calibration.found if e.names[0] in few}
+
+
+def _notes(calibration: Calibration, routing: Routing, few: Mapping[str, str], guessed: bool) -> list[str]:
+    """What the user should know of the calibration, a sentence each."""
+    collector = calibration.collector
+    notes = routing.notes()
+    unseen = set(collector.unseen())
+    blind = [e.names[0] for e in calibration.found if unseen >= set(e.names) and e.names[0] not in routing]
+    if blind:
+        notes.append(f"calibration never reached {listed(blind)}: their bits are chosen blindly")
+    if guessed and collector.objective.name == "embedding":
+        notes.append("the output has no `logits`, so it is taken for an embedding; if it is logits, say Logits()")
+    if few:
+        notes.append(
+            f"{listed(list(few.values()))} had fewer rows of input than columns: rounded to nearest, since descent "
+            "would fit those few rows; calibrate on at least as many tokens, positions or samples as there are columns"
+        )
+    return notes

@@ -1,0 +1,1 @@
+"""What several commands share: options, data, models, tables, and where words go."""

@@ -1,0 +1,213 @@
+"""Data for calibration and measurement: a text or token ids, cut into windows, a part of them held out.
+
+A model of next tokens sees windows of one length, cut from the whole text and spread evenly over it. An embedding model
+sees lines: each is a sample of its own, padded and masked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from foveate.cli.shared.console import log
+from foveate.cli.shared.models import is_causal, load_tokenizer
+from foveate.errors import DataError
+
+#: One window in so many is held out.
+HELD_OUT = 8
+_LENGTH = 512
+Window = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the options ask for. Exactly one of `text` and `tokens` is needed."""
+
+    text: Path | None
+    tokens: Path | None
+    samples: int
+    length: int | None
+    batch: int
+
+    @property
+    def given(self) -> bool:
+        """Whether there are data at all."""
+        return self.text is not None or self.tokens is not None
+
+
+def next_token_loss(output: Any, batch: Window) -> Tensor:
+    """Nats of each next token: [n]."""
+    logits_BSV, ids_BS = output.logits, batch["input_ids"]
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten(), reduction="none")
+
+
+def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> list[Window]:
+    """Single windows, `input_ids` [1, S] (and `attention_mask` for lines), spread evenly over the data.
+
+    Args:
+        request: the options.
+        name: folder or hub name of the model whose tokenizer is used.
+        config: its configuration.
+        more: windows beyond `request.samples`, as a share of them.
+
+    Raises:
+        DataError: no data, or data that do not fit the model; the message says what to give.
+    """
+    if not request.given:
+        raise DataError("there are no data: give --data FILE.txt, or --tokens FILE.npy or .safetensors")
+    if request.text is not None and request.tokens is not None:
+        raise DataError("give --data or --tokens, not both")
+    length = _window_length(request.length, config)
+    wanted = request.samples + math.ceil(more * request.samples)
+    if request.tokens is not None:
+        found = _cut(_read_tokens(request.tokens), length)
+        return _checked([{"input_ids": w[None]} for w in _spread(found, wanted)], config, request.tokens)
+    assert request.text is not None
+    text = _read_text(request.text)
+    tokenizer = load_tokenizer(name)
+    if is_causal(config):
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        found = _cut(torch.tensor(ids, dtype=torch.int64), length)
+        return _checked([{"input_ids": w[None]} for w in _spread(found, wanted)], config, request.text)
+    lines = _spread([line for line in text.splitlines() if line.strip()], wanted)
+    encoded = [tokenizer(line, truncation=True, max_length=length)["input_ids"] for line in lines]
+    made = [
+        {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
+        for ids in encoded
+    ]
+    return _checked(made, config, request.text)
+
+
+def split(found: Sequence[Window]) -> tuple[list[Window], list[Window]]:
+    """(to calibrate on, held out): every eighth or so window is held out, at least one.
+
+    Raises:
+        DataError: fewer than two windows.
+    """
+    if len(found) < 2:
+        raise DataError(f"{len(found)} windows cannot be split: give more data, or a smaller --length")
+    every = min(HELD_OUT + 1, len(found))
+    held_out = [w for i, w in enumerate(found) if i % every == every - 1]
+    return [w for i, w in enumerate(found) if i % every != every - 1], held_out
+
+
+def batches(found: Sequence[Window], size: int) -> list[Window]:
+    """Windows of one length stacked, lines padded: `size` a batch."""
+    made = []
+    for start in range(0, len(found), size):
+        part = found[start : start + size]
+        longest = max(w["input_ids"].shape[1] for w in part)
+        made.append({key: torch.cat([F.pad(w[key], (0, longest - w[key].shape[1])) for w in part]) for key in part[0]})
+    return made
+
+
+def describe(found: Sequence[Window]) -> str:
+    """`128 windows of 512 tokens`."""
+    lengths = {w["input_ids"].shape[1] for w in found}
+    if len(lengths) == 1:
+        return f"{len(found)} window{'s' * (len(found) != 1)} of {lengths.pop()} tokens"
+    return f"{len(found)} lines of {min(lengths)} to {max(lengths)} tokens"
+
+
+def digest(found: Sequence[Window]) -> str:
+    """A short name for exactly these data."""
+    sha = hashlib.sha256()
+    for window in found:
+        sha.update(str(window["input_ids"].tolist()).encode())
+    return sha.hexdigest()[:12]
+
+
+def _window_length(length: int | None, config: Any) -> int:
+    most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not isinstance(most, int):
+        return length or _LENGTH
+    if length is not None and length > most:
+        raise DataError(f"length (={length}) is more than the {most} positions of the model")
+    return length or min(_LENGTH, most)
+
+
+def _cut(ids: Tensor, length: int) -> list[Tensor]:
+    """Windows of a stream; rows that are shorter already are windows as they are."""
+    if ids.dim() == 2 and ids.shape[1] <= length:
+        return list(ids)
+    rows = ids if ids.dim() == 2 else ids[None]
+    found = [row[i : i + length] for row in rows for i in range(0, len(row) - length + 1, length)]
+    if not found:
+        raise DataError(
+            f"{ids.numel()} tokens are less than one window of {length}: give more data, or a smaller --length"
+        )
+    return found
+
+
+def _spread(found: Sequence[Any], wanted: int) -> list[Any]:
+    """`wanted` of them, evenly spread; all if there are fewer."""
+    if len(found) <= wanted:
+        if len(found) < wanted:
+            log.info("the data give %d of the %d samples asked for", len(found), wanted)
+        return list(found)
+    return [found[i * len(found) // wanted] for i in range(wanted)]
+
+
+def _checked(found: list[Window], config: Any, file: Path) -> list[Window]:
+    vocabulary = getattr(config, "vocab_size", None)
+    if not found:
+        raise DataError(f"{file} holds nothing to use")
+    ids = torch.cat([w["input_ids"].flatten() for w in found])
+    if int(ids.min()) < 0 or (isinstance(vocabulary, int) and int(ids.max()) >= vocabulary):
+        raise DataError(f"{file} holds token {int(ids.max())}, and the model knows 0 to {(vocabulary or 0) - 1}")
+    return found
+
+
+def _read_text(file: Path) -> str:
+    if not file.is_file():
+        raise DataError(f"there is no file {file}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _read_tokens(file: Path) -> Tensor:
+    """int64 [n] or [rows, n]."""
+    if not file.is_file():
+        raise DataError(f"there is no file {file}")
+    if file.suffix == ".npy":
+        import numpy
+
+        try:
+            array = numpy.load(file, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
+        if array.dtype.kind not in "iu":
+            raise DataError(f"{file} holds {array.dtype}, not token ids")
+        ids = torch.from_numpy(array.astype("int64"))
+    elif file.suffix == ".safetensors":
+        ids = _only_tensor(file)
+    else:
+        raise DataError(f"--tokens {file} is neither .npy nor .safetensors")
+    if ids.dim() not in (1, 2) or not ids.numel():
+        raise DataError(f"{file} holds a tensor of shape {list(ids.shape)}: [tokens] or [windows, tokens] is needed")
+    return ids
+
+
+def _only_tensor(file: Path) -> Tensor:
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+    found = [tensors[key] for key in ("input_ids", "tokens") if key in tensors] or list(tensors.values())
+    if len(found) != 1:
+        raise DataError(f"{file} holds {len(tensors)} tensors: one, or one called input_ids or tokens, is needed")
+    if found[0].is_floating_point() or found[0].dtype == torch.bool:
+        raise DataError(f"{file} holds {found[0].dtype}, not token ids")
+    return found[0].long()

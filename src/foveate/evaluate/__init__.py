@@ -1,0 +1,1 @@
+"""What a map truly costs, measured on data."""

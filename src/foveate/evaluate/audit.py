@@ -1,0 +1,187 @@
+"""audit: the second method of measuring sensitivity, and the check of the first.
+
+A profile's losses are computed from one pass of gradients. Perturbation needs no theory: lower one site to one level,
+leave everything else as high as it is stored, and see how far the output moves. It costs a pass over the data for each
+site and level, so it is for auditing some sites, or for models small enough to measure all of them. `Audit.corrected`
+gives a profile whose sites cost what was measured, each tile keeping its share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from foveate.collect.objectives import Objective, named
+from foveate.errors import FoveateError, LevelError
+from foveate.evaluate.floor import ratio, ratio_text
+from foveate.evaluate.verify import highest_map, measure
+from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS, check_weight_level
+from foveate.nn.registry import profile_of, registry_of
+from foveate.precision.maps import PrecisionMap, Site, find_sites
+from foveate.precision.profiles import Profile
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """One site at one level, everything else at its highest.
+
+    Attributes:
+        site, level: which.
+        predicted: the divergence that the profile says it adds.
+        measured: the divergence from the model at its highest.
+        standard_error: of `measured`, taking samples as independent.
+    """
+
+    site: str
+    level: int
+    predicted: float
+    measured: float
+    standard_error: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over predicted; NaN where nothing was predicted, or both are at the floor of float32 (1.2e-7)."""
+        return ratio(self.measured, self.predicted)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What `audit` found.
+
+    Attributes:
+        entries: one a site and level, in the model's order.
+        samples: how many samples were measured.
+        unit: of the divergence.
+    """
+
+    entries: tuple[Perturbation, ...]
+    samples: int
+    unit: str
+
+    @property
+    def ratio(self) -> float:
+        """The geometric mean of measured over predicted, of the entries that have both; NaN if none has."""
+        logs = [math.log(e.ratio) for e in self.entries if e.ratio > 0]
+        return math.exp(sum(logs) / len(logs)) if logs else math.nan
+
+    @property
+    def summary(self) -> str:
+        """The ratio in words."""
+        said = f"{self.ratio:.2f}" if math.isfinite(self.ratio) else "not known"
+        return f"measured / predicted, geometric mean: {said}"
+
+    def __str__(self) -> str:
+        width = max([len("site"), *(len(e.site) for e in self.entries)])
+        lines = [f"{'site':{width}}  level  {'predicted':>10}  {'measured':>10}  {'+-':>8}  measured / predicted"]
+        lines += [
+            f"{e.site:{width}}  {e.level:>5}  {e.predicted:>10.3g}  {e.measured:>10.3g}  {e.standard_error:>8.2g}  "
+            f"{ratio_text(e.measured, e.predicted)}"
+            for e in self.entries
+        ]
+        lines.append(f"{self.unit}, {self.samples} samples; {self.summary}")
+        return "\n".join(lines)
+
+    def corrected(self, profile: Profile) -> Profile:
+        """A profile whose sites cost what was measured; tiles keep their shares of it.
+
+        At the levels of a site that were not measured, its losses are scaled as at the nearest that were (the mean of
+        the logarithms where two are). Sites that were not audited stay as they are.
+
+        Raises:
+            SiteError: the profile is of another model.
+        """
+        by_site: dict[str, dict[int, float]] = {}
+        for e in self.entries:
+            by_site.setdefault(e.site, {})[e.level] = e.measured
+        losses = dict(profile.losses)
+        for name, measured in by_site.items():
+            (site,) = find_sites([s for s in profile.sites if s.name == name] or profile.sites, name)
+            losses[name] = _scaled(losses[name], _levels_of(site), measured)
+        note = f"the losses of {len(by_site)} sites are those measured by perturbation, on {self.samples} samples"
+        return replace(profile, losses=losses, notes=(*profile.notes, note))
+
+
+def _levels_of(site: Site) -> tuple[int, ...]:
+    return WEIGHT_LEVELS if site.kind == "weight" else INPUT_LEVELS
+
+
+def _scaled(table: Tensor, levels: Sequence[int], measured: Mapping[int, float]) -> Tensor:
+    """Losses [T, levels] with the sums of some columns given."""
+    sums = dict(zip(levels, table.double().sum(0).tolist(), strict=True))
+    made = table.clone()
+    logs = {level: math.log(value / sums[level]) for level, value in measured.items() if value > 0 < sums[level]}
+    for i, level in enumerate(levels):
+        if level in measured:
+            made[:, i] = (
+                table[:, i] * (measured[level] / sums[level]) if sums[level] > 0 else measured[level] / len(table)
+            )
+        elif logs:
+            nearest = min(abs(levels.index(known) - i) for known in logs)
+            near = [value for known, value in logs.items() if abs(levels.index(known) - i) == nearest]
+            made[:, i] = table[:, i] * math.exp(sum(near) / len(near))
+    return made
+
+
+def audit(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    sites: str | Sequence[str] = "*:weight",
+    levels: Sequence[int] = (3,),
+    objective: Objective | None = None,
+    progress: bool = True,
+) -> Audit:
+    """Measure what single sites cost at single levels, beside what the profile predicted.
+
+    Every batch is run once for each site and level, and once for the reference, which is the model itself with
+    everything at the highest level that is loaded. The map in force is put back at the end. Run it in float32:
+    outputs in bfloat16 are rounded so coarsely that any change at all measures as some 1e-4 nats.
+
+    Args:
+        model: a quantized model with its profile.
+        batches: data, as for `foveate.quantize`; best not what it was calibrated on.
+        sites: shell patterns of sites, weights or inputs.
+        levels: levels to lower each to; those that a site does not have are left out.
+        objective: as for `foveate.quantize`; the one that the profile was made with if not given.
+        progress: whether to show how far it is.
+
+    Raises:
+        SiteError: a pattern names no site.
+        LevelError: no site named has any of the levels below its highest.
+        DataError: no batches, or outputs of the reference that are not finite.
+        FoveateError: the model was loaded without its profile.
+    """
+    profile, top = profile_of(model), highest_map(model)
+    for level in levels:
+        if level not in INPUT_LEVELS:
+            check_weight_level(level)
+    patterns = (sites,) if isinstance(sites, str) else tuple(sites)
+    if not patterns:
+        raise FoveateError("sites is empty: name at least one pattern")
+    wanted = {s.name for pattern in patterns for s in find_sites(profile.sites, pattern)}
+    plans: dict[tuple[str, int], PrecisionMap] = {}
+    for site in profile.sites:
+        if site.name in wanted:
+            for level in dict.fromkeys(levels):
+                if level in _levels_of(site) and level < top.mean_level(site):
+                    plans[site.name, level] = replace(top, levels={**top.levels, site.name: level})
+    if not plans:
+        raise LevelError(
+            f"none of the {len(wanted)} sites named can be lowered to {', '.join(map(str, levels)) or 'no level'}"
+        )
+    for plan in plans.values():
+        registry_of(model).check(plan)
+    objective = objective or named(profile.objective)
+    outcomes = measure(model, list(plans.values()), batches, objective=objective, progress=progress)
+    # of one site alone: what all sites together lose beyond the sum does not come into it
+    alone = replace(profile, measured_over_summed=(1.0,) * len(profile.measured_over_summed))
+    base = alone.predict(top)
+    entries = tuple(
+        Perturbation(name, level, alone.predict(plan) - base, got.divergence, got.standard_error)
+        for ((name, level), plan), got in zip(plans.items(), outcomes, strict=False)
+    )
+    return Audit(entries, outcomes[-1].samples, "divergence" if objective is None else objective.unit)

@@ -1,0 +1,264 @@
+"""verify: what a map truly costs, on data it was not chosen on, beside what was predicted and beside uniform precision
+at the same bytes.
+
+A profile adds up per-tile losses; only running the whole map tells. Maps are compared batch by batch against the same
+reference outputs, so memory stays that of one batch and the differences between maps are paired.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.collect.evaluation import evaluating
+from foveate.collect.objectives import Objective, check_batches, infer, named, run
+from foveate.errors import DataError
+from foveate.evaluate.floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
+from foveate.formats.levels import TOP_LEVEL
+from foveate.nn.levels import apply
+from foveate.nn.registry import registry_of
+from foveate.precision.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
+from foveate.progress import track
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one map does to a data set.
+
+    Attributes:
+        divergence: mean KL in nats (or 1 - cosine) from the reference.
+        standard_error: of that mean, taking samples as independent.
+        agreement: share of samples whose decision is the reference's.
+        metric: the mean of the caller's metric, if one was given.
+        samples: how many.
+        batch_error: standard error of the mean divergence from how it differs between batches, which samples of one
+            text do not understate; NaN for a single batch.
+    """
+
+    divergence: float
+    standard_error: float
+    agreement: float
+    metric: float | None
+    samples: int
+    batch_error: float = math.nan
+
+    @property
+    def bound(self) -> float:
+        """The mean divergence on other data of the same kind is at most this, 39 times of 40: the mean and twice its
+        standard error, the greater of the two that are known. Infinite for a single sample: it says nothing of others.
+        """
+        if self.samples < 2:
+            return math.inf
+        errors = (self.standard_error, self.batch_error)
+        return self.divergence + 2 * max(error for error in errors if not math.isnan(error))
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. `holds` says whether the map was no worse than uniform precision at its bytes.
+
+    Attributes:
+        plan, uniform_plan: the map, and uniform precision at its bytes.
+        measured, uniform: what they do to the data.
+        reference: what they were compared with.
+        unit: of the divergence.
+        limit: the most divergence that was asked for, if a limit was.
+    """
+
+    plan: PrecisionMap
+    uniform_plan: PrecisionMap
+    measured: Outcome
+    uniform: Outcome
+    reference: str
+    unit: str
+    limit: float | None = None
+
+    @property
+    def within(self) -> bool:
+        """Whether the bound on the map's divergence (`Outcome.bound`) is within the limit; true if there is none."""
+        return self.limit is None or self.measured.bound <= self.limit
+
+    @property
+    def ratio(self) -> float:
+        """The measured divergence over the predicted; NaN where both are at the floor of float32 (1.2e-7), or nothing
+        was predicted.
+        """
+        return ratio(self.measured.divergence, self.predicted)
+
+    @property
+    def predicted(self) -> float:
+        """What the profile predicted of the map."""
+        return self.plan.predicted_loss
+
+    @property
+    def holds(self) -> bool:
+        """Whether the map diverges no more than uniform precision at the same bytes; two divergences at the floor of
+        float32 are equal.
+        """
+        return no_worse(self.measured.divergence, self.uniform.divergence)
+
+    @property
+    def best(self) -> PrecisionMap:
+        """The better of the two maps."""
+        return self.plan if self.holds else self.uniform_plan
+
+    def __str__(self) -> str:
+        limit = ""
+        if self.limit is not None:
+            said = "within" if self.within else "NOT within"
+            limit = f"; at most {self.measured.bound:.5f}, {said} the limit of {self.limit:g}"
+        floor = f" ({BOTH_AT_FLOOR})" if both_at_floor(self.measured.divergence, self.uniform.divergence) else ""
+        predicted = f"predicted {self.predicted:.5f}" if math.isfinite(self.predicted) else "not predicted"
+        return (
+            f"divergence ({self.unit}) {self.measured.divergence:.5f} +- {self.measured.standard_error:.5f} "
+            f"({predicted}), uniform at equal bytes {self.uniform.divergence:.5f}{floor}; "
+            f"agreement {self.measured.agreement:.2%} against {self.uniform.agreement:.2%}; "
+            f"{self.measured.samples} samples, reference: {self.reference}{limit}"
+        )
+
+
+class _Sums:
+    def __init__(self) -> None:
+        self.divergence = self.squares = self.agreed = self.metric = 0.0
+        self.samples = 0
+        self.metric_samples = 0
+        self.batches: list[tuple[int, float]] = []  # samples and their divergence, summed
+
+    def add(self, divergence: Tensor, agreed: Tensor, metric: Tensor | None) -> None:
+        self.divergence += float(divergence.double().sum())
+        self.squares += float(divergence.double().square().sum())
+        self.agreed += float(agreed.sum())
+        self.samples += len(divergence)
+        if len(divergence):
+            self.batches.append((len(divergence), float(divergence.double().sum())))
+        if metric is not None:
+            self.metric += float(metric.double().sum())
+            self.metric_samples += metric.numel()
+
+    def outcome(self) -> Outcome:
+        n = max(self.samples, 1)
+        mean = self.divergence / n
+        variance = max(self.squares / n - mean * mean, 0.0)
+        metric = self.metric / self.metric_samples if self.metric_samples else None
+        count = len(self.batches)
+        apart = sum((total - size * mean) ** 2 for size, total in self.batches)
+        batch_error = (apart * count / (count - 1)) ** 0.5 / n if count > 1 else math.nan
+        return Outcome(mean, (variance / n) ** 0.5, self.agreed / n, metric, self.samples, batch_error)
+
+
+def measure(
+    model: nn.Module,
+    plans: Sequence[PrecisionMap],
+    batches: Iterable[Any],
+    *,
+    reference: nn.Module | None = None,
+    objective: Objective | None = None,
+    metric: Callable[[Any, Any], Tensor] | None = None,
+    progress: bool = True,
+) -> list[Outcome]:
+    """Run several maps over the same data. The map in force is put back at the end.
+
+    Args:
+        model: a quantized model.
+        plans: the maps.
+        batches: held-out data, as for `foveate.quantize`.
+        reference: the original model; if not given, the model itself with every plane it has.
+        objective: as for `foveate.quantize`; the one that the profile was made with if not given.
+        metric: `metric(output, batch)`, one number a sample, averaged over all.
+        progress: whether to show how far it is.
+
+    Returns:
+        One outcome a map, and last that of the reference itself.
+
+    Raises:
+        DataError: no batches, outputs of the reference that are not finite, or a reference that is the model itself.
+    """
+    registry = registry_of(model)
+    if reference is model:
+        raise DataError(
+            "the reference is the quantized model itself: keep a copy.deepcopy of the original from before quantize"
+        )
+    before = registry.applied
+    if objective is None and registry.profile is not None:
+        objective = named(registry.profile.objective)
+    highest = highest_map(model)
+    sums = [_Sums() for _ in range(len(plans) + 1)]
+    reference_model = model if reference is None else reference
+    try:
+        with evaluating(model, reference_model), torch.no_grad():
+            for index, batch in enumerate(track(check_batches(batches), "measuring", show=progress)):
+                if reference is None:
+                    apply(model, highest)
+                output = run(reference_model, batch)
+                if objective is None:
+                    objective = infer(output)
+                wanted = objective.outcome(output, batch)
+                if not bool(torch.isfinite(wanted).all()):
+                    raise DataError(
+                        f"batch {index}: the reference's output is not finite: NaN or Inf in the data, or in the model"
+                    )
+                sums[-1].add(
+                    torch.zeros(len(wanted)), torch.ones(len(wanted)), None if metric is None else metric(output, batch)
+                )
+                for plan, tally in zip(plans, sums, strict=False):
+                    apply(model, plan)
+                    output = run(model, batch)
+                    got = objective.outcome(output, batch)
+                    tally.add(
+                        objective.divergence(wanted, got),
+                        objective.agreement(wanted, got),
+                        None if metric is None else metric(output, batch),
+                    )
+    finally:
+        if before is not None:
+            apply(model, *before)
+    if not sums[-1].samples:
+        raise DataError("there are no batches to measure on")
+    return [tally.outcome() for tally in sums]
+
+
+def verify(
+    model: nn.Module,
+    plan: PrecisionMap,
+    held_out: Iterable[Any],
+    *,
+    reference: nn.Module | None = None,
+    objective: Objective | None = None,
+    limit: float | None = None,
+    progress: bool = True,
+) -> Verification:
+    """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`.
+
+    Args:
+        limit: the most divergence that is wanted; `Verification.within` says whether it is kept, and
+            `foveate.evaluate.fit_to_loss` finds a map that keeps it.
+
+    Raises:
+        PlaneNotResidentError: the model was loaded without planes that the map, or the uniform one, reads.
+    """
+    registry_of(model).check(plan)
+    even = uniform_of_bytes(plan)
+    registry_of(model).check(even)
+    measured, uniform_measured, _ = measure(
+        model, [plan, even], held_out, reference=reference, objective=objective, progress=progress
+    )
+    name = "the original model" if reference is not None else "this model with every plane it has"
+    if objective is None:
+        profile = registry_of(model).profile
+        objective = named(profile.objective) if profile is not None else None
+    return Verification(
+        plan, even, measured, uniform_measured, name, "divergence" if objective is None else objective.unit, limit
+    )
+
+
+def highest_map(model: nn.Module) -> PrecisionMap:
+    """Every tile at the level it is loaded for."""
+    registry = registry_of(model)
+    plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
+    levels = {name: bytes(w.value.resident.flatten().tolist()) for name, w in registry.weights.items()}
+    return replace(plan, levels={**plan.levels, **levels}, other_parameters=registry.other_parameters)

@@ -1,0 +1,1 @@
+"""A quantized model in a folder: save and load."""

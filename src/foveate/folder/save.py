@@ -1,0 +1,150 @@
+"""save: a quantized model to a folder."""
+
+from __future__ import annotations
+
+import json
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate import checkpoint
+from foveate.checkpoint import PathLike
+from foveate.collect.kinds import PRODUCT, parts_of_adapters
+from foveate.errors import CheckpointError
+from foveate.folder import sentence_transformer
+from foveate.nn.folded import folded_of
+from foveate.nn.plane_module import PlaneModule
+from foveate.nn.registry import Registry, quantized_part, registry_of
+from foveate.nn.weight import PlaneWeight
+from foveate.precision.maps import PrecisionMap, tile_levels
+
+#: Files of a tokenizer or processor, copied along from the folder a model came from.
+_COMPANIONS = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "spiece.model",
+    "sentencepiece.*",
+    "preprocessor_config.json",
+    "chat_template*",
+)
+
+
+def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) -> None:
+    """Write a quantized model to a folder.
+
+    The default map in the folder is `keep`, or the map in force. An existing checkpoint is replaced as a whole or not
+    at all, whatever interrupts.
+
+    Args:
+        model: a quantized model.
+        path: the folder; made if it does not exist.
+        keep: keep only the planes that this map reads; everything the model has if not given.
+
+    Raises:
+        CheckpointError: the folder cannot be written (a full disk, say), a parameter holds NaN or Inf, or modules were
+            put around layers of the model since it was quantized, as adapters are; what was there before is still
+            there.
+        PlaneNotResidentError: the model does not have the planes of `keep`.
+    """
+    model = quantized_part(model)
+    registry = registry_of(model)
+    plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", registry.applied)[0]
+    registry.check(plan)
+    _check_in_place(model, registry)
+    rest = _rest(model)
+    for name, _ in model.named_parameters():
+        if name in rest and not is_finite(rest[name]):
+            raise CheckpointError(f"parameter {name} holds NaN or Inf: a folder with it could not be loaded")
+    weights = {name: w.value for name, w in registry.weights.items()}
+    if keep is not None:
+        weights = {name: w.kept(_level_tiles(keep, name, w.resident)) for name, w in weights.items()}
+    about, companions = _about(model)
+    checkpoint.write(
+        path,
+        weights=weights,
+        dtypes={name: str(w.dtype).removeprefix("torch.") for name, w in registry.weights.items()},
+        rest=rest,
+        plan=replace(plan, other_parameters=registry.other_parameters),
+        profile=registry.profile,
+        model={
+            **about,
+            **({"folded": folded_of(model)} if folded_of(model) else {}),
+            **({"ranges": registry.ranges} if registry.ranges else {}),
+        },
+        extra_files=companions,
+    )
+
+
+def _check_in_place(model: nn.Module, registry: Registry) -> None:
+    """Raise unless every layer is where its site says: elsewhere no load would find it."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, layer in registry.inputs.items():
+        place = name.removesuffix(":input")
+        found = modules.get(place)
+        if layer not in (found, modules.get(f"{place}.{PRODUCT}")):
+            raise CheckpointError(
+                f"{place} is {type(found).__name__} now, put there since the model was quantized: save adapters "
+                "by themselves (peft's save_pretrained), and the model before they are put on or after they are taken "
+                "off (peft's unload)"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number of a tensor is NaN or Inf."""
+    if not tensor.is_floating_point() and not tensor.is_complex():
+        return True
+    # eight bits cannot be asked themselves
+    return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
+
+
+def _level_tiles(plan: PrecisionMap, name: str, resident: Tensor) -> Tensor:
+    levels = bytearray(tile_levels(plan.levels[name], resident.numel()))
+    return torch.frombuffer(levels, dtype=torch.uint8).view_as(resident)
+
+
+def _rest(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that are not on planes, those that state_dict leaves out included."""
+    rest: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        if isinstance(module, PlaneWeight):
+            continue
+        own = {**module._parameters, **({} if isinstance(module, PlaneModule) else module._buffers)}
+        rest.update({f"{prefix}.{name}".lstrip("."): t.detach() for name, t in own.items() if t is not None})
+    # what shares memory is written once each: a file format without pointers
+    seen: dict[int, str] = {}
+    for name, t in list(rest.items()):
+        if t.numel() and seen.setdefault(t.untyped_storage().data_ptr(), name) != name:
+            rest[name] = t.clone()
+    return rest
+
+
+def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """How to rebuild the model, and the files to put beside it."""
+    inner = sentence_transformer.transformer_in(model)
+    if inner is not None:
+        about, files = _about(inner)
+        described = sentence_transformer.description(model)
+        return {**about, "sentence_transformer": described}, {**files, **sentence_transformer.tokenizer_files(model)}
+    if not type(model).__module__.startswith("transformers.") or parts_of_adapters(model):
+        return {}, {}
+    config = cast(Any, model).config
+    named = copy(config)
+    named.architectures = [type(model).__name__]  # as save_pretrained has it; a model made of a configuration has none
+    texts = {"config": named.to_json_string(use_diff=False)}
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        texts["generation_config"] = generation.to_json_string()
+    files = {f"{what}.json": text.encode() for what, text in texts.items()}
+    source = Path(getattr(config, "_name_or_path", "") or "")
+    if source.name and source.is_dir():
+        for pattern in _COMPANIONS:
+            files.update({f.name: f.read_bytes() for f in source.glob(pattern) if f.is_file()})
+    # load reads the copies in the head, which changes in one step with all the rest; the files are for other programs
+    return {"transformers": type(model).__name__, **{what: json.loads(text) for what, text in texts.items()}}, files

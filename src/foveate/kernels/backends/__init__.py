@@ -1,0 +1,1 @@
+"""Which backend runs the ops on which device, and why the others do not."""

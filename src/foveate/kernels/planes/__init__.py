@@ -1,0 +1,1 @@
+"""The ops on bit planes: schema, meaning in plain torch."""

@@ -1,0 +1,1 @@
+"""The ops that rounding spends its time in: schema, meaning in plain torch."""

@@ -1,0 +1,32 @@
+"""The ops that rounding spends its time in: the codes of a weight, one element after another.
+
+`codes_feed(codes, w, factor, row_factor, scale, offset, gain, group_of, shares)` writes uint8 codes [2, N, K] (4-bit
+codes, residuals), each error passed on to the elements that are still to come. `codes_descend(codes, w, covariance,
+gradients, scale, offset, gain, group_of, shares, sweeps)` changes the codes there are, each to the pair that is best
+with all others as they are. kernels/rounding/reference.py has the meaning of the arguments.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from foveate.kernels.library import LIBRARY
+from foveate.kernels.rounding import reference as reference
+
+_GRID = "Tensor scale, Tensor offset, Tensor gain, Tensor group_of, float[] shares"
+
+LIBRARY.define(f"codes_feed(Tensor(a!) codes, Tensor w, Tensor factor, Tensor? row_factor, {_GRID}) -> ()")
+LIBRARY.define(
+    f"codes_descend(Tensor(a!) codes, Tensor w, Tensor covariance, Tensor? gradients, {_GRID}, int sweeps) -> ()"
+)
+LIBRARY.impl("codes_feed", reference.codes_feed, "CompositeExplicitAutograd")
+LIBRARY.impl("codes_descend", reference.codes_descend, "CompositeExplicitAutograd")
+
+
+def _in_place_fake(codes: Tensor, *_: object) -> None:
+    return None
+
+
+for _name in ("codes_feed", "codes_descend"):
+    torch.library.register_fake(f"foveate::{_name}", _in_place_fake, lib=LIBRARY)

@@ -1,0 +1,227 @@
+"""A transformers `Cache` whose older tokens are packed, at a level of their own for each layer and head.
+
+    [ packed blocks of `block` tokens ............ | exact: the last `window` to `window + block - 1` tokens ]
+
+New tokens join the exact end. Attention reads all packed tokens, unpacked for this layer and this call, and the exact
+end. Then, once the exact end holds a whole block beyond the window, its oldest tokens are packed. What is stored thus
+depends on the tokens alone, not on how many came at a time, and a prompt attends to itself exactly.
+
+Layers that are not plain attention (sliding windows, linear attention, layers that share another's keys) keep the cache
+that transformers gives them.
+
+Legend: B sequences, H heads of keys and values, T tokens, D channels a head.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from foveate.kvcache.blocks import PackedHeads
+
+Levels = int | Sequence[int]
+
+#: Whether `crop` is told how many tokens to remove (as a negative number). Up to transformers 5.14 it was told how many
+#: to keep, or, as a negative number, how many to remove.
+_CROP_REMOVES = "max_length" not in inspect.signature(DynamicLayer.crop).parameters
+
+
+class History:
+    """The keys, or the values, of a layer: packed blocks and an exact end.
+
+    Attributes:
+        packed: the older tokens.
+        end_BHTD: the recent ones.
+    """
+
+    def __init__(self, levels: Levels, block: int, like_BHTD: Tensor) -> None:
+        self.packed = PackedHeads(levels, block)
+        self.end_BHTD = like_BHTD[:, :, :0].clone()
+
+    def read(self, kept: Sequence[int]) -> Tensor:
+        """All tokens [B, H, T, D]; `kept` says how many there are in each packed block."""
+        if not kept:
+            return self.end_BHTD
+        before = sum(kept)
+        batch, heads, tokens, width = self.end_BHTD.shape
+        out_BHTD = self.end_BHTD.new_empty(batch, heads, before + tokens, width)
+        with torch.no_grad():
+            self.packed.fill(out_BHTD, kept)
+        out_BHTD[:, :, before:] = self.end_BHTD
+        return out_BHTD
+
+    @torch.no_grad()
+    def pack(self, tokens: int) -> None:
+        """Pack the oldest tokens of the exact end."""
+        self.packed.append(self.end_BHTD[:, :, :tokens])
+        self.end_BHTD = self.end_BHTD[:, :, tokens:].clone()  # a copy: what was packed can be given back
+
+    def crop(self, blocks: int, tokens: int) -> None:
+        """Keep the first blocks, and the first tokens of the exact end."""
+        self.packed.truncate(blocks)
+        self.end_BHTD = self.end_BHTD[:, :, :tokens]
+
+    def select(self, index_B: Tensor) -> None:
+        """Keep these sequences, in this order, as often as they are named."""
+        self.packed.select(index_B)
+        self.end_BHTD = self.end_BHTD.index_select(0, index_B)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.packed.nbytes + self.end_BHTD.numel() * self.end_BHTD.element_size()
+
+
+class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values. Gradients flow through the exact end only.
+
+    Args:
+        key_levels, value_levels: one level for all heads, or one for each head of keys and values.
+        window: the fewest recent tokens that stay exact.
+        block: tokens that are packed together.
+    """
+
+    # what assisted decoding asks for: a crop takes back tokens, though not that older ones were packed because of them
+    is_croppable = True
+
+    def __init__(self, key_levels: Levels, value_levels: Levels, window: int, block: int) -> None:
+        # not that of transformers, which sets `keys` and `values`: here they are computed
+        self.key_levels, self.value_levels = key_levels, value_levels
+        self.window, self.block = window, block
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.is_initialized = False
+        self._histories: tuple[History, ...] = ()
+        #: Tokens read of each packed block: all of them, but where `crop` went through it.
+        self._kept: list[int] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begin an empty cache of tokens like these."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self._histories = (
+            History(self.key_levels, self.block, key_states),
+            History(self.value_levels, self.block, value_states),
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append tokens [B, H, T, D]. Returns all keys and values, as they are read this time."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        for history, new_BHTD in zip(self._histories, (key_states, value_states), strict=True):
+            history.end_BHTD = torch.cat([history.end_BHTD, new_BHTD], dim=-2)
+        keys, values = (history.read(self._kept) for history in self._histories)
+        ready = (self.exact_tokens - self.window) // self.block
+        if ready > 0:
+            for history in self._histories:
+                history.pack(ready * self.block)
+            self._kept += [self.block] * ready
+        return keys, values
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """All keys [B, H, T, D], unpacked; None before the first."""
+        return self._histories[0].read(self._kept) if self._histories else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """All values [B, H, T, D], unpacked; None before the first."""
+        return self._histories[1].read(self._kept) if self._histories else None
+
+    @property
+    def exact_tokens(self) -> int:
+        """Tokens in the exact end."""
+        return self._histories[0].end_BHTD.shape[-2] if self._histories else 0
+
+    def get_seq_length(self) -> int:
+        """Tokens held."""
+        return sum(self._kept) + self.exact_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last `-tokens_to_remove` tokens. A block that ends among them stays packed, and less of it is
+        read; the exact end is then shorter than the window until it has grown again. Of releases of transformers whose
+        own `crop` takes a length too, a number from 0 on is the length that is kept.
+        """
+        if tokens_to_remove >= 0 and not _CROP_REMOVES:
+            tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove (={tokens_to_remove}) must be negative or 0: minus how many to remove")
+        left = max(self.exact_tokens + tokens_to_remove, 0)
+        beyond = -tokens_to_remove - (self.exact_tokens - left)
+        while beyond > 0 and self._kept:
+            last = self._kept.pop()
+            if last > beyond:
+                self._kept.append(last - beyond)
+            beyond -= last
+        for history in self._histories:
+            history.crop(len(self._kept), left)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take sequences in the order of `beam_idx` [B]."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence, the repetitions beside each other."""
+        if self._histories:
+            batch = torch.arange(self._histories[0].end_BHTD.shape[0], device=self.device)
+            self.batch_select_indices(batch.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences: their numbers, or a mask [B]."""
+        if self._histories:
+            batch = torch.arange(self._histories[0].end_BHTD.shape[0], device=self.device)
+            for history in self._histories:
+                history.select(batch[indices.to(self.device)])
+
+    def offload(self) -> None:
+        """Refused; raises `NotImplementedError`."""
+        raise NotImplementedError("a quantized cache is not offloaded: DynamicCache(offloading=True) is")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: codes, ranges and the exact end."""
+        return sum(history.nbytes for history in self._histories)
+
+
+class QuantizedCache(DynamicCache):
+    """Keys and values for later forward passes, packed. Made by `foveate.quantized_cache`."""
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        Cache.__init__(self, layers=list(layers))
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
+        """Each layer's keys and values, unpacked, and the size of its sliding window or None."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers, what is exact included."""
+        return sum(_nbytes(layer) for layer in self.layers)
+
+
+def _nbytes(layer: Any) -> int:
+    """Bytes of any layer's cache."""
+    if isinstance(layer, QuantizedLayer):
+        return layer.nbytes
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    for states in ("conv_states", "recurrent_states"):
+        held += getattr(layer, states, {}).values()
+    return sum(t.numel() * t.element_size() for t in held if isinstance(t, Tensor))
+
+
+def plain_layers(config: Any) -> tuple[list[Any], list[int]]:
+    """The layers that transformers' own cache would have, and which of them are plain attention."""
+    layers = DynamicCache(config=config).layers
+    # older releases make layers of attention for any model
+    if getattr(config.get_text_config(decoder=True), "num_attention_heads", None) is None:
+        return layers, []
+    return layers, [i for i, layer in enumerate(layers) if type(layer) is DynamicLayer]

@@ -1,0 +1,1 @@
+"""Where planes live in memory, and how much of it is free."""

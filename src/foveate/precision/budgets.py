@@ -1,0 +1,40 @@
+"""Budget: what a map may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from foveate.errors import BudgetError
+from foveate.precision.sites import Levels as Levels
+from foveate.precision.sites import Site as Site
+from foveate.precision.sites import find_sites as find_sites
+from foveate.precision.sites import meant_sites as meant_sites
+from foveate.precision.sites import tile_levels as tile_levels
+from foveate.sizes import parse_bytes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a map may cost. Give exactly one.
+
+    Attributes:
+        bytes: bytes in memory (`PrecisionMap.bytes_resident`), a number or `"800MiB"`.
+        bits: average bits a weight, scales counted (`PrecisionMap.bits`).
+        loss: the most loss the profile may predict, in the objective's unit.
+    """
+
+    bytes: int | str | None = None
+    bits: float | None = None
+    loss: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("bytes", "bits", "loss") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise BudgetError(f"a budget is exactly one of bytes, bits, loss; given: {', '.join(given) or 'none'}")
+        if self.bytes is not None:
+            object.__setattr__(self, "bytes", parse_bytes(self.bytes))
+        value = getattr(self, given[0])
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise BudgetError(f"budget {given[0]} (={value!r}) is not a number")
+        if not value > 0 or value == float("inf"):
+            raise BudgetError(f"budget {given[0]} (={value}) must be a positive finite number")

@@ -1,0 +1,84 @@
+"""The resume file is of this model and these data, whole, and makes sense; anything else is refused."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import foveate as fv
+from foveate.calibrate.resuming import _digest, read_resume, sample_of, write_resume
+from foveate.collect.collector import Collector
+from foveate.collect.kinds import find_weights
+from foveate.errors import DataError
+from foveate.files import checksum
+from tiny import mlp, rows
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    model, batches = mlp(), rows()
+    collector = Collector(find_weights(model), fv.Logits())
+    collector.add(model, batches[0])
+    write_resume(tmp_path / "resume", collector, sample_of(model, batches[0]))
+    assert os.listdir(tmp_path) == ["resume"]
+    return tmp_path / "resume"
+
+
+def _read(file: Path, seed: int = 0, data: int = 1, objective: fv.Objective | None = None) -> dict[str, Tensor]:
+    return read_resume(file, objective or fv.Logits(), sample_of(mlp(seed=seed), rows(seed=data)[0]))
+
+
+def test_it_is_of_this_model_data_and_objective(file: Path) -> None:
+    assert _read(file)
+    for change in ({"seed": 1}, {"data": 2}, {"objective": fv.Embedding()}):
+        with pytest.raises(DataError, match="another model or objective"):
+            _read(file, **change)  # type: ignore[arg-type]
+
+
+def test_a_change_anywhere_is_noticed(file: Path) -> None:
+    choice, content = random.Random(0), file.read_bytes()
+    for _ in range(60):
+        altered = bytearray(content)
+        altered[choice.randrange(len(altered))] ^= 1 << choice.randrange(8)
+        file.write_bytes(altered)
+        with pytest.raises(DataError, match="delete it to start afresh"):
+            _read(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("0|covariance_KK", lambda t: -t),
+        ("0|energy_K", lambda t: -t),
+        ("0|rows", lambda t: -t),
+        ("0|energy_K", lambda t: t / 0),
+        ("0|input moments", lambda t: t * float("nan")),
+        ("samples", lambda t: t * float("inf")),
+        ("samples", lambda t: t.expand(3).clone()),
+    ],
+)
+def test_what_makes_no_sense_is_refused(file: Path, key: str, change: Callable[[Tensor], Tensor]) -> None:
+    tensors = load_file(file)
+    tensors[key] = change(tensors[key])
+    about = {"foveate_resume": "2", "objective": "Logits"}
+    about["sha256"] = _digest(about, {name: checksum(t) for name, t in tensors.items()})
+    save_file(tensors, file, about)
+    with pytest.raises(DataError, match="makes no sense"):
+        _read(file)
+
+
+def test_another_version_and_what_is_no_file(file: Path) -> None:
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(DataError, match="another version"):
+        _read(file)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(DataError, match="not a regular file"):
+        _read(file)

@@ -1,0 +1,381 @@
+"""Quantizing in little memory: the same result, within the limit, and a clear word where it cannot be."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import foveate as fv
+from foveate.calibrate import passes as calibration
+from foveate.calibrate.schedule import Load, Plan, cut, freed_after, plan
+from foveate.collect.dry_run import probe
+from foveate.collect.kinds import find_weights
+from foveate.collect.objectives import Logits
+from foveate.errors import BudgetError, DataError
+from tiny import TRANSFORMER, llama, mlp, rows, tokens
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertModel(BertConfig(**sizes, intermediate_size=40, max_position_embeddings=32)).eval()
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=50, n_embd=32, n_layer=3, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+def _mixtral() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**TRANSFORMER, num_local_experts=6, num_experts_per_tok=2)).eval()
+
+
+class _Residual(nn.Module):
+    """Blocks with a way around them, one of them used twice, and a layer that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 16, 3, stride=2)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 1))
+            for _ in range(3)
+        )
+        self.unused = nn.Linear(4, 4)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = h = self.stem(x)
+        for i in (0, 1, 2, 1):
+            h = h + torch.tanh(self.blocks[i](h))
+        return self.head((h + first).mean((-2, -1)))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], dict[str, Any]]] = {
+    "llama": (llama, tokens(6, batches=3), {}),
+    "bert": (_bert, [{**b, "attention_mask": torch.ones_like(b["input_ids"])} for b in tokens()], {}),
+    "tied": (_gpt2, tokens(), {}),
+    "experts": (_mixtral, tokens(), {}),
+    "convolutions": (_Residual, list(torch.randn(12, 3, 9, 11).split(4)), {"objective": fv.Logits()}),
+    "mlp": (mlp, rows(), {"objective": fv.Logits()}),
+}
+
+
+@pytest.fixture
+def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Plan]]:
+    """Make every calibration follow a plan; what came out is listed."""
+
+    def force(parts: int, *, replay: bool, lean: bool) -> list[Plan]:
+        made: list[Plan] = []
+
+        def planned(loads: list[Load], *_: int) -> Plan:
+            made.append(Plan(replay, cut(loads, parts), lean, 0))
+            return made[-1]
+
+        monkeypatch.setattr(calibration, "plan", planned)
+        return made
+
+    return force
+
+
+@pytest.mark.parametrize("what", MODELS)
+@pytest.mark.parametrize(
+    ("parts", "replay", "lean"), [(1, True, False), (1, False, True), (3, False, True), (100, True, True)]
+)
+def test_the_result_is_that_of_one_pass(
+    what: str, parts: int, replay: bool, lean: bool, forced: Callable[..., list[Plan]]
+) -> None:
+    make, batches, keywords = MODELS[what]
+    plain = make()
+    expected = fv.quantize(plain, batches, progress=False, **keywords)
+    made = forced(parts, replay=replay, lean=lean)
+    streamed = make()
+    profile = fv.quantize(streamed, (b for b in batches), progress=False, **keywords)
+    assert len(made[0].shares) >= min(parts, 2)
+    assert profile.sites == expected.sites
+    assert profile.notes == expected.notes
+    assert profile.samples == expected.samples
+    for name, table in expected.losses.items():
+        assert torch.allclose(profile.losses[name], table, rtol=1e-4, atol=1e-9), name
+    state = streamed.state_dict()
+    for name, t in plain.state_dict().items():
+        if t.dtype == torch.uint8:  # codes: an input that differs in its last place may move one between equals
+            assert float((state[name] != t).float().mean()) < 1e-3, name
+        else:
+            assert torch.allclose(state[name], t, rtol=1e-2, atol=1e-5), name
+    fv.apply(streamed, profile.uniform(4))
+
+
+class _Counts(nn.Module):
+    """How often it ran, and for how many rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.layer(x)
+        return y
+
+
+def test_further_passes_go_only_as_far_as_they_must(forced: Callable[..., list[Plan]]) -> None:
+    forced(4, replay=False, lean=True)
+    model = nn.Sequential(*(_Counts() for _ in range(4)))
+    fv.quantize(model, [torch.randn(9, 8), torch.randn(9, 8)], objective=fv.Logits(), progress=False)
+    # a probe, two batches of the first pass, and two for each share that lies at or behind a layer, but the first share
+    # (in the end two on planes at each of five levels)
+    assert [m.calls - 2 * 5 for m in model] == [1 + 2 * 4, 1 + 2 * 3, 1 + 2 * 2, 1 + 2 * 1]
+
+
+def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Plan]]) -> None:
+    forced(4, replay=False, lean=True)
+    model = nn.Sequential(*(_Counts() for _ in range(4)))
+    floats = []
+
+    def watch(module: nn.Module, args: Any) -> None:
+        if isinstance(model[0].layer, nn.Linear):
+            floats.append(sum(not m.layer.weight.is_meta for m in model))  # type: ignore[union-attr]
+
+    handle = model.register_forward_pre_hook(watch)
+    fv.quantize(model, [torch.randn(9, 8)], objective=fv.Logits(), progress=False)
+    handle.remove()
+    assert floats == [4, 4, 3, 2, 1]
+
+
+def test_blocks_keep_less_and_are_found_by_size() -> None:
+    model = llama(num_hidden_layers=6).requires_grad_(False)
+    model.config.use_cache = False
+    seen = probe(model, tokens(8, 40, 1)[0], find_weights(model), Logits())
+    names, least = seen.least()
+    assert least < 0.5 * seen.kept
+    assert {f"model.layers.{i}" for i in range(6)} <= {".".join(n.split(".")[:3]) for n in names}
+    everything, whole = seen.blocks_within(seen.kept)
+    assert whole <= seen.kept + seen.visits["model"].inputs
+    assert all("." not in n for n in everything)
+
+
+def test_what_a_probe_counts_is_what_backward_keeps() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4)).requires_grad_(False)
+    seen = probe(model, torch.randn(10, 8), find_weights(model), None)
+    # inputs of both layers, which calibration copies, and what the sigmoid keeps
+    assert seen.kept == 4 * 10 * (8 + 16 + 16)
+    assert seen.rows == {"0": 10, "2": 10}
+    assert seen.calls == ("0", "2")
+
+
+class _Grows(nn.Module):
+    """Its output depends on how often it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.calls = nn.Linear(8, 8), nn.Linear(8, 8), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.calls * torch.sigmoid(self.second(torch.sigmoid(self.first(x))))
+
+
+def test_a_block_that_does_not_repeat_itself_is_an_error(forced: Callable[..., list[Plan]]) -> None:
+    forced(1, replay=True, lean=False)
+    model = nn.Sequential(_Grows(), _Grows(), nn.Linear(8, 3))
+    with pytest.raises(DataError, match=r"\d does not compute the same when it is run twice .* more memory"):
+        fv.quantize(model, [torch.randn(50, 8)], objective=fv.Logits(), progress=False)
+    assert "forward" not in model[0].__dict__
+
+
+class _InPlace(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.sigmoid(self.second(torch.sigmoid(self.first(x))))
+        x.add_(y)
+        return x
+
+
+def test_a_block_that_changes_its_input_is_not_run_twice(forced: Callable[..., list[Plan]]) -> None:
+    x = torch.randn(50, 8)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), _InPlace(), nn.Linear(8, 3))
+    expected = fv.quantize(copy.deepcopy(model), [x.clone()], objective=fv.Logits(), progress=False)
+    forced(1, replay=True, lean=False)
+    profile = fv.quantize(model, [x.clone()], objective=fv.Logits(), progress=False)
+    assert all(torch.allclose(t, expected.losses[n], rtol=1e-4) for n, t in profile.losses.items())
+
+
+def test_resume_when_there_are_several_passes(tmp_path: Path, forced: Callable[..., list[Plan]]) -> None:
+    batches = rows(60, 70, 6)
+    expected = fv.quantize(mlp(), batches, progress=False)
+    forced(3, replay=True, lean=True)
+
+    def interrupted() -> Iterator[Tensor]:
+        yield from batches[:5]
+        raise KeyboardInterrupt
+
+    file = tmp_path / "statistics"
+    model = mlp()
+    with pytest.raises(KeyboardInterrupt):
+        fv.quantize(model, interrupted(), resume=file, progress=False)
+    forced(2, replay=False, lean=True)
+    profile = fv.quantize(model, batches, resume=file, progress=False)
+    assert all(torch.allclose(t, expected.losses[n], rtol=1e-4) for n, t in profile.losses.items())
+    assert not file.exists()
+
+
+def test_the_first_batches_are_kept_too(tmp_path: Path) -> None:
+    def interrupted() -> Iterator[Tensor]:
+        yield from rows(30, 70, 3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fv.quantize(mlp(), interrupted(), resume=tmp_path / "statistics", progress=False)
+    assert (tmp_path / "statistics").exists()
+
+
+def _layer(first: int, *, large: int = 100 << 20, gradients: bool = False) -> Load:
+    return Load(1024, 1024, False, 4 << 20, large, gradients, first, first)
+
+
+def test_the_cheapest_plan_that_fits() -> None:
+    loads = [_layer(i) for i in range(8)]
+    kept, replayed, forward = 2 << 30, 100 << 20, 10 << 20
+    roomy = plan(loads, kept, replayed, forward, 4 << 30)
+    assert (roomy.replay, len(roomy.shares), roomy.lean) == (False, 1, False)
+    tighter = plan(loads, kept, replayed, forward, 1200 << 20)
+    assert (tighter.replay, len(tighter.shares)) == (True, 1)
+    tight = plan(loads, kept, replayed, forward, 620 << 20)
+    assert tight.replay
+    assert len(tight.shares) > 1
+    assert tight.peak <= 620 << 20
+    # nothing fits: the one that takes least
+    least = plan(loads, kept, replayed, forward, 0)
+    assert len(least.shares) == 8
+    assert all(p >= least.peak for p in (roomy.peak, tighter.peak, tight.peak))
+
+
+def test_shares_go_from_the_end_to_the_beginning() -> None:
+    loads = [_layer(i) for i in (3, 0, 2, 1)]
+    assert cut(loads, 4) == ((0,), (2,), (3,), (1,))
+    assert cut(loads, 2) == ((0, 2), (3, 1))
+    assert cut(loads, 1) == ((0, 2, 3, 1),)
+    shares = cut(loads, 4)
+    assert freed_after(loads, shares, 2) == [0, 2]
+    # tied: used at the beginning too
+    loads[0] = Load(8, 8, False, 256, 256, False, -1, 3)
+    assert freed_after(loads, shares, 2) == [2]
+    loads[1] = _layer(0, gradients=True)
+    assert freed_after(loads, shares, 2) == []
+
+
+_CHILD = """
+import json, sys, gc
+import torch
+import foveate as fv
+from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.nn import calibration
+from torch import nn
+import psutil
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 1280, bias=False), nn.Linear(1280, width, bias=False)
+    def forward(self, x):
+        return x + self.down(torch.sigmoid(self.up(x)))
+
+width, layers = 32, 12
+torch.manual_seed(0)
+model = nn.Sequential(*(Block(width) for _ in range(layers)), nn.Linear(width, 32))
+batches = [torch.randn(4096, width)]
+ensure_loaded()
+plans, choose = [], calibration.plan
+calibration.plan = lambda *numbers: plans.append(choose(*numbers)) or plans[-1]
+gc.collect()
+before = psutil.Process().memory_info().rss
+reset_peak_memory()
+extra = None if sys.argv[1] == "none" else int(sys.argv[1])
+limit = None if extra is None else before + extra
+profile = fv.quantize(model, batches, objective=fv.Logits(), progress=False, memory=limit)
+total = {n: float(t.double().sum()) for n, t in profile.losses.items()}
+taken = peak_memory() - before
+print(json.dumps({"peak": taken, "passes": len(plans[0].shares), "losses": total, "notes": profile.notes}))
+"""
+
+
+def _child(extra: int | None) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD, "none" if extra is None else str(extra)],
+        capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
+def test_the_limit_is_kept_and_changes_nothing() -> None:
+    free = _child(None)
+    assert free["peak"] > 560 << 20
+    assert free["passes"] == 1
+    for limit, several in ((290 << 20, False), (220 << 20, True)):
+        bounded = _child(limit)
+        assert bounded["peak"] <= limit
+        assert (bounded["passes"] > 1) == several
+        assert bounded["notes"] == free["notes"]
+        for name, total in free["losses"].items():
+            assert bounded["losses"][name] == pytest.approx(total, rel=1e-4)
+
+
+def test_a_limit_that_cannot_be_kept() -> None:
+    model = mlp()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(BudgetError, match=r"memory \(=1.00 MiB\) is too little: the process takes"):
+        fv.quantize(model, rows(), memory="1MiB", progress=False)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_the_least_memory_that_is_said_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
+    monkeypatch.setattr("foveate.calibrate.passes.psutil.Process", lambda: process)
+    with pytest.raises(BudgetError, match=r"quantizing this model [\d.]+ MiB more") as refused:
+        fv.quantize(mlp(), rows(), objective=fv.Logits(), memory="1MiB", progress=False)
+    said = re.search(r"this model ([\d.]+) MiB", str(refused.value))
+    assert said is not None
+    enough = f"{float(said[1]) + 0.01:.2f}MiB"
+    assert fv.quantize(mlp(), rows(), objective=fv.Logits(), memory=enough, progress=False).losses
+
+
+def test_rounding_counts_what_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    # the damped covariance and a factor in single precision, three factors in double
+    wide = Load(64, 8192, False, 4 * 64 * 8192, 4 * 8192**2, False, 0, 0)
+    assert wide.rounding >= (4 + 3 * 8 + 4) * 8192**2
+    # of two threads' rows what is wanted of five streams, and the product that is taken from it
+    tall = Load(65536, 1024, False, 4 << 26, 4 << 20, False, 0, 0)
+    beside = Load(65536, 1024, False, 4 << 26, 0, False, 0, 0)
+    assert tall.rounding >= 2 * 20 * 1024 * 1024 + 6 * 65536 * 1024
+    assert beside.rounding < tall.rounding
