@@ -299,7 +299,7 @@ def test_bytes_resident_are_the_bytes_of_the_model() -> None:
 def test_a_weight_that_is_read_as_a_tensor_refuses_in_a_sentence(read: Callable[[Any], Any]) -> None:
     model = nn.Sequential(nn.Linear(40, 24))
     fv.quantize(model, [torch.randn(8, 40)], progress=False)
-    with pytest.raises(fv.FoveateError, match="weight on planes"):
+    with pytest.raises(fv.FoveateError, match="on planes"):
         read(model[0].weight)
     assert not hasattr(model[0].weight, "data")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
