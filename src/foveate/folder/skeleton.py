@@ -84,6 +84,7 @@ def skeleton(folder: Folder) -> nn.Module:
             config._name_or_path = str(folder.path)
             with torch.device("meta"):
                 model: nn.Module = cast(Any, made_by)._from_config(config)
+            cast(Any, model).tie_weights()  # transformers 5.0 does not, on the meta device
             generation = head.model.get("generation_config")
             if generation is not None and hasattr(model, "generation_config"):
                 model.generation_config = transformers.GenerationConfig.from_dict(dict(generation))
