@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("serve", "bench", "report"),
     ("cli",),
 )
+#: Lines of a file, at most.
+LONGEST = 400
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 
 
@@ -104,3 +107,26 @@ def test_modules_are_short_and_teach() -> None:
         lengths[file.name] = len(file.read_text().splitlines())
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
     assert statistics.median(lengths.values()) < LONGEST / 2
+
+
+def test_no_module_is_in_a_circle_of_imports() -> None:
+    """Imports for type checkers count too: what leads back to itself cannot be read from the bottom up."""
+    files = dict(_modules())
+    imports = {module: {name for _, name in _imports(module, file)} & set(files) for module, file in files.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join((*path[path.index(module) :], module))
+        if module not in done:
+            for other in sorted(imports[module]):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in imports:
+        if module != "foveate":  # the top of the package is what its users import
+            visit(module, ())
+
+
+def test_no_folder_is_two_ideas() -> None:
+    folders = Counter(file.parent.relative_to(SOURCE) for _, file in _modules() if file.name != "__init__.py")
+    assert {str(folder): files for folder, files in folders.items() if files > 13} == {}

@@ -243,7 +243,7 @@ def row(model, point, ratio):
 def test_figures_of_rows():
     rows = [row("a", "b4_25", 0.5), row("a", "b4_25", 0.8), row("b", "b4_25", 0.2), row("b", "b3_25", 1.1)]
     found = figures(rows)
-    assert found["kl_over_best_peer_b4_25"] == pytest.approx(0.4)  # the root of .8 and .2
+    assert found["kl_over_best_peer_b4_25"] == pytest.approx(0.4)  # the root of 0.8 and 0.2
     assert found["kl_over_best_peer_b4_25_a"] == 0.8
     assert found["kl_over_best_peer_worst"] == 1.1
     assert "kl_over_best_peer_b2_5" not in found

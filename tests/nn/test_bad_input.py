@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.errors import DataError
-from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.precision.maps import INPUT_LEVELS
+from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS
 from tiny import llama, mlp, rows, tokens
 
 
