@@ -79,7 +79,7 @@ def test_gradients_are_those_of_attention_at_the_rounded_arguments(kind: str, gr
         ]
         loss.backward()
     assert store.latest is not None
-    assert [k.held for k in store.latest.kept.values() if k.form == "again"] == [0, 0], store.latest.kept
+    assert [k.held for k in store.latest.kept.values() if k.encoding == "again"] == [0, 0], store.latest.kept
     assert model.y is not None
     assert model.y.grad is not None
     F.scaled_dot_product_attention(*rounded, **options).backward(model.y.grad)
@@ -114,7 +114,7 @@ def test_what_cannot_be_run_again_is_kept(disturb: str, monkeypatch: pytest.Monk
     model = Attention(2, 2, 16, {"dropout_p": 0.1} if disturb == "dropout" else {})
     store = _gradients(model, torch.randn(2, 50, 24), error=0.3, recompute=disturb != "off")
     assert store.latest is not None
-    assert "again" not in {kept.form for kept in store.latest.kept.values()}
+    assert "again" not in {kept.encoding for kept in store.latest.kept.values()}
     sites = store.planner.ledger.sites
     arguments = [s for s in sites.values() if re.search(r"saved.scaled_dot_product_attention.0.[012]$", s.name)]
     assert arguments

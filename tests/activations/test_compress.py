@@ -253,6 +253,6 @@ def test_what_scales_a_whole_row_keeps_sixteen_bits_or_more() -> None:
     held = {kept.level for kept in rows.values() if kept.held}
     assert held
     assert min(held) >= 16, rows
-    assert min(kept.level for kept in store.latest.kept.values() if kept.form == "grouped") <= 4
+    assert min(kept.level for kept in store.latest.kept.values() if kept.encoding == "grouped") <= 4
     assert store.audits
     assert all(audited <= 0.5 for _, _, audited in store.audits)
