@@ -199,7 +199,7 @@ def test_what_compiled_functions_keep_is_said_once_and_in_the_report(what: str) 
     given = call if what == "module" else model
     assert isinstance(given, nn.Module)
     with (
-        fv.compress_activations(given, levels=4, smallest=1) as store,
+        fv.compress_activations(given, levels=4, options=fv.ActivationOptions(smallest=1)) as store,
         pytest.warns(RuntimeWarning, match="what compiled functions keep") as said,
     ):
         _steps(call, 2)
@@ -216,7 +216,12 @@ def test_what_the_warning_recommends_works(way: str) -> None:
     model = Model()
     compiled = torch.compile(model, backend="eager" if way == "eager" else "aot_eager")
     stance = torch.compiler.set_stance("force_eager" if way in ("stance", "uncompiled") else "default")
-    with stance, fv.compress_activations(model, levels=32 if way == "exact" else 4, smallest=1) as store:
+    with (
+        stance,
+        fv.compress_activations(
+            model, levels=32 if way == "exact" else 4, options=fv.ActivationOptions(smallest=1)
+        ) as store,
+    ):
         _step(model if way == "uncompiled" else compiled)
     report = store.report()
     if way == "exact":  # nothing was to be rounded: the report says what is compiled, and no warning does

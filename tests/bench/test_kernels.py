@@ -59,7 +59,7 @@ def test_the_worst_ratio_over_dense_is_of_the_faster_dense_layer():
 
 def test_copies_count_their_bytes():
     weight = dense.random_planes((256, 256), 128)
-    half = kernels.Copies.of(weight.kept(torch.full_like(weight.resident, 4)), 1 << 16)
+    half = kernels.Copies.of(weight.kept(torch.full_like(weight.stored_levels, 4)), 1 << 16)
     assert half.bytes_each == 256 * 256 // 2 + 256 * 2 * 2
     assert sum(b.numel() for b in half.blocks()) == half.bytes_each * len(half.weights)
 

@@ -46,7 +46,7 @@ def test_an_unknown_weight_level_names_the_rule(level: int) -> None:
 
 @pytest.mark.parametrize("level", [16, 32])
 def test_exact_levels_are_reserved(level: int) -> None:
-    with pytest.raises(LevelError, match="the stored form has no exact tiles yet"):
+    with pytest.raises(LevelError, match="weights on planes have no exact level"):
         check_weight_level(level)
 
 

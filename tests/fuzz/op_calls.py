@@ -221,7 +221,7 @@ class _Maker:
             self.floats(*shape, first.columns),
             [t for w in same for t in w.tensors],
             [self.floats(w.rows).float() if self.chance(0.5) else torch.empty(0) for w in same],
-            [n for w in same for n in w.form],
+            [n for w in same for n in w.geometry],
             level,
             choice,
             order,
@@ -235,7 +235,7 @@ class _Maker:
         tensors = [t.clone() for w in same for t in w.tensors]
         levels = [torch.full((2,), self.one((4, 8, 16, 32)), dtype=torch.uint8) for _ in same]
         ranges = [torch.tensor([-1.0, 1.0]) * self.one((0.0, 1.0)) for _ in same] if self.chance(0.7) else []
-        made = [tensors, [n for w in same for n in w.form], levels, ranges]
+        made = [tensors, [n for w in same for n in w.geometry], levels, ranges]
         if self.chance(0.15):
             return self.done("plane_handle", made)
         handle = torch.ops.foveate.plane_handle(*made)
@@ -277,14 +277,14 @@ class _Maker:
 
     def unpack(self) -> OpCall:
         w = self.weight()
-        return self.done("plane_unpack", [list(w.tensors), list(w.form), self.one((0, 1))])
+        return self.done("plane_unpack", [list(w.tensors), list(w.geometry), self.one((0, 1))])
 
     def embedding(self) -> OpCall:
         w = self.weight()
         shape = self.leading()
         indices = torch.randint(0, max(w.rows, 1), shape, generator=self.g)
         indices = indices.to(self.one((torch.int64, torch.int32)))
-        return self.done("plane_embedding", [indices, list(w.tensors), list(w.form), self.one((0, 1))])
+        return self.done("plane_embedding", [indices, list(w.tensors), list(w.geometry), self.one((0, 1))])
 
     def rounding(self) -> OpCall:
         rows, columns, groups = self.one((0, 1, 5, 16, 70)), self.one((0, 1, 3, 64, 65, 100)), self.one((1, 2, 3))

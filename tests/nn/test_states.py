@@ -130,7 +130,7 @@ def _at(key: str, change: Any) -> Any:
 REFUSED: dict[str, tuple[Any, str]] = {
     "an older state": (
         lambda state: {k: v for k, v in state.items() if not k.endswith(".geometry")},
-        r"the state does not say the form of its planes \(q_proj.weight.form\).*3 other weights do not fit",
+        r"the state does not say the geometry of its planes \(q_proj.weight.geometry\).*3 other weights do not fit",
     ),
     "another group": (
         _at("geometry", lambda t: t * torch.tensor([1, 1, 2, 1, 1])),

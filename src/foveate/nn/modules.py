@@ -73,7 +73,9 @@ class PlaneLinear(PlaneModule):
         return fused_group.product(self.place, input)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("alone", "siblings", "place")}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("own_call", "fused_group", "place")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
