@@ -272,6 +272,13 @@ def test_values_at_the_edge_of_int64_are_errors_that_say_so() -> None:
         torch.ops.foveate.mask_pack(x, 0.0)
 
 
+def test_groups_that_do_not_exist_are_errors_on_fakes_too() -> None:
+    x = torch.empty(70, device="meta")
+    for call in (torch.ops.foveate.group_pack, lambda x, _, group: torch.ops.foveate.group_variance(x, [4], group)):
+        with pytest.raises(RuntimeError, match=r"group \(=0\) is not a multiple of 32"):
+            call(x, 4, 0)
+
+
 @pytest.mark.skipif(dispatch.ensure_loaded().isa is None, reason="no compiled kernels")
 def test_no_columns_and_no_rows() -> None:
     w = PlaneTensor(

@@ -58,6 +58,7 @@ def _over(count: int, each: int) -> int:
 
 @torch.library.register_fake("foveate::group_pack", lib=LIBRARY)
 def _group_pack_fake(x: Tensor, bits: int, group: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+    reference.check_group([bits], group)
     groups = _over(x.numel(), group)
     return _bytes(x, groups * (group * bits // 8)), x.new_empty(groups, 2, dtype=torch.bfloat16)
 
@@ -69,6 +70,7 @@ def _group_unpack_fake(codes: Tensor, ranges: Tensor, bits: int, group: int, n: 
 
 @torch.library.register_fake("foveate::group_variance", lib=LIBRARY)
 def _group_variance_fake(x: Tensor, bits: Sequence[int], group: int) -> Tensor:
+    reference.check_group(bits, group)
     return x.new_empty(len(bits), _over(x.numel(), group), dtype=torch.float32)
 
 

@@ -48,7 +48,8 @@ def _check(holds: bool, says: str) -> None:
         raise RuntimeError(says)
 
 
-def _check_group(bits: Sequence[int], group: int) -> None:
+def check_group(bits: Sequence[int], group: int) -> None:
+    """Raise `RuntimeError` unless groups of this size can have these bits."""
     for each in bits:
         _check(each in GROUP_BITS, f"bits (={each}) is not one of 2, 4, 8, 16")
     fits = GROUP_UNIT <= group <= GROUP_MOST and group % GROUP_UNIT == 0
@@ -153,7 +154,7 @@ def _unpack_fields(packed: Tensor, bits: int) -> Tensor:
 
 def group_pack(x: Tensor, bits: int, group: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
     """Codes uint8 [G * g * bits / 8] and ranges bfloat16 [G, 2] (low, step) of x, rounded to nearest without a seed."""
-    _check_group([bits], group)
+    check_group([bits], group)
     _check_floats(x)
     flat = in_memory_order(x)
     x_Gg = _grouped(flat, group)
@@ -169,7 +170,7 @@ def group_pack(x: Tensor, bits: int, group: int, seed: int | None = None) -> tup
 
 def group_unpack(codes: Tensor, ranges: Tensor, bits: int, group: int, n: int, dtype: torch.dtype) -> Tensor:
     """The n values [n] of codes and ranges."""
-    _check_group([bits], group)
+    check_group([bits], group)
     _check(dtype in FLOATS, f"dtype (={dtype}) is not float32, bfloat16 or float16")
     groups = -(-n // group)
     shapes = n >= 0 and codes.shape == (groups * group * bits // 8,) and ranges.shape == (groups, 2)
@@ -185,7 +186,7 @@ def group_unpack(codes: Tensor, ranges: Tensor, bits: int, group: int, n: int, d
 
 def group_variance(x: Tensor, bits: Sequence[int], group: int) -> Tensor:
     """The variance that `group_pack` with a seed adds to each group, summed over it: float32 [len(bits), G]."""
-    _check_group(bits, group)
+    check_group(bits, group)
     _check_floats(x)
     flat = in_memory_order(x)
     x_Gg = _grouped(flat, group)
