@@ -4,7 +4,7 @@
 // Accumulators of all rows (float32, [rows, 2 strips, 16]) live on the stack for one pass along the strips, so rows
 // come in chunks of at most kPanelRows. Only instruction sets whose products take bytes have this (`V::kByteCodes`).
 //
-// Included after strip.h.
+// simd/kernels-inl.h includes this file after planes/strip-inl.h.
 
 constexpr int kPanelRows = 256;
 constexpr int kPanelStrips = 2;

@@ -8,7 +8,7 @@
 #include <cmath>
 
 #include "checks.h"
-#include "planes.h"
+#include "planes/planes.h"
 
 namespace foveate {
 namespace {

@@ -1,9 +1,10 @@
-// The torch side of the CPU kernels: checks, memory, threads. Schemas and meaning are in Python (kernels/ops/planes.py,
-// kernels/reference.py); this file only registers for the CPU.
+// The torch side of the CPU kernels: checks, memory, threads. Schemas and meaning are in Python (kernels/planes/ops.py,
+// kernels/planes/reference.py); this file only registers for the CPU.
 //
-// Shapes are checked as a call comes in (stored.h), what the tile index says by the kernels as they read it.
+// The shapes of arguments are checked first (planes/stored.h). The kernels check the tile index as they read it.
 //
-// Work is (weight, strip) pairs of all weights of the list, times chunks of rows where strips are few; share.h hands it out.
+// The unit of work is a strip of one weight. Where strips are few, it is a strip times a chunk of the rows of x. The
+// threads take units from a queue (work_queue.h).
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -20,11 +21,11 @@
 #include <string>
 #include <vector>
 
-#include "handles.h"
-#include "planes.h"
-#include "saved.h"
-#include "share.h"
-#include "stored.h"
+#include "planes/handles.h"
+#include "planes/planes.h"
+#include "planes/stored.h"
+#include "simd/kernels.h"
+#include "work_queue.h"
 
 namespace foveate {
 namespace {

@@ -8,7 +8,7 @@
 // and the scale NaN. Rounding adds 1.5 * 2^23 in float32, where the last place is 1: half to even, on every machine.
 // Compile with -ffp-contract=off: a fused product would round once where this rounds twice.
 //
-// Included after tile.h, see there.
+// simd/kernels-inl.h includes this file after planes/tile-inl.h.
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;

@@ -12,8 +12,7 @@
 // At level 3 the nibbles are 2c, at level 6 the bytes are 4c: the plane that is not read is zero. The sums are put right
 // once a tile, by a shift.
 //
-// Included by each instruction set's file, after its `V`, inside its own anonymous namespace: nothing here may be shared
-// between files that are compiled for different machines.
+// simd/kernels-inl.h says where this file is included, and in which order.
 
 // How many planes a level reads; 0xFF for what is no level.
 constexpr uint8_t kPlanesOf[9] = {0, 0xFF, 1, 2, 3, 0xFF, 4, 0xFF, 5};

@@ -2,15 +2,15 @@
 //
 // At one lane the planes' bytes are the time, so a strip is one forward pass over each plane's stream. Sums are integers
 // within a group and exact; groups are added in ascending order in float32, so a row's result does not depend on how
-// rows are batched. That arithmetic is `Finish`, shared with panel.h: the only place where it is written.
+// rows are batched. That arithmetic is `Finish`, shared with planes/panel-inl.h: the only place where it is written.
 //
-// Included after tile.h, see there.
+// simd/kernels-inl.h includes this file after planes/tile-inl.h.
 
 // How a tile's sums become a part of y, for `V::kRows` rows of the weight. With D = 2 sum(c x) - C sum(x):
 //
 //     acc = fma(float(D), s * unit, acc)        acc = fma(sum(x), m, acc)
 //
-// What comes in is sums of 2^shift c (see tile.h). Of one lane they are below 2^22, and so is half of C sum(x): float32
+// What comes in is sums of 2^shift c (see planes/tile-inl.h). Of one lane they are below 2^22, and so is half of C sum(x): float32
 // holds 2^shift D / 2 exactly, and s * unit takes the power of two. Sums of two lanes need integers, and round once.
 template <class V>
 struct Finish {

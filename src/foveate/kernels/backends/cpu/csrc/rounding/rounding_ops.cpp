@@ -1,5 +1,5 @@
-// The torch side of rounding by feedback and by descent: checks, memory, threads. Schemas are in kernels/ops/rounding.py,
-// the meaning in kernels/rounding_reference.py.
+// The torch side of rounding by feedback and by descent: checks, memory, threads. Schemas are in kernels/rounding/ops.py,
+// the meaning in kernels/rounding/reference.py.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -11,9 +11,9 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "descent.h"
-#include "saved.h"
-#include "share.h"
+#include "rounding/column_block.h"
+#include "simd/kernels.h"
+#include "work_queue.h"
 
 namespace foveate {
 namespace {

@@ -9,7 +9,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/from_blob.h>
 
-#include "stored.h"
+#include "planes/stored.h"
 
 #include <memory>
 #include <mutex>

@@ -1,5 +1,5 @@
-// What coordinate descent over the codes of a weight (descend.h) and its torch op (rounding.cpp) say to each other: plain
-// structs, no torch. kernels/rounding_reference.py has the meaning.
+// The arguments of the kernels that round a weight (choose_codes-inl.h): plain structs that know nothing of torch.
+// kernels/rounding/reference.py defines what the kernels compute.
 //
 // Legend: S = 5 streams, one a level; R rows that are rounded together; b columns of a block.
 #pragma once

@@ -1,5 +1,7 @@
-// Codes of a weight, one element after another: by feedback (feed), and by coordinate descent. Included by each instruction
-// set; all give the same bits: 16 lanes of one arithmetic, in vectors as wide as the machine's.
+// The codes of a weight, one element after another: by error feedback (feed) and by coordinate descent (descend).
+//
+// Every instruction set gives the same bits: the arithmetic is always in 16 lanes, whatever the width of the machine's
+// vectors. simd/kernels-inl.h includes this file.
 
 constexpr int kCodes = 16;
 typedef float Sixteen __attribute__((vector_size(64)));
