@@ -2,7 +2,7 @@
 //
 // A weight is stored as five bit planes of tiles. A tile is 16 rows by one group of inputs (docs/format.md). The torch
 // side (planes/plane_ops.cpp) checks the shape of every argument before it calls a kernel. The kernels check the tile
-// index (starts, resident, tags) tile by tile as they read it, and report an error as a Fault.
+// index (tile_offsets, stored_levels, active_levels) tile by tile as they read it, and report an error as a Fault.
 //
 // Legend: M rows of x, N rows and K inputs of a weight, g inputs a group, G groups, NT strips of 16 rows. A *lane* is
 // one int8 row of inputs: an 8-bit row of x is one lane, a 16-bit row two (high byte, then low byte).
@@ -29,9 +29,9 @@ struct Weight {
   float units[kPlanes];     // of levels 2, 3, 4, 6, 8: half a code step, times the gain if that is one a weight, times 2^e
   float offset_unit;        // of offsets: an eighth of 2^e
   const uint16_t* gains;    // float16 [2, NT * 16] for levels 2 and 3, or null
-  const int64_t* starts;    // [NT, 6], columns as in `tiles`
-  const uint8_t* resident;  // [NT, G]
-  const uint8_t* tags;      // [NT, G] of the map
+  const int64_t* tile_offsets;   // [NT, 6], columns as in `tiles`
+  const uint8_t* stored_levels;  // [NT, G]
+  const uint8_t* active_levels;  // [NT, G] of the map
   const float* bias;        // [N], or null
   int64_t rows, columns;    // N, K
   int64_t strips, groups;   // NT, G
@@ -41,7 +41,7 @@ struct Weight {
 enum class Type : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 // Rows of x as they arrive; row r of the kernels' numbering is row_of[r] here (null: r).
-struct Source {
+struct InputRows {
   const void* data;
   int64_t row_stride;    // in elements
   int64_t columns;       // K

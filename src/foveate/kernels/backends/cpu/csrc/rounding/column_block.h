@@ -10,10 +10,10 @@ namespace foveate {
 
 constexpr int kStreams = 5;        // levels 2, 3, 4, 6, 8
 constexpr int kAnchors = 3;        // of them read the anchor alone
-constexpr int64_t kDescentColumns = 64;
+constexpr int64_t kBlockColumns = 64;
 
 // One block of columns, all of its rows: they, or the errors of their other columns, must not change meanwhile.
-struct Descent {
+struct ColumnBlock {
   int64_t rows, columns;    // R, b
   int64_t padded;           // R, to a multiple of 16
   int64_t stride;           // elements from a row to the next of w, codes and errors

@@ -14,15 +14,15 @@ struct Kernels {
   const char* name;
   // Lanes above which strips are worth taking two at a time.
   int64_t lean_lanes;
-  Fault (*quantize)(const Source&, const Inputs&, int64_t row, int64_t row_end);
+  Fault (*quantize)(const InputRows&, const Inputs&, int64_t row, int64_t row_end);
   Fault (*product)(const Weight&, const Inputs&, const Output&, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end);
   // The dense weight, float32 [rows of the strips, K].
   Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
   // Rows indices[i] of the dense weight, float32 [.., K].
   Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
   // Codes of a block of columns: better ones for those there are; and the first, from what is wanted.
-  void (*descend)(const Descent&);
-  void (*feed)(const Descent&);
+  void (*descend)(const ColumnBlock&);
+  void (*feed)(const ColumnBlock&);
   const SavedKernels* saved;
 };
 
