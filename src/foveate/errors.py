@@ -39,6 +39,10 @@ class StateError(FoveateError, RuntimeError):
     """A state_dict that does not fit a model on planes: another shape or form, other levels, or none said."""
 
 
+class DeviceError(FoveateError, RuntimeError):
+    """Tensors on a device that no kernels are for; the message names the device."""
+
+
 class DataError(FoveateError, ValueError):
     """Calibration or evaluation data that are empty, malformed, or give a loss that is not finite."""
 

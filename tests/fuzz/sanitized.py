@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from foveate.kernels.backends.cpu.compiled import cache_folder, compiler, distrusted, fingerprint
-from foveate.kernels.backends.cpu.library import FLAGS, SOURCES
+from foveate.kernels.backends.cpu.library import FLAGS, SOURCES, source_files
 
 #: `vptr` asks for type information that torch's own libraries do not give.
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize=vptr")
@@ -65,7 +65,7 @@ def library() -> Path:
     cxx = _found_compiler()
     runtimes()
     flags = [flag for flag in FLAGS if not flag.startswith("-O")] + list(OWN_FLAGS)
-    target = cache_folder() / f"sanitized-{fingerprint(SOURCES.iterdir(), flags)}" / "foveate_cpu.so"
+    target = cache_folder() / f"sanitized-{fingerprint(source_files(), flags)}" / "foveate_cpu.so"
     danger = distrusted(target)
     if danger is not None:
         raise NoSanitizers(danger)
@@ -74,10 +74,13 @@ def library() -> Path:
     from torch.utils import cpp_extension
 
     includes = [*cpp_extension.include_paths("cpu"), sysconfig.get_path("include")]
-    base = [cxx, "-std=c++20", "-fPIC", *flags, *(part for path in includes for part in ("-isystem", path))]
+    system = (part for path in includes for part in ("-isystem", path))
+    base = [cxx, "-std=c++20", "-fPIC", *flags, "-I", str(SOURCES), *system]
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=target.parent, ignore_cleanup_errors=True) as folder:
-        objects = {source: str(Path(folder) / f"{source.stem}.o") for source in sorted(SOURCES.glob("*.cpp"))}
+        objects = {
+            source: str(Path(folder) / f"{source.stem}.o") for source in source_files() if source.suffix == ".cpp"
+        }
         with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:
             list(pool.map(lambda s: _run([*base, "-c", str(s), "-o", objects[s]]), objects))
         made = Path(folder) / target.name

@@ -17,13 +17,34 @@ from foveate.kernels.backends.table import ensure_loaded
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A library in a cache, which nothing can load."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    name = f"kernels-{compiled.fingerprint(cpu.SOURCES.iterdir(), cpu.FLAGS)}"
+    name = f"kernels-{compiled.fingerprint(cpu.source_files(), cpu.FLAGS)}"
     target = compiled.cache_folder() / name / "foveate_cpu.so"
     target.parent.mkdir(parents=True)
     target.write_bytes(b"")
     for path, mode in ((target, 0o755), (target.parent, 0o755), (target.parent.parent, 0o755)):
         path.chmod(mode)
     return target
+
+
+def test_sources_have_a_name_each() -> None:
+    """An object file is named by its source alone, and the folders of all are one."""
+    names = [path.stem for path in cpu.source_files() if path.suffix == ".cpp"]
+    assert len(set(names)) == len(names) >= 9
+
+
+def test_a_fingerprint_is_of_names_and_contents(tmp_path: Path) -> None:
+    def made(folder: str, *names: str) -> str:
+        files = [tmp_path / folder / name for name in names]
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("int x;")
+        return compiled.fingerprint(files)
+
+    first = made("here", "a/one.h", "b/two.h")
+    assert made("there", "a/one.h", "b/two.h") == first
+    assert made("there", "b/one.h", "a/two.h") != first
+    (tmp_path / "here/a/one.h").write_text("int y;")
+    assert compiled.fingerprint([tmp_path / "here/a/one.h", tmp_path / "here/b/two.h"]) != first
 
 
 def test_what_is_the_users_alone_is_trusted(kept: Path) -> None:
@@ -84,7 +105,7 @@ def test_a_file_that_is_not_trusted_is_never_loaded(kept: Path, monkeypatch: pyt
     loaded: list[Path] = []
     built: list[Path | None] = []
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    monkeypatch.setattr(cpu, "build", lambda name, sources, flags, target: built.append(target))
+    monkeypatch.setattr(cpu, "build", lambda name, sources, flags, target, include: built.append(target))
     with pytest.warns(RuntimeWarning, match=r"compiles them for this process alone: .* can be written by others"):
         status = cpu.load.__wrapped__()
     assert (loaded, built) == ([], [None])

@@ -294,7 +294,7 @@ def test_a_run_of_tiles_from_a_bad_start_is_an_error(strip: int, start: int, lev
     w.active_levels.fill_(level)
     w.tile_offsets[strip] += start
     for isa in ISAS:
-        with forced(isa), pytest.raises(RuntimeError, match="starts and resident say"):
+        with forced(isa), pytest.raises(RuntimeError, match="tile_offsets and stored_levels place a tile beyond"):
             call.run()
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from foveate.errors import DeviceError
 from foveate.kernels.backends import table as dispatch
 from foveate.kernels.planes import reference
 from foveate.nn.modules import PlaneEmbedding, PlaneLinear
@@ -175,7 +177,64 @@ def test_backends_says_which_one_runs() -> None:
     backends = dispatch.backends()
     assert sum(b.runs for b in backends) == 1
     assert all(b.reason for b in backends)
-    assert backends[-1].name == "reference"
+    assert [b.name for b in backends if b.device == "cpu"][1:] == ["reference"]
+    others = [b for b in backends if b.device != "cpu"]
+    assert [b.device for b in others] == ["cuda", "mps", "xpu"]
+    assert all(b.name == "none" and not b.runs and f"no kernels for {b.device}" in b.reason for b in others)
+
+
+class _OnDevice(Tensor):
+    """A tensor without memory that says it is on a device, which this machine need not have."""
+
+    @staticmethod
+    def __new__(cls, like: Tensor, device: str) -> _OnDevice:
+        made: _OnDevice = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)  # type: ignore[attr-defined]
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> None:
+        raise AssertionError("left out of the dispatch")
+
+
+@contextmanager
+def _dispatched_by_device() -> Iterator[None]:
+    keys = torch._C.DispatchKey
+    python = torch._C.DispatchKeySet(keys.Python) | torch._C.DispatchKeySet(keys.PythonTLSSnapshot)
+    with torch._C._ExcludeDispatchKeyGuard(python):
+        yield
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps", "xpu", "privateuseone"])
+def test_a_device_without_a_backend_is_refused_with_a_sentence(device: str) -> None:
+    """The reference would serve it slowly, in silence."""
+    call = simple(24, 70, 4)
+    x, tensors, *rest = call.op_args()
+    there = _OnDevice(x, device)
+    ops = torch.ops.foveate
+    calls: dict[str, Callable[[], object]] = {
+        "plane_linear": lambda: ops.plane_linear(there, tensors, *rest),
+        "plane_linear_no_grad": lambda: ops.plane_linear_no_grad(there, tensors, *rest),
+        "plane_unpack": lambda: ops.plane_unpack(
+            [*tensors[:-1], _OnDevice(tensors[-1], device)], call.weights[0].geometry, 0
+        ),
+        "group_pack": lambda: ops.group_pack(there, 4, 32),
+        "mask_pack": lambda: ops.mask_pack(there, 0.0),
+    }
+    with _dispatched_by_device():
+        for name, run in calls.items():
+            with pytest.raises(
+                DeviceError, match=rf"foveate\.{name} has no kernels for device \(={device}\), only for the CPU"
+            ):
+                run()
+
+
+def test_every_op_refuses_devices_through_one_function() -> None:
+    ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("foveate::") and "::_" not in name]
+    assert len(ops) >= 17
+    for op in ops:
+        for key in ("CUDA", "MPS", "XPU", "PrivateUse1"):
+            assert not torch._C._dispatch_has_kernel_for_dispatch_key(op, key)
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(op, "CompositeExplicitAutograd")
 
 
 def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
@@ -200,7 +259,7 @@ def test_a_handle_stands_for_its_weight_while_it_lives() -> None:
         op(call.x, handle, [], [24])
     with pytest.raises(RuntimeError, match="there are 3 weights, and 1 biases"):
         op(call.x, handle, [none], rows)
-    with pytest.raises(RuntimeError, match="there are 2 input levels, and 5 numbers of forms, not 5 an input level"):
+    with pytest.raises(RuntimeError, match="there are 2 input levels, and 5 numbers of"):
         torch.ops.foveate.plane_handle(w.tensors, w.geometry, levels[:2], [])
     copied = handle.clone()
     assert torch.equal(op(call.x, copied, [], rows)[0], third)

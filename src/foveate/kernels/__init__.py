@@ -1,1 +1,6 @@
-"""Ops on bit planes: schema and dispatch in `ops`, meaning in `reference`, C++ in `cpu` and `csrc`."""
+"""The ops, in a folder a family: `planes` (products with weights), `rounding` (codes of weights), `saved` (tensors).
+
+In each family `ops.py` defines the schemas, and `reference.py` defines their meaning in plain torch. `backends/` has
+the kernels of each device, and one table of them. The C++ of the CPU is in `backends/cpu/csrc`, again a folder for each
+family.
+"""

@@ -1,8 +1,8 @@
 """The ops on bit planes: `plane_linear`, `plane_unpack`, `plane_embedding`.
 
-Schemas are defined here and nowhere else. The reference is registered for every device; compiled kernels, when they are
-built, take the CPU over from it (`foveate.backends()` says which runs). Levels, residency and the choice of map are
-tensors, so no switch recompiles a graph or allocates. docs/format.md has the arithmetic, `reference.py` beside this
+Schemas are defined here and nowhere else. The compiled kernels run on the CPU, or the reference where none could be
+built (`foveate.backends()` says which). Tensors on another device are refused. Levels, residency and the choice of map
+are tensors, so no switch recompiles a graph or allocates. docs/format.md has the arithmetic, `reference.py` beside this
 file the meaning of the arguments.
 
 Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum
@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.kernels.library import LIBRARY
+from foveate.kernels.library import LIBRARY, define
 from foveate.kernels.planes import reference
 from foveate.kernels.planes.reference import GEOMETRY_NUMBERS, WEIGHT_TENSORS
 
-LIBRARY.define("plane_unpack(Tensor[] weight, int[] form, int which) -> Tensor")
-LIBRARY.define("plane_embedding(Tensor indices, Tensor[] weight, int[] form, int which) -> Tensor")
-LIBRARY.impl("plane_unpack", reference.plane_unpack, "CompositeExplicitAutograd")
-LIBRARY.impl("plane_embedding", reference.plane_embedding, "CompositeExplicitAutograd")
+define("plane_unpack(Tensor[] weight, int[] form, int which) -> Tensor", reference.plane_unpack)
+define("plane_embedding(Tensor indices, Tensor[] weight, int[] form, int which) -> Tensor", reference.plane_embedding)
 
 
 @torch.library.register_fake("foveate::plane_unpack", lib=LIBRARY)
@@ -47,19 +45,23 @@ def _linear_fake(
 
 
 for _name in ("plane_linear", "plane_linear_no_grad"):
-    LIBRARY.define(
+    define(
         f"{_name}(Tensor x, Tensor[] weights, Tensor[] biases, int[] forms, Tensor input_level, Tensor? choice,"
-        " Tensor? order, Tensor? input_range) -> Tensor[]"
+        " Tensor? order, Tensor? input_range) -> Tensor[]",
+        reference.plane_linear,
     )
-    LIBRARY.impl(_name, reference.plane_linear, "CompositeExplicitAutograd")
     torch.library.register_fake(f"foveate::{_name}", _linear_fake, lib=LIBRARY)
 
 
 # Inference by handle: a compiled graph checks every tensor that goes into it, at each call, and a weight has ten.
-LIBRARY.define("plane_handle(Tensor[] weights, int[] forms, Tensor[] input_levels, Tensor[] input_ranges) -> Tensor")
-LIBRARY.define("plane_linear_by_handle(Tensor x, Tensor handle, Tensor[] biases, int[] rows) -> Tensor[]")
-LIBRARY.impl("plane_handle", reference.plane_handle, "CompositeExplicitAutograd")
-LIBRARY.impl("plane_linear_by_handle", reference.plane_linear_by_handle, "CompositeExplicitAutograd")
+define(
+    "plane_handle(Tensor[] weights, int[] forms, Tensor[] input_levels, Tensor[] input_ranges) -> Tensor",
+    reference.plane_handle,
+)
+define(
+    "plane_linear_by_handle(Tensor x, Tensor handle, Tensor[] biases, int[] rows) -> Tensor[]",
+    reference.plane_linear_by_handle,
+)
 
 
 @torch.library.register_fake("foveate::plane_linear_by_handle", lib=LIBRARY)

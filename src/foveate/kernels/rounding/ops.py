@@ -11,17 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.kernels.library import LIBRARY
+from foveate.kernels.library import LIBRARY, define
 from foveate.kernels.rounding import reference as reference
 
 _GRID = "Tensor scale, Tensor offset, Tensor gain, Tensor group_of, float[] shares"
 
-LIBRARY.define(f"codes_feed(Tensor(a!) codes, Tensor w, Tensor factor, Tensor? row_factor, {_GRID}) -> ()")
-LIBRARY.define(
-    f"codes_descend(Tensor(a!) codes, Tensor w, Tensor covariance, Tensor? gradients, {_GRID}, int sweeps) -> ()"
+define(
+    f"codes_feed(Tensor(a!) codes, Tensor w, Tensor factor, Tensor? row_factor, {_GRID}) -> ()", reference.codes_feed
 )
-LIBRARY.impl("codes_feed", reference.codes_feed, "CompositeExplicitAutograd")
-LIBRARY.impl("codes_descend", reference.codes_descend, "CompositeExplicitAutograd")
+define(
+    f"codes_descend(Tensor(a!) codes, Tensor w, Tensor covariance, Tensor? gradients, {_GRID}, int sweeps) -> ()",
+    reference.codes_descend,
+)
 
 
 def _in_place_fake(codes: Tensor, *_: object) -> None:

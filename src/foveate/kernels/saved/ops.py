@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from foveate.kernels.library import LIBRARY
+from foveate.kernels.library import LIBRARY, define
 from foveate.kernels.saved import reference as reference
 
 _SCHEMAS = {
@@ -41,9 +41,7 @@ _SCHEMAS = {
 }
 
 for _schema, _meaning in _SCHEMAS.items():
-    _name = _schema[: _schema.index("(")]
-    LIBRARY.define(_schema)
-    LIBRARY.impl(_name, _meaning, "CompositeExplicitAutograd")
+    _name = define(_schema, _meaning)
     LIBRARY.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 

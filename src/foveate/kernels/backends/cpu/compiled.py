@@ -39,10 +39,15 @@ def compiler() -> str | None:
 
 
 def fingerprint(files: Iterable[Path], *settings: object) -> str:
-    """A name for the library that these files and settings give with this machine's torch and compiler."""
+    """A name for the library that these files and settings give with this machine's torch and compiler.
+
+    The names of files count from their common folder on, and not where that folder is. There must be a file.
+    """
     digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    ordered = sorted(files)
+    root = os.path.commonpath([path.parent for path in ordered])
+    for path in ordered:
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     stamp = ""
     if found := compiler():
         real = os.path.realpath(found)
@@ -82,14 +87,17 @@ def distrusted(target: Path) -> str | None:
     return None
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str], target: Path | None) -> None:
+def build(
+    name: str, sources: Sequence[Path], flags: Sequence[str], target: Path | None, include: Path | None = None
+) -> None:
     """Compile a library, load it, and move it to `target`; without a target nothing is kept of it.
 
     Args:
         name: of the library.
-        sources: C++ files.
+        sources: C++ files. Their names must differ even where their folders do: an object is named by its source.
         flags: of the compiler.
         target: a file that does not exist, in a folder of its own in the cache (`distrusted` has nothing against it).
+        include: a folder that the sources' includes are relative to.
 
     Raises:
         RuntimeError, OSError, ImportError: there is no compiler, or it fails, or the folder cannot be written.
@@ -109,6 +117,7 @@ def build(name: str, sources: Sequence[Path], flags: Sequence[str], target: Path
             name=name,
             sources=[str(path) for path in sources],
             extra_cflags=list(flags),
+            extra_include_paths=None if include is None else [str(include)],
             build_directory=folder,
             is_python_module=False,
         )

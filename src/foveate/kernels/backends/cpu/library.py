@@ -13,7 +13,7 @@ import torch
 from foveate.kernels.backends.cpu.compiled import build, cache_folder, compiler, distrusted, fingerprint
 from foveate.progress import say
 
-SOURCES = Path(__file__).parents[2] / "csrc"
+SOURCES = Path(__file__).parent / "csrc"
 # A fused multiply-add must be one where the kernels ask for it, and nowhere else: the bits are the same everywhere.
 FLAGS = ("-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-Wno-psabi", "-Wno-ignored-attributes")
 _NAME = "foveate_cpu"
@@ -39,6 +39,18 @@ class Status:
     path: Path | None
 
 
+def source_files() -> list[Path]:
+    """All C++ files that the library is made of, headers included. They include each other by their path in `SOURCES`.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    files = sorted(path for path in SOURCES.rglob("*") if path.suffix in (".cpp", ".h"))
+    if not files:
+        raise FileNotFoundError(f"{SOURCES} has no C++ files")
+    return files
+
+
 @functools.cache
 def load() -> Status:
     """Load the compiled kernels, after building them if they are not in the cache.
@@ -54,7 +66,7 @@ def load() -> Status:
     """
     target: Path | None
     try:
-        target = cache_folder() / f"kernels-{fingerprint(SOURCES.iterdir(), FLAGS)}" / f"{_NAME}.so"
+        target = cache_folder() / f"kernels-{fingerprint(source_files(), FLAGS)}" / f"{_NAME}.so"
         danger = distrusted(target)
         if danger is not None:
             warnings.warn(
@@ -83,7 +95,7 @@ def _build(target: Path | None) -> None:
     if compiler() is None:
         raise RuntimeError("no C++ compiler was found (set CXX, or install g++ or clang++)")
     say("compiling foveate's kernels, which takes a minute or two" + ("" if target is None else " and is done once"))
-    build(_NAME, sorted(SOURCES.glob("*.cpp")), FLAGS, target)
+    build(_NAME, [path for path in source_files() if path.suffix == ".cpp"], FLAGS, target, SOURCES)
 
 
 def _first_line(error: Exception) -> str:

@@ -6,9 +6,8 @@
 #include <memory>
 #include <type_traits>
 
-#include "halves.h"
-#include "planes.h"
-#include "saved.h"
+#include "simd/halves.h"
+#include "simd/kernels.h"
 
 namespace foveate {
 namespace {
@@ -69,7 +68,7 @@ struct Portable {
   static Ints total_pairs(Ints sums) { return sums; }
 };
 
-#include "driver.h"
+#include "simd/kernels-inl.h"
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // Bits for elements: masks, two values, narrow integers. Loops that the compiler turns into vectors where it can; what it
 // cannot see through, comparing 32 elements to a word, is V::greater and V::unequal.
 //
-// Included after saved_groups.h.
+// simd/saved_kernels-inl.h includes this file after saved/groups-inl.h.
 
 // A block's word of bits, of which the last may have fewer bytes in memory.
 static inline void put_word(uint8_t* bits, int64_t block, int64_t n, uint32_t word) {

@@ -2,15 +2,15 @@
 //
 // At one lane the planes' bytes are the time, so a strip is one forward pass over each plane's stream. Sums are integers
 // within a group and exact; groups are added in ascending order in float32, so a row's result does not depend on how
-// rows are batched. That arithmetic is `Finish`, shared with panel.h: the only place where it is written.
+// rows are batched. That arithmetic is `Finish`, shared with planes/panel-inl.h: the only place where it is written.
 //
-// Included after tile.h, see there.
+// simd/kernels-inl.h includes this file after planes/tile-inl.h.
 
 // How a tile's sums become a part of y, for `V::kRows` rows of the weight. With D = 2 sum(c x) - C sum(x):
 //
 //     acc = fma(float(D), s * unit, acc)        acc = fma(sum(x), m, acc)
 //
-// What comes in is sums of 2^shift c (see tile.h). Of one lane they are below 2^22, and so is half of C sum(x): float32
+// What comes in is sums of 2^shift c (see planes/tile-inl.h). Of one lane they are below 2^22, and so is half of C sum(x): float32
 // holds 2^shift D / 2 exactly, and s * unit takes the power of two. Sums of two lanes need integers, and round once.
 template <class V>
 struct Finish {
@@ -128,7 +128,7 @@ inline __attribute__((always_inline)) void tile_product(const Weight& w, const T
 // Adds the tiles of one level from `group` to `end` to the rows' accumulators.
 template <class V, int KIND, bool REACHED, int LANES, bool WIDE>
 void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int64_t row, int64_t group, int64_t end,
-                 Scout* scout, int64_t ahead, typename V::Floats* to) {
+                 TilePrefetcher* prefetcher, int64_t ahead, typename V::Floats* to) {
   constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
   constexpr int kParts = kTileRows / V::kRows;
   typename V::Floats acc[kParts][kRowsOfX], unit[kParts];
@@ -141,7 +141,7 @@ void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int
   const int8_t* codes = x.codes + group * lanes_apart + row * (WIDE ? 2 : 1) * w.group;
   const float* x_sums = x.sums + group * x.rows + row;
   for (; group < end; ++group) {
-    if (scout) scout->step();
+    if (prefetcher) prefetcher->step();
     else prefetch(tile.scales, kScalesAhead);
     for (int part = 0; part < kParts; ++part) {
       typename V::Ints sums[LANES];
@@ -160,43 +160,43 @@ void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int
     for (int i = 0; i < kRowsOfX; ++i) to[part * kRowsOfX + i] = acc[part][i];
 }
 
-// One strip times LANES lanes, from row `row` of x on. `walk` is at the strip's beginning.
+// One strip times LANES lanes, from row `row` of x on. `cursor` is at the strip's beginning.
 template <class V, int LANES, bool WIDE>
-Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& walk, Scout* scout, int64_t strip, int64_t row) {
+Fault strip_product(const Weight& w, const Inputs& x, const Output& y, TileCursor& cursor, TilePrefetcher* prefetcher, int64_t strip, int64_t row) {
   constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
   constexpr int kParts = kTileRows / V::kRows;
   typename V::Floats acc[kParts * kRowsOfX] = {};
   Tile tile;
   int64_t end;
   for (int64_t group = 0; group < w.groups; group = end) {
-    if (!walk.at_run(group)) {
+    if (!cursor.at_uniform_run(group)) {
       end = group + 1;
-      const Fault fault = walk.next(group, tile);
+      const Fault fault = cursor.next(group, tile);
       if (fault != Fault::kNone) return fault;
-      if (scout) scout->step();
+      if (prefetcher) prefetcher->step();
       if (tile.kind == 0) continue;
-      if (!scout) prefetch(tile.scales, kScalesAhead);
+      if (!prefetcher) prefetch(tile.scales, kScalesAhead);
       const int8_t* codes = x.codes + (group * x.lanes + row * (WIDE ? 2 : 1)) * w.group;
-      tile_product<V, LANES, WIDE>(w, tile, strip, scout ? 0 : kAheadMixed, codes, x.sums + group * x.rows + row, acc);
+      tile_product<V, LANES, WIDE>(w, tile, strip, prefetcher ? 0 : kAheadMixed, codes, x.sums + group * x.rows + row, acc);
       continue;
     }
-    const Fault fault = walk.run(group, tile, end);
+    const Fault fault = cursor.run(group, tile, end);
     if (fault != Fault::kNone) return fault;
-    const int64_t ahead = scout ? 0 : walk.ahead(tile.kind);
+    const int64_t ahead = prefetcher ? 0 : cursor.ahead(tile.kind);
     switch (tile.kind) {
       case 0:
-        for (; scout && group < end; ++group) scout->step();
+        for (; prefetcher && group < end; ++group) prefetcher->step();
         break;
-      case 1: run_product<V, 1, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc); break;
-      case 2: run_product<V, 2, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc); break;
-      case 3: run_product<V, 3, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc); break;
+      case 1: run_product<V, 1, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc); break;
+      case 2: run_product<V, 2, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc); break;
+      case 3: run_product<V, 3, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc); break;
       case 4:
-        if (w.reach == 0) run_product<V, 4, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
-        else run_product<V, 4, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
+        if (w.reach == 0) run_product<V, 4, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
+        else run_product<V, 4, true, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
         break;
       default:
-        if (w.reach == 0) run_product<V, 5, false, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
-        else run_product<V, 5, true, LANES, WIDE>(w, x, tile, strip, row, group, end, scout, ahead, acc);
+        if (w.reach == 0) run_product<V, 5, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
+        else run_product<V, 5, true, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
     }
   }
   for (int i = 0; i < kRowsOfX; ++i) {
@@ -210,24 +210,24 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, Walk& wal
 // One strip times rows [row, row_end) of x, read again for each V::kLanes lanes.
 template <class V, bool WIDE>
 Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t row, int64_t row_end) {
-  Walk walk(w);
-  Scout ahead(w);
-  Scout* scout = nullptr;
-  walk.begin(strip);
-  if (walk.gaps) {
+  TileCursor cursor(w);
+  TilePrefetcher ahead(w);
+  TilePrefetcher* prefetcher = nullptr;
+  cursor.begin(strip);
+  if (cursor.gaps) {
     ahead.begin(strip);
-    scout = &ahead;
+    prefetcher = &ahead;
   }
   constexpr int kEach = WIDE ? 2 : 1;
   while (row < row_end) {
     const int64_t left = (row_end - row) * kEach;
     const int lanes = static_cast<int>(left < V::kLanes ? left : V::kLanes);
     Fault fault = Fault::kNone;
-    walk.begin(strip);
+    cursor.begin(strip);
     switch (lanes) {
 #define FOVEATE_LANES(n) \
   case n:                \
-    if constexpr (n <= V::kLanes && n % kEach == 0) fault = strip_product<V, n, WIDE>(w, x, y, walk, scout, strip, row); \
+    if constexpr (n <= V::kLanes && n % kEach == 0) fault = strip_product<V, n, WIDE>(w, x, y, cursor, prefetcher, strip, row); \
     break;
       FOVEATE_LANES(1)
       FOVEATE_LANES(2)

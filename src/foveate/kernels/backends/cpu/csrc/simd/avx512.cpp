@@ -9,8 +9,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "planes.h"
-#include "saved.h"
+#include "simd/kernels.h"
 
 #if defined(__x86_64__)
 
@@ -99,7 +98,7 @@ struct Avx512 {
   static Ints total_bytes(const Sums<4>& s) { return (s.part[0] + s.part[1]) + (s.part[2] + s.part[3]); }
 };
 
-#include "driver.h"
+#include "simd/kernels-inl.h"
 
 }  // namespace
 

@@ -4,8 +4,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "halves.h"
-#include "saved.h"
+#include "simd/halves.h"
+#include "saved/saved.h"
 
 namespace foveate {
 namespace {
@@ -105,7 +105,7 @@ struct Portable {
   }
 };
 
-#include "saved_driver.h"
+#include "simd/saved_kernels-inl.h"
 
 }  // namespace
 

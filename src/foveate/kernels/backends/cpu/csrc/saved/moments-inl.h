@@ -1,7 +1,7 @@
 // What a tensor's values are like: two passes, each in eight sums of float64 that are added in one order, so that the
 // result depends on neither threads nor instructions.
 //
-// Included after saved_groups.h.
+// simd/saved_kernels-inl.h includes this file after saved/groups-inl.h.
 
 constexpr int kSums = 8;
 

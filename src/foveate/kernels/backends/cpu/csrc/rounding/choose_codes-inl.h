@@ -1,5 +1,7 @@
-// Codes of a weight, one element after another: by feedback (feed), and by coordinate descent. Included by each instruction
-// set; all give the same bits: 16 lanes of one arithmetic, in vectors as wide as the machine's.
+// The codes of a weight, one element after another: by error feedback (feed) and by coordinate descent (descend).
+//
+// Every instruction set gives the same bits: the arithmetic is always in 16 lanes, whatever the width of the machine's
+// vectors. simd/kernels-inl.h includes this file.
 
 constexpr int kCodes = 16;
 typedef float Sixteen __attribute__((vector_size(64)));
@@ -69,7 +71,7 @@ inline Codes best_codes(const float (&wanted)[kStreams], const float (&shares)[k
 }
 
 // Row i of [R, padded] times a column of each stream.
-inline void times_column(const Descent& d, int64_t i, float (&sums)[kStreams]) {
+inline void times_column(const ColumnBlock& d, int64_t i, float (&sums)[kStreams]) {
   const float* const row = d.gradients + i * d.padded;
   Sixteen sum[kStreams] = {};
   for (int64_t k = 0; k < d.padded; k += kCodes) {
@@ -80,7 +82,7 @@ inline void times_column(const Descent& d, int64_t i, float (&sums)[kStreams]) {
 }
 
 // The codes that are best for what is wanted, written down; values are those of the codes.
-inline bool exchange(const Descent& d, int64_t i, int64_t j, const float (&wanted)[kStreams], float (&values)[kStreams]) {
+inline bool exchange(const ColumnBlock& d, int64_t i, int64_t j, const float (&wanted)[kStreams], float (&values)[kStreams]) {
   const float scale = d.scales[i * d.grid_stride + d.group_of[j]], offset = d.offsets[i * d.grid_stride + d.group_of[j]];
   uint8_t &anchor = d.anchor[i * d.stride + j], &residual = d.residual[i * d.stride + j];
   const uint8_t before[2] = {anchor, residual};
@@ -98,12 +100,12 @@ inline bool exchange(const Descent& d, int64_t i, int64_t j, const float (&wante
   return anchor != before[0] || residual != before[1];
 }
 
-inline void descend(const Descent& d) {
+inline void descend(const ColumnBlock& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
     const float own = between[j];
     for (int s = 0; s < kStreams; ++s)
-      for (int64_t i = 0; i < d.rows; ++i) d.column[s * d.padded + i] = d.pull[(s * d.rows + i) * kDescentColumns + j];
+      for (int64_t i = 0; i < d.rows; ++i) d.column[s * d.padded + i] = d.pull[(s * d.rows + i) * kBlockColumns + j];
     for (int64_t i = 0; i < d.rows; ++i) {
       const float w = d.w[i * d.stride + j];
       float* const error = d.errors + i * d.stride + j;
@@ -118,25 +120,25 @@ inline void descend(const Descent& d) {
         const float now = values[s] - w, change = now - error[s * d.plane];
         error[s * d.plane] = now;
         d.column[s * d.padded + i] += change * own;
-        float* const row = d.pull + (s * d.rows + i) * kDescentColumns;
+        float* const row = d.pull + (s * d.rows + i) * kBlockColumns;
         for (int64_t k = j + 1; k < d.columns; ++k) row[k] += change * between[k];
       }
     }
   }
 }
 
-inline void feed(const Descent& d) {
+inline void feed(const ColumnBlock& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
     __builtin_memset(d.column, 0, sizeof(float) * static_cast<size_t>(kStreams * d.padded));
     for (int64_t i = 0; i < d.rows; ++i) {
       float wanted[kStreams] = {}, values[kStreams];
       if (d.gradients) times_column(d, i, wanted);
-      for (int s = 0; s < kStreams; ++s) wanted[s] = d.pull[(s * d.rows + i) * kDescentColumns + j] - wanted[s];
+      for (int s = 0; s < kStreams; ++s) wanted[s] = d.pull[(s * d.rows + i) * kBlockColumns + j] - wanted[s];
       exchange(d, i, j, wanted, values);
       for (int s = 0; s < kStreams; ++s) {
         d.column[s * d.padded + i] = wanted[s] - values[s];
-        float* const row = d.pull + (s * d.rows + i) * kDescentColumns;
+        float* const row = d.pull + (s * d.rows + i) * kBlockColumns;
         row[j] -= values[s];
         for (int64_t k = j + 1; k < d.columns; ++k) row[k] -= row[j] * between[k];
       }

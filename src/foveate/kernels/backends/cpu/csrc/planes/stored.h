@@ -1,6 +1,7 @@
 // A weight as torch hands it over: ten tensors and five numbers, checked, to the plain `Weight` of the kernels.
 //
-// Shapes, types and layout are checked here; what the tile index says (starts, resident, tags) the kernels check.
+// Shapes, types and layout are checked here. The kernels check the contents of the tile index (tile_offsets,
+// stored_levels, active_levels) as they read it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,7 +9,7 @@
 #include <cmath>
 
 #include "checks.h"
-#include "planes.h"
+#include "planes/planes.h"
 
 namespace foveate {
 namespace {
@@ -26,23 +27,23 @@ void check_input_range(const Tensor& input_range) {
   TORCH_CHECK(input_range.numel() == 2, "input_range has ", input_range.numel(), " values, not 2");
 }
 
-constexpr size_t kTensors = kPlanes + 5;  // planes, scales, gain, starts, resident, tags
-constexpr size_t kForm = 5;               // rows, columns, inputs a group, reach, exponent of the scales
+constexpr size_t kTensors = kPlanes + 5;   // planes, scales, gain, tile_offsets, stored_levels, active_levels
+constexpr size_t kGeometryNumbers = 5;     // rows, columns, inputs a group, reach, exponent of the scales
 
-// Weight number `i` of a list, checked; its tags are those of `map`.
-Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t map) {
-  TORCH_CHECK(weights.size() % kTensors == 0 && forms.size() == weights.size() / kTensors * kForm,
-              "a weight is ", kTensors, " tensors and ", kForm, " numbers, not ", weights.size(), " and ", forms.size());
+// Weight number `i` of a list, checked; its active levels are those of `map`.
+Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i, int64_t map) {
+  TORCH_CHECK(weights.size() % kTensors == 0 && geometries.size() == weights.size() / kTensors * kGeometryNumbers,
+              "a weight is ", kTensors, " tensors and ", kGeometryNumbers, " numbers, not ", weights.size(), " and ", geometries.size());
   TORCH_CHECK(map == 0 || map == 1, "map (=", map, ") is not 0 or 1");
-  const int64_t rows = forms[i * kForm], columns = forms[i * kForm + 1], group = forms[i * kForm + 2], reach = forms[i * kForm + 3],
-                exponent = forms[i * kForm + 4];
+  const int64_t rows = geometries[i * kGeometryNumbers], columns = geometries[i * kGeometryNumbers + 1], group = geometries[i * kGeometryNumbers + 2], reach = geometries[i * kGeometryNumbers + 3],
+                exponent = geometries[i * kGeometryNumbers + 4];
   TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
   TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
   TORCH_CHECK(exponent >= -64 && exponent <= 32, "exponent (=", exponent, ") is not in -64..32");
   TORCH_CHECK(rows >= 0 && columns >= 0, "rows (=", rows, ") and columns (=", columns, ") must not be negative");
   const Tensor* const planes = &weights[i * kTensors];
-  const Tensor &scales = planes[kPlanes], &gain = planes[kPlanes + 1], &starts = planes[kPlanes + 2],
-               &resident = planes[kPlanes + 3], &tags = planes[kPlanes + 4];
+  const Tensor &scales = planes[kPlanes], &gain = planes[kPlanes + 1], &tile_offsets = planes[kPlanes + 2],
+               &stored_levels = planes[kPlanes + 3], &active_levels = planes[kPlanes + 4];
   Weight w{};
   w.rows = rows;
   w.columns = columns;
@@ -73,18 +74,18 @@ Weight weight_of(TensorList weights, at::IntArrayRef forms, size_t i, int64_t ma
   } else {
     w.gains = static_cast<const uint16_t*>(gain.const_data_ptr());
   }
-  check_vector(starts, at::kLong, "starts");
-  TORCH_CHECK(starts.dim() == 2 && starts.size(0) == w.strips && starts.size(1) == 6,
-              "starts have shape (=", starts.sizes(), "), not [", w.strips, ", 6]");
-  w.starts = starts.const_data_ptr<int64_t>();
-  check_vector(resident, at::kByte, "resident");
-  TORCH_CHECK(resident.dim() == 2 && resident.size(0) == w.strips && resident.size(1) == w.groups,
-              "resident has shape (=", resident.sizes(), "), not [", w.strips, ", ", w.groups, "]");
-  w.resident = resident.const_data_ptr<uint8_t>();
-  check_vector(tags, at::kByte, "tags");
-  TORCH_CHECK(tags.dim() == 3 && tags.size(0) == 2 && tags.size(1) == w.strips && tags.size(2) == w.groups,
-              "tags have shape (=", tags.sizes(), "), not [2, ", w.strips, ", ", w.groups, "]");
-  w.tags = tags.const_data_ptr<uint8_t>() + (map ? tags.numel() / 2 : 0);
+  check_vector(tile_offsets, at::kLong, "tile_offsets");
+  TORCH_CHECK(tile_offsets.dim() == 2 && tile_offsets.size(0) == w.strips && tile_offsets.size(1) == 6,
+              "tile_offsets have shape (=", tile_offsets.sizes(), "), not [", w.strips, ", 6]");
+  w.tile_offsets = tile_offsets.const_data_ptr<int64_t>();
+  check_vector(stored_levels, at::kByte, "stored_levels");
+  TORCH_CHECK(stored_levels.dim() == 2 && stored_levels.size(0) == w.strips && stored_levels.size(1) == w.groups,
+              "stored_levels has shape (=", stored_levels.sizes(), "), not [", w.strips, ", ", w.groups, "]");
+  w.stored_levels = stored_levels.const_data_ptr<uint8_t>();
+  check_vector(active_levels, at::kByte, "active_levels");
+  TORCH_CHECK(active_levels.dim() == 3 && active_levels.size(0) == 2 && active_levels.size(1) == w.strips && active_levels.size(2) == w.groups,
+              "active_levels have shape (=", active_levels.sizes(), "), not [2, ", w.strips, ", ", w.groups, "]");
+  w.active_levels = active_levels.const_data_ptr<uint8_t>() + (map ? active_levels.numel() / 2 : 0);
   return w;
 }
 

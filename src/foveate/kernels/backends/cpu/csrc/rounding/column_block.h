@@ -1,5 +1,5 @@
-// What coordinate descent over the codes of a weight (descend.h) and its torch op (rounding.cpp) say to each other: plain
-// structs, no torch. kernels/rounding_reference.py has the meaning.
+// The arguments of the kernels that round a weight (choose_codes-inl.h): plain structs that know nothing of torch.
+// kernels/rounding/reference.py defines what the kernels compute.
 //
 // Legend: S = 5 streams, one a level; R rows that are rounded together; b columns of a block.
 #pragma once
@@ -10,10 +10,10 @@ namespace foveate {
 
 constexpr int kStreams = 5;        // levels 2, 3, 4, 6, 8
 constexpr int kAnchors = 3;        // of them read the anchor alone
-constexpr int64_t kDescentColumns = 64;
+constexpr int64_t kBlockColumns = 64;
 
 // One block of columns, all of its rows: they, or the errors of their other columns, must not change meanwhile.
-struct Descent {
+struct ColumnBlock {
   int64_t rows, columns;    // R, b
   int64_t padded;           // R, to a multiple of 16
   int64_t stride;           // elements from a row to the next of w, codes and errors

@@ -1,5 +1,5 @@
-// The torch side of rounding by feedback and by descent: checks, memory, threads. Schemas are in kernels/ops/rounding.py,
-// the meaning in kernels/rounding_reference.py.
+// The torch side of rounding by feedback and by descent: checks, memory, threads. Schemas are in kernels/rounding/ops.py,
+// the meaning in kernels/rounding/reference.py.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -11,9 +11,9 @@
 #include <algorithm>
 
 #include "checks.h"
-#include "descent.h"
-#include "saved.h"
-#include "share.h"
+#include "rounding/column_block.h"
+#include "simd/kernels.h"
+#include "work_queue.h"
 
 namespace foveate {
 namespace {
@@ -75,7 +75,7 @@ struct Rounding {
           metric.narrow(1, 0, count).copy_(gradients->select(0, block).narrow(0, 0, count).narrow(1, 0, count));
         }
         column.zero_();
-        Descent d{};
+        ColumnBlock d{};
         d.rows = count;
         d.padded = padded;
         d.stride = columns;
@@ -100,10 +100,10 @@ struct Rounding {
 
   // Calls run(first column, its block) for each block of columns.
   template <class Run>
-  void each_part(const Descent& d, const Run& run) const {
-    for (int64_t first = 0; first < columns; first += kDescentColumns) {
-      Descent part = d;
-      part.columns = std::min(kDescentColumns, columns - first);
+  void each_part(const ColumnBlock& d, const Run& run) const {
+    for (int64_t first = 0; first < columns; first += kBlockColumns) {
+      ColumnBlock part = d;
+      part.columns = std::min(kBlockColumns, columns - first);
       part.w += first, part.anchor += first, part.residual += first, part.group_of += first;
       part.between += first * columns + first;
       run(first, part);
@@ -113,12 +113,12 @@ struct Rounding {
 
 // [S * R, b] in memory of 64 columns.
 Tensor as_block(const Tensor& x) {
-  const int64_t missing = kDescentColumns - x.size(1);
+  const int64_t missing = kBlockColumns - x.size(1);
   return missing ? at::constant_pad_nd(x, {0, missing}) : x.contiguous();
 }
 
 // Values minus weights of some rows, [S, R, K].
-void write_errors(const Descent& d, int64_t columns) {
+void write_errors(const ColumnBlock& d, int64_t columns) {
   for (int64_t i = 0; i < d.rows; ++i)
     for (int64_t k = 0; k < columns; ++k) {
       const int64_t at = i * d.stride + k, group = i * d.grid_stride + d.group_of[k];
@@ -132,12 +132,12 @@ void codes_descend(Tensor& codes, const Tensor& w, const Tensor& covariance, con
                    const Tensor& offset, const Tensor& gain, const Tensor& group_of, at::ArrayRef<double> shares, int64_t sweeps) {
   Rounding rounding{codes, w, covariance, scale, offset, gain, group_of, gradients, shares};
   rounding.check_all();
-  rounding.each_block([&](int64_t, Descent& d) {
+  rounding.each_block([&](int64_t, ColumnBlock& d) {
     Tensor errors = at::empty({kStreams * d.rows, rounding.columns}, w.options());
     d.errors = errors.data_ptr<float>();
     write_errors(d, rounding.columns);
     for (int64_t sweep = 0; sweep < sweeps; ++sweep)
-      rounding.each_part(d, [&](int64_t first, Descent& part) {
+      rounding.each_part(d, [&](int64_t first, ColumnBlock& part) {
         // the covariance is symmetric: its rows are its columns
         Tensor pull = as_block(at::matmul(errors, covariance.narrow(0, first, part.columns).t()));
         part.errors += first;
@@ -151,10 +151,10 @@ void codes_feed(Tensor& codes, const Tensor& w, const Tensor& factor, const std:
                 const Tensor& offset, const Tensor& gain, const Tensor& group_of, at::ArrayRef<double> shares) {
   Rounding rounding{codes, w, factor, scale, offset, gain, group_of, row_factor, shares};
   rounding.check_all();
-  rounding.each_block([&](int64_t row, Descent& d) {
+  rounding.each_block([&](int64_t row, ColumnBlock& d) {
     const int64_t columns = rounding.columns;
     Tensor wanted = at::empty({kStreams, d.rows, columns}, w.options()).copy_(w.narrow(0, row, d.rows)).view({kStreams * d.rows, columns});
-    rounding.each_part(d, [&](int64_t first, Descent& part) {
+    rounding.each_part(d, [&](int64_t first, ColumnBlock& part) {
       Tensor block = as_block(wanted.narrow(1, first, part.columns));
       part.pull = block.data_ptr<float>();
       kernels().feed(part);

@@ -1,4 +1,6 @@
-// What AVX2 and AVX-512 share. Included after the target and immintrin.h.
+// What the AVX2 and the AVX-512 kernels on saved tensors share.
+//
+// Each of the two source files includes this one after the target pragma and immintrin.h, in its anonymous namespace.
 
 // 32 codes as bytes, in fields of BITS.
 template <int BITS>

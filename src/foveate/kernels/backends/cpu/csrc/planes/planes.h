@@ -1,16 +1,14 @@
-// What the kernels and the torch ops (ops.cpp) say to each other: plain structs, no torch.
+// The arguments of the kernels on bit planes: plain structs that know nothing of torch.
 //
-// A weight is stored as five bit planes of tiles, 16 rows by one group of inputs each (docs/format.md). Everything the
-// kernels take was checked for shape by ops.cpp; what they read from memory (starts, resident, tags) they check
-// themselves, tile by tile, and report as a Fault.
+// A weight is stored as five bit planes of tiles. A tile is 16 rows by one group of inputs (docs/format.md). The torch
+// side (planes/plane_ops.cpp) checks the shape of every argument before it calls a kernel. The kernels check the tile
+// index (tile_offsets, stored_levels, active_levels) tile by tile as they read it, and report an error as a Fault.
 //
 // Legend: M rows of x, N rows and K inputs of a weight, g inputs a group, G groups, NT strips of 16 rows. A *lane* is
 // one int8 row of inputs: an 8-bit row of x is one lane, a 16-bit row two (high byte, then low byte).
 #pragma once
 
 #include <cstdint>
-
-#include "descent.h"
 
 namespace foveate {
 
@@ -31,9 +29,9 @@ struct Weight {
   float units[kPlanes];     // of levels 2, 3, 4, 6, 8: half a code step, times the gain if that is one a weight, times 2^e
   float offset_unit;        // of offsets: an eighth of 2^e
   const uint16_t* gains;    // float16 [2, NT * 16] for levels 2 and 3, or null
-  const int64_t* starts;    // [NT, 6], columns as in `tiles`
-  const uint8_t* resident;  // [NT, G]
-  const uint8_t* tags;      // [NT, G] of the map
+  const int64_t* tile_offsets;   // [NT, 6], columns as in `tiles`
+  const uint8_t* stored_levels;  // [NT, G]
+  const uint8_t* active_levels;  // [NT, G] of the map
   const float* bias;        // [N], or null
   int64_t rows, columns;    // N, K
   int64_t strips, groups;   // NT, G
@@ -43,7 +41,7 @@ struct Weight {
 enum class Type : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 // Rows of x as they arrive; row r of the kernels' numbering is row_of[r] here (null: r).
-struct Source {
+struct InputRows {
   const void* data;
   int64_t row_stride;    // in elements
   int64_t columns;       // K
@@ -72,29 +70,5 @@ struct Output {
 };
 
 enum class Fault : uint8_t { kNone, kOutside, kLevel, kOrder };
-
-struct SavedKernels;  // saved.h
-
-// One instruction set's kernels. Ranges are half open; ranges of one call may run on different threads.
-struct Kernels {
-  const char* name;
-  // Lanes above which strips are worth taking two at a time.
-  int64_t lean_lanes;
-  Fault (*quantize)(const Source&, const Inputs&, int64_t row, int64_t row_end);
-  Fault (*product)(const Weight&, const Inputs&, const Output&, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end);
-  // The dense weight, float32 [rows of the strips, K].
-  Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
-  // Rows indices[i] of the dense weight, float32 [.., K].
-  Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
-  // Codes of a block of columns: better ones for those there are; and the first, from what is wanted.
-  void (*descend)(const Descent&);
-  void (*feed)(const Descent&);
-  const SavedKernels* saved;
-};
-
-// Null where the machine or the compiler does not have the instructions.
-const Kernels* avx512_kernels();
-const Kernels* avx2_kernels();
-const Kernels* portable_kernels();
 
 }  // namespace foveate

@@ -1,7 +1,7 @@
-// The torch side of the kernels on saved tensors: checks, memory, threads. Schemas are in kernels/ops/saved.py, meanings
-// in kernels/saved_reference.py.
+// The torch side of the kernels on saved tensors: checks, memory, threads. Schemas are in kernels/saved/ops.py, meanings
+// in kernels/saved/reference.py.
 
-#include "saved.h"
+#include "saved/saved.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -16,7 +16,8 @@
 #include <vector>
 
 #include "checks.h"
-#include "share.h"
+#include "simd/kernels.h"
+#include "work_queue.h"
 
 namespace foveate {
 namespace {

@@ -1,9 +1,10 @@
-// The torch side of the CPU kernels: checks, memory, threads. Schemas and meaning are in Python (kernels/ops/planes.py,
-// kernels/reference.py); this file only registers for the CPU.
+// The torch side of the CPU kernels: checks, memory, threads. Schemas and meaning are in Python (kernels/planes/ops.py,
+// kernels/planes/reference.py); this file only registers for the CPU.
 //
-// Shapes are checked as a call comes in (stored.h), what the tile index says by the kernels as they read it.
+// The shapes of arguments are checked first (planes/stored.h). The kernels check the tile index as they read it.
 //
-// Work is (weight, strip) pairs of all weights of the list, times chunks of rows where strips are few; share.h hands it out.
+// The unit of work is a strip of one weight. Where strips are few, it is a strip times a chunk of the rows of x. The
+// threads take units from a queue (work_queue.h).
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -20,11 +21,11 @@
 #include <string>
 #include <vector>
 
-#include "handles.h"
-#include "planes.h"
-#include "saved.h"
-#include "share.h"
-#include "stored.h"
+#include "planes/handles.h"
+#include "planes/planes.h"
+#include "planes/stored.h"
+#include "simd/kernels.h"
+#include "work_queue.h"
 
 namespace foveate {
 namespace {
@@ -71,8 +72,8 @@ struct Faults {
   bool any() const { return first.load(std::memory_order_relaxed) != 0; }
   void raise() const {
     const Fault fault = static_cast<Fault>(first.load());
-    TORCH_CHECK(fault != Fault::kOutside, "starts and resident say that a tile is stored where its plane or scales have none");
-    TORCH_CHECK(fault != Fault::kLevel, "a tile's level (the lesser of tag and resident) is not one of 0, 2, 3, 4, 6, 8");
+    TORCH_CHECK(fault != Fault::kOutside, "tile_offsets and stored_levels place a tile beyond the end of its plane or of the scales");
+    TORCH_CHECK(fault != Fault::kLevel, "a tile's level (the lesser of its active and its stored level) is not one of 0, 2, 3, 4, 6, 8");
     TORCH_CHECK_INDEX(fault != Fault::kOrder, "order has an index outside the columns of x");
   }
 };
@@ -101,7 +102,7 @@ int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 class Quantized {
  public:
   Quantized(const Pass& pass, const Tensor& x, const int64_t* order)
-      : source_{x.const_data_ptr(), x.stride(0), x.size(1), pass.row_of, order, type_of(x)} {
+      : rows_{x.const_data_ptr(), x.stride(0), x.size(1), pass.row_of, order, type_of(x)} {
     const Weight& w = pass.weights[0];
     inputs.rows = pass.rows;
     inputs.wide = pass.level == 16;
@@ -121,14 +122,14 @@ class Quantized {
     Faults faults;
     const bool parallel = pass.rows > 1 && worth_threads(pass.rows, w.groups, w.group);
     share(pass.rows, 1, parallel,
-          [&](int64_t row, int64_t row_end) { faults.note(kernels().quantize(source_, inputs, row, row_end)); });
+          [&](int64_t row, int64_t row_end) { faults.note(kernels().quantize(rows_, inputs, row, row_end)); });
     faults.raise();
   }
 
   Inputs inputs{};
 
  private:
-  Source source_;
+  InputRows rows_;
   std::unique_ptr<char[]> memory_;
 };
 
@@ -235,7 +236,7 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-// x times weights that share it, with their biases set and the tags of map 0.
+// x times weights that share it, with their biases set and the active levels of map 0.
 std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights, const Tensor& input_level,
                              const std::optional<Tensor>& choice, const std::optional<Tensor>& order, const float* range) {
   const size_t count = weights.size();
@@ -285,7 +286,7 @@ std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights
     Pass pass{map ? m - split : split, row_of.empty() ? nullptr : row_of.data() + (map ? split : 0), input_level_of(input_level, map), range, weights};
     if (pass.rows == 0) continue;
     if (map)
-      for (Weight& w : pass.weights) w.tags += w.strips * w.groups;
+      for (Weight& w : pass.weights) w.active_levels += w.strips * w.groups;
     if (pass.level == 32) float_pass(pass, x_MK, order ? &*order : nullptr, flat);
     else passes.push_back(std::move(pass));
   }
@@ -293,7 +294,7 @@ std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights
   return outputs;
 }
 
-std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList biases, at::IntArrayRef forms,
+std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList biases, at::IntArrayRef geometries,
                                  const Tensor& input_level, const std::optional<Tensor>& choice,
                                  const std::optional<Tensor>& order, const std::optional<Tensor>& input_range) {
   const size_t count = biases.size();
@@ -304,7 +305,7 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
   std::vector<Weight> weights;
   weights.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    weights.push_back(weight_of(tensors, forms, i, 0));
+    weights.push_back(weight_of(tensors, geometries, i, 0));
     set_bias(weights.back(), biases[i]);
   }
   return multiply(x, weights, input_level, choice, order, input_range ? input_range->const_data_ptr<float>() : nullptr);
@@ -322,7 +323,7 @@ std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle
   weights.reserve(count);
   bool alike = true;
   for (size_t i = 0; i < count; ++i) {
-    weights.push_back(weight_of(held->tensors, held->forms, i, 0));
+    weights.push_back(weight_of(held->tensors, held->geometries, i, 0));
     check_input_level(levels[i]);
     if (!held->input_ranges.empty()) check_input_range(held->input_ranges[i]);
     TORCH_CHECK(weights[i].rows == rows[i], "rows (=", rows[i], ") are not those of the weight, ", weights[i].rows);
@@ -347,17 +348,17 @@ std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle
   return outputs;
 }
 
-Tensor plane_unpack(TensorList weight, at::IntArrayRef form, int64_t map) {
+Tensor plane_unpack(TensorList weight, at::IntArrayRef geometry, int64_t map) {
   TORCH_CHECK(weight.size() == kTensors, "a weight is ", kTensors, " tensors, not ", weight.size());
-  const Weight w = weight_of(weight, form, 0, map);
+  const Weight w = weight_of(weight, geometry, 0, map);
   Tensor out = at::empty({w.rows, w.columns}, weight[0].options().dtype(at::kFloat));
   if (out.numel()) unpack_rows(w, out.data_ptr<float>(), 0, w.strips);
   return out;
 }
 
-Tensor plane_embedding(const Tensor& indices, TensorList weight, at::IntArrayRef form, int64_t map) {
+Tensor plane_embedding(const Tensor& indices, TensorList weight, at::IntArrayRef geometry, int64_t map) {
   TORCH_CHECK(weight.size() == kTensors, "a weight is ", kTensors, " tensors, not ", weight.size());
-  const Weight w = weight_of(weight, form, 0, map);
+  const Weight w = weight_of(weight, geometry, 0, map);
   TORCH_CHECK(indices.scalar_type() == at::kLong || indices.scalar_type() == at::kInt, "indices have dtype (=",
               indices.scalar_type(), "), not int64 or int32");
   check_memory(indices, "indices");

@@ -2,8 +2,7 @@
 // groups at a time stay in the first cache: their extremes, then all their ranges side by side, then their codes, while
 // the next ones are prefetched.
 //
-// Included after an instruction set's vectors `V`: kLanes, Floats and Words (compiler vectors), load, store, stream and
-// fence (store past the caches), min, max, to_words (nearest even), least, most and total of a vector, lanes (0, 1, ...), store_codes, Decoder.
+// simd/saved_kernels-inl.h says where this file is included, and what `V` gives.
 
 constexpr int kBatchElements = 2048;
 constexpr int kBatchGroups = 32;

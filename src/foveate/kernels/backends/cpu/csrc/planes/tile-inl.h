@@ -12,12 +12,11 @@
 // At level 3 the nibbles are 2c, at level 6 the bytes are 4c: the plane that is not read is zero. The sums are put right
 // once a tile, by a shift.
 //
-// Included by each instruction set's file, after its `V`, inside its own anonymous namespace: nothing here may be shared
-// between files that are compiled for different machines.
+// simd/kernels-inl.h says where this file is included, and in which order.
 
 // How many planes a level reads; 0xFF for what is no level.
 constexpr uint8_t kPlanesOf[9] = {0, 0xFF, 1, 2, 3, 0xFF, 4, 0xFF, 5};
-constexpr uint8_t kFloors[6] = {1, 2, 3, 4, 6, 8};  // the least resident level that stores scales, plane 0, plane 1...
+constexpr uint8_t kFloors[6] = {1, 2, 3, 4, 6, 8};  // the least stored level that has scales, plane 0, plane 1...
 constexpr int kCodeShift[6] = {0, 0, 1, 0, 2, 0};    // codes come out 2^shift too large where planes read are 2 and 4
 
 // How far ahead streams are prefetched, in bytes: fewer planes are fewer streams, which must be further ahead.
@@ -54,16 +53,17 @@ struct Tile {
   int kind;  // planes to read; 0: skip the tile
 };
 
-// Goes along a strip. Positions advance by one tile for each that stores the plane, read or not.
-struct Walk {
+// The place in each plane while a product goes along a strip. A plane's place moves on by one tile wherever the tile
+// stores that plane, whether it is read or not.
+struct TileCursor {
   const Weight& w;
   bool mixed = false;  // whether the strip's levels differ
   bool gaps = false;   // whether the strip stores bytes, amid those that are read, that are not
-  const uint8_t* resident = nullptr;
-  const uint8_t* tags = nullptr;
+  const uint8_t* stored_levels = nullptr;
+  const uint8_t* active_levels = nullptr;
   uint64_t bytes[6], limit[6], at[6];  // of the scales, then of each plane
 
-  explicit Walk(const Weight& weight) : w(weight) {
+  explicit TileCursor(const Weight& weight) : w(weight) {
     for (int i = 0; i < 6; ++i) {
       bytes[i] = static_cast<uint64_t>(i ? tile_bytes(i - 1, w.group) : 2 * kTileRows);
       limit[i] = bytes[i] * w.tiles[i];
@@ -71,41 +71,41 @@ struct Walk {
   }
 
   void begin(int64_t strip) {
-    resident = w.resident + strip * w.groups;
-    tags = w.tags + strip * w.groups;
-    const int64_t* starts = w.starts + strip * 6;
-    for (int i = 0; i < 6; ++i) at[i] = bytes[i] * static_cast<uint64_t>(starts[i]);
+    stored_levels = w.stored_levels + strip * w.groups;
+    active_levels = w.active_levels + strip * w.groups;
+    const int64_t* tile_offsets = w.tile_offsets + strip * 6;
+    for (int i = 0; i < 6; ++i) at[i] = bytes[i] * static_cast<uint64_t>(tile_offsets[i]);
     // the next strips' index: little, but each line of it would be waited for
-    prefetch(resident, 64 + 2 * w.groups);
-    prefetch(tags, 64 + 2 * w.groups);
-    prefetch(starts, 64 + 2 * 48);
-    bool unread = false, tags_differ = false, stored_differ = false;
+    prefetch(stored_levels, 64 + 2 * w.groups);
+    prefetch(active_levels, 64 + 2 * w.groups);
+    prefetch(tile_offsets, 64 + 2 * 48);
+    bool unread = false, active_differ = false, stored_differ = false;
     for (int64_t group = 0; group < w.groups; ++group) {
-      unread |= tags[group] < resident[group];
-      tags_differ |= tags[group] != tags[0];
-      stored_differ |= resident[group] != resident[0];
+      unread |= active_levels[group] < stored_levels[group];
+      active_differ |= active_levels[group] != active_levels[0];
+      stored_differ |= stored_levels[group] != stored_levels[0];
     }
-    mixed = tags_differ || stored_differ;
-    gaps = unread && tags_differ;
+    mixed = active_differ || stored_differ;
+    gaps = unread && active_differ;
   }
 
   int64_t ahead(int kind) const { return mixed ? kAheadMixed : kAhead[kind]; }
 
   // Whether a run is worth its own loop: the next few tiles are alike.
-  inline __attribute__((always_inline)) bool at_run(int64_t group) const {
-    uint32_t stored, tag;
+  inline __attribute__((always_inline)) bool at_uniform_run(int64_t group) const {
+    uint32_t stored, active;
     if (group + 4 > w.groups) return false;
-    std::memcpy(&stored, resident + group, 4);
-    std::memcpy(&tag, tags + group, 4);
-    return stored == resident[group] * 0x01010101u && tag == tags[group] * 0x01010101u;
+    std::memcpy(&stored, stored_levels + group, 4);
+    std::memcpy(&active, active_levels + group, 4);
+    return stored == stored_levels[group] * 0x01010101u && active == active_levels[group] * 0x01010101u;
   }
 
   // The tiles from `group` on that are alike: `tile` is the first, `end` is behind the last.
   inline __attribute__((always_inline)) Fault run(int64_t group, Tile& tile, int64_t& end) {
-    const uint8_t stored = resident[group], tag = tags[group];
-    for (end = group + 1; end < w.groups && resident[end] == stored && tags[end] == tag;) ++end;
+    const uint8_t stored = stored_levels[group], active = active_levels[group];
+    for (end = group + 1; end < w.groups && stored_levels[end] == stored && active_levels[end] == active;) ++end;
     const uint64_t more = static_cast<uint64_t>(end - group - 1);
-    const uint8_t level = stored < tag ? stored : tag;
+    const uint8_t level = stored < active ? stored : active;
     tile.kind = level < 9 ? kPlanesOf[level] : 0xFF;
     if (tile.kind == 0xFF) return Fault::kLevel;
     if (tile.kind > 0) {
@@ -121,8 +121,8 @@ struct Walk {
   }
 
   inline __attribute__((always_inline)) Fault next(int64_t group, Tile& tile) {
-    const uint8_t stored = resident[group];
-    const uint8_t level = stored < tags[group] ? stored : tags[group];
+    const uint8_t stored = stored_levels[group];
+    const uint8_t level = stored < active_levels[group] ? stored : active_levels[group];
     tile.kind = level < 9 ? kPlanesOf[level] : 0xFF;
     if (tile.kind == 0xFF) return Fault::kLevel;
     if (tile.kind > 0) {
@@ -138,29 +138,29 @@ struct Walk {
   }
 };
 
-// Prefetches tiles that will be read, a few before they are. A stream with gaps cannot be followed by its address, and
-// the machine's own prefetching loses it.
-class Scout {
+// Prefetches the tiles that will be read, a dozen tiles ahead. Where tiles between them are skipped, the machine's own
+// prefetcher cannot predict the next address.
+class TilePrefetcher {
  public:
-  explicit Scout(const Weight& w) : walk_(w) {}
+  explicit TilePrefetcher(const Weight& w) : cursor_(w) {}
 
   void begin(int64_t strip) {
     strip_ = strip;
     group_ = 0;
-    walk_.begin(strip);
+    cursor_.begin(strip);
     for (int i = 0; i < kTilesAhead; ++i) step();
   }
 
   // One tile on.
   void step() {
-    const Weight& w = walk_.w;
+    const Weight& w = cursor_.w;
     if (group_ == w.groups) {
       if (strip_ + 1 >= w.strips) return;
-      walk_.begin(++strip_);
+      cursor_.begin(++strip_);
       group_ = 0;
     }
     Tile tile;
-    if (walk_.next(group_++, tile) != Fault::kNone || tile.kind == 0) return;
+    if (cursor_.next(group_++, tile) != Fault::kNone || tile.kind == 0) return;
     prefetch(tile.scales, 0);
     for (int p = 0; p < tile.kind; ++p)
       for (int64_t line = 0; line < tile_bytes(p, w.group); line += 64) prefetch(tile.planes[p], line);
@@ -168,7 +168,7 @@ class Scout {
 
  private:
   static constexpr int kTilesAhead = 12;
-  Walk walk_;
+  TileCursor cursor_;
   int64_t strip_ = 0, group_ = 0;
 };
 

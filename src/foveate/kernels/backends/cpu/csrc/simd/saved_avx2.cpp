@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "saved.h"
+#include "saved/saved.h"
 
 #if defined(__x86_64__)
 
@@ -18,7 +18,7 @@
 namespace foveate {
 namespace {
 
-#include "saved_x86.h"
+#include "simd/saved_x86-inl.h"
 
 template <class T>
 void choose_each(uint32_t word, T first, T second, T* out);
@@ -146,7 +146,7 @@ struct Avx2 {
   }
 };
 
-#include "saved_driver.h"
+#include "simd/saved_kernels-inl.h"
 
 }  // namespace
 

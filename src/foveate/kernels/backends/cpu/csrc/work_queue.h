@@ -1,4 +1,4 @@
-// One call's work, shared among threads.
+// The work of one call, shared among torch's threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -13,23 +13,24 @@ namespace {
 
 constexpr double kParallelFrom = 1 << 17;  // products of a weight and an input below which one thread is faster
 
-// Runs of [0, count), one a thread. A thread takes a little at a time from the front of its own, so that its stream from
-// memory goes on; when that is done, it takes the back half of the longest that is left: one that the machine holds up
-// holds up nobody. A run is one word, begin and end, so that both change at once.
-class Runs {
+// A work queue with stealing: each thread has a range of [0, count). A thread takes small pieces from the front of its own
+// range, so that it reads memory in order. When its range is empty, it steals the back half of the longest range that is
+// left, so that no thread waits for one that the machine has interrupted. A range is one atomic word that holds its begin
+// and its end, so that both change at once.
+class WorkQueue {
  public:
-  Runs(int64_t count, int64_t least, int64_t threads) : least_(least), runs_(static_cast<size_t>(threads)) {
+  WorkQueue(int64_t count, int64_t least, int64_t threads) : least_(least), ranges_(static_cast<size_t>(threads)) {
     int64_t begin = 0;
     for (int64_t i = 0; i < threads; ++i) {
       const int64_t end = i + 1 == threads ? count : count / least * (i + 1) / threads * least;
-      runs_[static_cast<size_t>(i)].word = word(begin, end);
+      ranges_[static_cast<size_t>(i)].word = word(begin, end);
       begin = end;
     }
   }
 
   // The next piece for a thread; false when nothing is left.
   bool take(int64_t thread, int64_t& begin, int64_t& end) {
-    std::atomic<uint64_t>& own = runs_[static_cast<size_t>(thread)].word;
+    std::atomic<uint64_t>& own = ranges_[static_cast<size_t>(thread)].word;
     for (;;) {
       uint64_t now = own.load(std::memory_order_relaxed);
       while (left(now) > 0) {
@@ -42,7 +43,7 @@ class Runs {
   }
 
  private:
-  struct alignas(64) Run {  // a cache line each
+  struct alignas(64) Range {  // a cache line each
     std::atomic<uint64_t> word{0};
   };
 
@@ -51,14 +52,14 @@ class Runs {
   static int64_t last(uint64_t word) { return static_cast<int64_t>(word & 0xFFFFFFFFu); }
   static int64_t left(uint64_t word) { return last(word) - first(word); }
 
-  // What was taken of a run is never in a run again, so a word that is still there is still true.
+  // A piece that was taken is never put back, so a word that has not changed still describes its range.
   bool steal(std::atomic<uint64_t>& own) {
     for (;;) {
-      Run* longest = nullptr;
+      Range* longest = nullptr;
       uint64_t most = 0;
-      for (Run& run : runs_) {
-        const uint64_t seen = run.word.load(std::memory_order_relaxed);
-        if (left(seen) > left(most)) longest = &run, most = seen;
+      for (Range& range : ranges_) {
+        const uint64_t seen = range.word.load(std::memory_order_relaxed);
+        if (left(seen) > left(most)) longest = &range, most = seen;
       }
       if (!longest) return false;
       const int64_t middle = first(most) + left(most) / 2 / least_ * least_;
@@ -69,7 +70,7 @@ class Runs {
   }
 
   const int64_t least_;
-  std::vector<Run> runs_;
+  std::vector<Range> ranges_;
 };
 
 // Calls run(begin, end) for pieces of [0, count), which begin at multiples of `least`, until all are done.
@@ -81,11 +82,11 @@ void share(int64_t count, int64_t least, bool parallel, const Each& run) {
   }
   const int64_t threads = at::get_num_threads();
   TORCH_CHECK(count < int64_t{1} << 32, "a weight's strips times chunks of rows (=", count, ") are more than 2^32");
-  Runs runs(count, least, threads);
+  WorkQueue queue(count, least, threads);
   at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t thread_end) {
     int64_t begin, end;
     for (; thread < thread_end; ++thread)
-      while (runs.take(thread, begin, end)) run(begin, end);
+      while (queue.take(thread, begin, end)) run(begin, end);
   });
 }
 

@@ -1,13 +1,13 @@
-// What the kernels on saved tensors and their torch ops (saved.cpp) say to each other: plain structs, no torch.
+// The arguments of the kernels on saved tensors: plain structs that know nothing of torch.
 //
 // A tensor is n elements in the order of its memory, cut into groups of g; a block is 32 elements, the least group. What
-// each op means is in kernels/saved_reference.py, and every instruction set gives its bits.
+// each op means is in kernels/saved/reference.py, and every instruction set gives its bits.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "planes.h"
+#include "planes/planes.h"
 
 namespace foveate {
 
@@ -109,8 +109,5 @@ struct SavedKernels {
 const SavedKernels* saved_avx512();
 const SavedKernels* saved_avx2();
 const SavedKernels* saved_portable();
-
-// The library's kernels in use, and the saved ones that go with them (ops.cpp).
-const Kernels& kernels();
 
 }  // namespace foveate

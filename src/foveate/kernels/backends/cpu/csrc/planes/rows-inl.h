@@ -8,7 +8,7 @@
 // and the scale NaN. Rounding adds 1.5 * 2^23 in float32, where the last place is 1: half to even, on every machine.
 // Compile with -ffp-contract=off: a fused product would round once where this rounds twice.
 //
-// Included after tile.h, see there.
+// simd/kernels-inl.h includes this file after planes/tile-inl.h.
 
 inline uint32_t bits_of(float value) {
   uint32_t bits;
@@ -31,7 +31,7 @@ inline uint16_t to_bfloat16(float value) {
 
 // Row `row` of x as float32.
 template <class V>
-void load_row(const Source& x, int64_t row, float* line) {
+void load_row(const InputRows& x, int64_t row, float* line) {
   if (x.columns == 0) return;  // and there may be no memory
   const int64_t offset = (x.row_of ? x.row_of[row] : row) * x.row_stride;
   if (x.type == Type::kFloat32) {
@@ -158,7 +158,7 @@ inline float quantize_blocks(const float* line, const Inputs& q, int64_t row, fl
 }
 
 template <class V>
-Fault quantize(const Source& x, const Inputs& q, int64_t row, int64_t row_end) {
+Fault quantize(const InputRows& x, const Inputs& q, int64_t row, int64_t row_end) {
   const int64_t padded = q.groups * q.group;
   std::unique_ptr<float[]> scratch(new float[static_cast<size_t>(2 * padded + 2 * padded / kBlock)]);
   float* line = scratch.get();
@@ -245,13 +245,13 @@ inline void expand_row(const uint8_t* codes, int row, int shift, int32_t range, 
 // Rows [row, row_end) of a strip of the dense weight, to consecutive rows of `out`.
 template <class V>
 Fault unpack_strip(const Weight& w, int64_t strip, int row, int row_end, float* out) {
-  Walk walk(w);
-  walk.begin(strip);
+  TileCursor cursor(w);
+  cursor.begin(strip);
   Tile tile;
   alignas(64) uint8_t codes[kTileRows * kMaxGroup];
   float step[kTileRows], offset[kTileRows];
   for (int64_t group = 0; group < w.groups; ++group) {
-    const Fault fault = walk.next(group, tile);
+    const Fault fault = cursor.next(group, tile);
     if (fault != Fault::kNone) return fault;
     const int64_t first = group * w.group;
     const int64_t left = w.columns - first;

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "saved.h"
+#include "saved/saved.h"
 
 #if defined(__x86_64__)
 
@@ -18,7 +18,7 @@
 namespace foveate {
 namespace {
 
-#include "saved_x86.h"
+#include "simd/saved_x86-inl.h"
 
 struct Avx512 {
   static constexpr int kLanes = 16;
@@ -142,7 +142,7 @@ struct Avx512 {
   }
 };
 
-#include "saved_driver.h"
+#include "simd/saved_kernels-inl.h"
 
 }  // namespace
 

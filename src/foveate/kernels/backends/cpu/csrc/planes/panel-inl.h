@@ -4,7 +4,7 @@
 // Accumulators of all rows (float32, [rows, 2 strips, 16]) live on the stack for one pass along the strips, so rows
 // come in chunks of at most kPanelRows. Only instruction sets whose products take bytes have this (`V::kByteCodes`).
 //
-// Included after strip.h.
+// simd/kernels-inl.h includes this file after planes/strip-inl.h.
 
 constexpr int kPanelRows = 256;
 constexpr int kPanelStrips = 2;
@@ -79,17 +79,17 @@ template <class V, bool WIDE>
 Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
   alignas(64) float acc[kPanelRows * kPanelStrips * kTileRows];
   const int64_t rows = row_end - row;
-  Walk walks[kPanelStrips] = {Walk(w), Walk(w)};
+  TileCursor cursors[kPanelStrips] = {TileCursor(w), TileCursor(w)};
   Panel<V> panel;
   for (; strip < strip_end; strip += kPanelStrips) {
     const int strips = strip_end - strip < kPanelStrips ? 1 : kPanelStrips;
-    for (int s = 0; s < strips; ++s) walks[s].begin(strip + s);
+    for (int s = 0; s < strips; ++s) cursors[s].begin(strip + s);
     std::memset(acc, 0, static_cast<size_t>(rows) * kPanelStrips * kTileRows * sizeof(float));
     for (int64_t group = 0; group < w.groups; ++group) {
       int live = 0;
       for (int s = 0; s < strips; ++s) {
         Tile tile;
-        const Fault fault = walks[s].next(group, tile);
+        const Fault fault = cursors[s].next(group, tile);
         if (fault != Fault::kNone) return fault;
         if (tile.kind == 0) continue;
         prefetch(tile.scales, kScalesAhead);

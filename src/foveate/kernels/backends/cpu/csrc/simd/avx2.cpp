@@ -7,8 +7,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "planes.h"
-#include "saved.h"
+#include "simd/kernels.h"
 
 #if defined(__x86_64__)
 
@@ -78,7 +77,7 @@ struct Avx2 {
   static Ints total_pairs(Ints sums) { return sums; }
 };
 
-#include "driver.h"
+#include "simd/kernels-inl.h"
 
 }  // namespace
 

@@ -1,14 +1,18 @@
-// The kernels of one instruction set, from its vector primitives `V`. Included last, after `V`.
+// The kernels of one instruction set on bit planes and on codes, made of its vector primitives `V`.
+//
+// A file that ends in -inl.h is not a header of its own: each instruction set's source file includes its text, after
+// `V`, inside an anonymous namespace. So the same text is compiled once for each instruction set, and nothing of it is
+// shared between files that are compiled for different machines. The order of the includes below matters.
 //
 // `V` gives: kRows (rows of a tile in a vector), kLanes (lanes of x that a pass over a strip takes), kByteCodes
-// (products take codes up to 255), the types Words, Ints, Floats and Sums, and the functions used in tile.h, strip.h,
-// panel.h and rows.h. All instruction sets give the same bits.
+// (products take codes up to 255), the types Words, Ints, Floats and Sums, and the functions that the files below use.
+// All instruction sets give the same bits.
 
-#include "tile.h"
-#include "rows.h"
-#include "strip.h"
-#include "panel.h"
-#include "descend.h"
+#include "planes/tile-inl.h"
+#include "planes/rows-inl.h"
+#include "planes/strip-inl.h"
+#include "planes/panel-inl.h"
+#include "rounding/choose_codes-inl.h"
 
 template <class V>
 Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {

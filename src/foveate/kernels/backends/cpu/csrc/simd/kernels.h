@@ -1,0 +1,37 @@
+// The table of kernels that each instruction set fills in, and the one that is in use.
+#pragma once
+
+#include <cstdint>
+
+#include "planes/planes.h"
+#include "rounding/column_block.h"
+#include "saved/saved.h"
+
+namespace foveate {
+
+// The kernels of one instruction set. Ranges are half open; ranges of one call may run on different threads.
+struct Kernels {
+  const char* name;
+  // Lanes above which strips are worth taking two at a time.
+  int64_t lean_lanes;
+  Fault (*quantize)(const InputRows&, const Inputs&, int64_t row, int64_t row_end);
+  Fault (*product)(const Weight&, const Inputs&, const Output&, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end);
+  // The dense weight, float32 [rows of the strips, K].
+  Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
+  // Rows indices[i] of the dense weight, float32 [.., K].
+  Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
+  // Codes of a block of columns: better ones for those there are; and the first, from what is wanted.
+  void (*descend)(const ColumnBlock&);
+  void (*feed)(const ColumnBlock&);
+  const SavedKernels* saved;
+};
+
+// Null where the machine or the compiler does not have the instructions.
+const Kernels* avx512_kernels();
+const Kernels* avx2_kernels();
+const Kernels* portable_kernels();
+
+// The kernels in use (planes/plane_ops.cpp).
+const Kernels& kernels();
+
+}  // namespace foveate

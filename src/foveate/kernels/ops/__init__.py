@@ -1,1 +1,0 @@
-"""Every op's schema, fake and dispatch, one file a family."""
