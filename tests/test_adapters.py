@@ -163,7 +163,7 @@ def test_adapters_that_are_there_first_stay_float(tmp_path: Path) -> None:
     assert any(site.name.endswith("layers.0.self_attn.q_proj.base_layer:weight") for site in profile.sites)
     # q, k and v still multiply in one call, two of them inside adapters
     attention = adapted.base_model.model.model.layers[0].self_attn
-    assert attention.q_proj.base_layer.siblings is attention.k_proj.siblings is not None
+    assert attention.q_proj.base_layer.fused_group is attention.k_proj.fused_group is not None
     losses = _trained(adapted.train())
     assert losses[-1] < losses[0]
     expected = _logits(adapted.eval())

@@ -1,4 +1,4 @@
-"""A quantized layer with siblings, and what counts its products."""
+"""An attention layer whose projections form a fused group, and a counter of calls of the op."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ X = torch.randn(5, 64, generator=generator(0))
 
 def apart(model: nn.Module) -> nn.Module:
     for module in model.modules():
-        if hasattr(module, "siblings"):
+        if hasattr(module, "fused_group"):
             module.fused_group = None
     return model
