@@ -23,7 +23,7 @@ from foveate.folder.save import _rest, is_finite
 from foveate.folder.skeleton import skeleton
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.derived import products_apart
+from foveate.nn.derived import split_derived
 from foveate.nn.experts import taken_apart
 from foveate.nn.folded import fold_skeleton
 from foveate.nn.plane_module import PlaneModule
@@ -82,7 +82,7 @@ def _load(
     weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
     sites = head.weight_sites()
     names = frozenset(n.removesuffix(":weight") for s in sites for n in (s.name, *s.aliases))
-    with taken_apart(model, _stacks(head)), products_apart(model, names):
+    with taken_apart(model, _stacks(head)), split_derived(model, names):
         found = [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites]
         registry = install(model, found, sites, weights)
     _fill(model, folder)
