@@ -184,7 +184,7 @@ def _is_llama4(layer: nn.Module) -> bool:
     return kind.__name__ == "Llama4TextExperts" and kind.__module__.startswith("transformers.")
 
 
-def _can_hold(layer: nn.Module) -> bool:
+def _can_take_apart(layer: nn.Module) -> bool:
     """Whether a layer's stacks of weights can be taken apart."""
     up = layer._parameters.get(_UP[0])
     up = up if up is not None else layer._parameters.get(_UP[1])
@@ -216,7 +216,7 @@ def left_notes(model: nn.Module) -> list[str]:
 
 
 def merged(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Names of modules, with the layer's in place of its experts' where all of them are named."""
+    """Names of modules, in which the name of a layer stands for those of its experts where all of them are named."""
     listed = set(names)
     for layer, module in model.named_modules():
         if isinstance(module, PlaneExperts):
@@ -228,13 +228,13 @@ def merged(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def taken_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterator[None]:
-    """Take a model's stacks of experts apart, and put back together whatever holds no planes at the end.
+    """Take the stacks of experts of a model apart; on leaving, restore the layers that hold no planes.
 
     Args:
         model: any module.
-        only: names of the layers to take apart; all that can be held if not given.
+        only: names of the layers to take apart; if not given, all that can be taken apart.
     """
-    named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and _can_hold(m)]
+    named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and _can_take_apart(m)]
     wanted = {id(module) for name, module in named if only is None or name in only}  # a stack may have several names
     held = [(name, module) for name, module in named if id(module) in wanted]
     made = {id(module): PlaneExperts(module) for _, module in held}
