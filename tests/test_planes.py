@@ -49,7 +49,7 @@ def test_kept_is_the_same_weight_with_fewer_bytes(
     assert torch.equal(kept.kept(lower).dequantize(), w.planes.kept(lower).dequantize())
 
 
-def test_kept_lowers_the_tags_but_does_not_raise_them() -> None:
+def test_kept_lowers_active_levels_but_does_not_raise_them() -> None:
     w = coded(20, 70).planes
     w.active_levels[0].fill_(2)
     kept = w.kept(torch.full(w.grid, 4, dtype=torch.uint8))
@@ -78,12 +78,12 @@ def test_gathered_is_the_same_weights_side_by_side() -> None:
         assert all(p.data_ptr() % ALIGNMENT == 0 for p in (*new.planes, new.scales) if p.numel())
     storages = {w.planes[0].untyped_storage().data_ptr() for w in together}
     assert len(storages) == 1
-    # tags are one block, in order
+    # active levels are one block, in order
     ends = [w.active_levels.data_ptr() + w.active_levels.numel() for w in together]
     assert [w.active_levels.data_ptr() for w in together[1:]] == ends[:-1]
 
 
-def test_shared_tags_of_nothing() -> None:
+def test_shared_levels_of_nothing() -> None:
     assert share_active_levels([]) == []
     assert gathered([]) == []
 

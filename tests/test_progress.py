@@ -1,4 +1,4 @@
-"""Lines for whoever waits."""
+"""Lines about progress: where they are printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Free memory under control groups; parsing of sizes is in test_maps.py."""
+"""Free memory under control groups. Parsing of sizes is tested in precision/test_maps.py."""
 
 from __future__ import annotations
 

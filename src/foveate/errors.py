@@ -1,15 +1,15 @@
-"""The one exception tree.
+"""The exceptions that foveate raises.
 
-Everything foveate refuses derives from `FoveateError` and from the built-in that a user of Python would expect, and
-says the value and the rule: "level (=5) is not one of 0, 2, 3, 4, 6, 8". The command line turns any of them into one
-line and exit code 2.
+Each derives from `FoveateError` and from the built-in exception that a user of Python would expect. Its message names
+the value and the rule: "level (=5) is not one of 0, 2, 3, 4, 6, 8". The command line turns each into one line and exit
+code 2.
 """
 
 from __future__ import annotations
 
 
 class FoveateError(Exception):
-    """The root of everything foveate raises on purpose."""
+    """The base of all exceptions that foveate raises on purpose."""
 
 
 class LevelError(FoveateError, ValueError):
@@ -17,7 +17,7 @@ class LevelError(FoveateError, ValueError):
 
 
 class PlaneNotResidentError(LevelError):
-    """A level whose planes were not loaded, or not kept."""
+    """A level whose planes are not stored: the model was loaded, or the folder saved, without them."""
 
 
 class SiteError(FoveateError, KeyError):
@@ -32,11 +32,11 @@ class BudgetError(FoveateError, ValueError):
 
 
 class WeightError(FoveateError, ValueError):
-    """Weights that cannot be quantized: NaN, Inf, or out of the range of the stored scales."""
+    """Weights that cannot be quantized: NaN, Inf, or beyond the range of the stored scales."""
 
 
 class StateError(FoveateError, RuntimeError):
-    """A state_dict that does not fit a model on planes: another shape or form, other levels, or none said."""
+    """A state_dict that does not fit a model on planes: another geometry or none, or fewer planes than are active."""
 
 
 class DeviceError(FoveateError, RuntimeError):

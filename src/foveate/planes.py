@@ -1,8 +1,13 @@
-"""PlaneTensor: one weight as bit planes, with its tile index. A k-bit view is a prefix of its planes.
+"""PlaneTensor: one weight as bit planes, with its tile index. Reading k bits of it is reading a prefix of its planes.
 
-The value is frozen: rounding makes it, `kept` drops planes from it, `moved` puts it elsewhere. The only bytes that ever
-    change in place are those of `active_levels`, the level each tile is read at, and only
-`foveate.apply` writes them. docs/format.md has the layout.
+Two levels are told apart for each tile. Its *stored* level says which of its planes this tensor holds. Its *active*
+level, at most the stored one, says how many of them are read.
+
+The value is frozen: `from_codes` makes it, `kept` gives a copy that stores fewer planes, and `gathered` gives copies
+whose planes lie in shared blocks of memory. The only bytes that change in place are those of `active_levels`; in a
+quantized model `foveate.nn.registry` alone writes them. docs/format.md has the layout.
+
+Shapes: N rows, K inputs; NT strips of 16 rows, G groups of inputs, so NT x G tiles.
 """
 
 from __future__ import annotations
@@ -36,15 +41,16 @@ class PlaneTensor:
     """A weight [rows, columns] as bit planes.
 
     Attributes:
-        planes: five uint8 1-D tensors, the stored tiles of each plane in tile order; empty where no tile has the plane.
-        scales: uint8 1-D, 16 scales and 16 offsets for each stored tile (`formats.grids`).
-        gain: float16 [2, 1] or [2, NT * 16], near 1: what levels 2 and 3 multiply the scales with.
-        resident: uint8 [NT, G], the highest level each tile is stored for.
-        starts: int64 [NT, 6], see `formats.packing.tile_offsets_of`.
-        tags: uint8 [2, NT, G], the level each tile is read at, for each of two maps.
-        rows, columns, group, reach: the shape, the inputs a group, and the reach of the residual planes (0, 1, 2).
-        exponent: the power of two that the scales are multiplied with.
-        tensors, form: the same as the ops take it, see kernels/planes/reference.py.
+        planes: five uint8 1-D tensors: of each plane the tiles that store it, in tile order; empty where no tile does.
+        scales: uint8 1-D, 16 scales and 16 offsets for each tile that stores any plane (`foveate.formats.grids`).
+        gain: float16 [2, 1] or [2, NT * 16], near 1: factors of the scales at levels 2 and 3.
+        stored_levels: uint8 [NT, G], the highest level at which each tile can be read.
+        tile_offsets: int64 [NT, 6], where each strip's tiles begin (`foveate.formats.packing.tile_offsets_of`).
+        active_levels: uint8 [2, NT, G], the level at which each tile is read, for each of two maps.
+        rows, columns, group, reach: N, K, the inputs in a group, and the reach of the residual planes (0, 1 or 2).
+        exponent: the scales are multiplied by 2 to this power.
+        tensors: all the tensors above, in the order in which the ops take them (`foveate.kernels.planes.reference`).
+        geometry: (rows, columns, group, reach, exponent), as the ops take them.
     """
 
     planes: tuple[Tensor, ...]
@@ -62,7 +68,7 @@ class PlaneTensor:
     geometry: tuple[int, int, int, int, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # every product needs them, and a frozen value can keep them
+        # made once: every product needs them
         tensors = (*self.planes, self.scales, self.gain, self.tile_offsets, self.stored_levels, self.active_levels)
         object.__setattr__(self, "tensors", tensors)
         object.__setattr__(self, "geometry", (self.rows, self.columns, self.group, self.reach, self.exponent))
@@ -74,26 +80,30 @@ class PlaneTensor:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(NT, G), strips and groups of tiles."""
+        """(NT, G): strips of 16 rows, groups of inputs."""
         return tile_grid(self.rows, self.columns, self.group)
 
     def nbytes(self) -> int:
-        """Bytes in memory: planes, scales, gains, and the tile index with its two maps."""
+        """Bytes of all its tensors: planes, scales, gains, and the tile index with its two maps."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def dequantize(self, which: int = 0) -> Tensor:
-        """The dense weight at its present levels, float32 [rows, columns]."""
+        """The dense weight, float32 [rows, columns], at the active levels of map `which` (0 or 1)."""
         dense: Tensor = torch.ops.foveate.plane_unpack(self.tensors, self.geometry, which)
         return dense
 
     def kept(self, level_tiles: Tensor) -> PlaneTensor:
-        """A copy that stores each tile only up to `level_tiles` (uint8 [NT, G]), and reads it there at most."""
+        """A copy that stores each tile only up to `level_tiles` (uint8 [NT, G]); active levels above that are lowered.
+
+        Raises:
+            FoveateError: a level is above the stored one.
+        """
         if bool((level_tiles > self.stored_levels).any()):
             raise FoveateError("a tile cannot be kept at a level above the one it is stored for")
         old, new = self.stored_levels.view(-1), level_tiles.reshape(-1)
 
-        def gather(stored: Tensor, floor: int, width: int) -> Tensor:
-            return stored.view(-1, width)[(new >= floor)[old >= floor]].view(-1)
+        def gather(tiles: Tensor, least_level: int, width: int) -> Tensor:
+            return tiles.view(-1, width)[(new >= least_level)[old >= least_level]].view(-1)
 
         planes = tuple(gather(p, NESTED_LEVELS[i], tile_bytes(i, self.group)) for i, p in enumerate(self.planes))
         stored_levels = level_tiles.clone()
@@ -110,15 +120,18 @@ class PlaneTensor:
 def from_codes(
     anchor_NK: Tensor, residual_NK: Tensor, scale_NG: Tensor, offset_NG: Tensor, gain: Tensor, *, group: int, reach: int
 ) -> PlaneTensor:
-    """Pack rounded codes into planes, every plane stored and read.
+    """Pack rounded codes into planes. Every tile stores all planes, and all are active.
 
     Args:
         anchor_NK: uint8 [N, K], the 4-bit codes.
-        residual_NK: uint8 [N, K], the 4-bit codes of what the anchor leaves.
-        scale_NG, offset_NG: floating point [N, G]; stored as the nearest that a byte each can hold.
+        residual_NK: uint8 [N, K], the 4-bit codes of the residual, the weight less its anchor.
+        scale_NG, offset_NG: floating point [N, G]; each is stored as the nearest value that a byte can hold.
         gain: float16 [2, 1] or [2, N], for levels 2 and 3.
-        group: inputs a group.
-        reach: widening of the residual planes.
+        group: inputs in a group: 32, 64 or 128.
+        reach: by how many bits the residual planes reach beyond one step of the anchor (0, 1 or 2).
+
+    Raises:
+        FoveateError: the group is not one of those.
     """
     check_group(group)
     rows, columns = anchor_NK.shape
@@ -148,7 +161,7 @@ def linear(
     order: Tensor | None = None,
     input_range: Tensor | None = None,
 ) -> list[Tensor]:
-    """x [..., K] times each of the weights that share it; see the op `plane_linear`.
+    """x [..., K] times each of the weights that share this input: [..., N] for each. See the op `plane_linear`.
 
     Raises:
         FoveateError: x does not have K columns.
@@ -168,15 +181,15 @@ def linear(
 
 
 def gathered(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
-    """The same weights with each plane, and the scales, and the tags of all of them side by side in one block, so that
-    a plane can be given back whole.
+    """The same weights, with one block of memory for each plane of all of them, one for all scales, and one for all
+    active levels. So the memory of a plane can be given back as a whole.
     """
-    kinds: list[Callable[[PlaneTensor], Tensor]] = [
+    parts: list[Callable[[PlaneTensor], Tensor]] = [
         *(lambda w, p=p: w.planes[p] for p in range(PLANES)),
         lambda w: w.scales,
     ]
     moved: list[list[Tensor]] = []
-    for pick in kinds:
+    for pick in parts:
         old = [pick(w) for w in tensors]
         new = arena([t.numel() * t.element_size() for t in old])
         for source, target in zip(old, new, strict=True):
@@ -188,7 +201,7 @@ def gathered(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
 
 
 def share_active_levels(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
-    """The same weights with their tags one after the other in one block, so that a switch is one copy."""
+    """The same weights with their active levels one after another in one block, so that a switch is one copy."""
     if not tensors:
         return []
     block = torch.cat([w.active_levels.reshape(-1) for w in tensors])
@@ -197,6 +210,6 @@ def share_active_levels(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
 
 
 def level_bytes(level: int, tiles: int, group: int) -> int:
-    """Bytes of planes and scales that `tiles` tiles take at a level."""
+    """Bytes of planes and scales that so many tiles take when they are stored up to `level`."""
     per_tile = sum(tile_bytes(p, group) for p in range(planes_of(level))) + (SCALE_BYTES if level else 0)
     return tiles * per_tile

@@ -1,4 +1,4 @@
-"""Progress on long work: a Rich bar on stderr where Rich is installed and a person is looking, log lines elsewhere."""
+"""Progress of long work: a Rich bar where Rich is installed and stderr is a terminal, lines in the log elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ log = logging.getLogger("foveate")
 
 
 def track(items: Iterable[Item], label: str, *, total: int | None = None, show: bool = True) -> Iterator[Item]:
-    """Yield the items, showing how far it is and how long it will take."""
+    """Yield the items, and show how many are done and how long the rest will take.
+
+    Args:
+        items: what to iterate over.
+        label: what the work is called.
+        total: how many items there are; their length if not given.
+        show: False shows nothing.
+    """
     if total is None:
         total = len(items) if isinstance(items, Sized) else None
     if show and sys.stderr.isatty():
@@ -25,18 +32,18 @@ def track(items: Iterable[Item], label: str, *, total: int | None = None, show: 
         else:
             yield from rich_track(items, label, total=total, console=Console(stderr=True), transient=True)
             return
-    started = said = time.monotonic()
+    started = last_shown = time.monotonic()
     for done, item in enumerate(items):
         now = time.monotonic()
-        if show and now - said > 10:
+        if show and now - last_shown > 10:
             left = f", {(now - started) / done * (total - done):.0f} s left" if total and done else ""
             log.info("%s: %d%s%s", label, done, f" of {total}" if total else "", left)
-            said = now
+            last_shown = now
         yield item
 
 
 def say(text: str) -> None:
-    """A line for whoever waits: to the log where somebody listens, else to stderr; nowhere if it is to be quiet."""
+    """Print a line about progress: to the log if its level is INFO or lower, else to stderr if no level was set."""
     if log.isEnabledFor(logging.INFO):
         log.info(text)
     elif log.level == logging.NOTSET:

@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them, and how many of them this process may still take."""
+"""Sizes in bytes, as people write them: reading and printing them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _UNITS = {
 
 
 def parse_bytes(size: int | str) -> int:
-    """Bytes of `1234`, `"800MiB"`, `"6GB"` or `"6G"` (binary); raises `BudgetError` for anything else."""
+    """Bytes of `1234`, `"800MiB"`, `"6GB"` (decimal) or `"6G"` (binary); raises `BudgetError` for anything else."""
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None

@@ -1,4 +1,4 @@
-"""Whatever became of a folder, reading it gives the model that was saved or a `CheckpointError`."""
+"""Reading a damaged folder gives the model that was saved, or a `CheckpointError`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder: what is saved is what is loaded, from fewer files where fewer will do."""
+"""The folder: what was saved is loaded again, and only the files that are needed are read."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_partial_model_saves_what_it_has(saved: tuple[Path, nn.Module, fv.Prof
     again = fv.load(tmp_path / "four", model=skeleton())
     assert torch.equal(again(X), at(model, profile.uniform(4)))
     assert fv.profile_of(again).samples == 64
-    with pytest.raises(PlaneNotResidentError, match="the folder keeps some of its tiles up to 4 bits only"):
+    with pytest.raises(PlaneNotResidentError, match="the folder stores some of its tiles up to 4 bits only"):
         fv.load(tmp_path / "four", keep=8, model=skeleton())
     with pytest.raises(PlaneNotResidentError):
         fv.save(part, tmp_path / "more", keep=profile.uniform(6))

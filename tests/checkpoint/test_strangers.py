@@ -1,4 +1,4 @@
-"""A stranger's folder reaches no network, holds nobody up, and gives errors of ours."""
+"""Loading a stranger's folder uses no network, does not hang, and raises only exceptions of foveate."""
 
 from __future__ import annotations
 

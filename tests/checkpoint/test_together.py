@@ -1,4 +1,4 @@
-"""Others save to the folder meanwhile: who saves waits, who reads gets one save whole."""
+"""Several processes use one folder: a writer waits for another, and a reader gets all of one save."""
 
 from __future__ import annotations
 

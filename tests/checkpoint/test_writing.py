@@ -1,4 +1,4 @@
-"""A folder is written as a whole or not at all, whatever interrupts."""
+"""A folder is written as a whole or not at all, whatever interrupts the writing."""
 
 from __future__ import annotations
 

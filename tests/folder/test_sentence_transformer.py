@@ -1,4 +1,4 @@
-"""A quantized SentenceTransformer is a folder that loads by itself, or says what it needs."""
+"""A folder of a quantized SentenceTransformer loads by itself, or the error says what is needed."""
 
 from __future__ import annotations
 

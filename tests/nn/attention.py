@@ -1,4 +1,4 @@
-"""A quantized layer with siblings, and what counts its products."""
+"""An attention layer whose projections form a fused group, and a counter of calls of the op."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model that the tests of siblings share."""
+"""The model that the tests of fused groups share."""
 
 from __future__ import annotations
 

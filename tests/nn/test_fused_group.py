@@ -1,4 +1,4 @@
-"""Layers with one input share a call, and nobody can tell but by the time it takes."""
+"""Layers with one input share a call, and give the same results as separate calls."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_one_call_gives_what_three_give(model: nn.Module) -> None:
     assert (together.products(), alone.products()) == (2, 4)
 
 
-def test_input_levels_of_siblings_may_differ(model: nn.Module) -> None:
+def test_input_levels_within_a_group_may_differ(model: nn.Module) -> None:
     plan = fv.current_map(model).with_level("k_proj:input", 16).with_level("v_proj:input", 32)
     fv.apply(model, plan)
     got = model(X)
@@ -39,7 +39,7 @@ def test_input_levels_of_siblings_may_differ(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_level_that_changes_between_siblings_is_seen(model: Any, mode: Any) -> None:
+def test_a_level_that_changes_between_two_layers_is_seen(model: Any, mode: Any) -> None:
     with mode():
         low = fv.current_map(model).with_level("*:weight", 2)
         before = model.v_proj(X)
@@ -55,7 +55,7 @@ def test_a_level_that_changes_between_siblings_is_seen(model: Any, mode: Any) ->
         assert not torch.equal(q, model.q_proj(X))
 
 
-def test_an_input_that_is_written_to_between_siblings_is_seen(model: Any) -> None:
+def test_an_input_that_is_written_to_between_two_layers_is_seen(model: Any) -> None:
     def written(x: Tensor) -> Tensor:
         model.q_proj(x)
         x += 1
@@ -87,19 +87,19 @@ def test_a_change_that_is_not_counted_is_seen_after_the_call(model: Any, change:
         assert torch.equal(model(x), expected)
 
 
-def test_a_call_that_raises_drops_what_waits(model: Any) -> None:
-    waiting = []
+def test_a_call_that_raises_drops_pending_results(model: Any) -> None:
+    pending = []
 
     def failing(x: Tensor) -> None:
         model.q_proj(x)
-        waiting.append(weakref.ref(fused_group._CALLS.open[-1].waiting[model.q_proj.fused_group].results[1]))
+        pending.append(weakref.ref(fused_group._CALLS.open[-1].pending[model.q_proj.fused_group].results[1]))
         raise ValueError("stop")
 
     x = X.clone()
     with pytest.raises(ValueError, match="stop"):
         within(model, failing, x)
     assert not fused_group._CALLS.open
-    assert waiting[0]() is None
+    assert pending[0]() is None
     x.data.add_(1)
     assert torch.equal(model.k_proj(x), model.k_proj(X + 1))
 
@@ -132,7 +132,7 @@ def test_a_call_within_a_call_has_results_of_its_own(model: Any) -> None:
     assert counted.products() == 2
 
 
-def test_in_inference_mode_a_family_is_one_call(model: nn.Module) -> None:
+def test_in_inference_mode_a_group_is_one_call(model: nn.Module) -> None:
     expected = apart(copy.deepcopy(model))(X)
     with torch.inference_mode(), Counted() as counted:
         assert torch.equal(model(X.clone()), expected)  # the clone is a tensor of inference mode
@@ -152,7 +152,7 @@ def test_every_order_and_every_part_is_right(model: Any) -> None:
             assert torch.equal(y, alone[name])
 
 
-def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
+def test_a_group_with_two_inputs_is_dissolved(model: nn.Module) -> None:
     other = torch.randn(5, 64, generator=generator(1))
     expected = copy.deepcopy(model)
     apart(expected)
@@ -164,15 +164,15 @@ def test_siblings_with_two_inputs_part(model: nn.Module) -> None:
     assert torch.equal(model(X), expected(X))
 
 
-def test_siblings_of_which_some_are_not_used_part(model: Any) -> None:
+def test_a_group_of_which_some_layers_are_not_used_is_dissolved(model: Any) -> None:
     y = model.q_proj(X.clone())
-    assert model.q_proj.fused_group._wasted == 0  # outside of a call nothing is made for siblings
+    assert model.q_proj.fused_group._unused == 0  # outside of a call only the own product is computed
     for _ in range(6):
         assert torch.equal(within(model, model.q_proj, X.clone()), y)
-    assert not model.q_proj.fused_group.together
+    assert not model.q_proj.fused_group.is_fused
 
 
-def test_siblings_that_are_used_stay_together(model: nn.Module) -> None:
+def test_a_group_that_is_used_stays_fused(model: nn.Module) -> None:
     for _ in range(20):
         model(X)
     model.q_proj(X)
@@ -205,7 +205,7 @@ def test_gradients_are_those_of_separate_layers(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
-def test_copies_are_siblings_of_their_own(model: Any, copied: Any) -> None:
+def test_copies_form_groups_of_their_own(model: Any, copied: Any) -> None:
     before = model(X)
     other = copied(model)
     assert other.q_proj.fused_group is other.v_proj.fused_group is not model.q_proj.fused_group
@@ -216,7 +216,7 @@ def test_copies_are_siblings_of_their_own(model: Any, copied: Any) -> None:
     assert torch.equal(model(X), before)
 
 
-def test_a_copy_of_one_layer_is_that_layer_alone(model: Any) -> None:
+def test_a_copy_of_one_layer_has_no_group(model: Any) -> None:
     layer = copy.deepcopy(model.q_proj)
     assert layer.fused_group is None
     assert torch.equal(layer(X), model.q_proj(X))
@@ -227,8 +227,8 @@ def test_nothing_is_kept_when_the_call_is_over(model: Any) -> None:
 
     def part(x: Tensor) -> Tensor:
         y = model.k_proj(x)
-        waiting = fused_group._CALLS.open[-1].waiting[model.k_proj.fused_group]
-        kept.extend(weakref.ref(t) for t in (waiting.results[0], waiting.x))
+        pending = fused_group._CALLS.open[-1].pending[model.k_proj.fused_group]
+        kept.extend(weakref.ref(t) for t in (pending.results[0], pending.x))
         return y
 
     within(model, part, X.clone())
@@ -260,7 +260,7 @@ def test_planes_are_freed_with_the_model() -> None:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_hooks_of_siblings_do_what_they_did(model: Any, mode: Any) -> None:
+def test_hooks_of_layers_in_a_group_do_what_they_did(model: Any, mode: Any) -> None:
     seen = []
 
     def change(_: nn.Module, args: tuple[Tensor]) -> None:
@@ -331,7 +331,7 @@ def test_weights_whose_memory_moves_are_found_again(model: Any) -> None:
     assert torch.equal(model(X.clone()), expected)
 
 
-def test_a_token_takes_one_call_a_family() -> None:
+def test_a_token_takes_one_call_a_group() -> None:
     llama, _ = quantized_llama()
     ids = torch.tensor([[3]])
     with torch.no_grad(), Counted() as counted:

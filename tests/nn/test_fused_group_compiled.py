@@ -1,4 +1,4 @@
-"""FusedGroup in compiled graphs: one call a family, made once, and no recompilation at a switch."""
+"""Fused groups in compiled graphs: one call a group, made once, and no recompilation when levels are switched."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _compiled_afresh() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_graph_has_one_call_a_family_and_is_made_once(model: nn.Module, mode: Any) -> None:
+def test_a_graph_has_one_call_a_group_and_is_made_once(model: nn.Module, mode: Any) -> None:
     expected, moved = model(X), model(X + 1)
     graphs = Graphs()
     compiled = torch.compile(model, backend=graphs, fullgraph=True)
@@ -54,7 +54,7 @@ def test_a_graph_has_one_call_a_family_and_is_made_once(model: nn.Module, mode: 
     assert graphs.products() == [2]
 
 
-def test_a_graph_may_break_between_siblings(model: Any) -> None:
+def test_a_graph_may_break_within_a_group(model: Any) -> None:
     def broken(x: Tensor) -> Tensor:
         q = model.q_proj(x)
         torch._dynamo.graph_break()
@@ -80,14 +80,14 @@ def test_what_one_graph_leaves_is_not_taken_by_another(model: Any) -> None:
         assert torch.equal(second(x), model.k_proj(X + 1))
 
 
-def test_a_graph_of_some_siblings_is_right(model: Any) -> None:
+def test_a_graph_of_some_layers_of_a_group_is_right(model: Any) -> None:
     compiled = torch.compile(lambda x: model.q_proj(x).sum() + model.k_proj(x).sum(), backend="eager", fullgraph=True)
     for x in (X, X + 1, X):
         assert torch.equal(compiled(x), model.q_proj(x.clone()).sum() + model.k_proj(x.clone()).sum())
     assert torch.equal(model.v_proj(X), model.v_proj(X.clone()))
 
 
-def test_a_part_of_a_family_compiled_sees_a_switch(model: Any) -> None:
+def test_single_compiled_layers_of_a_group_see_a_switch(model: Any) -> None:
     x = X.clone()
     q, k = (torch.compile(layer, backend="eager") for layer in (model.q_proj, model.k_proj))
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_a_llama_compiles_whole_and_a_switch_does_not_recompile() -> None:
         compiled(input_ids=ids, use_cache=False)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for level in (8, 2, 4):
-                plan = profile.uniform(level).with_level("*.k_proj:input", 32 // level)  # unlike its siblings'
+                plan = profile.uniform(level).with_level("*.k_proj:input", 32 // level)  # another than q's and v's
                 fv.apply(llama, plan)
                 got = compiled(input_ids=ids, use_cache=False).logits
                 assert torch.equal(got, llama(input_ids=ids, use_cache=False).logits)
@@ -166,11 +166,11 @@ def test_decoding_keeps_no_more_tensors_and_no_more_memory() -> None:
         gc.collect()
         return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
-    counts, resident = [], []
+    counts, resident_bytes = [], []
     with torch.no_grad():
         for _ in range(6):
             llama.generate(ids, max_new_tokens=50, do_sample=False, cache_implementation="static", eos_token_id=None)
             counts.append(alive())
-            resident.append(psutil.Process().memory_info().rss)
+            resident_bytes.append(psutil.Process().memory_info().rss)
     assert len(set(counts[1:])) == 1
-    assert resident[-1] - resident[2] < 1 << 20  # 150 tokens of 14 products each
+    assert resident_bytes[-1] - resident_bytes[2] < 1 << 20  # 150 tokens of 14 products each

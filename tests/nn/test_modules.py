@@ -88,7 +88,7 @@ def test_levels_that_are_not_resident() -> None:
     before = loaded(X)
     for plan in (profile.uniform(6), profile.uniform(2).with_level("2:weight", 8)):
         with pytest.raises(
-            PlaneNotResidentError, match=r"at level [68]: some of its tiles are loaded up to 4 bits only"
+            PlaneNotResidentError, match=r"at level [68]: some of its tiles are stored up to 4 bits only"
         ):
             fv.apply(loaded, plan)
         with pytest.raises(PlaneNotResidentError):

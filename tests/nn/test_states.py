@@ -75,7 +75,7 @@ def test_two_llamas_agree_after_a_state_went_from_one_to_the_other() -> None:
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_siblings_and_gradients_see_the_loaded_weights(source: nn.Module, target: Any, assign: bool) -> None:
+def test_fused_groups_and_gradients_see_the_loaded_weights(source: nn.Module, target: Any, assign: bool) -> None:
     planes = [m.plane0.data_ptr() for m in target.modules() if isinstance(m, PlaneWeight)]
     target(X)
     assert target.load_state_dict(source.state_dict(), assign=assign) == ([], [])
@@ -137,12 +137,12 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "size mismatch, the state has 64 x 48 in groups of",
     ),
     "reach": (_at("geometry", lambda t: t + torch.tensor([0, 0, 0, 3, 0])), r"reach \(=\d\) is not one of 0, 1, 2"),
-    "a form in int32": (_at("geometry", lambda t: t.int()), r"the geometry is torch.int32 \[5\]"),
+    "a geometry in int32": (_at("geometry", lambda t: t.int()), r"the geometry is torch.int32 \[5\]"),
     "planes in float": (_at("plane1", lambda t: t.float()), r"plane1 of the state is torch.float32 \[\d+\], not"),
     "a plane cut off": (_at("plane0", lambda t: t[:-64]), r"plane0 of the state is torch.uint8 \[\d+\], not"),
     "levels of no kind": (_at("stored_levels", lambda t: t - 1), "stored_levels has a level that is not one of"),
     "a grid of another shape": (_at("stored_levels", lambda t: t[:1]), "stored_levels of the state is"),
-    "starts elsewhere": (_at("tile_offsets", lambda t: t + 1), "tile_offsets are not those of stored_levels"),
+    "offsets of other tiles": (_at("tile_offsets", lambda t: t + 1), "tile_offsets are not those of stored_levels"),
     "gains a row": (_at("gain", lambda t: t.expand(2, 64) if t.shape[1] == 1 else t[:, :1]), "gain of the state is"),
     "no tensor": (_at("gain", lambda t: 3), "gain of the state is no tensor that holds values"),
     "no values": (_at("gain", lambda t: t.to("meta")), "gain of the state is no tensor that holds values"),

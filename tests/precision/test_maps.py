@@ -72,7 +72,7 @@ def test_bytes_add_up_tile_by_tile(plan: PrecisionMap) -> None:
         # float16 for levels 2 and 3; rows padded to whole tiles
         gains = 4 * (16 * strips if site.row_gains else 1)
         overhead_stored += strips * groups + gains
-        # gains, resident and two maps of tags a tile; six int64 starts a strip
+        # gains; a tile has a stored level and two active ones; a strip has six int64 offsets
         overhead_resident += 3 * strips * groups + gains + 48 * strips
     assert plan.bytes_stored == plan.other_bytes + planes + overhead_stored
     assert plan.bytes_resident == plan.other_bytes + planes + overhead_resident

@@ -3,8 +3,8 @@
     config = for_planes(LoraConfig(target_modules=["q_proj", "v_proj"]), model)
     model = peft.get_peft_model(model, config)
 
-peft knows torch's own layers. A configuration made here tells it of layers on planes as well; all else is peft's own
-way, its folders included.
+peft knows torch's own layers. A configuration made here tells it of layers on planes as well. Everything else, its
+folders included, is as peft does it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from foveate.nn.registry import quantized_part
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-#: Ways to begin an adapter that do not change the weight it is for.
+#: Values of `init_lora_weights` that do not change the weight of the layer.
 _INITS = (True, False, "gaussian")
 
 
 def for_planes(config: LoraConfig, model: nn.Module) -> LoraConfig:
-    """Let a configuration of LoRA adapters name linear layers on planes.
+    """Let a configuration of LoRA adapters apply to linear layers on planes.
 
     Args:
-        config: of plain LoRA; it is changed and handed back. One that peft saved, `PeftConfig.from_pretrained(folder)`,
+        config: of plain LoRA; it is changed and returned. One that peft saved, `PeftConfig.from_pretrained(folder)`,
             needs this too, before `PeftModel.from_pretrained(model, folder, config=config)`.
         model: the quantized model that the adapters are for; it is not changed.
 
@@ -37,7 +37,7 @@ def for_planes(config: LoraConfig, model: nn.Module) -> LoraConfig:
         MissingExtraError: peft is not installed.
         FoveateError: the model is not quantized, or the configuration asks for what planes cannot do: layers found by
             class (`target_modules="all-linear"`), training of layers on planes (`modules_to_save`), or a variant of
-            LoRA or a way to begin that reads or changes the dense weight.
+            LoRA or an initialization that reads or changes the dense weight.
 
     Example:
         >>> config = for_planes(peft.LoraConfig(target_modules=["q_proj", "v_proj"]), model)
@@ -72,5 +72,5 @@ def for_planes(config: LoraConfig, model: nn.Module) -> LoraConfig:
 
 
 def _is_in(wanted: str, name: str) -> bool:
-    """Whether a module is the one that peft finds by the end of its name, or lies in it."""
+    """Whether the module `name` is one that peft selects by the end of its name, `wanted`, or lies within one."""
     return f".{wanted}." in f".{name}."

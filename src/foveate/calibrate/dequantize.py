@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from foveate.collect.kinds import Kind
 from foveate.errors import BudgetError
 from foveate.memory.available import free_memory
-from foveate.nn.derived import put_together
+from foveate.nn.derived import join_derived
 from foveate.nn.experts import DOWN, PlaneExperts, is_transposed
 from foveate.nn.modules import PlaneConv, take_hooks
 from foveate.nn.plane_module import PlaneModule
@@ -71,7 +71,7 @@ def dequantize(model: nn.Module) -> None:
         places.append((name, module))
     for name, module in places:
         replace_module(model, name, made[id(module)])
-    put_together(model)
+    join_derived(model)
     detach(model)
 
 

@@ -30,7 +30,7 @@ from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.allocator import given_back
-from foveate.nn.derived import products_apart
+from foveate.nn.derived import split_derived
 from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.replace import install
@@ -101,7 +101,7 @@ def quantize(
         resume=Path(resume) if resume else None,
         progress=progress,
     )
-    with taken_apart(model), products_apart(model), given_back(options.memory is not None):
+    with taken_apart(model), split_derived(model), given_back(options.memory is not None):
         return _quantized(model, batches, group, skip, options)
 
 

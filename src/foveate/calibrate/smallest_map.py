@@ -11,7 +11,7 @@ from foveate.calibrate.quantize import chosen
 from foveate.collect.kinds import weight_matrix_shape
 from foveate.errors import BudgetError
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.nn.derived import products_apart
+from foveate.nn.derived import split_derived
 from foveate.nn.experts import taken_apart
 from foveate.precision.budgets import Budget
 from foveate.precision.maps import PrecisionMap, Site, uniform
@@ -24,7 +24,7 @@ def least_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str]
     Args:
         model, group, skip: as for `foveate.quantize`; the model is not changed.
     """
-    with taken_apart(model), products_apart(model):
+    with taken_apart(model), split_derived(model):
         found, _ = chosen(model, skip)
         sites = []
         for entry in found:

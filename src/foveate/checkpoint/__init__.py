@@ -1,15 +1,17 @@
-"""The folder a quantized model is kept in. A kill while writing loses nothing; 4 bits read only what 4 bits need.
+"""The folder that stores a quantized model.
+
+A process that is killed while it writes loses nothing, and loading 4 bits reads only the planes of 4 bits.
 
     foveate.json                         the head: version, sites, default map, every tensor's file and checksum
-    foveate-scales-<hash>.safetensors    scales, gains, and the level each tile is stored for
+    foveate-scales-<hash>.safetensors    scales, gains, and the stored level of each tile
     foveate-plane<p>-<hash>.safetensors  plane p of every weight (p = 0 the most significant)
     foveate-rest-<hash>.safetensors      everything that is not on planes
-    foveate-profile-<hash>.safetensors   what was measured
+    foveate-profile-<hash>.safetensors   the profile: what was measured
 
-The head is the commit point: data files have names made from their contents and are complete before the head that
-names them replaces the old one; files that no head names are removed afterwards. One writer at a time holds the folder
-(`foveate.files.lock`); a reader holds nothing, and reads one save whole (`foveate.checkpoint.folder`). Nothing is ever
-unpickled, and no name in a head can point outside the folder.
+The head is the commit point. Data files have names made from their contents, and are complete before the head that
+names them replaces the old head. Afterwards the files that the head does not name are removed. One writer at a time
+holds the lock of the folder (`foveate.files.lock`). A reader holds no lock, and yet all that it reads is of one save
+(`foveate.checkpoint.folder`). Nothing is unpickled, and no name in a head can point outside the folder.
 """
 
 from foveate.checkpoint.folder import Folder as Folder

@@ -1,4 +1,4 @@
-"""Writing a checkpoint folder: one writer at a time, files aside until they are complete, the head last."""
+"""Writing a checkpoint folder: one writer at a time, files under temporary names until complete, the head last."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _STAGING = ".foveate-"
 
 
 class Writer:
-    """Writes into a folder that is held; made by `writing`."""
+    """Writes into a folder whose lock is held; made by `writing`."""
 
     def __init__(self, folder: Path, staging: Path) -> None:
         self.folder, self._staging = folder, staging
@@ -31,7 +31,7 @@ class Writer:
         """Write a safetensors file."""
         temporary = self._staging / name
         save_file({key: t.contiguous() for key, t in tensors.items()}, temporary)
-        # safetensors keeps its files to their owner; ours are as open as the folder
+        # safetensors lets only the owner read its files; ours have the permissions of the folder
         temporary.chmod(self.folder.stat().st_mode & 0o666)
         self._name(temporary, self.folder / name)
 
@@ -43,14 +43,16 @@ class Writer:
 
     def _name(self, temporary: Path, target: Path) -> None:
         if not target.exists():
-            self.made.append(target)  # before it has its name: an interrupt may come between any two lines
+            self.made.append(target)  # listed before it is named: an interrupt may come between any two lines
         commit(temporary, target)
 
 
 @contextmanager
 def writing(folder: Path) -> Iterator[Writer]:
-    """Hold a folder, to write into it. Afterwards only what the head in place names is left of our data files; if
-    writing failed, what was newly made is gone, unless the head in place names it.
+    """Hold the lock of a folder, to write into it.
+
+    Afterwards all data files that the head in the folder does not name are removed. If writing failed, so are the new
+    files, unless the head names them.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -62,7 +64,7 @@ def writing(folder: Path) -> Iterator[Writer]:
             before = _head_of(folder)
             try:
                 yield writer
-            except BaseException:  # Ctrl-C too must leave nothing behind
+            except BaseException:  # Ctrl-C too must leave no files behind
                 after = _head_of(folder)
                 if after == before:
                     named = _named(after)
@@ -88,7 +90,7 @@ def _head_of(folder: Path) -> bytes | None:
 
 
 def _named(head: bytes | None) -> set[str]:
-    """The files that a head names, as far as it can be read."""
+    """The names of the files in a head; none if the head cannot be read."""
     try:
         return {entry["file"] for entry in parse_json(head or b"")["files"].values()}
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -96,8 +98,10 @@ def _named(head: bytes | None) -> set[str]:
 
 
 def _clear(folder: Path) -> None:
-    """Remove what killed and earlier writers left. The folder is held, so that nobody needs it but readers that have it
-    open; a system that does not remove open files leaves them to the next save.
+    """Remove the files of earlier saves and of writers that were killed.
+
+    The lock is held, so only readers that have such files open still need them. A system that does not remove open
+    files leaves them to the next save.
     """
     named = _named(_head_of(folder))
     for old in folder.iterdir():
@@ -109,5 +113,5 @@ def _clear(folder: Path) -> None:
 
 
 def dumped(data: object) -> bytes:
-    """JSON that is the same for the same data."""
+    """JSON with sorted keys: the same data give the same bytes."""
     return json.dumps(data, sort_keys=True).encode()

@@ -1,7 +1,8 @@
-"""Reading a folder that others may be saving to: a head and the files it names, all of one save.
+"""Reading a folder that other processes may be saving to: a head and the files that it names, all of one save.
 
-A save that ends between reading the head and opening a file has removed that file. Then the head is another one, and it
-is read again. Once the files are open, what they hold can be read whatever becomes of their names.
+If a save ends after the head was read and before a file was opened, it has removed that file. Then the folder has
+another head, which is read instead. Once the files are open, their contents can be read even after their names are
+removed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _TRIES = 100
 
 @dataclass
 class Folder:
-    """An open folder; made by `opened`.
+    """A checkpoint folder whose files are open; made by `opened`.
 
     Attributes:
         path: where it is.
         head: its head.
-        files: for each part its file, open, or why it cannot be opened.
+        files: for each part its open file, or the error if it cannot be opened.
     """
 
     path: Path
@@ -50,12 +51,13 @@ class Folder:
         return file
 
     def read(self, part: str, name: str, most: int) -> Tensor:
-        """A tensor of a part, checked against its checksum, in memory of its own.
+        """Read a tensor of a part into memory of its own, and compare it with its checksum.
 
         Args:
             part: `scales`, `plane0`, ...
             name: which of its tensors.
-            most: bytes that it may have: a file with holes takes no room on the disk, and as much memory as it says.
+            most: the greatest size in bytes. A sparse file takes little room on the disk, and all of its stated size in
+                memory.
 
         Raises:
             CheckpointError: it is missing, damaged, or larger.
@@ -84,8 +86,8 @@ def opened(path: PathLike) -> Iterator[Folder]:
     """Open a folder to read from it.
 
     Raises:
-        CheckpointError: no such folder, no head in it, a newer version, or a malformed head. What is wrong with a file
-            is raised when it is read.
+        CheckpointError: no such folder, no head in it, a newer version, or a malformed head. An error in a
+            data file is raised when that file is read.
     """
     folder = Path(path)
     for _ in range(_TRIES):

@@ -1,4 +1,7 @@
-"""The head of a checkpoint: what is where. Read as hostile text, whatever wrote it."""
+"""The head of a checkpoint, `foveate.json`: sites, default map, and each tensor's file and checksum.
+
+A head may come from a stranger. Every value of it is checked before anything relies on it.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +26,12 @@ HEAD = "foveate.json"
 #: Reserved for later versions: exact 16 and 32-bit tiles, zero masks, input permutations, importance tags. A head that
 #: lists a feature unknown here is refused.
 FEATURES: frozenset[str] = frozenset()
-#: What weights can have been before they were quantized.
+#: The dtypes that weights can have had before they were quantized.
 DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
-#: Bytes of a head: a few a tile of the largest models.
+#: The most bytes that a head may have: a few for each tile of the largest models.
 LARGEST_HEAD = 1 << 28
-_MOST_TILES = 1 << 28  # of all sites: half a trillion weights, and a quarter of a GiB of levels
-_LARGEST = 1 << 40  # rows or columns; far more, and far from what 64 bits cannot hold
+_MOST_TILES = 1 << 28  # of all sites: 0.5e12 weights, and 0.25 GiB of levels
+_LARGEST = 1 << 40  # rows or columns: far more than models have, and far less than 64 bits hold
 DATA_FILE = re.compile(r"foveate-[a-z0-9]+-[0-9a-f]{12}\.safetensors")
 PathLike = str | os.PathLike[str]
 
@@ -40,15 +43,15 @@ class Head:
     Attributes:
         sites: every site of the model.
         plan: the default map.
-        other_bytes: bytes of everything that is no site.
+        other_bytes: bytes of everything that is not a site.
         reach, exponent, dtype: for each weight site, the reach of its planes, the exponent of its scales, and the name
             of the dtype it was quantized from.
         files: for each part (`scales`, `plane0` ... `plane4`, `rest`, `profile`) its file name.
         checksums: for each part, the SHA-256 of each tensor in it.
-        model: how to rebuild the model: `{"transformers": class name}` or nothing.
-        profile: samples, objective and notes of the profile; None if it was not kept.
+        model: how to rebuild the model: for one of transformers its class name and configuration, else empty.
+        profile: samples, objective and notes of the profile; None if the folder has no profile.
         written_by: the version of foveate.
-        sha256: the head's own checksum, where it was read.
+        sha256: the checksum of the head itself; empty if it was not read from a file.
         other_parameters: as of `PrecisionMap`; None in folders of foveate 0.1.
     """
 
@@ -67,7 +70,7 @@ class Head:
     other_parameters: Mapping[str, int] | None = None
 
     def of_weights(self) -> dict[str, Mapping[str, Any]]:
-        """What is said of weight sites alone, by its key in the file."""
+        """The tables that only weight sites have, by their keys in the file."""
         return {"reach": self.reach, "exponent": self.exponent, "dtype": self.dtype}
 
     def weight_sites(self) -> list[Site]:
@@ -98,7 +101,7 @@ def encoded(head: Head) -> bytes:
 
 
 def head_checksum(data: Mapping[str, Any]) -> str:
-    """The SHA-256 of a head, less its own entry `sha256`."""
+    """The SHA-256 of a head without its own entry `sha256`."""
     rest = {key: value for key, value in data.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

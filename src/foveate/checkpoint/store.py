@@ -1,4 +1,8 @@
-"""Planes, map and profile to files and back."""
+"""Writing planes, map and profile to a checkpoint folder, and reading them back.
+
+In the files the tensor of a weight's stored levels has the name `<site>|resident`. Loading can *keep* fewer planes than
+the folder stores; then the stored levels of the loaded weights are lower than those of the folder.
+"""
 
 from __future__ import annotations
 
@@ -102,6 +106,7 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
 
 
 def _stored_levels(folder: Folder) -> dict[str, Tensor]:
+    """For each weight site the stored level of each tile, uint8 [NT, G]."""
     stored = {}
     for site in folder.head.weight_sites():
         stored_levels = folder.read("scales", f"{site.name}|resident", site.tiles)
@@ -117,19 +122,19 @@ def _stored_levels(folder: Folder) -> dict[str, Tensor]:
 
 
 def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
-    """The level to load each tile for; raises if it is not stored."""
+    """The level up to which each tile is to be loaded; raises `PlaneNotResidentError` if it is not stored."""
     wanted = torch.frombuffer(bytearray(tile_levels(levels, stored.numel())), dtype=torch.uint8).view_as(stored)
     if bool((wanted > stored).any()):
         missing = int(wanted[wanted > stored].max())
-        kept = int(stored[wanted > stored].min())
+        most = int(stored[wanted > stored].min())
         raise PlaneNotResidentError(
-            f"{site.name} at level {missing}: the folder keeps some of its tiles up to {kept} bits only"
+            f"{site.name} at level {missing}: the folder stores some of its tiles up to {most} bits only"
         )
     return wanted
 
 
 def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
-    """The map, lowered wherever the folder does not store what it reads; the map itself where it stores everything."""
+    """The map, lowered wherever it reads planes that the folder does not store; the same map if there are none."""
     levels: dict[str, Levels] = dict(plan.levels)
     for name, stored in _stored_levels(folder).items():
         level = levels[name]
@@ -140,10 +145,10 @@ def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
 
 
 def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:
-    """Read the weights, with the planes that a map needs or with all that are stored.
+    """Read the weights, with the planes that the map `keep` reads, or with all that are stored if it is None.
 
-    Planes go straight into the blocks that they stay in (`foveate.memory.arena.arena`). Of a plane that no tile needs,
-    nothing is read.
+    Planes are copied into the blocks that they stay in (`foveate.memory.arena`). A plane that no tile needs is not
+    read.
     """
     head = folder.head
     sites = head.weight_sites()
@@ -152,17 +157,17 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
         s.name: stored[s.name] if keep is None else _wanted(s, stored[s.name], keep.levels[s.name]) for s in sites
     }
 
-    def block(part: str, suffix: str, floor: int, width: dict[int, int], dtype: torch.dtype) -> list[Tensor]:
-        sizes = [int((wanted[s.name] >= floor).sum()) * width[s.group] for s in sites]
+    def block(part: str, suffix: str, least_level: int, width: dict[int, int], dtype: torch.dtype) -> list[Tensor]:
+        sizes = [int((wanted[s.name] >= least_level).sum()) * width[s.group] for s in sites]
         targets = arena(sizes)
         for site, target in zip(sites, targets, strict=True):
             if not target.numel():
                 continue
-            have = (stored[site.name] >= floor).view(-1)
+            have = (stored[site.name] >= least_level).view(-1)
             tensor = folder.read(part, site.name + suffix, int(have.sum()) * width[site.group])
             if tensor.dtype != dtype or tensor.numel() * tensor.element_size() != int(have.sum()) * width[site.group]:
                 raise CheckpointError(f"{folder.path}: {part} of {site.name} is malformed")
-            need = (wanted[site.name] >= floor).view(-1)
+            need = (wanted[site.name] >= least_level).view(-1)
             rows = tensor.view(torch.uint8).view(-1, width[site.group])
             target.copy_((rows if bool((need == have).all()) else rows[need[have]]).view(-1))
         return [t.view(dtype) for t in targets]
@@ -199,7 +204,7 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
     return dict(zip((s.name for s in sites), share_active_levels(made), strict=True))
 
 
-#: Shapes of what is known of each input; see `Profile.statistics`.
+#: The shapes of the statistics of each input; see `Profile.statistics`.
 INPUT_STATISTICS = {
     "mean": (1,),
     "variance": (1,),
@@ -222,7 +227,9 @@ def load_profile(path: PathLike) -> Profile:
 
 
 def profile_later(folder: Folder) -> Callable[[], Profile]:
-    """What reads the profile of a folder when it is wanted; it raises if another model was saved there meanwhile."""
+    """A function that reads the profile of a folder when it is called; it raises `CheckpointError` if another save has
+    replaced that profile meanwhile.
+    """
     path, wanted = folder.path.absolute(), _profile_identity(folder.head)
 
     def read() -> Profile:
@@ -237,7 +244,7 @@ def profile_later(folder: Folder) -> Callable[[], Profile]:
 
 
 def _profile_identity(head: Head) -> str:
-    """The same for two heads if the profile that they name is the same."""
+    """A hash of what a head says of its profile: equal for two heads if their profiles are the same."""
     about = [[asdict(s) for s in head.sites], head.other_bytes, head.profile, head.checksums.get("profile")]
     return hashlib.sha256(dumped(about)).hexdigest()
 
@@ -250,7 +257,7 @@ def read_profile(folder: Folder) -> Profile:
     losses: dict[str, Tensor] = {}
     statistics: dict[str, dict[str, Tensor]] = {}
     tiles = {s.name: s.tiles for s in head.weight_sites()}
-    # the losses, or the longest of the statistics; a row of the embedding counts for its strip, a column for its group
+    # bytes of the losses, or of the longest statistic, which has a number for each strip or each group
     most = {s.name: 4 * max(s.tiles * len(WEIGHT_LEVELS), sum(s.grid), 16) for s in head.sites}
     for key in head.checksums["profile"]:
         name, _, what = key.rpartition("|")
@@ -278,18 +285,18 @@ def read_profile(folder: Folder) -> Profile:
         about["objective"],
         statistics,
         tuple(about["notes"]),
-        tuple(map(float, about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS)))),  # older ones have none
+        tuple(map(float, about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS)))),  # not in older folders
         head.other_parameters,
     )
 
 
 def _check_statistic(path: Path, site: Site, what: str, tensor: Tensor) -> None:
     strips, groups = site.grid
-    fitted = (len(WEIGHT_LEVELS),) if tensor.numel() > 1 else (1,)  # one number for all levels in older folders
+    fitted = (len(WEIGHT_LEVELS),) if tensor.numel() > 1 else (1,)  # older folders have one number for all levels
     of_weights = {"input_energy": (groups,), "output_range": (2,), "row_frequency": (strips,), FITTED: fitted}
     shapes = INPUT_STATISTICS if site.kind == "input" else of_weights
     if tensor.shape != shapes.get(what, tensor.shape):
         raise CheckpointError(f"{path}: {what} of {site.name} has shape {tuple(tensor.shape)}")
-    # the range of an output that calibration never reached is from Inf to -Inf
+    # an output that calibration never reached has the range from Inf to -Inf
     if what in shapes and what != "output_range" and not bool(tensor.isfinite().all()):
         raise CheckpointError(f"{path}: {what} of {site.name} holds NaN or Inf")

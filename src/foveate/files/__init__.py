@@ -1,7 +1,7 @@
-"""Files that are whole or absent: written aside and renamed, read only if regular, and changed by one writer at a time.
+"""Files: each is complete or absent, is read only if it is a regular file, and has one writer at a time.
 
-Everything that foveate keeps on a disk goes through here: the folder of a model, the profile of a model in training,
-the file that a calibration is resumed from.
+All that foveate writes to a disk is written here: the folder of a model, the profile of a model in training, the file
+that a calibration is resumed from. A file is written under a temporary name and then renamed.
 """
 
 from foveate.files.atomic import commit as commit

@@ -1,7 +1,9 @@
-"""Writing a file so that its name always stands for a whole one, after a kill and after a power cut too.
+"""Atomic writes: a name always stands for a complete file, also after a kill or a loss of power.
 
-A file is written under another name in the same folder, brought to the disk, and renamed; then the folder is brought
-to the disk, so that the new name lasts.
+A file is written under a temporary name in the same folder, synced to the disk, and renamed. Then the folder is synced,
+so that the new name is on the disk too.
+
+Source: rename(2), fsync(2).
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ from pathlib import Path
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """Give a path to write to; what is written there takes the place of `target`, whole, when the block ends.
+    """Yield a path to write to; what is written there replaces `target` as a whole when the block ends.
 
-    The file is as open as its folder. If the block fails, `target` stays as it was.
+    The file gets the permissions of its folder. If the block fails, `target` stays as it was.
 
     Raises:
         OSError: it cannot be written.
     """
     make_folder(target.parent)
-    # a folder, since whoever writes may put temporary files of its own beside the path
+    # a folder of its own, since the writer may put temporary files beside the path
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         temporary = staging / target.name
@@ -36,7 +38,7 @@ def replacing(target: Path) -> Iterator[Path]:
 
 
 def commit(temporary: Path, target: Path) -> None:
-    """Bring a complete file to the disk and give it its name, which then lasts."""
+    """Sync a complete file to the disk, rename it to `target`, and sync the folder."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, target)
@@ -44,7 +46,7 @@ def commit(temporary: Path, target: Path) -> None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder and its parents, and have them last; returns those that are new, the outermost first."""
+    """Make a folder and its parents, and sync them; returns those that are new, the outermost first."""
     new: list[Path] = []
     missing = [folder]
     while not missing[-1].exists() and missing[-1].parent != missing[-1]:
@@ -62,8 +64,8 @@ def make_folder(folder: Path) -> list[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Make a new name last: what follows it must not be on the disk before it is."""
-    with suppress(OSError):  # a system that cannot open folders, or sync them
+    """Sync a folder, so that a new name in it is on the disk before anything that is written later."""
+    with suppress(OSError):  # some systems cannot open or sync folders
         number = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(number)

@@ -1,11 +1,12 @@
 """One writer of a folder at a time, among processes and threads, on one machine or on several.
 
-The lock is `flock` on an empty file in the folder. The system gives it back when its holder ends, however it ends, so
-no lock is ever stale. The file stays: without it two writers could hold locks of two files of the same name.
+The lock is `flock` on an empty file in the folder. The system releases it when the process that holds it
+ends, however it ends, so no lock is ever stale. The file is not removed: otherwise two writers could hold locks of two
+files that had the same name one after the other.
 
-Linux and macOS have it on their own file systems; on NFS it holds between machines (Linux 2.6.12 and later, where the
-server has locks). Where a file system has no locks, or the system has no `flock` (Windows), a warning says so and the
-caller goes on: then nothing else may write to the folder meanwhile.
+Linux and macOS have `flock` on their own file systems. On NFS it works between machines (Linux 2.6.12 and later, if the
+server has locks). Where a file system has no locks, or the system has no `flock` (Windows), a warning is given and the
+caller continues; then nothing else may write to the folder meanwhile.
 
 Source: flock(2).
 """
@@ -34,8 +35,8 @@ _TRIES = 1000
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, making it if it does not exist; waits for whoever holds it. A folder that was made and in which
-    nothing was left is removed again.
+    """Hold the lock of a folder, after waiting until no other writer holds it. The folder is made if it does not exist,
+    and removed again if it was made here and is empty at the end.
 
     Raises:
         CheckpointError: the lock's file is not a regular one.
@@ -45,14 +46,14 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # somebody else is putting something there
+        with suppress(OSError):  # another writer is putting files there
             if new and os.listdir(folder) == [LOCK]:
                 (folder / LOCK).unlink()
                 for each in reversed(new):
                     each.rmdir()
         flock = _flock()
         if flock is not None:
-            with suppress(OSError):  # there was no lock; a process that was forked meanwhile has the descriptor too
+            with suppress(OSError):  # it may not be locked; unlocked, for a forked process may have the descriptor too
                 flock.flock(number, flock.LOCK_UN)
         os.close(number)
 
@@ -68,7 +69,7 @@ def _hold(folder: Path) -> tuple[int, list[Path]]:
             continue  # another writer made the folder, failed, and removed it
         try:
             _wait(number, folder)
-            if _is_still(number, file):
+            if _is_same(number, file):
                 return number, new
         except BaseException:
             os.close(number)
@@ -84,7 +85,7 @@ def _open(file: Path, folder: Path) -> int:
     except FileExistsError:
         number = os.open(file, flags)
     else:
-        with suppress(OSError):  # as open as the folder, whatever this process's mask
+        with suppress(OSError):  # with the permissions of the folder, whatever the umask of this process
             file.chmod(folder.stat().st_mode & 0o666)
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
@@ -102,7 +103,7 @@ def _flock() -> Any:
 def _wait(number: int, folder: Path) -> None:
     fcntl = _flock()
     if fcntl is None:
-        _without(folder, "this system has no flock")
+        _warn_without(folder, "this system has no flock")
         return
     try:
         try:
@@ -113,17 +114,17 @@ def _wait(number: int, folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        _without(folder, str(error))
+        _warn_without(folder, str(error))
 
 
-def _without(folder: Path, why: str) -> None:
+def _warn_without(folder: Path, why: str) -> None:
     warnings.warn(
         f"{folder} cannot be locked ({why}): nothing else may save to it meanwhile", RuntimeWarning, stacklevel=2
     )
 
 
-def _is_still(number: int, file: Path) -> bool:
-    """Whether a descriptor is of the file that has the name now, and not of one that was removed while it waited."""
+def _is_same(number: int, file: Path) -> bool:
+    """Whether a descriptor is of the file that has the name now, and not of a file that was removed meanwhile."""
     try:
         return os.path.samestat(os.fstat(number), file.stat())
     except FileNotFoundError:

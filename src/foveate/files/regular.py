@@ -1,7 +1,7 @@
-"""Reading files that somebody else may have put there: regular ones, of bounded size, and JSON of bounded depth.
+"""Reading files that may come from a stranger: only regular files, of bounded size, and JSON of bounded depth.
 
-A link is followed, to wherever it leads; what it leads to must be a regular file. A named pipe, a device or a socket is
-refused without waiting for it.
+Symbolic links are followed, but must lead to a regular file. A named pipe, a device or a socket is refused at once,
+without waiting for data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from foveate.errors import CheckpointError
 
-#: Brackets within brackets that a JSON file of ours, or a configuration, may have.
+#: How deep brackets may be nested in a JSON file of foveate, or in a configuration.
 _DEEPEST = 100
 
 
@@ -23,13 +23,13 @@ def open_regular(path: Path, most: int | None = None) -> BinaryIO:
 
     Args:
         path: where it is.
-        most: bytes that it may have.
+        most: the greatest size in bytes; any if not given.
 
     Raises:
         FileNotFoundError: there is no such file.
         CheckpointError: it is not a regular file, is too large, or cannot be opened.
     """
-    # without O_NONBLOCK, opening a named pipe waits for somebody to write to it
+    # without O_NONBLOCK, opening a named pipe waits for a writer
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
     try:
         number = os.open(path, flags | getattr(os, "O_CLOEXEC", 0))
@@ -53,7 +53,7 @@ def read_regular(path: Path, most: int) -> bytes:
     """The bytes of a file; arguments and errors as for `open_regular`."""
     with open_regular(path, most) as file:
         try:
-            # one more than it may have: a file that grows while it is read is not read without end
+            # at most one byte more than allowed is read, for a file may grow while it is read
             parts, left = [], most + 1
             while left and (part := file.read(min(left, 1 << 20))):
                 parts.append(part)
@@ -66,7 +66,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def parse_json(text: bytes) -> Any:
-    """A JSON value, at most a hundred brackets deep, so that whatever walks it need not fear for the stack.
+    """A JSON value with brackets at most 100 deep, so that recursive code can walk it.
 
     Raises:
         ValueError: it is not JSON, or nested too deep.

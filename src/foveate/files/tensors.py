@@ -1,7 +1,8 @@
-"""A safetensors file that is read tensor by tensor through one descriptor.
+"""TensorFile: a safetensors file that is read tensor by tensor through one descriptor.
 
-The file is opened once. What it holds can be read whatever becomes of its name meanwhile, nothing is mapped, so a file
-that is cut while it is read is an error and not a crash, and no pages of it count as this process's memory.
+The file is opened once, so its contents can be read even if its name is removed meanwhile. It is not mapped into
+memory. So a file that is truncated while it is read is an error and not a crash, and its pages do not count as memory
+of this process.
 
     8 bytes      the length of the head, little-endian
     the head     JSON: for each tensor its dtype, shape, and [begin, end) in what follows; the tensors cover it exactly
@@ -52,7 +53,7 @@ _MOST_DIMENSIONS = 64  # as torch has it
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: its dtype and shape, and `size` bytes from `begin` on."""
+    """A tensor in a file: its dtype and shape, and its `size` bytes from offset `begin` on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -66,20 +67,20 @@ class TensorFile:
     Attributes:
         path: where it was when it was opened.
         entries: its tensors.
-        metadata: texts that were kept with them.
-        bytes: its size.
+        metadata: the texts that are stored with them.
+        bytes: the size of the file.
     """
 
     def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
         """Read the head.
 
         Args:
-            path: the file, which messages name.
-            file: the same, where it is open already; closed with this.
+            path: the file.
+            file: the same file if it is open already; it is closed with this object.
 
         Raises:
             FileNotFoundError: there is no such file.
-            CheckpointError: it is not a regular file, or its head makes no sense.
+            CheckpointError: it is not a regular file, or its head is malformed.
         """
         self.path = path
         self._file = open_regular(path) if file is None else file
@@ -98,7 +99,7 @@ class TensorFile:
         self.close()
 
     def close(self) -> None:
-        """Nothing can be read any more."""
+        """Close the file; no tensor can be read afterwards."""
         self._file.close()
 
     def _read_head(self) -> None:
@@ -124,10 +125,10 @@ class TensorFile:
             raise ValueError(f"it has {self.bytes:,} bytes, and its tensors end at {at:,}")
 
     def read(self, name: str, sha256: str | None = None) -> Tensor:
-        """One tensor, in memory of its own.
+        """Read one tensor into memory of its own.
 
         Raises:
-            CheckpointError: it is not there, or cut off, or its SHA-256 is not `sha256`, where that is given.
+            CheckpointError: it is missing or truncated, or its SHA-256 is not `sha256`, if that is given.
         """
         entry = self.entries.get(name)
         if entry is None:
@@ -135,7 +136,7 @@ class TensorFile:
         try:
             raw = torch.empty(entry.size, dtype=torch.uint8)
             self._read(_bytes_of(raw), entry.begin)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: more than there is memory
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
             raise CheckpointError(f"{self.path} is damaged: {name!r}: {error}") from error
         if sha256 is not None and checksum(raw) != sha256:
             raise CheckpointError(f"{self.path} is damaged: the checksum of {name!r} does not match")
@@ -144,7 +145,7 @@ class TensorFile:
         return raw.view(entry.dtype).view(entry.shape)
 
     def _read(self, into: Any, at: int) -> Any:
-        """Fill a buffer."""
+        """Fill a buffer with the bytes at an offset, and return it."""
         view = memoryview(into).cast("B")
         self._file.seek(at)
         done = 0

@@ -1,1 +1,1 @@
-"""A quantized model in a folder: save and load."""
+"""A whole quantized model in a folder: `save` and `load`."""

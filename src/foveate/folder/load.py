@@ -1,8 +1,9 @@
-"""save and load: a whole model to a folder and back.
+"""load: a whole model from a folder.
 
-A transformers model is rebuilt from its configuration (without weights, and without running any code but transformers'
-own); any other module is given as a skeleton, whose weights need not even be allocated (`with torch.device("meta"):
-model = ...`).
+A model starts as a *skeleton*, its modules without their weights. For a transformers model it is built from the
+configuration in the folder, and no code but that of transformers is run (`foveate.folder.skeleton`). Any other skeleton
+is an argument, and its weights need not be allocated (`with torch.device("meta"): model = ...`). Its modules are then
+replaced by modules on planes, and the other tensors are read into their places.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from foveate.folder.save import _rest, is_finite
 from foveate.folder.skeleton import skeleton
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.derived import products_apart
+from foveate.nn.derived import split_derived
 from foveate.nn.experts import taken_apart
 from foveate.nn.folded import fold_skeleton
 from foveate.nn.plane_module import PlaneModule
@@ -45,17 +46,17 @@ def load(
     """Read a model from a folder, in evaluation mode.
 
     Args:
-        path: what `save` wrote.
-        keep: load only the planes that this map, or this level everywhere, reads, and apply it. If not given, load
-            everything and apply the folder's default map.
-        memory: load the best map that fits in these bytes, `"6GiB"` or a number.
+        path: a folder that `save` wrote.
+        keep: load only the planes that this map, or this level everywhere, reads, and apply it. If not given, load all
+            planes and apply the default map of the folder.
+        memory: load the planes of the best map that fits in so many bytes, `"6GiB"` or a number.
         model: the skeleton to fill, for models that are not transformers' (nor a SentenceTransformer of the usual
             modules: a transformer, pooling, normalization).
 
     Raises:
         CheckpointError: the folder is missing, damaged, of a newer version, or not of this model.
         SiteError: `keep` is a map of another model.
-        PlaneNotResidentError: the folder does not hold the planes asked for.
+        PlaneNotResidentError: the folder does not store the planes of `keep`.
         BudgetError: nothing fits in `memory`; the message says the least possible.
     """
     ensure_loaded()
@@ -82,7 +83,7 @@ def _load(
     weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
     sites = head.weight_sites()
     names = frozenset(n.removesuffix(":weight") for s in sites for n in (s.name, *s.aliases))
-    with taken_apart(model, _stacks(head)), products_apart(model, names):
+    with taken_apart(model, _stacks(head)), split_derived(model, names):
         found = [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites]
         registry = install(model, found, sites, weights)
     _fill(model, folder)
@@ -98,25 +99,26 @@ def _load(
 
 
 def _ranges(path: PathLike, head: Head, registry: Registry) -> dict[str, tuple[float, float]]:
-    """The static scales of inputs that a folder keeps."""
-    kept = head.model.get("ranges", {})
-    if not isinstance(kept, dict) or not set(kept) <= set(registry.inputs):
+    """The ranges of inputs with static scales that a folder stores."""
+    stored = head.model.get("ranges", {})
+    if not isinstance(stored, dict) or not set(stored) <= set(registry.inputs):
         raise CheckpointError(f"{path}: the ranges in its head are not of this model's inputs")
-    for name, limits in kept.items():
-        fine = isinstance(limits, list) and len(limits) == 2 and all(type(v) in (int, float) for v in limits)
-        if not fine or not -1e38 < limits[0] <= limits[1] < 1e38:
+    for name, limits in stored.items():
+        is_range = isinstance(limits, list) and len(limits) == 2 and all(type(v) in (int, float) for v in limits)
+        if not is_range or not -1e38 < limits[0] <= limits[1] < 1e38:
             raise CheckpointError(f"{path}: the range of {name} (={limits!r}) is not two finite numbers")
-    return {name: (float(low), float(high)) for name, (low, high) in kept.items()}
+    return {name: (float(low), float(high)) for name, (low, high) in stored.items()}
 
 
 def _fitting(folder: Folder, memory: int) -> PrecisionMap:
+    """The map of least predicted loss among those that fit in `memory` bytes."""
     profile = checkpoint.read_profile(folder)
     top = profile.uniform(TOP_LEVEL)
     return top if top.bytes_resident <= memory else allocate(profile, Budget(bytes=memory))
 
 
 def _stacks(head: Head) -> frozenset[str]:
-    """Layers of which the checkpoint has single experts: `a.b` of a site `a.b.5.down_proj:weight`."""
+    """The layers whose experts may be sites of their own: `a.b` for a site `a.b.5.down_proj:weight`."""
     return frozenset(s.name.rpartition(".")[0].rpartition(".")[0] for s in head.weight_sites())
 
 
@@ -145,8 +147,8 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _fill(model: nn.Module, folder: Folder) -> None:
-    """Put the tensors that are not on planes into their places; what the model shares stays shared."""
-    filled: dict[int, tuple[Tensor, Tensor]] = {}  # the old ones too, so that none is freed and its id used again
+    """Read the tensors that are not on planes into their places. Tensors that the model shares stay shared."""
+    filled: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensors are kept too: a freed one's id could be used again
     entries = folder.part("rest").entries
     for full_name in folder.head.checksums["rest"]:
         prefix, _, name = full_name.rpartition(".")
@@ -169,13 +171,13 @@ def _fill(model: nn.Module, folder: Folder) -> None:
             raise CheckpointError(f"{full_name} of the checkpoint is {tensor.dtype}, which the model cannot be run in")
         if tensor.is_floating_point() != old.is_floating_point():
             raise CheckpointError(f"{full_name} of the model is {old.dtype}, of the checkpoint {tensor.dtype}")
-        if isinstance(old, nn.Parameter) and not is_finite(tensor):  # buffers may: masks are full of Inf
+        if isinstance(old, nn.Parameter) and not is_finite(tensor):  # buffers may hold Inf: masks do
             raise CheckpointError(f"{full_name} of the checkpoint holds NaN or Inf")
         new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
         _, first = filled.setdefault(id(old), (old, new))
         place[name] = first if torch.equal(first, new) else new
     for module in model.modules():
-        if isinstance(module, PlaneModule):  # what shared its parameters with others still does once it is plain again
+        if isinstance(module, PlaneModule):  # its origin shares parameters as before, for `foveate.dequantize`
             own: dict[str, Any] = module.origin.module._parameters
             own.update({name: filled[id(old)][1] for name, old in own.items() if id(old) in filled})
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):

@@ -1,4 +1,8 @@
-"""save: a quantized model to a folder."""
+"""save: a whole quantized model to a folder.
+
+The planes are written with what else the model needs: the parameters and buffers that are not on planes, the profile,
+and for a transformers model its configuration, and its tokenizer from the folder that the model came from.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ from foveate.nn.registry import Registry, quantized_part, registry_of
 from foveate.nn.weight import PlaneWeight
 from foveate.precision.maps import PrecisionMap, tile_levels
 
-#: Files of a tokenizer or processor, copied along from the folder a model came from.
+#: Files of a tokenizer or processor, copied from the folder that a model came from.
 _COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -45,13 +49,13 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
     Args:
         model: a quantized model.
         path: the folder; made if it does not exist.
-        keep: keep only the planes that this map reads; everything the model has if not given.
+        keep: store only the planes that this map reads; all that the model has if not given.
 
     Raises:
-        CheckpointError: the folder cannot be written (a full disk, say), a parameter holds NaN or Inf, or modules were
-            put around layers of the model since it was quantized, as adapters are; what was there before is still
-            there.
-        PlaneNotResidentError: the model does not have the planes of `keep`.
+        CheckpointError: the folder cannot be written (for example, the disk is full), a parameter holds NaN or Inf, or
+            modules like adapters were put around layers of the model since it was quantized. A checkpoint that was
+            there before is unchanged.
+        PlaneNotResidentError: the model does not store the planes of `keep`.
     """
     model = quantized_part(model)
     registry = registry_of(model)
@@ -83,7 +87,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
 
 
 def _check_in_place(model: nn.Module, registry: Registry) -> None:
-    """Raise unless every layer is where its site says: elsewhere no load would find it."""
+    """Raise unless every layer has the name that its site says, since `load` finds it by that name."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in registry.inputs.items():
         place = name.removesuffix(":input")
@@ -97,27 +101,28 @@ def _check_in_place(model: nn.Module, registry: Registry) -> None:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no number of a tensor is NaN or Inf."""
+    """Whether all numbers of a tensor are finite."""
     if not tensor.is_floating_point() and not tensor.is_complex():
         return True
-    # eight bits cannot be asked themselves
+    # torch has no isfinite for floats of 8 bits
     return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
 
 
 def _level_tiles(plan: PrecisionMap, name: str, stored_levels: Tensor) -> Tensor:
+    """The levels of a weight in a map, in the shape of its stored levels."""
     levels = bytearray(tile_levels(plan.levels[name], stored_levels.numel()))
     return torch.frombuffer(levels, dtype=torch.uint8).view_as(stored_levels)
 
 
 def _rest(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers that are not on planes, those that state_dict leaves out included."""
+    """Parameters and buffers that are not on planes, including those that state_dict leaves out."""
     rest: dict[str, Tensor] = {}
     for prefix, module in model.named_modules():
         if isinstance(module, PlaneWeight):
             continue
         own = {**module._parameters, **({} if isinstance(module, PlaneModule) else module._buffers)}
         rest.update({f"{prefix}.{name}".lstrip("."): t.detach() for name, t in own.items() if t is not None})
-    # what shares memory is written once each: a file format without pointers
+    # tensors that share memory are written separately, since safetensors refuses shared memory
     seen: dict[int, str] = {}
     for name, t in list(rest.items()):
         if t.numel() and seen.setdefault(t.untyped_storage().data_ptr(), name) != name:
@@ -126,7 +131,7 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """How to rebuild the model, and the files to put beside it."""
+    """How to rebuild the model, for the head, and the files to write beside it."""
     inner = sentence_transformer.transformer_in(model)
     if inner is not None:
         about, files = _about(inner)
@@ -136,7 +141,7 @@ def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
         return {}, {}
     config = cast(Any, model).config
     named = copy(config)
-    named.architectures = [type(model).__name__]  # as save_pretrained has it; a model made of a configuration has none
+    named.architectures = [type(model).__name__]  # as save_pretrained does; a model made from a configuration has none
     texts = {"config": named.to_json_string(use_diff=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -146,5 +151,5 @@ def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     if source.name and source.is_dir():
         for pattern in _COMPANIONS:
             files.update({f.name: f.read_bytes() for f in source.glob(pattern) if f.is_file()})
-    # load reads the copies in the head, which changes in one step with all the rest; the files are for other programs
+    # load reads the copies in the head, which is replaced in one step; the files are for other programs
     return {"transformers": type(model).__name__, **{what: json.loads(text) for what, text in texts.items()}}, files

@@ -1,8 +1,9 @@
-"""A SentenceTransformer in a folder: what it takes to build it again without its weights, and building it.
+"""A SentenceTransformer in a folder: its description in a head, and building it from one without its weights.
 
-It is a transformers model, a tokenizer, and what makes one vector of its outputs. The head of a folder describes these
-modules by name and settings, and only modules that are listed here are made of a head: no name in it is imported, and
-nothing is fetched. What else a SentenceTransformer is made of needs a skeleton, `foveate.load(path, model=...)`.
+A SentenceTransformer is a transformers model, a tokenizer, and modules that make one vector of the model's outputs. The
+head of a folder describes these modules by class and settings. Only the classes listed here are built from a head: no
+name in it is imported, and nothing is fetched. A SentenceTransformer with other modules needs a skeleton,
+`foveate.load(path, model=...)`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 
 from foveate.errors import CheckpointError, MissingExtraError
 
-#: Modules that are made again, and the settings of each.
+#: The classes of modules that are built from a head, and the settings of each.
 _SETTINGS = {
     "Transformer": {"transformer_task", "modality_config", "module_output_name"},
     "Pooling": {"embedding_dimension", "pooling_mode", "include_prompt"},
@@ -28,7 +29,7 @@ _OUTER = ("prompts", "default_prompt_name", "similarity_fn_name", "truncate_dim"
 
 
 def transformer_in(model: nn.Module) -> nn.Module | None:
-    """The transformers model in a SentenceTransformer that can be built again; None for any other module."""
+    """The transformers model in a SentenceTransformer that can be built from a head; None for any other module."""
     if type(model).__name__ != "SentenceTransformer" or not type(model).__module__.startswith("sentence_transformers."):
         return None
     described = [_described(name, module) for name, module in model.named_children()]
@@ -40,13 +41,13 @@ def transformer_in(model: nn.Module) -> nn.Module | None:
 
 
 def description(model: nn.Module) -> dict[str, Any]:
-    """What a head says of a SentenceTransformer besides its transformers model."""
+    """The description of a SentenceTransformer in a head, without that of its transformers model."""
     modules = [_described(name, module) for name, module in model.named_children()]
     return {"modules": modules, **{name: getattr(model, name) for name in _OUTER}}
 
 
 def _described(name: str, module: Any) -> dict[str, Any] | None:
-    """A module's name, class and settings; None where these are not all that it takes."""
+    """The name, class and settings of a module; None if it cannot be built from these alone."""
     kind = type(module)
     if kind.__name__ not in _SETTINGS or not kind.__module__.startswith("sentence_transformers."):
         return None
@@ -55,7 +56,7 @@ def _described(name: str, module: Any) -> dict[str, Any] | None:
 
 
 def _is_described(entry: Any) -> bool:
-    """Whether an entry of a head is one that `_described` gives."""
+    """Whether an entry of a head is one that `_described` could have made."""
     if not isinstance(entry, dict) or set(entry) != {"name", "type", "settings"}:
         return False
     name, kind, settings = entry["name"], entry["type"], entry["settings"]
@@ -67,12 +68,12 @@ def _is_described(entry: Any) -> bool:
         return False
     if kind != "Transformer":
         return True
-    # others are for pictures and sound, whose processors are not text's
+    # other tasks are for images and sound, which have other processors
     return settings.get("transformer_task") == _TASK and set(settings.get("modality_config", ())) == {"text"}
 
 
 def tokenizer_files(model: nn.Module) -> dict[str, bytes]:
-    """The files of a SentenceTransformer's tokenizer, as it is now."""
+    """The files of the present tokenizer of a SentenceTransformer, by name."""
     first: Any = next(iter(model.children()))
     with tempfile.TemporaryDirectory() as folder:
         first.processor.save_pretrained(folder)
@@ -80,16 +81,16 @@ def tokenizer_files(model: nn.Module) -> dict[str, bytes]:
 
 
 def assembled(inner: nn.Module, described: Any, folder: Path) -> nn.Module:
-    """A SentenceTransformer around a transformers model that has no weights yet.
+    """Build a SentenceTransformer around a transformers model that has no weights yet.
 
     Args:
         inner: the model, on the meta device.
-        described: what `description` gave, as read from a head.
+        described: what `description` returned, as read from a head.
         folder: where the tokenizer's files are.
 
     Raises:
         MissingExtraError: sentence_transformers is not installed.
-        CheckpointError: the description is not one that this module gives, or the installed release differs.
+        CheckpointError: the description is malformed, or the installed release cannot build it.
     """
     try:
         library: Any = importlib.import_module("sentence_transformers")
@@ -106,7 +107,7 @@ def assembled(inner: nn.Module, described: Any, folder: Path) -> nn.Module:
         raise CheckpointError(f"{folder}: a SentenceTransformer begins with its one Transformer")
 
     class Given(modules.Transformer):  # type: ignore[misc]
-        """The library's own module, which is given its model and does not read one."""
+        """The library's own module, except that it is given its model and does not read one from files."""
 
         def _load_config(self, *_: Any, **__: Any) -> tuple[Any, bool]:
             return inner.config, False

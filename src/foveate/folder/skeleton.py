@@ -1,8 +1,8 @@
-"""A transformers model without weights, made from the configuration in a head; and what a hostile one may not do.
+"""A skeleton: a transformers model without weights, built from the configuration in the head of a folder.
 
-The configuration is a stranger's. What is built from it runs code of transformers' alone, reaches no network, and is no
-larger than what the head can fill: every parameter and buffer that a model has is either a weight on planes or in the
-file of the rest, so that their names and sizes bound how many modules there can be.
+The configuration may come from a stranger, so three limits hold while the model is built. Only code of transformers
+runs. Nothing is fetched from a network. And the model is no larger than the folder can fill: each of its parameters and
+buffers is either a weight on planes or in the file `rest`, so the head's names and sizes bound the number of modules.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from foveate.checkpoint import Folder
 from foveate.errors import CheckpointError, FoveateError, MissingExtraError
 from foveate.folder.sentence_transformer import assembled
 
-#: Keys that would have transformers choose or fetch code or weights, and one that it never writes.
-_ODD = frozenset(
+#: Keys that are dropped: they would make transformers choose or fetch code or weights, or it never writes them.
+_DROPPED = frozenset(
     {
         "attn_implementation",
         "experts_implementation",
@@ -36,21 +36,22 @@ _ODD = frozenset(
         "num_labels",
     }
 )
-#: A tensor may be registered again when it is tied, and a module with tensors comes with some that have none.
-_TIMES, _MODULES = 4, 32
-_FEW = 1000
-#: Keys of numbers that transformers counts up to, and how far it may where the head has nothing as large.
+#: For each tensor that the folder has, so many may be registered (again when they are tied), and so many modules, since
+#: modules with tensors come with modules that have none. To both limits `_ALLOWANCE` is added, for small models.
+_TENSORS_FOR_EACH, _MODULES_FOR_EACH = 4, 32
+_ALLOWANCE = 1000
+#: Keys whose numbers transformers may loop up to, and their limit where no dimension in the head is larger.
 _COUNT = re.compile(r"(^|_)(num|n|layers?|depths?|blocks?|labels|class(es)?|stages|heads|experts)(_|$)")
 _MOST_COUNTED = 1 << 20
 _LARGEST = 1 << 53
 
 
 class _TooLarge(Exception):
-    """More than the head can fill."""
+    """A configuration describes a larger model than the folder can fill."""
 
 
-class _Reached(BaseException):
-    """Something asked for a host. Not an `Exception`, so that nobody takes it for a failure that may pass."""
+class _NetworkUsed(BaseException):
+    """Code tried to use the network. It is not an `Exception`, so that no library catches it and tries again."""
 
 
 def skeleton(folder: Folder) -> nn.Module:
@@ -92,17 +93,17 @@ def skeleton(folder: Folder) -> nn.Module:
             return model if described is None else assembled(model, described, folder.path)
     except FoveateError:
         raise
-    except _Reached as reached:
+    except _NetworkUsed as used:
         raise CheckpointError(
-            f"{folder.path}: the configuration in its head names something that would have to be fetched ({reached}); "
+            f"{folder.path}: the configuration in its head names something that would have to be fetched ({used}); "
             "a saved model is whole"
         ) from None
-    except Exception as error:  # a library that was given a stranger's values raises whatever it likes
+    except Exception as error:  # given a stranger's values, a library may raise anything
         raise CheckpointError(f"{folder.path}: the configuration in its head cannot be used: {error!r}") from error
 
 
 def _room(folder: Folder) -> tuple[int, int, int]:
-    """How many tensors the head names, how many numbers they have, and the longest dimension of one."""
+    """How many tensors the head names, how many numbers they have together, and the longest dimension of one."""
     sites = folder.head.weight_sites()
     shapes = [entry.shape for entry in folder.part("rest").entries.values()]
     names = sum(1 + len(s.aliases) for s in sites) + len(shapes)
@@ -112,31 +113,33 @@ def _room(folder: Folder) -> tuple[int, int, int]:
 
 
 def _plain(config: Any, most: int, key: str = "") -> Any:
-    """A configuration without what would make transformers fetch or choose code: attention kernels, quantizers."""
+    """A configuration without the keys of `_DROPPED`; raises `_TooLarge` for numbers larger than `most`."""
     if isinstance(config, list):
         return [_plain(entry, most, key) for entry in config]
     if type(config) is int and abs(config) > (max(most, _MOST_COUNTED) if _COUNT.search(key) else _LARGEST):
         raise _TooLarge(f"{key} (={config}) is more than the head can fill")
     if not isinstance(config, dict):
         return config
-    if set(config) == {"__float__"}:  # how transformers writes what JSON has no numbers for
+    if set(config) == {"__float__"}:  # how transformers writes floats that JSON has no numbers for
         return float(config["__float__"])
     return {
         inner: _plain(v, most, inner)
         for inner, v in config.items()
-        if inner.lstrip("_").removesuffix("_internal") not in _ODD
+        if inner.lstrip("_").removesuffix("_internal") not in _DROPPED
     }
 
 
 @contextmanager
 def _at_most(names: int, numbers: int) -> Iterator[None]:
-    """Stop this thread from making modules beyond what so many tensors, of so many numbers together, can fill."""
+    """Raise `_TooLarge` in this thread once it makes more modules than so many tensors, of so many numbers, can
+    fill.
+    """
     here = threading.get_ident()
     made = {"modules": 0, "tensors": 0, "numbers": 0}
     most = {
-        "modules": _MODULES * names + _FEW,
-        "tensors": _TIMES * names + _FEW,
-        "numbers": _TIMES * numbers + (1 << 20),
+        "modules": _MODULES_FOR_EACH * names + _ALLOWANCE,
+        "tensors": _TENSORS_FOR_EACH * names + _ALLOWANCE,
+        "numbers": _TENSORS_FOR_EACH * numbers + (1 << 20),
     }
 
     def count(**more: int) -> None:
@@ -173,9 +176,10 @@ _lock = threading.Lock()
 
 @contextmanager
 def offline() -> Iterator[None]:
-    """In this thread, whatever looks up a host or connects to one is stopped there; other threads go on as they were.
+    """Within this context, looking up a host or connecting to one raises in this thread; other threads are not
+    affected.
 
-    What a configuration makes a library fetch depends on the library and its release. All of it comes to Python's
+    What a configuration makes a library fetch depends on the library and its release, but all of it uses Python's
     sockets in the end.
     """
     here = threading.get_ident()
@@ -208,7 +212,7 @@ def _guarded(original: Callable[..., Any], name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() in _offline:
             asked = [a for a in args if isinstance(a, (str, tuple))]
-            raise _Reached(f"socket.{name} of {asked[0] if asked else '?'}")
+            raise _NetworkUsed(f"socket.{name} of {asked[0] if asked else '?'}")
         return original(*args, **kwargs)
 
     return call

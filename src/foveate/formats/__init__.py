@@ -1,1 +1,1 @@
-"""Levels, packing: values and pure functions. See `docs/format.md`."""
+"""The stored form: levels, grids of scales and offsets, packing. Values and pure functions; see `docs/format.md`."""

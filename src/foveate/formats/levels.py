@@ -1,8 +1,8 @@
 """Levels: how many bits a weight, an input or a cached number has, and which planes that takes.
 
 A weight's planes hold 2, 1, 1, 2 and 2 bits, most significant first, so its nested levels are 2, 3, 4, 6 and 8 (and 0:
-nothing is read, the weight is zero). Levels 16 and 32 are exact: no plane gives them, they are reserved for tiles
-stored as floating point. `docs/format.md` has the whole form.
+no plane is read, and the weight is zero). Levels 16 and 32 are exact: no plane gives them. They are reserved for tiles
+that are stored as floating point. `docs/format.md` has the whole stored form.
 """
 
 from __future__ import annotations
@@ -11,17 +11,19 @@ from collections.abc import Iterable
 
 from foveate.errors import LevelError
 
+#: Bits of a code that each plane holds, the most significant plane first.
 PLANE_BITS: tuple[int, ...] = (2, 1, 1, 2, 2)
 PLANES = len(PLANE_BITS)
 NESTED_LEVELS: tuple[int, ...] = (2, 3, 4, 6, 8)
 WEIGHT_LEVELS: tuple[int, ...] = (0, *NESTED_LEVELS)
 EXACT_LEVELS: tuple[int, ...] = (16, 32)
-#: Levels with a gain of their own; above them it is 1 (docs/decisions.md).
+#: Levels at which scales are multiplied by a gain; above them the gain is 1 (docs/decisions.md).
 GAINED_LEVELS: tuple[int, ...] = (2, 3)
 INPUT_LEVELS: tuple[int, ...] = (4, 8, 16, 32)
-#: Of cached keys and values; 32 is exact, and so is 16 for numbers of 16 bits.
+#: Levels of cached keys and values; 32 is exact, and so is 16 for numbers of 16 bits.
 CACHE_LEVELS: tuple[int, ...] = (2, 4, 8, 16, 32)
 TOP_LEVEL = NESTED_LEVELS[-1]
+#: By how many bits the residual planes may reach beyond one step of the anchor (docs/format.md).
 REACHES: tuple[int, ...] = (0, 1, 2)
 
 _PLANES_OF = {0: 0, **{level: i + 1 for i, level in enumerate(NESTED_LEVELS)}}
@@ -51,8 +53,8 @@ def check_input_level(level: int) -> int:
 
 
 def input_bits_of(level: int) -> float:
-    """Bits a value of an input level takes: at 4 also a byte for each block of 32, of its step and its zero point. The
-    scale of a row is not counted.
+    """Bits that a value of an input takes at a level. At 4 this includes one byte for each block of 32 values, which
+    holds the block's step and zero point. The scale of a row is not included.
     """
     return 4.25 if level == 4 else float(level)
 
@@ -65,8 +67,8 @@ def check_cache_level(level: int) -> int:
 
 
 def cache_bits_of(level: int, group: int) -> float:
-    """Bits a cached number takes at a level, the range of its group counted; 32 where it is exact (16 in a model of
-    16-bit numbers).
+    """Bits that a cached number takes at a level, including its share of the range of its group. Level 32 is exact and
+    counts as 32 bits, although it takes 16 in a model of 16-bit numbers.
     """
     return 32.0 if level == 32 else level + 32 / group
 

@@ -1,11 +1,11 @@
 """Codes to planes and back: where each bit of a weight lies in memory.
 
-A plane of a tile (16 rows by one group of inputs) is a run of 64-byte chunks, rows in lanes, so that a kernel needs no
-horizontal sums and the four inputs of a byte quartet are one broadcast operand. A chunk of a 2-bit plane covers 16
-columns, of a 1-bit plane 32; docs/format.md, "Tiles", has the bit positions.
+A plane of a tile (16 rows by one group of inputs) is a run of 64-byte chunks. Each of the 16 rows has a 32-bit lane of
+a chunk, so a kernel needs no horizontal sums, and four neighbouring inputs are one broadcast operand. A chunk of a
+2-bit plane covers 16 columns, of a 1-bit plane 32; docs/format.md, "Tiles", has the bit positions.
 
-Shapes: N rows, K inputs, g inputs a group; NT = ceil(N / 16) strips, G = ceil(K / g) groups, T = NT * G tiles, B bytes
-    of one plane of one tile.
+Shapes: N rows, K inputs, g inputs in a group; NT = ceil(N / 16) strips, G = ceil(K / g) groups, T = NT * G tiles, B
+bytes of one plane of one tile.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from foveate.errors import FoveateError
 from foveate.formats.levels import NESTED_LEVELS, PLANE_BITS
 
 TILE_ROWS = 16
+#: How many inputs a group may have.
 GROUPS: tuple[int, ...] = (32, 64, 128)
 #: Bytes of the scales and offsets of a tile.
 SCALE_BYTES = 2 * TILE_ROWS
 
 
 def check_group(group: int) -> int:
-    """Return `group` if it is a group size of the form, else raise."""
+    """Return `group` if it is a group size of the stored form, else raise `FoveateError`."""
     if group not in GROUPS:
         raise FoveateError(f"group (={group}) is not one of 32, 64, 128")
     return group
@@ -46,7 +47,7 @@ def split_planes(anchor_NK: Tensor, residual_NK: Tensor) -> list[Tensor]:
 
 
 def matrix_to_tiles(x_NK: Tensor, group: int) -> Tensor:
-    """[N, K] values -> [NT, G, 16, group], zeros where a tile sticks out."""
+    """[N, K] values -> [NT, G, 16, group], padded with zeros to whole tiles."""
     rows, columns = x_NK.shape
     strips, groups = tile_grid(rows, columns, group)
     padded = F.pad(x_NK, (0, groups * group - columns, 0, strips * TILE_ROWS - rows))
@@ -54,7 +55,7 @@ def matrix_to_tiles(x_NK: Tensor, group: int) -> Tensor:
 
 
 def tiles_to_matrix(w_tiles: Tensor, rows: int, columns: int) -> Tensor:
-    """[NT, G, 16, group] values -> [rows, columns], padding dropped."""
+    """[NT, G, 16, group] values -> [rows, columns], without the padding."""
     strips, groups, tile_rows, group = w_tiles.shape
     return w_tiles.transpose(1, 2).reshape(strips * tile_rows, groups * group)[:rows, :columns]
 
@@ -65,7 +66,7 @@ def pack_plane(codes_NK: Tensor, plane: int, group: int) -> Tensor:
     Args:
         codes_NK: uint8 [N, K], values below 2 ** PLANE_BITS[plane].
         plane: which plane, 0 the most significant.
-        group: inputs a group.
+        group: inputs in a group.
 
     Returns:
         uint8 [T, B], tiles in order nt * G + gi.
@@ -113,11 +114,11 @@ def tile_offsets_of(stored_levels: Tensor) -> Tensor:
     """Where each strip's tiles begin in the scales and in each plane, counted in stored tiles.
 
     Args:
-        resident: uint8 [NT, G], the highest level stored for each tile.
+        stored_levels: uint8 [NT, G], the highest level stored for each tile.
 
     Returns:
         int64 [NT, 6]: column 0 for the scales, 1 + p for plane p.
     """
-    floors = (1, *NESTED_LEVELS)  # the scales exist at any level above 0, plane p from NESTED_LEVELS[p] on
-    counts = torch.stack([(stored_levels >= floor).sum(1) for floor in floors], dim=1)
+    least_levels = (1, *NESTED_LEVELS)  # the scales exist at any level above 0, plane p from NESTED_LEVELS[p] on
+    counts = torch.stack([(stored_levels >= least).sum(1) for least in least_levels], dim=1)
     return (counts.cumsum(0) - counts).contiguous()

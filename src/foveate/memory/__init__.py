@@ -1,1 +1,1 @@
-"""Where planes live in memory, and how much of it is free."""
+"""Memory: blocks for planes on huge pages, how much memory is free, and giving freed memory back."""

@@ -1,9 +1,11 @@
 """Memory that is given back to the system when a tensor is freed.
 
-glibc maps large blocks one by one and unmaps them when they are freed, but learns from each to keep blocks of that
-size, up to 32 MiB, in its heap instead. A pass whose tensors are of that order then holds twice what is in use. Where
-memory is short the threshold is held at 4 MiB; it is put at what glibc would have learned afterwards. Other allocators
-are left alone.
+glibc maps each large block by itself and unmaps it when it is freed. But each time it raises its threshold to the size
+of that block, up to 32 MiB, and keeps smaller blocks in its heap. A pass over tensors of that size then holds twice the
+memory that it uses. Where memory is short, `given_back` holds the threshold at 4 MiB, and afterwards sets it to the
+value that glibc would have reached. Other allocators are not changed.
+
+Source: mallopt(3), M_MMAP_THRESHOLD.
 """
 
 from __future__ import annotations
@@ -14,12 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
-_SMALL, _LEARNED = 4 << 20, 32 << 20
+_SMALL, _LARGEST = 4 << 20, 32 << 20  # bytes; the second is the most that glibc raises its threshold to
 
 
 @contextmanager
 def given_back(wanted: bool) -> Iterator[None]:
-    """While this is open, what is freed is not kept, if that is wanted."""
+    """Within this context, memory that is freed goes back to the system, if that is wanted."""
     library = _glibc() if wanted else None
     if library is None:
         yield
@@ -29,8 +31,8 @@ def given_back(wanted: bool) -> Iterator[None]:
         library.malloc_trim(0)
         yield
     finally:
-        library.mallopt(_MMAP_THRESHOLD, _LEARNED)
-        library.mallopt(_TRIM_THRESHOLD, 2 * _LEARNED)
+        library.mallopt(_MMAP_THRESHOLD, _LARGEST)
+        library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
 
 
 def _glibc() -> ctypes.CDLL | None:

@@ -1,4 +1,4 @@
-"""Blocks of memory on huge pages, cut into tensors."""
+"""arena: one block of memory on huge pages, cut into tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ALIGNMENT = 64
 def arena(sizes: Sequence[int]) -> list[Tensor]:
     """One block of memory on huge pages, cut into uint8 tensors of the given sizes, each on a cache line.
 
-    Small pages cost bandwidth when weights are read once a token, so planes live in blocks like this one. Untouched
-    memory is not resident.
+    Weights are read once for each token, and on small pages that costs bandwidth. So planes lie in blocks like this
+    one. Memory that was never written is not resident.
     """
     offsets = [0]
     for size in sizes:
@@ -28,8 +28,8 @@ def arena(sizes: Sequence[int]) -> list[Tensor]:
         block = mmap.mmap(-1, total + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         whole = torch.frombuffer(block, dtype=torch.uint8)
         start = -whole.data_ptr() % HUGE_PAGE
-        with suppress(OSError):  # a kernel built without them
-            # whole ones only: the end of the block must not make the rest of a huge page resident
+        with suppress(OSError):  # a kernel that was built without huge pages
+            # whole pages only: the end of the block must not make the rest of a huge page resident
             block.madvise(mmap.MADV_HUGEPAGE, start, total // HUGE_PAGE * HUGE_PAGE)
         whole = whole[start : start + total]
     else:

@@ -1,4 +1,4 @@
-"""How many bytes this process may still take."""
+"""free_memory: how many bytes this process may still take."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import psutil
 def free_memory(root: Path = Path("/")) -> int:
     """Bytes that this process can take without swapping: the machine's, or fewer where a control group limits it.
 
-    A container sees the memory of its whole machine and is killed at its group's limit. Of what the group holds, file
-    pages that were not used lately are given up first, so they count as free (as `docker stats` counts).
+    A container sees the memory of its whole machine and is killed at its group's limit. Of what the group holds, pages
+    of files that were not used lately are given up first, so they count as free, as in `docker stats`.
 
     Source: Linux, Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst.
 

@@ -1,1 +1,1 @@
-"""Modules on planes; quantize and apply."""
+"""Modules on planes, their weights, and the registry that holds the levels of a model."""

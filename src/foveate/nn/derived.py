@@ -1,17 +1,19 @@
 """Modules with a forward of their own around a linear map, an embedding or a convolution.
 
-Gemma's embedding is `super().forward(ids) * scale`, OPT's positions are looked up at `ids + 2`. The product in the
-middle can be on planes all the same. So such a module is split in two while a model is quantized: it keeps its class's
-forward and everything else, and its weight and bias go to a part of it, `product`, which is plainly what it was derived
-from. Its class is exchanged for a subclass in which `super().forward` leads to that part:
+The forward of Gemma's embedding is `super().forward(ids) * scale`; OPT looks up positions at `ids + 2`. The look-up in
+the middle can be on planes nevertheless. So such a *derived module* is split in two while a model is quantized. It
+keeps the forward of its class and everything else, but its weight and bias move to an *inner module*, a child named
+`product`, which is a plain instance of the base class. The class of the derived module is replaced by a subclass in
+which `super().forward` calls the inner module:
 
     class GemmaScaledEmbedding(nn.Embedding)         forward: super().forward(ids) * scale
-    class _(GemmaScaledEmbedding, _Apart)            weight, bias: those of `product`
-    class _Apart(nn.Embedding)                       forward: product(ids)
+    class _(GemmaScaledEmbedding, _CallsInner)       weight, bias: those of the inner module
+    class _CallsInner(nn.Embedding)                  forward: self.product(ids)
 
-To whoever finds, measures, rounds and exchanges weights, a product is a module like any other, and its site has the
-name of the module that it is part of. Whether a forward calls the one it was derived from, or reads the weight itself,
-is seen while the model runs (`foveate.collect.reads`); where no planes came, the module is put back together.
+The code that finds, measures, rounds and replaces weights treats an inner module like any other module. Its site has
+the name of the derived module. A forward may also read the weight itself and not call the base's forward; this is found
+while the model runs (`foveate.collect.reads`). Where the inner module was not replaced by one on planes, the derived
+module is joined again.
 """
 
 from __future__ import annotations
@@ -26,70 +28,70 @@ from torch import Tensor, nn
 from foveate.collect.kinds import PRODUCT, derived_from
 from foveate.nn.plane_module import PlaneModule
 
-_OWN = ("weight", "bias")
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+_MOVED = ("weight", "bias")  # the parameters that move to the inner module
+_SPLIT_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _class_apart(derived: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of `derived` whose product is a part of its own, one for each class."""
-    if derived not in _CLASSES:
+def _split_class(derived: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of `derived` whose `super().forward` calls its inner module; one is made for each class."""
+    if derived not in _SPLIT_CLASSES:
 
         def forward(self: Any, input: Tensor) -> Tensor:
             out: Tensor = self._modules[PRODUCT](input)
             return out
 
         def reduced(self: Any, protocol: int) -> Any:
-            return _remade, (derived, base), self.__dict__
+            return _empty_instance, (derived, base), self.__dict__
 
-        def of_product(name: str) -> property:
+        def of_inner(name: str) -> property:
             return property(lambda self: getattr(self._modules[PRODUCT], name))
 
-        between = type("_Apart", (base,), {"forward": forward})
+        calls_inner = type("_CallsInner", (base,), {"forward": forward})
         own = {"__module__": derived.__module__, "__qualname__": derived.__qualname__, "__reduce_ex__": reduced}
-        parts = {name: of_product(name) for name in _OWN}
-        _CLASSES[derived] = type(derived.__name__, (derived, between), {**own, **parts})
-    return _CLASSES[derived]
+        moved = {name: of_inner(name) for name in _MOVED}
+        _SPLIT_CLASSES[derived] = type(derived.__name__, (derived, calls_inner), {**own, **moved})
+    return _SPLIT_CLASSES[derived]
 
 
-def _remade(derived: type[nn.Module], base: type[nn.Module]) -> nn.Module:
-    """An empty one, for copies and pickles to fill."""
-    kind = _class_apart(derived, base)
+def _empty_instance(derived: type[nn.Module], base: type[nn.Module]) -> nn.Module:
+    """An instance without any attributes, which copy and pickle then fill."""
+    kind = _split_class(derived, base)
     return kind.__new__(kind)
 
 
 def _split(module: nn.Module, base: type[nn.Module]) -> None:
-    product = base.__new__(base)
-    product.__dict__.update(module.__dict__)
-    for key, value in product.__dict__.items():
-        if isinstance(value, (dict, OrderedDict)) and key.startswith("_"):  # parameters, buffers, parts, hooks
-            product.__dict__[key] = type(value)()
-    product._parameters = {name: module._parameters.pop(name) for name in _OWN if name in module._parameters}
-    module._modules[PRODUCT] = product
-    module.__class__ = _class_apart(type(module), base)
+    inner = base.__new__(base)
+    inner.__dict__.update(module.__dict__)
+    for key, value in inner.__dict__.items():
+        if isinstance(value, (dict, OrderedDict)) and key.startswith("_"):  # parameters, buffers, children, hooks
+            inner.__dict__[key] = type(value)()
+    inner._parameters = {name: module._parameters.pop(name) for name in _MOVED if name in module._parameters}
+    module._modules[PRODUCT] = inner
+    module.__class__ = _split_class(type(module), base)
 
 
 def _join(module: nn.Module, derived: type[nn.Module]) -> None:
-    product = module._modules.pop(PRODUCT)
-    assert product is not None
+    inner = module._modules.pop(PRODUCT)
+    assert inner is not None
     module.__class__ = derived
-    module._parameters = {**product._parameters, **module._parameters}
+    module._parameters = {**inner._parameters, **module._parameters}
 
 
-def put_together(model: nn.Module) -> None:
-    """Put back together the split modules of a model whose products are on no planes any more."""
-    split = {made: derived for derived, made in _CLASSES.items()}
+def join_derived(model: nn.Module) -> None:
+    """Join the derived modules of a model whose inner modules are not on planes any more."""
+    split = {made: derived for derived, made in _SPLIT_CLASSES.items()}
     for module in list(model.modules()):
         if type(module) in split and not isinstance(module._modules[PRODUCT], PlaneModule):
             _join(module, split[type(module)])
 
 
 @contextmanager
-def products_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterator[None]:
-    """Split the modules that have a forward of their own, and put back together whatever holds no planes at the end.
+def split_derived(model: nn.Module, only: frozenset[str] | None = None) -> Iterator[None]:
+    """Split derived modules; on leaving, join those whose inner modules are not on planes.
 
     Args:
         model: any module.
-        only: names of the modules to split; all that can be if not given.
+        only: names of the modules to split; if not given, all that can be split.
     """
     bases = {name: (module, derived_from(module)) for name, module in model.named_modules() if name}
     split: list[tuple[nn.Module, type[nn.Module]]] = []

@@ -1,16 +1,15 @@
-"""PlaneExperts: a mixture's experts, each a weight of its own.
+"""PlaneExperts: the experts of a mixture, each with weights of its own.
 
 transformers keeps all experts of a layer in two parameters of three dimensions, `gate_up_proj` and `down_proj`. Here
-the stack is taken apart: each expert has its two projections as linear layers (views, as long as they are float), so
-that every expert is measured, rounded, allocated and stored by itself, under names like
-`model.layers.3.mlp.experts.5.down_proj`, and a token multiplies the experts it is routed to and no others.
+these stacks are taken apart: each expert has its two projections as linear layers, whose weights are views of the stack
+as long as they are float. So every expert is measured, rounded, allocated and stored by itself, under a name like
+`model.layers.3.mlp.experts.5.down_proj`, and a token is multiplied only with the experts that it is routed to.
 
-What the stacks of the many families have in common is the contract of transformers' `use_experts_implementation`:
-[E, out, in] or [E, in, out], with or without biases, with or without a gate (the layer's own `_apply_gate`), with or
-without a norm after each expert. Llama 4, which hands every expert its rows instead of indices, is the one exception
-that is held too.
+A stack can be taken apart if its layer follows the contract of transformers' `use_experts_implementation`: [E, out, in]
+or [E, in, out], with or without biases, a gate (the layer's own `_apply_gate`), and a norm after each expert. Llama 4
+does not follow it, for it gives every expert its rows instead of indices; it is supported as well.
 
-Shapes: T tokens, k experts a token, S = T * k rows, E experts, H model width.
+Shapes: T tokens, k experts for each token, S = T * k rows, E experts, H model width.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ DOWN = "down_proj"
 #: Every parameter of a layer that is taken apart.
 STACKS = tuple(name for base in (*_UP, DOWN) for name in (base, f"{base}_bias"))
 
-# Which experts a token goes to is data, which no graph can branch on: to a graph, a layer of experts is one op, and the
-# layer is found by its number. The numbers are never used again.
+# Which experts a token is routed to is data, on which no graph can branch. So in a graph a layer of experts is one op,
+# which finds the layer by its number. No number is used twice.
 _LAYERS: WeakValueDictionary[int, PlaneExperts] = WeakValueDictionary()
 _NUMBERS = itertools.count()
 _FRAGMENT = torch.library.Library("foveate", "FRAGMENT")
@@ -65,9 +64,9 @@ class PlaneExperts(nn.Module):
     Called as the layer it replaces is.
 
     Attributes:
-        origin: that layer without its weights: the gate, the activation, a norm.
-        up: what the first projection is called, `gate_up_proj` or `up_proj`.
-        routes: experts a token, as the last call had it; None before the first.
+        origin: the replaced layer without its weights: the gate, the activation, a norm.
+        up: the name of the first projection, `gate_up_proj` or `up_proj`.
+        routes: how many experts a token was routed to in the last call, on average; None before the first call.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -82,24 +81,24 @@ class PlaneExperts(nn.Module):
             self.add_module(str(i), nn.ModuleDict(cast("dict[str, nn.Module]", parts)))
         take_hooks(self, layer)
         self.train(layer.training)
-        self._enlist()
+        self._register_number()
 
-    def _enlist(self) -> None:
+    def _register_number(self) -> None:
         self._number = next(_NUMBERS)
         _LAYERS[self._number] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._enlist()  # a copy is another layer
+        self._register_number()  # a copy has a number of its own
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """Send each token through its experts and add up what they answer.
+        """Compute each token's experts, and add up their outputs by weight.
 
         Args:
             hidden_states: [T, H]; without indices [E * T, H], the rows of the first expert first.
-            top_k_index: integers [T, k]; a number beyond the last expert is nobody.
+            top_k_index: integers [T, k]; a number beyond the last expert stands for no expert.
             top_k_weights: [T, k].
 
         Returns:
@@ -114,7 +113,7 @@ class PlaneExperts(nn.Module):
         return self.routed(hidden_states, top_k_index, top_k_weights)
 
     def routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`forward` with indices."""
+        """`forward` where indices are given."""
         x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
         ids_S = top_k_index.reshape(-1)
         each = top_k_index.shape[-1]
@@ -122,28 +121,28 @@ class PlaneExperts(nn.Module):
         counts = torch.bincount(ids_S.clamp(max=self.num_experts), minlength=self.num_experts + 1)
         counts_E = counts[: self.num_experts].tolist()
         order_S = ids_S.argsort(stable=True)[: sum(counts_E)]
-        y_SH = self._answers(x_TH[order_S // each], counts_E)
+        y_SH = self._outputs(x_TH[order_S // each], counts_E)
         y_SH = y_SH * top_k_weights.reshape(-1)[order_S, None]
         spread_SH = y_SH.new_zeros(len(ids_S), y_SH.shape[-1]).index_copy(0, order_S, y_SH)
-        # one sum a token, in the order of its experts' ranks: it does not depend on the other tokens
+        # the sum of each token is in the order of its experts' ranks, so it does not depend on the other tokens
         out_TH = spread_SH.view(len(x_TH), each, y_SH.shape[-1]).sum(1)
         return out_TH.to(hidden_states.dtype).reshape(hidden_states.shape)
 
     def _sorted(self, x: Tensor) -> Tensor:
-        """Llama 4: rows come in E equal parts, and those that are not routed to an expert are zeros."""
+        """Llama 4: rows come in E equal parts, one for each expert; rows that are not routed to it are zeros."""
         own = x.reshape(self.num_experts, -1, x.shape[-1])
         routed_ET = own.detach().ne(0).any(-1)
         counts_E = routed_ET.sum(1).tolist()
         self.routes = sum(counts_E) / max(own.shape[1], 1)
-        y = self._answers(own[routed_ET], counts_E)
+        y = self._outputs(own[routed_ET], counts_E)
         return y.new_zeros(x.shape).index_copy(0, routed_ET.reshape(-1).nonzero()[:, 0], y)
 
-    def _answers(self, x_SH: Tensor, counts_E: list[int]) -> Tensor:
-        """Rows of x, those of the first expert first -> what each expert makes of its rows, [S, H]."""
-        parts = [self._answer(i, x) for i, x in enumerate(x_SH.split(counts_E)) if len(x)]
+    def _outputs(self, x_SH: Tensor, counts_E: list[int]) -> Tensor:
+        """Rows of x, those of the first expert first -> the output of each row's expert, [S, H]."""
+        parts = [self._output(i, x) for i, x in enumerate(x_SH.split(counts_E)) if len(x)]
         return torch.cat(parts) if parts else x_SH
 
-    def _answer(self, number: int, x: Tensor) -> Tensor:
+    def _output(self, number: int, x: Tensor) -> Tensor:
         expert = cast(nn.ModuleDict, self._modules[str(number)])
         origin: Any = self.origin
         y = expert[self.up](x)
@@ -158,7 +157,7 @@ class PlaneExperts(nn.Module):
         return cast(Tensor, origin.post_expert_norm(y)) if getattr(origin, "has_post_expert_norm", False) else y
 
     def extra_repr(self) -> str:
-        """How many experts."""
+        """How many experts there are."""
         return f"{self.num_experts} experts"
 
 
@@ -185,7 +184,7 @@ def _is_llama4(layer: nn.Module) -> bool:
     return kind.__name__ == "Llama4TextExperts" and kind.__module__.startswith("transformers.")
 
 
-def _can_hold(layer: nn.Module) -> bool:
+def _can_take_apart(layer: nn.Module) -> bool:
     """Whether a layer's stacks of weights can be taken apart."""
     up = layer._parameters.get(_UP[0])
     up = up if up is not None else layer._parameters.get(_UP[1])
@@ -198,15 +197,15 @@ def _can_hold(layer: nn.Module) -> bool:
         return True
     flags = [getattr(layer, flag, None) for flag in _FLAGS]
     flags += [getattr(layer, flag, before) for flag, before in _LATER_FLAGS.items()]
-    follows = all(isinstance(flag, bool) for flag in flags)
-    # a subclass with a forward of its own does something else; the contract's wraps the layer's
+    has_flags = all(isinstance(flag, bool) for flag in flags)
+    # the contract wraps the forward of a layer; a subclass with a forward of its own computes something else
     wrapped = hasattr(type(layer).forward, "__wrapped__")
     gated = getattr(layer, "has_gate", _LATER_FLAGS["has_gate"]) is (layer._parameters.get(_UP[0]) is not None)
-    return follows and wrapped and gated and not getattr(layer, "_is_expert_parallel", False)
+    return has_flags and wrapped and gated and not getattr(layer, "_is_expert_parallel", False)
 
 
 def left_notes(model: nn.Module) -> list[str]:
-    """A sentence for each layer that looks like a stack of experts and is of no layout known here."""
+    """A sentence for each layer that looks like a stack of experts but has a layout that is not known here."""
     return [
         f"{name} ({type(module).__name__}) was left as it is: a layout of experts that is not known here"
         for name, module in model.named_modules()
@@ -217,7 +216,7 @@ def left_notes(model: nn.Module) -> list[str]:
 
 
 def merged(model: nn.Module, names: Sequence[str]) -> list[str]:
-    """Names of modules, with the layer's in place of its experts' where all of them are named."""
+    """Names of modules, in which the name of a layer stands for those of its experts where all of them are named."""
     listed = set(names)
     for layer, module in model.named_modules():
         if isinstance(module, PlaneExperts):
@@ -229,13 +228,13 @@ def merged(model: nn.Module, names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def taken_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterator[None]:
-    """Take a model's stacks of experts apart, and put back together whatever holds no planes at the end.
+    """Take the stacks of experts of a model apart; on leaving, restore the layers that hold no planes.
 
     Args:
         model: any module.
-        only: names of the layers to take apart; all that can be held if not given.
+        only: names of the layers to take apart; if not given, all that can be taken apart.
     """
-    named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and _can_hold(m)]
+    named = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if n and _can_take_apart(m)]
     wanted = {id(module) for name, module in named if only is None or name in only}  # a stack may have several names
     held = [(name, module) for name, module in named if id(module) in wanted]
     made = {id(module): PlaneExperts(module) for _, module in held}
@@ -245,10 +244,10 @@ def taken_apart(model: nn.Module, only: frozenset[str] | None = None) -> Iterato
         yield
     finally:
         for name, module in held:
-            apart = made[id(module)]
-            if not any(isinstance(m, PlaneModule) for m in apart.modules()):
+            experts = made[id(module)]
+            if not any(isinstance(m, PlaneModule) for m in experts.modules()):
                 replace_module(model, name, module)
                 continue
-            for layer in apart.modules():
-                if isinstance(layer, nn.Linear):  # skipped: its view must not keep the whole stack in memory
+            for layer in experts.modules():
+                if isinstance(layer, nn.Linear):  # it was left float: its view must not keep the whole stack in memory
                     layer.weight = nn.Parameter(layer.weight.data.clone(), requires_grad=layer.weight.requires_grad)

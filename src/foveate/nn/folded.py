@@ -1,4 +1,8 @@
-"""Models whose norms were folded: what a folder remembers of it, and what a skeleton needs."""
+"""Models whose batch norms were folded into the layers before them: which ones, and the same change to a skeleton.
+
+`foveate.prepare.fold` folds them. A folder stores the names, so that a model that is to be loaded, whose modules are
+still as its class makes them, can be given biases and lose its norms.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,10 @@ def _is_norm(module: nn.Module) -> bool:
     return type(module).forward is nn.BatchNorm2d.forward and isinstance(module, nn.modules.batchnorm._BatchNorm)
 
 
-def _exchange_norms(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
-    gone = {id(model.get_submodule(norm)) for _, norm in pairs}
+def _remove_norms(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
+    folded = {id(model.get_submodule(norm)) for _, norm in pairs}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if id(module) in gone:
+        if id(module) in folded:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, nn.Identity().train(module.training))
 
@@ -32,11 +36,11 @@ def folded_of(model: nn.Module) -> tuple[tuple[str, str], ...]:
 
 
 def fold_skeleton(model: nn.Module, pairs: Any) -> None:
-    """Give a model that is yet to be filled the modules that a folded one has.
+    """Give a model that is yet to be filled the modules that a folded model has: layers with biases, and no norms.
 
     Args:
         model: the skeleton.
-        pairs: what `folded_of` said of the model that was saved, as JSON has it.
+        pairs: what `folded_of` gave for the model that was saved, as read from JSON.
 
     Raises:
         CheckpointError: the pairs are malformed, or not of this model.
@@ -54,5 +58,5 @@ def fold_skeleton(model: nn.Module, pairs: Any) -> None:
                 layer.bias = nn.Parameter(torch.empty(rows, device="meta"))
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"the checkpoint has norms folded that the model does not have: {error}") from error
-    _exchange_norms(model, named)
+    _remove_norms(model, named)
     model.__dict__[_ATTRIBUTE] = named

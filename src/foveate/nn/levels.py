@@ -1,4 +1,7 @@
-"""Where the levels of a live model change: the one place that writes them."""
+"""What users call to change the levels of a live model: `apply`, `use_static_scales`, and `current_map` to see them.
+
+The levels themselves are written by `foveate.nn.registry.Registry.apply`, the only code that does.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +13,35 @@ from foveate.precision.maps import PrecisionMap
 
 
 def apply(model: nn.Module, plan: PrecisionMap, second: PrecisionMap | None = None) -> None:
-    """Read the model at the levels of a map from the next call on. Moves and repacks nothing: it writes a byte a tile,
-    which takes microseconds, or milliseconds for billions of weights. A call that runs meanwhile in another thread may
-    read some tiles at the old level and some at the new.
+    """Read the model at the levels of a map from the next call on.
+
+    No plane is moved or repacked: one byte a tile is written, which takes microseconds, or milliseconds for billions of
+    weights. A call that runs in another thread meanwhile may read some tiles at the old level and some at the new.
 
     Args:
         model: a quantized model.
         plan: the map.
-        second: the map for rows of inputs that choose it; the same one if not given.
+        second: the map for those rows of inputs that choose it; `plan` if not given.
 
     Raises:
         SiteError: the map is of another model.
-        PlaneNotResidentError: a level whose planes were not loaded or not kept; nothing was changed.
+        PlaneNotResidentError: the map reads planes that are not stored, for they were not loaded or not kept; nothing
+            was changed.
     """
     registry_of(model).apply(plan, plan if second is None else second)
 
 
 def use_static_scales(model: nn.Module, on: bool = True) -> None:
-    """Quantize inputs at levels 4 and 8 by the range that calibration saw at each node, not by each row's own.
+    """Quantize inputs at levels 4 and 8 by the range that calibration saw at each input, not by each row's own.
 
-    What a static scale saves is finding each row's greatest value, which the CPU's kernels do not notice; other
-    machines do. It is worse than a scale a row wherever rows differ, and cuts off what calibration did not see:
-    `foveate.watch_inputs` finds that out. At levels 16 and 32 every row keeps its own. A folder keeps the choice.
+    A static scale saves the search for each row's greatest value. The CPU's kernels gain no time by that; other
+    machines do. Where rows differ, a static scale loses more than a scale for each row. It also clips values beyond
+    the range that calibration saw, which `foveate.watch_inputs` detects. At levels 16 and 32 every row keeps its own
+    scale. `foveate.save` stores the choice.
 
     Args:
         model: a quantized model, with its profile.
-        on: False goes back to a scale for each row, which is what models begin with.
+        on: False goes back to a scale for each row, which is the default.
 
     Raises:
         FoveateError: the profile is missing, or was made by a foveate that did not measure inputs.
@@ -53,7 +59,7 @@ def use_static_scales(model: nn.Module, on: bool = True) -> None:
 
 
 def current_map(model: nn.Module) -> PrecisionMap:
-    """The map in force."""
+    """The map in force: the first of the two where rows choose between two."""
     applied = registry_of(model).applied
     assert applied is not None
     return applied[0]

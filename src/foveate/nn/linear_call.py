@@ -1,4 +1,4 @@
-"""x times the weights of layers that share it, in one call of an op."""
+"""LinearCall: x times the weights of one or more layers that share this input, in one call of an op."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from foveate.nn.plane_module import NO_BIAS, PlaneModule
 
 
 class LinearCall:
-    """x times the weights of layers that share it, in one call and without gradients.
+    """x times the weights of layers that share this input, in one call and without gradients.
 
-    Weights, input levels and ranges go by handle (see the op `plane_linear_by_handle`), for a compiled graph checks
-    every tensor that it is given, at every call. Where a layer's planes, `input_level` or `input_range` become other
-    tensors, or its weight another form, another handle is needed: `hold` makes it.
+    Weights, input levels and ranges are passed by handle (see the op `plane_linear_by_handle`), because a compiled
+    graph checks every tensor argument at every call. A new handle is needed, and `hold` makes it, when a layer's
+    planes, `input_level` or `input_range` are replaced by other tensors, or its weight gets another geometry.
     """
 
     def __init__(self, layers: Sequence[PlaneModule]) -> None:
         self.hold(layers)
-        # where biases are, for they may be exchanged; not the layers: what leads back to itself is freed late
+        # dictionaries that hold the biases, for a bias may be replaced; not the layers, for a cycle of references would
+        # keep the planes in memory too long
         self._biases = (
             tuple(layer._parameters for layer in layers) if any(layer.bias is not None for layer in layers) else ()
         )
@@ -38,7 +39,7 @@ class LinearCall:
 
     def of(self, x: Tensor) -> list[Tensor]:
         """x [..., K] -> [..., N] for each layer, in the dtype of x; raises `FoveateError` if x does not fit."""
-        # the op checks too, and a graph has one thing less to check at every call
+        # not in a graph, where it would be one more check at every call; the op checks too
         if not torch.compiler.is_dynamo_compiling() and x.shape[-1] != self.columns:
             raise FoveateError(f"x has {x.shape[-1]} columns, the weight {self.columns}")
         biases = [NO_BIAS if bias is None else bias.float() for bias in (p.get("bias") for p in self._biases)]

@@ -1,7 +1,8 @@
 """Modules whose weight is bit planes: PlaneLinear, PlaneEmbedding, PlaneConv.
 
 Each is called as the module it replaces is. The weight itself is a `PlaneWeight`, a module of its own, so that
-tied weights are one object and every tensor is a buffer. Precision is changed by `foveate.apply` and nowhere else.
+tied weights are one object and every tensor is a buffer. A module never changes its own levels: `foveate.nn.registry`
+writes them.
 """
 
 from __future__ import annotations
@@ -41,26 +42,26 @@ class PlaneLinear(PlaneModule):
     """`nn.Linear`, or transformers' Conv1D, on planes.
 
     Attributes:
-        alone: its product without gradients.
-        siblings: the layers that share its input, itself among them; see `foveate.nn.fused_group`.
-        place: its place among them.
+        own_call: computes this layer's product alone, without gradients.
+        fused_group: the layers that share its input, this one among them (`foveate.nn.fused_group`); None if none do.
+        position: its position in that group.
     """
 
     def __init__(self, weight: PlaneWeight, bias: Tensor | None = None) -> None:
         super().__init__(weight, bias)
         self.out_features, self.in_features = weight.shape
-        self.introduce()
+        self.reset_calls()
 
-    def introduce(self) -> None:
-        """Begin anew without siblings, with the planes, `input_level` and `input_range` that are there now."""
+    def reset_calls(self) -> None:
+        """Leave any fused group, and take the planes, `input_level` and `input_range` that the layer has now."""
         ensure_loaded()
         self.own_call = LinearCall((self,))
         self.fused_group: FusedGroup | None = None
-        self.place = 0
+        self.position = 0
         self.weight.users.add(self)
 
     def renew(self) -> None:
-        """The weight has become another: multiply with it as it is now."""
+        """Take the planes that the weight has now, after it was replaced."""
         self.own_call.hold((self,))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,23 +69,22 @@ class PlaneLinear(PlaneModule):
         if (torch.is_grad_enabled() and self._needs_gradient(input)) or torch.compiler.is_exporting():
             return self._product(input)
         fused_group = self.fused_group
-        if fused_group is None or not fused_group.together:
+        if fused_group is None or not fused_group.is_fused:
             return self.own_call.of(input)[0]
-        return fused_group.product(self.place, input)
+        return fused_group.product(self.position, input)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("own_call", "fused_group", "place")
-        }
+        left_out = ("own_call", "fused_group", "position")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        # a copy of one layer is not to be a copy of all; a model's registry makes the copies siblings again
-        self.introduce()
+        # a copy of one layer must not copy its whole group; the registry of a copied model forms the groups again
+        self.reset_calls()
 
 
 class PlaneEmbedding(PlaneModule):
-    """`nn.Embedding` on planes: only the rows asked for are unpacked."""
+    """`nn.Embedding` on planes. Only the rows that are looked up are unpacked."""
 
     def __init__(self, weight: PlaneWeight, padding_idx: int | None = None) -> None:
         super().__init__(weight)
@@ -101,8 +101,8 @@ class PlaneEmbedding(PlaneModule):
 class PlaneConv(PlaneModule):
     """`nn.Conv1d` and `nn.Conv2d` on planes.
 
-    A dense convolution multiplies the patches of its input, each quantized by itself, with the planes. A grouped or
-    depthwise one is unpacked and multiplied in the dtype of its input.
+    A dense convolution multiplies the patches of its input, each quantized by itself, with the planes. The weight of a
+    grouped or depthwise one is unpacked, and the convolution is computed in the dtype of its input.
     """
 
     def __init__(self, weight: PlaneWeight, conv: nn.Conv1d | nn.Conv2d) -> None:
@@ -128,9 +128,8 @@ class PlaneConv(PlaneModule):
         return y.reshape(*x.shape[: x.dim() - 1 - len(spatial)], self.out_channels, *spatial)
 
     def _output_sizes(self, sizes: torch.Size) -> list[int]:
-        pad = self._reversed_padding_repeated_twice[
-            ::-1
-        ]  # (before, after) of each dimension, the first dimension first
+        # (before, after) of each dimension, the first dimension first
+        pad = self._reversed_padding_repeated_twice[::-1]
         return [
             (size + pad[2 * i] + pad[2 * i + 1] - self.dilation[i] * (self.kernel_size[i] - 1) - 1) // self.stride[i]
             + 1
@@ -139,7 +138,7 @@ class PlaneConv(PlaneModule):
 
 
 def on_planes(module: nn.Module, weight: PlaneWeight) -> PlaneModule:
-    """The module that does on planes what `module` does on its parameter."""
+    """A module that computes on planes what `module` computes on its weight; raises `FoveateError` if none can."""
     kind = kind_of(module)
     bias = cast("Tensor | None", getattr(module, "bias", None))
     if kind in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED):

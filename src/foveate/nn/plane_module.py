@@ -1,4 +1,4 @@
-"""PlaneModule: what all modules on planes share, a weight and the level and range of its input."""
+"""PlaneModule: the base of all modules on planes. It has a weight on planes, and the level and range of its input."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ NO_BIAS = torch.empty(0)
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """What `foveate.dequantize` needs of the module that a plane module replaced.
+    """What `foveate.dequantize` needs to know of the module that a plane module replaced.
 
     Attributes:
-        module: a copy of it without its weight.
-        kind: how it uses its weight.
-        requires_grad: of that weight.
+        module: a copy of that module without its weight.
+        kind: how the module uses its weight.
+        requires_grad: whether the weight was trained.
     """
 
     module: nn.Module
@@ -31,10 +31,13 @@ class Origin:
 
 
 class PlaneModule(nn.Module):
-    """What the modules below share: a weight of planes, and the level and range of its input.
+    """The base of the modules on planes: a weight, and the level and range of its input.
 
     Attributes:
-        origin: the module that it replaced; set by `on_planes`.
+        weight: the weight on planes.
+        input_level: uint8 [2], the level of the input for each of two maps; the registry of the model writes it.
+        input_range: float32 [2], the range of a static scale of the input; zeros where each row has its own scale.
+        origin: the module that this one replaced; set by `foveate.nn.modules.on_planes`.
     """
 
     weight: PlaneWeight
@@ -47,7 +50,7 @@ class PlaneModule(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else _as_float32(bias)
         self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8), persistent=False)
-        # nothing but zero: each row of the input has a scale of its own
+        # zeros: each row of the input has a scale of its own
         self.register_buffer("input_range", torch.zeros(2), persistent=False)
 
     def _needs_gradient(self, x: Tensor) -> bool:
@@ -60,12 +63,12 @@ class PlaneModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
         level, limits = self.input_level, self.input_range
         nn.Module._apply(self, fn, recurse)
-        self.input_level, self.input_range = level, limits  # views that `foveate.apply` and others write through
+        self.input_level, self.input_range = level, limits  # views of the blocks that the registry writes
         return self
 
 
 def _as_float32(bias: Tensor) -> nn.Parameter:
-    """The parameter itself where it can be, for others may share it."""
+    """The bias in float32: the very parameter if it is one in float32, since other modules may share it."""
     if isinstance(bias, nn.Parameter) and bias.dtype == torch.float32:
         return bias
     return nn.Parameter(bias.detach().float(), requires_grad=bias.requires_grad)

@@ -1,8 +1,9 @@
-"""What transformers' models can do that they cannot on planes: be saved by `save_pretrained`.
+"""Refusing `save_pretrained` on models of transformers that are on planes.
 
-It would write planes under names that `from_pretrained` does not know, and that would load the rest with random weights
-in their places. So the models that a quantized one is made of refuse it, and say what to call. Only these objects do:
-nothing of transformers is changed, and what saves adapters beside a model still does.
+`save_pretrained` would write planes under names that `from_pretrained` does not know. Loading such a folder would give
+random weights in place of the planes. So every transformers model within a quantized model refuses to be saved so, and
+its message says what to call. Only these objects are changed, not their classes: adapters beside a model can still be
+saved.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ def _refuse(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def refuse_saving(model: nn.Module) -> None:
-    """Let all transformers models in this one refuse `save_pretrained` and `push_to_hub`."""
+    """Make all transformers models within this one refuse `save_pretrained` and `push_to_hub`."""
     for module in model.modules():
         if _is_pretrained(module):
-            # functions of this module, so that copies and pickles of a model refuse as well
+            # a function of this module, so that copies and pickles of a model refuse as well
             module.__dict__.update(dict.fromkeys(_SAVING, _refuse))
 
 

@@ -1,7 +1,12 @@
-"""Which sites a model has, and the one place where their levels change.
+"""Registry: which sites a quantized model has, and the memory that holds their active levels.
 
-A quantized model carries a `Registry`. All tile levels of the model lie side by side in one block, all input levels in
-another, so applying a map is a check and two copies, however many layers there are.
+The active levels of all tiles lie side by side in one block, the levels of all inputs in another. So applying a map is
+one check and two copies, however many layers the model has. A check compares the map with the *stored* levels: a level
+can only be active where its planes were loaded and kept.
+
+`Registry.apply` is the only code that writes the active levels of a live model, and `Registry.set_ranges` the only code
+that writes the ranges of its inputs. Users call them through `foveate.nn.levels`. Loading a folder, calibration and
+`foveate.watch_inputs` call them directly.
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError, StateError
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.fused_group import FusedGroup, Parent, Switches, fused_groups, unhook
+from foveate.nn.fused_group import CallScope, FusedGroup, LevelEpoch, fused_groups, unhook
 from foveate.nn.modules import PlaneLinear
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.pretrained import allow_saving, refuse_saving
@@ -29,17 +34,17 @@ _NO_RANGE = (0.0, 0.0)
 
 
 class Registry:
-    """The sites of one model, in order, and the blocks their levels live in.
+    """The sites of one model, in order, and the blocks of memory that hold their levels.
 
     Attributes:
         sites: weights and inputs.
-        weights: the planes of each weight site.
-        inputs: for each input site the module whose `input_level` it is.
-        parents: the calls of modules whose children share an input, by the modules' names (`hooked_parents`).
-        other_bytes: bytes of everything that is no site.
-        other_parameters: how many parameters that is, by the class of their module.
-        profile_source: reads what was measured of this model, if it was kept.
-        applied: the maps in force: rows of x read the first, or where a choice is given the second.
+        weights: the weight on planes of each weight site, by the site's name.
+        inputs: for each input site the module whose `input_level` holds its level.
+        other_bytes: bytes of everything that is not a site.
+        other_parameters: how many parameters are not at a site, by the class of their module.
+        profile_source: reads the profile of this model, if one was kept; None if not.
+        applied: the two maps in force. A row of x is computed at the first, or at the second if it chooses that one;
+            None before any map was applied.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class Registry:
         sites: Iterable[Site],
         weights: Mapping[str, PlaneWeight],
         inputs: Mapping[str, PlaneModule],
-        parents: Mapping[str, Parent],
+        scopes: Mapping[str, CallScope],
         other_bytes: int,
         other_parameters: Mapping[str, int],
     ) -> None:
@@ -59,8 +64,8 @@ class Registry:
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
         self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
-        self._parents = dict(parents)
-        self._switches = Switches()
+        self._scopes = dict(scopes)
+        self._epoch = LevelEpoch()
         self._bind()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -70,7 +75,7 @@ class Registry:
         self._bind()
 
     def _bind(self) -> None:
-        """Put all levels side by side, where `apply` writes and the modules read."""
+        """Put all levels side by side in blocks that `apply` writes and the modules read, and form the fused groups."""
         self._known_sites = self.sites
         values = share_active_levels([w.value for w in self.weights.values()])
         for weight, value in zip(self.weights.values(), values, strict=True):
@@ -88,28 +93,26 @@ class Registry:
             module.input_range = self._input_ranges[2 * i : 2 * i + 2]
         linears = linear_layers(self.inputs)
         for layer in linears.values():
-            layer.introduce()
-        for parent, layers in fused_groups(linears):
-            fused_group = FusedGroup(
-                layers, [layer.own_call for layer in layers], self._parents[parent], self._switches
-            )
-            for place, layer in enumerate(layers):
-                layer.fused_group, layer.place = fused_group, place
+            layer.reset_calls()
+        for container, layers in fused_groups(linears):
+            fused_group = FusedGroup(layers, [layer.own_call for layer in layers], self._scopes[container], self._epoch)
+            for position, layer in enumerate(layers):
+                layer.fused_group, layer.position = fused_group, position
 
     def renew(self) -> None:
-        """A weight has become another, of which other tiles may be stored."""
+        """Take the stored levels that the weights have now, after one of them was replaced."""
         stored = [w.value.stored_levels.expand(2, -1, -1).reshape(-1) for w in self.weights.values()]
         self._stored = torch.cat(stored) if stored else self._active
 
-    def _switched(self) -> None:
-        """Levels or ranges were written: what waits for a sibling is no longer true."""
-        self._switches.count += 1
-        for parent in self._parents.values():
-            parent.traced = None
+    def _begin_epoch(self) -> None:
+        """Levels or ranges were written: results that are pending in fused groups are of the old ones."""
+        self._epoch.number += 1
+        for scope in self._scopes.values():
+            scope.traced = None
 
     @property
     def profile(self) -> Profile | None:
-        """What was measured of this model, if it is known; read when first asked for."""
+        """The profile of this model, read from its folder when first asked for; None if none was kept."""
         if self._profile is None and self.profile_source is not None:
             self._profile = self.profile_source()
         return self._profile
@@ -119,19 +122,24 @@ class Registry:
         self._profile = profile
 
     def check(self, plan: PrecisionMap) -> None:
-        """Raise unless the map is of this model and the planes it reads are resident."""
+        """Raise unless the map is of this model and the planes that it reads are stored.
+
+        Raises:
+            SiteError: it is not a map, or a map of another model.
+            PlaneNotResidentError: planes that it reads were not loaded or not kept.
+        """
         if not isinstance(plan, PrecisionMap):
             raise SiteError(f"{plan!r} is not a PrecisionMap; profile.uniform(4) is one")
         if plan.sites is not self._known_sites:
             self._check_sites(plan)
-        missing = self._first_missing(plan)
-        if missing:
+        shortfall = self._first_shortfall(plan)
+        if shortfall:
             raise PlaneNotResidentError(
-                f"{missing}; load the model with the planes of this map (`foveate.load(..., keep=map)`)"
+                f"{shortfall}; load the model with the planes of this map (`foveate.load(..., keep=map)`)"
             )
 
     def apply(self, plan: PrecisionMap, second: PrecisionMap) -> None:
-        """Write the levels of two maps; nothing else moves."""
+        """Write the levels of two maps, after checking both; no plane is moved. Errors as for `check`."""
         active_levels = bytearray()
         input_levels = bytearray()
         for one in {id(m): m for m in (plan, second)}.values():
@@ -153,7 +161,7 @@ class Registry:
         if input_levels:
             self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
         self.applied = (plan, second)
-        self._switched()
+        self._begin_epoch()
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -168,7 +176,7 @@ class Registry:
             raise SiteError(f"ranges name inputs that the model does not have: {', '.join(sorted(unknown)[:5])}")
         if self.inputs:
             self._input_ranges.copy_(torch.tensor([ranges.get(name, _NO_RANGE) for name in self.inputs]).view(-1))
-        self._switched()
+        self._begin_epoch()
 
     def _check_sites(self, plan: PrecisionMap) -> None:
         if plan.sites != self.sites:
@@ -177,7 +185,8 @@ class Registry:
             raise SiteError(f"the map is of another model: {what}")
         self._known_sites = plan.sites
 
-    def _first_missing(self, plan: PrecisionMap) -> str | None:
+    def _first_shortfall(self, plan: PrecisionMap) -> str | None:
+        """The first weight of which a map reads more than is stored, in words; None if there is none."""
         for name, weight in self.weights.items():
             stored_levels = weight.value.stored_levels.view(-1)
             wanted = torch.frombuffer(
@@ -185,12 +194,14 @@ class Registry:
             )
             if bool((wanted > stored_levels).any()):
                 short = stored_levels[wanted > stored_levels].min()
-                return f"{name} at level {int(wanted.max())}: some of its tiles are loaded up to {int(short)} bits only"
+                return f"{name} at level {int(wanted.max())}: some of its tiles are stored up to {int(short)} bits only"
         return None
 
 
 def linear_layers(inputs: Mapping[str, PlaneModule]) -> dict[str, PlaneLinear]:
-    """The linear layers of input sites, by name. One that has an adapter around it shares its input as it did."""
+    """The linear layers of input sites, by the names that fused groups are found by. A layer inside an adapter goes by
+    the adapter's name, for it shares its input as before.
+    """
     return {
         site.removesuffix(":input").removesuffix(".base_layer"): module
         for site, module in inputs.items()
@@ -229,7 +240,7 @@ def attach(model: nn.Module, registry: Registry) -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Make `model` an ordinary model again, once it holds no planes; undoes `attach` and `hooked_parents`."""
+    """Make `model` an ordinary model again, once it holds no planes; undoes `attach` and `hooked_scopes`."""
     model.__dict__.pop(_ATTRIBUTE, None)
     allow_saving(model)
     unhook(model)
@@ -259,7 +270,7 @@ def registry_of(model: nn.Module) -> Registry:
 
 
 def profile_of(model: nn.Module) -> Profile:
-    """What was measured of a quantized model; raises `FoveateError` if it was loaded without its profile."""
+    """The profile of a quantized model; raises `FoveateError` if the model was loaded without one."""
     profile = registry_of(model).profile
     if profile is None:
         raise FoveateError("the model was loaded without its profile")

@@ -1,8 +1,9 @@
-"""What a state_dict holds of a weight on planes, and how it is read back.
+"""What a state_dict holds of a weight on planes, and how a weight is read back from one.
 
-Beside the tensors that are stored it holds their geometry: rows, columns, inputs a group, reach and the exponent of the
-scales, without which the same bytes are other weights by powers of two. Nothing is taken from a state before all of the
-weight was found to fit; nor, where a whole model is loaded, before all of its weights were.
+Beside the stored tensors a state holds their geometry: rows, columns, inputs in a group, reach, and the exponent of the
+scales. Without the exponent the same bytes would be weights that differ by powers of two. A weight is checked as a
+whole before anything of it is loaded; where a whole model is loaded, all of its weights are checked before any is
+loaded. Active levels are not in a state: they belong to the map in force.
 
 Shapes: NT strips of 16 rows, G groups.
 """
@@ -29,18 +30,18 @@ GEOMETRY = "geometry"
 
 
 def geometry_of(planes: PlaneTensor) -> Tensor:
-    """Rows, columns, inputs a group, reach and exponent, int64 [5]."""
+    """Rows, columns, inputs in a group, reach and exponent, int64 [5]."""
     return torch.tensor(planes.geometry, dtype=torch.int64, device="cpu")
 
 
 def weight_in(state: Mapping[str, Any], prefix: str, present: PlaneTensor) -> PlaneTensor | None:
-    """The weight that a state holds under a prefix, in the state's own tensors, to be read at the present levels.
+    """The weight that a state holds under a prefix, in the state's own tensors and with the present active levels.
 
     Returns:
         None where the state does not hold all of a weight.
 
     Raises:
-        StateError: what the state holds does not fit the present weight, or is no weight.
+        StateError: what the state holds is malformed, or does not fit the present weight.
     """
     name = prefix.rstrip(".") or "the weight"
     found = {key: state[prefix + key] for key in (*STORED, GEOMETRY) if prefix + key in state}
@@ -114,7 +115,9 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
 
 @torch.no_grad()
 def taken(present: PlaneTensor, loaded: PlaneTensor) -> PlaneTensor:
-    """A copy of what was loaded: in the present tensors where as much is stored of each tile, else in new ones."""
+    """A copy of the loaded weight. It is written into the present tensors if the stored levels of all tiles are the
+    same, else into new ones.
+    """
     if torch.equal(present.stored_levels, loaded.stored_levels.to(present.stored_levels.device)):
         for old, new in zip(present.tensors, loaded.tensors, strict=True):
             if old is not new:

@@ -1,4 +1,7 @@
-"""PlaneWeight: a weight on planes as a module, whose tensors are buffers."""
+"""PlaneWeight: a weight on planes as a module, whose tensors are buffers.
+
+It is not a tensor: code that computes with `module.weight` itself gets an exception that says what to do instead.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from foveate.planes import PlaneTensor
 
 
 class _NotATensorError(FoveateError, AttributeError):
-    """What a tensor has, asked of a weight on planes; `hasattr` says no."""
+    """An attribute of tensors was read from a weight on planes. `hasattr` gives False."""
 
 
 def _refusal(name: str) -> str:
@@ -33,38 +36,39 @@ def _refused(name: str) -> Callable[..., Any]:
 
 
 class WeightUser(Protocol):
-    """What keeps a handle, or anything else, of a weight's present planes."""
+    """An object that holds a handle of a weight's planes, or anything else that depends on them."""
 
     def renew(self) -> None:
-        """Take the planes and the form that the weight has now."""
+        """Take the planes and the geometry that the weight has now."""
 
 
 class PlaneWeight(nn.Module):
     """A `PlaneTensor` whose tensors are buffers. `shape`, `dtype` and `device` read like a parameter's.
 
-    A state_dict holds what is stored, and the form it is stored in (`geometry`: rows, columns, group, reach, exponent).
-    Loading one fits the weight and all its users to what is loaded, or leaves everything as it was.
+    A state_dict holds what is stored, and its geometry: rows, columns, group, reach and exponent (`foveate.nn.states`).
+    Loading one replaces the planes and renews all users of the weight, or leaves everything as it was.
 
     Attributes:
-        users: what has to know when this weight becomes another; none is kept alive by it.
+        value: the planes.
+        users: objects to renew when the planes are replaced, held by weak references.
     """
 
     def __init__(self, planes: PlaneTensor, dtype: torch.dtype) -> None:
         super().__init__()
         self.users: WeakSet[WeightUser] = WeakSet()
-        #: The dtype of the weight that was quantized: what embeddings and unpacked convolutions compute in.
+        #: The dtype of the weight that was quantized. Embeddings and unpacked convolutions compute in it.
         self.dtype = dtype
         #: The name of its site, for messages.
         self.name = ""
         self.set(planes)
 
     def set(self, planes: PlaneTensor) -> None:
-        """Take other planes of the same weight (after they moved, or were dropped)."""
+        """Replace the planes, after they were moved to other memory, or some were dropped."""
         self.value = planes
         self.geometry = geometry_of(planes)
         for name, tensor in zip(STORED, planes.tensors, strict=False):
             self.register_buffer(name, tensor)
-        # a state_dict holds the weight, not the level at which it is read: that is the map's
+        # not in a state_dict: active levels belong to the map in force, not to the weight
         self.register_buffer("active_levels", planes.active_levels, persistent=False)
 
     @property
@@ -74,15 +78,15 @@ class PlaneWeight(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the planes are."""
+        """The device that the planes are on."""
         return self.value.scales.device
 
     def dequantize(self) -> Tensor:
-        """The dense weight at its present levels, float32 [rows, columns]."""
+        """The dense weight at its active levels of the first map, float32 [rows, columns]."""
         return self.value.dequantize()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneWeight:
-        # a cast to another dtype must not touch the stored form, and there are no planes elsewhere than on the CPU yet
+        # a cast to another dtype must not touch the stored form, and planes can only be on the CPU yet
         moved = fn(torch.empty(0, dtype=torch.uint8))
         if moved.device != self.device:
             raise FoveateError(f"planes cannot move to {moved.device}: this version of foveate computes on the CPU")
@@ -114,7 +118,7 @@ class PlaneWeight(nn.Module):
         if loaded is None:  # not all of it is there, so nothing of it is taken
             missing_keys += missing
             return
-        # always copies, also where the caller asks for an exchange (`assign`): planes lie in blocks of their own
+        # the planes are copied even if the caller asks for `assign`, for they lie in blocks of memory of their own
         self.set(taken(self.value, loaded))
         for user in tuple(self.users):
             user.renew()
@@ -124,11 +128,11 @@ class PlaneWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.users = WeakSet()  # a copy's users are copies, and come by themselves
+        self.users = WeakSet()  # the users of a copy are copies, which register themselves
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse to be computed with directly, as `F.linear(x, embedding.weight)` would."""
+        """Refuse functions of torch that are given the weight itself, like `F.linear(x, embedding.weight)`."""
         given = (*args, *(kwargs or {}).values())
         name = next((part.name for part in given if isinstance(part, PlaneWeight) and part.name), "a weight")
         raise FoveateError(
@@ -145,7 +149,7 @@ class PlaneWeight(nn.Module):
             raise _NotATensorError(_refusal(name)) from None
 
     def extra_repr(self) -> str:
-        """Shape, group and the range of levels."""
+        """Shape, group and the range of active levels."""
         levels = self.value.active_levels[0]
         low, high = (int(levels.min()), int(levels.max())) if levels.numel() else (0, 0)
         return f"{self.value.rows}, {self.value.columns}, group={self.value.group}, levels={low}..{high}"

@@ -1,26 +1,21 @@
-"""Budget: what a map may cost."""
+"""Budget: what a precision map may cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from foveate.errors import BudgetError
-from foveate.precision.sites import Levels as Levels
-from foveate.precision.sites import Site as Site
-from foveate.precision.sites import find_sites as find_sites
-from foveate.precision.sites import meant_sites as meant_sites
-from foveate.precision.sites import tile_levels as tile_levels
 from foveate.sizes import parse_bytes
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a map may cost. Give exactly one.
+    """What a precision map may cost. Give exactly one of the attributes.
 
     Attributes:
         bytes: bytes in memory (`PrecisionMap.bytes_resident`), a number or `"800MiB"`.
-        bits: average bits a weight, scales counted (`PrecisionMap.bits`).
-        loss: the most loss the profile may predict, in the objective's unit.
+        bits: average bits of a weight, scales included (`PrecisionMap.bits`).
+        loss: the greatest loss that the profile may predict, in the objective's unit.
     """
 
     bytes: int | str | None = None

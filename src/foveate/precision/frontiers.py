@@ -1,4 +1,4 @@
-"""Frontier: a chain of maps, each one step cheaper than the last."""
+"""Frontier: a chain of precision maps, each one step cheaper than the one before."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from foveate.precision.maps import PrecisionMap
-from foveate.precision.sites import Levels as Levels
-from foveate.precision.sites import Site as Site
-from foveate.precision.sites import find_sites as find_sites
-from foveate.precision.sites import meant_sites as meant_sites
-from foveate.precision.sites import tile_levels as tile_levels
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """A chain of maps, each one step cheaper than the last; index 0 is the best."""
+    """A chain of precision maps, each one step cheaper than the one before; index 0 is the best."""
 
     maps: tuple[PrecisionMap, ...]
 

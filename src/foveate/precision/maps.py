@@ -1,9 +1,10 @@
-"""Site, PrecisionMap, Budget, Profile, Frontier: the frozen values that the stages hand to each other.
+"""PrecisionMap: a level for each site of a model, and the exact bytes that these levels take.
 
     measure -> Profile -> allocate -> PrecisionMap -> apply
 
-A site is a named place whose precision can be chosen. A map gives each site a level, per tile where it has tiles, and
-says exactly the bytes that takes.
+A map gives each site one level, or one for each tile of a weight. It counts three kinds of bytes: *stored*, in the
+files of a folder; *resident*, in memory; and *read*, by one token. Beside the maps themselves this module has the
+simplest ways to make one, `uniform` and `uniform_of_bytes`.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from foveate.sizes import format_bytes
 
 @dataclass(frozen=True)
 class PrecisionMap:
-    """Site -> level. Frozen; `with_level` gives a changed copy.
+    """A level for each site. Frozen; `with_level` gives a changed copy.
 
     Attributes:
         sites: every site of the model.
-        levels: for each site's name one level, or for a weight one byte a tile, for a cache one byte a head.
+        levels: for each site's name one level; for a weight or a cache also bytes, one for each tile or head.
         other_bytes: bytes of everything that is not a site (norms, biases, buffers); the same in every map.
-        predicted_loss: what the profile says the map costs, in the objective's unit (nats a token for language models);
-            NaN if unknown.
-        other_parameters: how many parameters are at no site and stay float, by the class of their module; None if that
-            is not known (in maps of foveate 0.1).
+        predicted_loss: the loss that the profile predicts, in the unit of the objective (for language models nats for
+            each token); NaN if unknown.
+        other_parameters: how many parameters are not at a site and stay float, by the class of their module; None if
+            that is not known (in maps of foveate 0.1).
     """
 
     sites: tuple[Site, ...]
@@ -81,18 +82,18 @@ class PrecisionMap:
 
     @property
     def bytes_stored(self) -> int:
-        """Bytes of the tensors in the files, when only this map's planes are kept."""
+        """Bytes of the tensors in the files of a folder that stores only the planes of this map."""
         return self.other_bytes + sum(self.tile_bytes(s) + s.stored_overhead() for s in self.weight_sites())
 
     @property
     def bytes_resident(self) -> int:
-        """Bytes in memory, when only this map's planes are loaded."""
+        """Bytes in memory of a model that was loaded with only the planes of this map."""
         return self.other_bytes + sum(self.tile_bytes(s) + s.resident_overhead() for s in self.weight_sites())
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of planes and scales that one token reads (an embedding: one row's share), and everything that is no
-        site.
+        """Bytes that one token reads: planes and scales (of an embedding the share of one row), and everything that is
+        not a site.
         """
         return self.other_bytes + round(
             sum(self.tile_bytes(s) * s.rows_read / max(s.rows, 1) for s in self.weight_sites())
@@ -100,16 +101,16 @@ class PrecisionMap:
 
     @property
     def bits(self) -> float:
-        """Average bits a weight on planes, as stored: planes, scales, gains and tile levels of all sites, embeddings
-        included, over their weights.
+        """Average bits of a weight on planes, as stored: the planes, scales, gains and tile levels of all sites,
+        embeddings included, divided by how many weights they have.
         """
         weights = sum(s.weights for s in self.weight_sites())
         return 8.0 * (self.bytes_stored - self.other_bytes) / max(weights, 1)
 
     @property
     def bits_of_model(self) -> float:
-        """Average bits a parameter of the whole model, as stored, with those that stay float; NaN if it is not known
-        how many these are.
+        """Average bits of a parameter of the whole model, as stored, including those that stay float; NaN if their
+        number is not known.
         """
         if self.other_parameters is None:
             return math.nan
@@ -118,12 +119,14 @@ class PrecisionMap:
 
     @property
     def stays_float(self) -> str:
-        """What of the model is not on planes, in a sentence; nothing if that is little or not known."""
+        """Which parameters of the model are not on planes, in a sentence; empty if they are few or not known."""
         return stays_float(self.other_parameters or {}, sum(s.weights for s in self.weight_sites()))
 
     @property
     def cache_bits(self) -> float:
-        """Average bits a cached key or value, ranges counted, recent exact tokens not; NaN without cache sites."""
+        """Average bits of a cached number. Ranges of groups are included, recent tokens that are kept exact are not;
+        NaN without cache sites.
+        """
         caches = [s for s in self.sites if s.kind == "cache"]
         bits = 0.0
         for site in caches:
@@ -143,14 +146,14 @@ class PrecisionMap:
         return f"PrecisionMap({taken}, {lost}, {len(self.sites)} sites{left})"
 
     def with_level(self, pattern: str, level: int) -> PrecisionMap:
-        """A copy in which every site that the shell pattern means has `level`: the weights that it names, or if it
-        names none, the inputs or caches. The copy's loss is not predicted; `Profile.predict` does it.
+        """A copy in which all sites that a shell pattern selects have `level`: the weights whose names match, or if
+        none do, the inputs or caches. The predicted loss of the copy is NaN; `Profile.predict` gives it.
 
             plan.with_level("*", 6)  # all weights
             plan.with_level("*.mlp.*:input", 16)
 
         Raises:
-            SiteError: the pattern names no site.
+            SiteError: the pattern matches no site.
             LevelError: sites of that kind cannot have the level.
         """
         hits = meant_sites(self.sites, pattern)
@@ -159,7 +162,7 @@ class PrecisionMap:
         return replace(self, levels={**self.levels, **{s.name: level for s in hits}}, predicted_loss=float("nan"))
 
     def to_json(self) -> dict[str, Any]:
-        """Levels as a number, or as zones: runs [[level, tiles], ...]."""
+        """The map as JSON. The levels of a site are one number, or zones: runs [[level, tiles], ...]."""
         return {
             "levels": {
                 n: v if isinstance(v, int) else [[level, len(list(run))] for level, run in groupby(v)]
@@ -180,7 +183,7 @@ class PrecisionMap:
         tiles = {s.name: s.tiles for s in sites}
 
         def expanded(name: str, runs: list[list[int]]) -> bytes:
-            # the sum before the bytes: a malformed count must not be believed
+            # the sum is checked before bytes are made: a malformed count could ask for any amount of memory
             if any(count < 0 for _, count in runs) or sum(count for _, count in runs) != tiles.get(name):
                 raise ValueError(f"the zones of {name!r} are not of its {tiles.get(name)} tiles")
             return b"".join(bytes([level]) * count for level, count in runs)
@@ -199,8 +202,8 @@ class PrecisionMap:
 def input_level_for(weight_level: float) -> int:
     """The level of an input whose weight is read at `weight_level` bits on average: 8, but 16 for weights above 6 bits.
 
-    An 8-bit input row loses several times what 8-bit weights lose (docs/decisions.md), and up to 6 bits much less than
-    the weights do.
+    An input row of 8 bits loses several times as much as weights of 8 bits do, and much less than weights of up to 6
+    bits do (docs/decisions.md).
     """
     return 16 if weight_level > 6 else 8
 
@@ -215,10 +218,10 @@ def uniform(sites: Sequence[Site], level: int, other_bytes: int = 0, input_level
 
 
 def uniform_of_bytes(plan: PrecisionMap) -> PrecisionMap:
-    """Uniform precision at another map's bytes: the highest level that fits everywhere, and what is left spent on every
-    n-th tile, evenly, one level up.
+    """Uniform precision at the bytes of another map: the highest level that fits everywhere, and one level more at
+    evenly spaced tiles for the bytes that are left.
 
-    It is what one does without measuring anything, and so what a map must beat. Inputs keep the levels they have in
+    This needs no measurement, so it is the baseline that an allocated map must beat. Inputs keep their levels of
     `plan`.
     """
     target = sum(plan.tile_bytes(s) for s in plan.weight_sites())

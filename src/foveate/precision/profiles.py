@@ -1,4 +1,10 @@
-"""Profile: what was measured of a model, and what it predicts of a map."""
+"""Profile: what was measured of a model, and the loss that it predicts for a precision map.
+
+The prediction is a sum: each tile and each input costs the loss that was measured for it at its level, and levels of
+weights are scaled by what was measured with the whole model at that level (`measured_over_summed`).
+
+Shapes: T tiles of a weight, NT strips of 16 rows, G groups of inputs.
+"""
 
 from __future__ import annotations
 
@@ -11,39 +17,36 @@ from torch import Tensor
 
 from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS, input_bits_of
 from foveate.precision.maps import PrecisionMap, uniform
-from foveate.precision.sites import Levels as Levels
-from foveate.precision.sites import Site as Site
-from foveate.precision.sites import find_sites as find_sites
-from foveate.precision.sites import meant_sites as meant_sites
-from foveate.precision.sites import stays_float
-from foveate.precision.sites import tile_levels as tile_levels
+from foveate.precision.sites import Levels, Site, stays_float
 
-#: The statistic of a weight whose codes were fitted to its inputs: see `Profile.statistics`.
+#: The name of the statistic of a weight whose codes were fitted to its inputs by descent: see `Profile.statistics`.
 FITTED = "fitted"
 
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What was measured.
+    """What was measured of a model.
 
     Attributes:
         sites: every site of the model.
-        losses: for each weight, float32 [T, 6]: the loss each tile costs at each of WEIGHT_LEVELS, in the objective's
-            unit; for each input, float32 [1, 4], at each of INPUT_LEVELS (none of an input that calibration never saw).
-        other_bytes: bytes of everything that is no site.
-        samples: tokens, images or sentences that the loss is a mean over.
-        objective: which loss: see `foveate.collect.objectives`.
-        statistics: for each weight, tensors worth keeping: `input_energy` float32 [G] (the mean of A over each group),
-            `output_range` float32 [2] (of its products, or of the rows looked up), `row_frequency` float32 [NT] of an
-            embedding (the share of look-ups that read each strip of rows), `fitted` float32 [6] of one rounded by
-            descent (what it loses on other data over what it loses on calibration's, at each of WEIGHT_LEVELS, or one
-            number for all in profiles of foveate 0.1; `losses` are those on other data). For each input, float32:
-            `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits a value, of 8-bit codes),
-            `values` [1] (read by the product, a sample), `batch_moments` [2, 2] (the least and the greatest mean and
-            variance of a batch), `batch_values` [1].
-        notes: things the user should know, a sentence each.
-        measured_over_summed: for each of WEIGHT_LEVELS, the divergence that was measured with all weights at that level
-            over the sum of `losses`; 1 where it was not measured.
+        losses: for each weight, float32 [T, 6]: the loss that each tile costs at each of WEIGHT_LEVELS, in the unit of
+            the objective. For each input, float32 [1, 4], the same at each of INPUT_LEVELS; an input that calibration
+            never saw has no entry.
+        other_bytes: bytes of everything that is not a site.
+        samples: how many tokens, images or sentences the loss is a mean over.
+        objective: the name of the loss (`foveate.collect.objectives`).
+        statistics: for each weight: `input_energy` float32 [G] (the mean of A over each group),
+            `output_range` float32 [2] (least and greatest of its products, or of the rows looked up), `row_frequency`
+            float32 [NT] of an embedding (the share of look-ups that read each strip of rows), `fitted` float32 [6] of a
+            weight that was rounded by descent (its loss on other data divided by its loss on the calibration data, at
+            each of WEIGHT_LEVELS, or one number for all in profiles of foveate 0.1; `losses` are those on other data).
+            For each input, float32:
+            `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits of each value, of 8-bit codes),
+            `values` [1] (how many the product reads for each sample), `batch_moments` [2, 2] (the least and the
+            greatest mean and variance of a batch), `batch_values` [1].
+        notes: what the user should know, a sentence each.
+        measured_over_summed: for each of WEIGHT_LEVELS, the loss that was measured with all weights at that level,
+            divided by the sum of `losses`; 1 where it was not measured.
         other_parameters: as of `PrecisionMap`.
     """
 
@@ -65,8 +68,8 @@ class Profile:
         return f"Profile({weights:,} weights at {len(sites)} sites, {what})"
 
     def predict(self, plan: PrecisionMap) -> float:
-        """The loss that the profile expects of a map: the sum over tiles and inputs, each level of weights times what
-        was measured of it over what was summed.
+        """The loss that the profile expects of a map: the sum over tiles and inputs, where tiles count times their
+        level's `measured_over_summed`.
         """
         total = self.predict_inputs(plan.levels)
         for site in self.weight_sites():
@@ -81,7 +84,7 @@ class Profile:
         return total
 
     def predict_inputs(self, levels: Mapping[str, Levels]) -> float:
-        """The part of it that the levels of inputs cost; 0 where it was not measured."""
+        """The part of the predicted loss that the levels of inputs cost; 0 where it was not measured."""
         return sum(
             float(self.losses[s.name][0, INPUT_LEVELS.index(cast(int, levels[s.name]))])
             for s in self.input_sites()
@@ -97,11 +100,11 @@ class Profile:
         return [s for s in self.sites if s.kind == "input"]
 
     def values_read(self, site: Site) -> float:
-        """How many values of an input its product reads, a sample: what averages over inputs are weighted by. Its width
-        where it was not measured.
+        """How many values of an input its product reads for each sample, the weight of this input in averages. Its
+        width where it was not measured.
         """
-        kept = self.statistics.get(site.name, {}).get("values")
-        return float(site.columns) if kept is None else float(kept)
+        measured = self.statistics.get(site.name, {}).get("values")
+        return float(site.columns) if measured is None else float(measured)
 
     def input_bits(self, plan: PrecisionMap) -> float:
         """The average bits of a map's inputs (`input_bits_of` each level), over the values that products read."""

@@ -1,4 +1,8 @@
-"""Site: a named place whose precision can be chosen, and what its tiles take."""
+"""Site: a named place in a model whose precision can be chosen, and the bytes that its tiles take.
+
+A weight has a level for each of its tiles, an input one level, a cache a level for each head. Levels of a site are one
+int where all are the same, and bytes otherwise, one byte for each tile or head.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ from foveate.formats.levels import (
 from foveate.formats.packing import TILE_ROWS, tile_grid
 from foveate.planes import level_bytes
 
+#: The levels of a site: one for all its tiles, or a byte for each.
 Levels = int | bytes
 
 
@@ -28,9 +33,9 @@ class Site:
     Attributes:
         name: dotted module path and what it is, as in `model.layers.3.mlp.up_proj:weight`.
         kind: `weight`, `input` or `cache`.
-        rows, columns, group: the weight's shape and the inputs a group; an input has 0 rows and its width; a cache its
-            heads, the width of a head, and the tokens a group.
-        row_gains: whether gains are kept for each row.
+        rows, columns, group: the shape of a weight and the inputs in a group. Of an input: 0 and its width. Of a cache:
+            its heads, the width of a head, and the tokens in a group.
+        row_gains: whether each row of the weight has gains of its own.
         rows_read: rows of the weight that one token (or image, or sentence position) reads: 1 for an embedding.
         aliases: other names of the same weight (tied weights are one site).
     """
@@ -59,29 +64,29 @@ class Site:
 
     @property
     def weights(self) -> int:
-        """Numbers of the weight, padding not counted; 0 for an input."""
+        """How many numbers the weight has, without padding; 0 for an input."""
         return self.rows * self.columns if self.kind == "weight" else 0
 
     def matches(self, pattern: str) -> bool:
-        """Whether a shell pattern names this site or one of its aliases."""
+        """Whether a shell pattern matches the name of this site or one of its aliases."""
         return any(fnmatchcase(name, pattern) for name in (self.name, *self.aliases))
 
     def tile_costs(self) -> list[int]:
-        """Bytes of planes and scales that one tile takes at each of WEIGHT_LEVELS."""
+        """Bytes of planes and scales that one tile takes when it is stored up to each of WEIGHT_LEVELS."""
         return [level_bytes(level, 1, self.group) for level in WEIGHT_LEVELS]
 
     def stored_overhead(self) -> int:
-        """Bytes in the file besides planes and scales: gains and the level each tile is stored for."""
+        """Bytes in the file besides planes and scales: gains and the stored level of each tile."""
         gain_rows = self.grid[0] * TILE_ROWS if self.row_gains else 1
         return self.tiles + 2 * len(GAINED_LEVELS) * gain_rows
 
     def resident_overhead(self) -> int:
-        """Bytes in memory besides planes and scales: gains, the tile index and both maps."""
+        """Bytes in memory besides planes and scales: gains, stored levels, tile offsets, two maps of active levels."""
         return self.stored_overhead() + 2 * self.tiles + 48 * self.grid[0]
 
 
 def find_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
-    """The sites that a shell pattern names; raises `SiteError` if there are none."""
+    """The sites that a shell pattern matches; raises `SiteError` if there are none."""
     listed = tuple(sites)
     hits = [s for s in listed if s.matches(pattern)]
     if not hits:
@@ -90,12 +95,12 @@ def find_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
 
 
 def meant_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
-    """The sites whose level a shell pattern sets: the weights that it names, or where it names none, all that it names.
+    """The sites whose level a shell pattern sets: the weights that it matches, or if there are none, all its matches.
 
-    So `*` and `layers.3.*` are weights, and inputs are named as inputs, `layers.3.*:input`.
+    So `*` and `layers.3.*` mean weights, and inputs are matched as `layers.3.*:input`.
 
     Raises:
-        SiteError: it names no site.
+        SiteError: the pattern matches no site.
     """
     hits = find_sites(sites, pattern)
     return [s for s in hits if s.kind == "weight"] or hits
@@ -106,22 +111,22 @@ def _examples(sites: Sequence[Site]) -> str:
 
 
 def tile_levels(levels: Levels, tiles: int) -> bytes:
-    """One byte a tile."""
+    """The levels as bytes, one for each tile."""
     return bytes((levels,)) * tiles if isinstance(levels, int) else levels
 
 
 def level_counts(site: Site, levels: Levels) -> list[int]:
-    """How many tiles stand at each of WEIGHT_LEVELS."""
+    """How many tiles have each of WEIGHT_LEVELS."""
     if isinstance(levels, int):
         return [site.tiles if level == levels else 0 for level in WEIGHT_LEVELS]
     return [levels.count(level) for level in WEIGHT_LEVELS]
 
 
 def checked_levels(site: Site, levels: Levels) -> Levels:
-    """The levels of a site, one where all its tiles have it; raises `LevelError` if they are not levels of its kind."""
+    """The levels of a site, as one int where all are the same; raises `LevelError` if its kind has no such levels."""
     if site.kind == "input":
         if not isinstance(levels, int):
-            raise LevelError(f"{site.name}: an input has one level, not one a tile")
+            raise LevelError(f"{site.name}: an input has one level, not one for each tile")
         return check_input_level(levels)
     allowed, check = (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (WEIGHT_LEVELS, check_weight_level)
     if isinstance(levels, int):
@@ -135,16 +140,16 @@ def checked_levels(site: Site, levels: Levels) -> Levels:
 
 
 def stays_float(parameters: Mapping[str, int], weights: int) -> str:
-    """What of a model is not on planes, in a sentence; nothing where that is less than 0.5 % of the parameters.
+    """Which parameters of a model are not on planes, in a sentence; empty if they are less than 0.5 % of all.
 
     Args:
-        parameters: how many stay float, by the class of their module.
-        weights: how many are on planes.
+        parameters: how many parameters stay float, by the class of their module.
+        weights: how many weights are on planes.
     """
-    left = sum(parameters.values())
-    total = max(left + weights, 1)
-    if left < 0.005 * total:
+    stay = sum(parameters.values())
+    total = max(stay + weights, 1)
+    if stay < 0.005 * total:
         return ""
     parts = [(name, n) for name, n in sorted(parameters.items(), key=lambda part: -part[1]) if n >= 0.005 * total]
     named = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in parts[:5])
-    return f"{100 * left / total:.0f} % of the parameters stay float" + (f": {named}" if named else "")
+    return f"{100 * stay / total:.0f} % of the parameters stay float" + (f": {named}" if named else "")

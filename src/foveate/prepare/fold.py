@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from foveate.collect.kinds import Kind, kind_of
 from foveate.collect.objectives import run
 from foveate.errors import DataError, WeightError
-from foveate.nn.folded import _ATTRIBUTE, _exchange_norms, _is_norm, folded_of
+from foveate.nn.folded import _ATTRIBUTE, _is_norm, _remove_norms, folded_of
 from foveate.nn.plane_module import PlaneModule
 
 
@@ -73,7 +73,7 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
         if alone and watch.outputs[layer_name] is watch.inputs[norm_name] and _fits(layer, norm, watch, layer_name):
             _fold(layer, norm)
             pairs.append((layer_name, norm_name))
-    _exchange_norms(model, pairs)
+    _remove_norms(model, pairs)
     model.__dict__[_ATTRIBUTE] = (*folded_of(model), *pairs)
     return tuple(norm for _, norm in pairs)
 
