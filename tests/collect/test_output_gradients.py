@@ -25,7 +25,7 @@ def _collected_gradients(model: nn.Module, x: Tensor) -> Collector:
 
 @pytest.mark.parametrize("together", [512, 3])
 def test_gradients_of_outputs_together(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.collect.statistics.TOGETHER", together)
+    monkeypatch.setattr("foveate.collect.statistics.COVARIANCE_BLOCK", together)
     model = mlp((6, 5, 4))
     (x,) = rows(40, 6, 1)
     collector = _collected_gradients(model, x)

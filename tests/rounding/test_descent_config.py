@@ -41,7 +41,7 @@ def test_few_rows_lose_no_more_than_nearest_codes_at_any_level(seed: int, column
     energy = seen.diagonal()
     nearest = round_weight(w, group=64, input_energy_K=energy)
     start = round_weight(w, group=64, input_energy_K=energy, clip_penalties=way.clip_penalties)
-    ours = with_descent(w, start, seen, shares=way.shares, damping=way.damping)
+    ours = with_descent(w, start, seen, level_weights=way.level_weights, damping=way.damping)
     for level in LEVELS:
         assert _form(w, ours, level, truth) <= 1.05 * _form(w, nearest, level, truth), level
     assert _form(w, ours, 4, truth) < _form(w, nearest, 4, truth)
@@ -55,7 +55,7 @@ def test_what_fitting_hides_is_foreseen(times: int) -> None:
         w = torch.randn(128, columns, generator=generator(seed + 50))
         start = round_weight(w, group=64, input_energy_K=seen.diagonal(), clip_penalties=CLIP_PENALTIES_FOR_DESCENT)
         # 8 bits alone: codes fine enough to go wherever the form is least
-        ours = with_descent(w, start, seen, shares={8: 1.0})
+        ours = with_descent(w, start, seen, level_weights={8: 1.0})
         free = degrees_of_freedom(seen, times * columns)
         seen_more.append(_form(w, ours, 8, truth) / _form(w, ours, 8, seen) / overfit_factor(free))
     assert sum(seen_more) / 4 == pytest.approx(1.0, abs=0.1)
@@ -63,19 +63,21 @@ def test_what_fitting_hides_is_foreseen(times: int) -> None:
 
 def test_many_rows_are_believed_and_few_are_not() -> None:
     many, few = descent_config(0.0, 1000), descent_config(0.5, 1000)
-    assert many.shares == pytest.approx(dict(LEVEL_WEIGHTS))
+    assert many.level_weights == pytest.approx(dict(LEVEL_WEIGHTS))
     assert (many.clip_penalties, many.damping) == (
         pytest.approx(CLIP_PENALTIES_FOR_DESCENT),
         pytest.approx(INPUT_DAMPING),
     )
-    assert few.shares == pytest.approx(dict(LEVEL_WEIGHTS_LOOKED_UP))
+    assert few.level_weights == pytest.approx(dict(LEVEL_WEIGHTS_LOOKED_UP))
     assert few.clip_penalties == pytest.approx(CLIP_PENALTIES)
     assert few.damping > many.damping
-    eights = [descent_config(free / 100, 1000).shares[8] for free in range(51)]
+    eights = [descent_config(free / 100, 1000).level_weights[8] for free in range(51)]
     assert eights == sorted(eights)
     # the same rows of fewer samples say less
     assert (
-        descent_config(0.1, 10).shares[8] > descent_config(0.1, 150).shares[8] > descent_config(0.1, 10_000).shares[8]
+        descent_config(0.1, 10).level_weights[8]
+        > descent_config(0.1, 150).level_weights[8]
+        > descent_config(0.1, 10_000).level_weights[8]
     )
 
 

@@ -1,11 +1,11 @@
 """How long quantizing will take, said after the first batch: its own time for the passes, arithmetic for the rounding.
 
-Rounding a weight of N rows and K columns, R rows of which hang together, is arithmetic of four kinds, and how fast this
+Rounding a weight of N rows and K columns, R rows of which hang joint_rows, is arithmetic of four kinds, and how fast this
 machine does each is measured in half a second:
 
     N K            searching grids, packing, scoring                    seconds a value
     10 N K         choosing codes in ten sweeps                         seconds a code
-    10 N K R       what the errors of R rows mean for each other        seconds a pull
+    10 N K R       what the errors of R rows mean for each other        seconds a row_term
     112 N K^2      five streams in ten sweeps, six levels scored        seconds a flop, float32
 """
 
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.calibrate.reference_outputs import MOST
+from foveate.calibrate.reference_outputs import MAX_BATCHES
 from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
-from foveate.collect.statistics import TOGETHER, Factored
+from foveate.collect.statistics import COVARIANCE_BLOCK, Factored
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.planes import from_codes
@@ -31,12 +31,12 @@ from foveate.sensitivity import tile_losses
 _GROUP = 64
 
 
-def _products(sweeps: int) -> int:
+def _product_operations(sweeps: int) -> int:
     """Operations of products of a row with a matrix [K, K], over K^2: 5 streams a sweep, and 6 levels are scored."""
     return 2 * (5 * sweeps + 6)
 
 
-_PRODUCTS = _products(SWEEPS)
+_PRODUCT_OPERATIONS = _product_operations(SWEEPS)
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Machine:
     Attributes:
         value: a value of a weight.
         code: a code, in each sweep.
-        pull: a code again, for each row that its row hangs together with.
+        row_term: a code again, for each row that its row hangs joint_rows with.
         flop: a float32 operation of a matrix product.
     """
 
     value: float
     code: float
-    pull: float
+    row_term: float
     flop: float
 
     @classmethod
@@ -63,22 +63,22 @@ class Machine:
         size, rows, columns = 768, 512, 2 * _GROUP
         a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
         flop = _seconds(lambda: a @ a) / (2 * size**3)
-        products = flop * _products(sweeps) * columns
+        products = flop * _product_operations(sweeps) * columns
         nearest = _seconds(lambda: _round(rows, 0)) / (rows * columns)
-        apart = _seconds(lambda: _round(rows, sweeps)) / (rows * columns)
-        code = max(apart - nearest - products, 0.0) / sweeps
+        single_rows = _seconds(lambda: _round(rows, sweeps)) / (rows * columns)
+        code = max(single_rows - nearest - products, 0.0) / sweeps
         if not compiled:  # rows are each for themselves
             return cls(nearest, code, 0.0, flop)
-        together = _seconds(lambda: _round(rows, sweeps, torch.eye(rows)[None])) / (rows * columns)
-        return cls(nearest, code, max(together - apart, 0.0) / (sweeps * rows), flop)
+        joint_rows = _seconds(lambda: _round(rows, sweeps, torch.eye(rows)[None])) / (rows * columns)
+        return cls(nearest, code, max(joint_rows - single_rows, 0.0) / (sweeps * rows), flop)
 
-    def rounding(self, load: WeightCost, descends: bool) -> float:
+    def rounding(self, cost: WeightCost, descends: bool) -> float:
         """Seconds that one weight takes."""
-        rows, columns = load.rows, load.columns
+        rows, columns = cost.rows, cost.columns
         seconds = self.value
         if descends:
-            together = min(rows, TOGETHER) if load.kept else 0
-            seconds += SWEEPS * (self.code + self.pull * together) + self.flop * _PRODUCTS * columns
+            joint_rows = min(rows, COVARIANCE_BLOCK) if cost.kept_bytes else 0
+            seconds += SWEEPS * (self.code + self.row_term * joint_rows) + self.flop * _PRODUCT_OPERATIONS * columns
         return seconds * rows * columns
 
 
@@ -129,7 +129,7 @@ class Estimate:
 def estimate(
     costs: Sequence[WeightCost],
     inputs: Sequence[float],
-    way: Schedule,
+    schedule: Schedule,
     batch: float,
     forward: float,
     batches: int | None,
@@ -137,29 +137,29 @@ def estimate(
     """Add up the parts.
 
     Args:
-        loads: the weights.
+        costs: the weights.
         inputs: rows of input that each of them sees in all; those that see too few are rounded to nearest.
-        way: the plan.
+        schedule: how the passes are made.
         batch: seconds that the first batch took in the first pass.
         forward: seconds that it took without statistics.
         batches: how many there are, if that is known.
     """
     machine = Machine.measured()
     rounding = sum(
-        machine.rounding(load, bool(load.large) and rows >= load.columns)
-        for load, rows in zip(costs, inputs, strict=True)
+        machine.rounding(cost, bool(cost.large_bytes) and rows >= cost.columns)
+        for cost, rows in zip(costs, inputs, strict=True)
     )
-    further = further_passes(costs, way)
+    further = further_passes(costs, schedule)
     passes = math.nan
     if batches is not None:
-        passes = batches * (batch * (1 + further.whole) + forward * further.forward)
-        passes += min(batches, MOST) * len(NESTED_LEVELS) * forward  # again on planes, at each level
-    return Estimate(passes, batch, rounding, len(way.shares))
+        passes = batches * (batch * (1 + further.with_gradients) + forward * further.forward_only)
+        passes += min(batches, MAX_BATCHES) * len(NESTED_LEVELS) * forward  # again on planes, at each level
+    return Estimate(passes, batch, rounding, len(schedule.parts))
 
 
-def rough(costs: Sequence[WeightCost]) -> float:
+def lower_bound(costs: Sequence[WeightCost]) -> float:
     """Seconds that rounding takes on a fast core, without measuring anything: a lower bound."""
-    return sum(3e-7 * w.rows * w.columns + _PRODUCTS * w.rows * w.columns**2 / 4e11 for w in costs)
+    return sum(3e-7 * w.rows * w.columns + _PRODUCT_OPERATIONS * w.rows * w.columns**2 / 4e11 for w in costs)
 
 
 def in_words(seconds: float) -> str:

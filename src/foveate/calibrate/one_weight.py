@@ -46,7 +46,7 @@ def group_for(columns: int) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class _Quantized:
+class QuantizedWeight:
     """One weight, done with."""
 
     site: Site
@@ -56,18 +56,18 @@ class _Quantized:
     statistics: dict[str, Tensor]
 
 
-def _round_and_score(
+def round_and_score(
     entry: QuantizableWeight, seen: Sequence[WeightStatistics], routing: Routing, group: int | None
-) -> _Quantized:
+) -> QuantizedWeight:
     w_NK = weight_matrix(entry.modules[0])
-    planes, elsewhere = _on_planes(entry, w_NK, seen, group, routing.samples)
+    planes, overfit = _on_planes(entry, w_NK, seen, group, routing.samples)
     fishers = [routing.fisher(name) for name in entry.names]
     covariances, gradients = [s.covariance() for s in seen], [s.gradients() for s in seen]
-    losses, on_these = _losses(w_NK, planes, fishers, covariances, gradients, elsewhere or 1.0)
+    losses, seen_sums = _losses(w_NK, planes, fishers, covariances, gradients, overfit or 1.0)
     kept = {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])}
-    if elsewhere is not None:
-        kept[FITTED] = (losses.double().sum(0) / on_these).nan_to_num(1.0, 1.0).float()
-    return _Quantized(
+    if overfit is not None:
+        kept[FITTED] = (losses.double().sum(0) / seen_sums).nan_to_num(1.0, 1.0).float()
+    return QuantizedWeight(
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,
         cast(Tensor, entry.modules[0].weight).dtype,
@@ -90,23 +90,25 @@ def _on_planes(
         columns = seen[0].tensors.get("gradient_K")
         energy = columns.float() if columns is not None and bool(columns.any()) else None
     covariances = [c for c in (s.covariance() for s in seen) if c is not None]
-    way, elsewhere, covariance = DescentConfig(LEVEL_WEIGHTS_LOOKED_UP, CLIP_PENALTIES, INPUT_DAMPING), None, None
-    if covariances and not _saw_too_little(seen):
+    config, overfit, covariance = DescentConfig(LEVEL_WEIGHTS_LOOKED_UP, CLIP_PENALTIES, INPUT_DAMPING), None, None
+    if covariances and not saw_too_little(seen):
         covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
-        free = degrees_of_freedom(covariance, _rows_of_covariances(seen))
-        elsewhere = overfit_factor(free)
+        dof_per_row = degrees_of_freedom(covariance, rows_of_covariances(seen))
+        overfit = overfit_factor(dof_per_row)
         if not any(s.kind is Kind.EMBEDDING for s in seen):
-            way = descent_config(free, samples)
+            config = descent_config(dof_per_row, samples)
     try:
-        rounded = round_weight(w_NK, group=size, input_energy_K=energy, clip_penalties=way.clip_penalties)
+        rounded = round_weight(w_NK, group=size, input_energy_K=energy, clip_penalties=config.clip_penalties)
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
     if covariance is not None:
-        rounded = with_descent(w_NK, rounded, covariance, _gradients(seen), shares=way.shares, damping=way.damping)
+        rounded = with_descent(
+            w_NK, rounded, covariance, _gradients(seen), level_weights=config.level_weights, damping=config.damping
+        )
     planes = from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )
-    return planes, elsewhere
+    return planes, overfit
 
 
 def _gradients(seen: Sequence[WeightStatistics]) -> Tensor | None:
@@ -115,13 +117,13 @@ def _gradients(seen: Sequence[WeightStatistics]) -> Tensor | None:
     return torch.stack(kept).sum(0) if kept else None
 
 
-def _saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
+def saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
     """Whether a weight's covariance is of fewer rows than it has columns."""
     with_one = [s.tensors for s in seen if "covariance_KK" in s.tensors]
-    return bool(with_one) and 0 < _rows_of_covariances(seen) < len(with_one[0]["energy_K"])
+    return bool(with_one) and 0 < rows_of_covariances(seen) < len(with_one[0]["energy_K"])
 
 
-def _rows_of_covariances(seen: Sequence[WeightStatistics]) -> float:
+def rows_of_covariances(seen: Sequence[WeightStatistics]) -> float:
     """Rows that the covariances of a weight's uses are of."""
     return sum(float(s.tensors["rows"]) for s in seen if "covariance_KK" in s.tensors)
 
@@ -132,11 +134,11 @@ def _losses(
     fishers: Sequence[Tensor | Factored],
     covariances: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
-    elsewhere: float,
+    overfit: float,
 ) -> tuple[Tensor, Tensor]:
     """The table of a weight's tiles, and their sums on the inputs that were seen, some strips of rows at a time."""
     parts = []
-    on_these = torch.zeros((), dtype=torch.float64)
+    seen_sums = torch.zeros((), dtype=torch.float64)
     # blocks of gradients are not cut
     whole = math.lcm(TILE_ROWS, *(g.shape[1] for g in gradients if g is not None))
     step = max(whole, _SCORED // w_NK.shape[1] // whole * whole)
@@ -156,11 +158,11 @@ def _losses(
         ]
         blocks = [None if g is None else g[start // g.shape[1] : -(-(start + step) // g.shape[1])] for g in gradients]
         w_rows = w_NK[start : start + step]
-        part, seen = tile_losses(w_rows, at_level, here, planes.group, covariances, blocks, elsewhere)
+        part, seen = tile_losses(w_rows, at_level, here, planes.group, covariances, blocks, overfit)
         parts.append(part)
-        on_these = on_these + seen
+        seen_sums = seen_sums + seen
     planes.active_levels.fill_(TOP_LEVEL)
-    return torch.cat(parts), on_these
+    return torch.cat(parts), seen_sums
 
 
 def _kept_statistics(seen: Sequence[WeightStatistics], planes: PlaneTensor) -> dict[str, Tensor]:

@@ -18,11 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.calibrate.one_weight import _Quantized, _round_and_score, _rows_of_covariances, _saw_too_little
+from foveate.calibrate.one_weight import QuantizedWeight, round_and_score, rows_of_covariances, saw_too_little
 from foveate.calibrate.passes import Calibration, CalibrationOptions
 from foveate.calibrate.reference_outputs import with_measured
 from foveate.calibrate.routing import Routing
-from foveate.calibrate.trial import WayBack, run_on_planes
+from foveate.calibrate.trial import OriginalModules, run_on_planes
 from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import QuantizableWeight, find_weights, listed
 from foveate.collect.objectives import Objective
@@ -115,7 +115,7 @@ def _quantized(
             raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
         _check_values(entry.names[0], weight.detach())
     calibration = Calibration(model, batches, found, options)
-    with given_back(calibration.plan.replay or calibration.plan.lean):
+    with given_back(calibration.schedule.replay or calibration.schedule.free_early):
         rounded, routing, few = _all_rounded(model, calibration, group, options.progress)
     calibration.make_room()
     collector, found = calibration.collector, calibration.found
@@ -128,8 +128,8 @@ def _quantized(
     del rounded, done
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         kept.set(value)
-    way_back = WayBack(model, found)
-    with way_back.on(BaseException):
+    originals = OriginalModules(model, found)
+    with originals.restored_on(BaseException):
         registry = install(model, found, sites, weights)
         run_on_planes(model, calibration.first, calibration.generates)
     weight_count = sum(s.weights for s in sites)
@@ -151,7 +151,7 @@ def _quantized(
         tuple(notes),
         other_parameters=registry.other_parameters,
     )
-    with way_back.on(Exception):
+    with originals.restored_on(Exception):
         try:
             with frozen(model):
                 profile = with_measured(profile, model, registry, calibration.reference_outputs, options.progress)
@@ -204,20 +204,20 @@ def _check_values(name: str, weight: Tensor) -> None:
 
 def _all_rounded(
     model: nn.Module, calibration: Calibration, group: int | None, progress: bool
-) -> tuple[dict[str, _Quantized], Routing, dict[str, str]]:
+) -> tuple[dict[str, QuantizedWeight], Routing, dict[str, str]]:
     """Every weight by its module's name, how experts were met, and the weights that had too few inputs: how few."""
     collector = calibration.collector
-    rounded: dict[str, _Quantized] = {}
+    rounded: dict[str, QuantizedWeight] = {}
     routing: Routing | None = None
     few: dict[str, str] = {}
-    for share in calibration.shares():
+    for part in calibration.parts():
         routing = routing or Routing(model, collector)
-        for entry in track(share, "rounding", show=progress):
+        for entry in track(part, "rounding", show=progress):
             seen = [collector.by_module[name] for name in entry.names]
-            if _saw_too_little(seen):
-                rows, columns = _rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
+            if saw_too_little(seen):
+                rows, columns = rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
                 few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
-            rounded[entry.names[0]] = _round_and_score(entry, seen, routing, group)
+            rounded[entry.names[0]] = round_and_score(entry, seen, routing, group)
             calibration.done(entry)
     assert routing is not None
     return rounded, routing, {e.names[0]: few[e.names[0]] for e in calibration.found if e.names[0] in few}

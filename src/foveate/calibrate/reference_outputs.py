@@ -28,17 +28,17 @@ from foveate.precision.profiles import FITTED, Profile
 from foveate.progress import track
 
 #: Batches that are kept at most.
-MOST = 16
+MAX_BATCHES = 16
 #: Bytes that they take at most, unless one alone takes more; and their outcomes.
-_ROOM = 64 << 20
+_MAX_BYTES = 64 << 20
 #: Inputs are read at this level meanwhile: what they lose is counted for itself, and 16 bits lose next to nothing.
-_INPUTS = 16
-_LARGEST = 100.0
+_INPUT_LEVEL = 16
+_LARGEST_FACTOR = 100.0
 
 
 def reference_bytes(batch: Any, outcome: int) -> int:
     """Bytes that a witness takes at most, of batches like this one, with so many bytes of outcomes each."""
-    return min(MOST * (_bytes_of(batch) + outcome), max(_ROOM, _bytes_of(batch)) + _ROOM)
+    return min(MAX_BATCHES * (_bytes_of(batch) + outcome), max(_MAX_BYTES, _bytes_of(batch)) + _MAX_BYTES)
 
 
 def _bytes_of(batch: Any) -> int:
@@ -83,7 +83,7 @@ class ReferenceOutputs:
         if not self.compares:
             return False
         index, self._seen = self._seen, self._seen + 1
-        most = max(1, min(MOST, _ROOM // max(_bytes_of(batch), 1)))
+        most = max(1, min(MAX_BATCHES, _MAX_BYTES // max(_bytes_of(batch), 1)))
         while index % self._every == 0 and len(self._kept) >= most:
             self._every *= 2
             self._kept = self._kept[::2] if most > 1 else self._kept
@@ -92,7 +92,7 @@ class ReferenceOutputs:
     def keep(self, batch: Any, output: Any) -> None:
         """Take a batch, with what the float model put out."""
         outcome_nD = self._objective.outcome(output, batch).detach()
-        step = max(1, -(-MOST * outcome_nD.numel() * outcome_nD.element_size() // _ROOM))
+        step = max(1, -(-MAX_BATCHES * outcome_nD.numel() * outcome_nD.element_size() // _MAX_BYTES))
         self._kept.append((copied(batch), step, outcome_nD[::step].clone()))
 
     def divergence(self, model: nn.Module) -> float:
@@ -139,12 +139,12 @@ def _measured(
     summed = _summed(profile)
     factors: dict[int, float] = {}
     for level in track(NESTED_LEVELS, "measuring", show=progress):
-        plan = profile.uniform(level, _INPUTS)
+        plan = profile.uniform(level, _INPUT_LEVEL)
         registry.apply(plan, plan)
         measured = reference_outputs.divergence(model)
         if not math.isfinite(measured):
             return {}
-        factors[level] = min(max(measured / summed[level], 1.0), _LARGEST) if summed[level] > 0 else 1.0
+        factors[level] = min(max(measured / summed[level], 1.0), _LARGEST_FACTOR) if summed[level] > 0 else 1.0
     return {0: factors[NESTED_LEVELS[0]], **factors}
 
 

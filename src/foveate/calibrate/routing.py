@@ -16,7 +16,7 @@ from foveate.collect.statistics import Factored
 from foveate.nn.experts import PlaneExperts
 
 #: How often an expert that was never met counts as met.
-_HALF = 0.5
+_UNSEEN_COUNT = 0.5
 
 
 class Routing:
@@ -75,7 +75,7 @@ class Routing:
     def _average_of(self, met: list[str]) -> Factored | Tensor | None:
         """F of the average expert met half a time; None if none was met."""
         samples = self._collector.samples
-        others = [(self._collector.by_module[n].fisher(samples), _HALF / self._rows(n)) for n in met]
+        others = [(self._collector.by_module[n].fisher(samples), _UNSEEN_COUNT / self._rows(n)) for n in met]
         whole = [f * weight for f, weight in others if isinstance(f, Tensor)]
         factors = [(f, weight) for f, weight in others if isinstance(f, Factored)]
         if whole:

@@ -3,12 +3,12 @@
 Beyond the model itself three things take memory, and each can be traded for time:
 
     what backward keeps    every layer's activations, or those of one block at a time, run twice (`collect.replay`)
-    large statistics       a matrix a weight, for all weights at once or for a share of them in each pass over the data
+    large statistics       a matrix a weight, for all weights at once or for a part of them in each pass over the data
     finished weights       planes beside the float weights until the end, or in place of them at once
 
 Shares are taken from the end of the model to its beginning. The first pass, the only one that needs gradients where
-statistics factor, collects all that is small and the first share; each further one runs the model only as far as its
-share goes, so that float weights behind it are no longer needed and can make room. The reference of every statistic is
+statistics factor, collects all that is small and the first part; each further one runs the model only as far as its
+part goes, so that float weights behind it are no longer needed and can make room. The reference of every statistic is
 the float model, whichever weights are on planes already, so the result is that of a single pass.
 
 `plan` chooses, by arithmetic alone, the cheapest of these that fits; `Calibration` does it.
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.collect.statistics import TOGETHER
+from foveate.collect.statistics import COVARIANCE_BLOCK
 
 #: Bytes of temporaries that searching grids and scoring take at most.
 _TEMPORARIES = 288 << 20
@@ -46,32 +46,34 @@ class WeightCost:
     rows: int
     columns: int
     copied: bool
-    floats: int
-    large: int
+    float_bytes: int
+    large_bytes: int
     gradients: bool
-    first: int
-    last: int
-    kept: int = 0
+    first_call: int
+    last_call: int
+    kept_bytes: int = 0
 
     @property
-    def planes(self) -> int:
+    def plane_bytes(self) -> int:
         """Of all planes, scales and padding."""
         return self.rows * (self.columns + -(-self.columns // 32) * 4)
 
     @property
-    def rounding(self) -> int:
+    def rounding_bytes(self) -> int:
         """That rounding takes meanwhile: searching and scoring, factoring in double precision, or choosing codes,
         whichever takes most.
 
         Choosing holds the metric and its factor, and the errors of each thread's rows twice: what is wanted of them,
         and what is taken from that.
         """
-        size, matrix = self.rows * self.columns, 4 * self.columns**2 * bool(self.large)
-        errors = 2 * 20 * self.columns * min(self.rows, TOGETHER * torch.get_num_threads()) * bool(self.large)
-        choosing = 2 * matrix + 2 * self.kept + 6 * size + errors
+        size, matrix = self.rows * self.columns, 4 * self.columns**2 * bool(self.large_bytes)
+        errors = (
+            2 * 20 * self.columns * min(self.rows, COVARIANCE_BLOCK * torch.get_num_threads()) * bool(self.large_bytes)
+        )
+        choosing = 2 * matrix + 2 * self.kept_bytes + 6 * size + errors
         most = max(min(_TEMPORARIES, 28 * size), 8 * matrix, choosing)
         # means of the statistics, and the codes
-        return matrix + self.kept + (2 + 4 * self.copied) * size + most
+        return matrix + self.kept_bytes + (2 + 4 * self.copied) * size + most
 
 
 @dataclass(frozen=True)
@@ -80,19 +82,19 @@ class Schedule:
 
     Attributes:
         replay: whether blocks are run twice.
-        shares: weights by number, those of the first pass first.
-        lean: whether float weights make room as soon as they are done with.
+        parts: weights by number, those of the first pass first.
+        free_early: whether float weights make room as soon as they are done with.
         peak: bytes beyond the model that it takes at most, as far as can be told.
     """
 
     replay: bool
-    shares: tuple[tuple[int, ...], ...]
-    lean: bool
+    parts: tuple[tuple[int, ...], ...]
+    free_early: bool
     peak: int
 
 
-def plan(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int) -> Schedule:
-    """The cheapest way that fits, or the one that takes least if none does.
+def make_schedule(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int) -> Schedule:
+    """The cheapest schedule that fits, or the one that takes least if none does.
 
     Args:
         loads: the weights.
@@ -101,96 +103,98 @@ def plan(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: in
         forward: bytes that a pass without gradients takes.
         room: bytes that there are beyond the model.
     """
-    ways: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
-    for parts in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
-        shares = cut(costs, parts)
+    candidates: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
+    for count in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
+        parts = cut(costs, count)
         for replay in (False, True):
-            for lean in (False, True):
-                if (shares, replay, lean) not in ways:
-                    peak = _peak(costs, shares, kept_replayed if replay else kept, forward, lean)
-                    ways[shares, replay, lean] = Schedule(replay, shares, lean, peak)
-    fitting = [way for way in ways.values() if way.peak <= room]
+            for free_early in (False, True):
+                if (parts, replay, free_early) not in candidates:
+                    peak = _peak(costs, parts, kept_replayed if replay else kept, forward, free_early)
+                    candidates[parts, replay, free_early] = Schedule(replay, parts, free_early, peak)
+    fitting = [schedule for schedule in candidates.values() if schedule.peak <= room]
     if fitting:
-        return min(fitting, key=lambda way: _cost(costs, way))
-    return min(ways.values(), key=lambda way: way.peak)
+        return min(fitting, key=lambda schedule: _relative_time(costs, schedule))
+    return min(candidates.values(), key=lambda schedule: schedule.peak)
 
 
-def cut(costs: Sequence[WeightCost], parts: int) -> tuple[tuple[int, ...], ...]:
-    """Weights by number in shares of about equal bytes, from the last called to the first."""
-    total = sum(load.large for load in costs)
-    order = sorted(range(len(costs)), key=lambda i: -costs[i].last)
-    most = -(-total // parts)
-    shares: list[list[int]] = [[]]
+def cut(costs: Sequence[WeightCost], count: int) -> tuple[tuple[int, ...], ...]:
+    """Weights by number in parts of about equal bytes, from the last called to the first."""
+    total = sum(cost.large_bytes for cost in costs)
+    order = sorted(range(len(costs)), key=lambda i: -costs[i].last_call)
+    most = -(-total // count)
+    parts: list[list[int]] = [[]]
     filled = 0
     for i in order:
-        large = costs[i].large
+        large = costs[i].large_bytes
         if filled and large and filled + large > most:
-            shares.append([])
+            parts.append([])
             filled = 0
-        shares[-1].append(i)
+        parts[-1].append(i)
         filled += large
-    return tuple(map(tuple, shares))
+    return tuple(map(tuple, parts))
 
 
-def freed_after(costs: Sequence[WeightCost], shares: Sequence[Sequence[int]], done: int) -> list[int]:
-    """The weights, by number, that no pass needs once the first `done` shares are rounded."""
-    left = [i for share in shares[done:] for i in share]
+def freed_after(costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], done: int) -> list[int]:
+    """The weights, by number, that no pass needs once the first `done` parts are rounded."""
+    left = [i for part in parts[done:] for i in part]
     if any(costs[i].gradients for i in left):
         return []  # a backward pass goes through everything
-    needed = max((costs[i].last for i in left), default=-2)
-    return [i for share in shares[:done] for i in share if costs[i].first > needed]
+    needed = max((costs[i].last_call for i in left), default=-2)
+    return [i for part in parts[:done] for i in part if costs[i].first_call > needed]
 
 
-def _peak(costs: Sequence[WeightCost], shares: Sequence[Sequence[int]], kept: int, forward: int, lean: bool) -> int:
+def _peak(
+    costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], kept: int, forward: int, free_early: bool
+) -> int:
     """Bytes beyond the model, at most, while a plan is carried out."""
-    made, peak = sum(load.kept for load in costs), 0
-    gone: set[int] = set()
-    for number, share in enumerate(shares):
-        large = sum(costs[i].large for i in share)
-        backward = number == 0 or any(costs[i].gradients for i in share)
-        peak = max(peak, made + large + (kept if backward else forward))
-        at_once = lean and number == len(shares) - 1
-        for i in share:
-            peak = max(peak, made + large + costs[i].rounding)
-            made += costs[i].planes - (costs[i].floats if at_once else 0)
-            large -= costs[i].large
-            gone |= {i} if at_once else set()
-        if lean:
-            more = set(freed_after(costs, shares, number + 1)) - gone
-            made -= sum(costs[i].floats for i in more)
-            gone |= more
+    held, peak = sum(cost.kept_bytes for cost in costs), 0
+    freed: set[int] = set()
+    for number, part in enumerate(parts):
+        large = sum(costs[i].large_bytes for i in part)
+        backward = number == 0 or any(costs[i].gradients for i in part)
+        peak = max(peak, held + large + (kept if backward else forward))
+        at_once = free_early and number == len(parts) - 1
+        for i in part:
+            peak = max(peak, held + large + costs[i].rounding_bytes)
+            held += costs[i].plane_bytes - (costs[i].float_bytes if at_once else 0)
+            large -= costs[i].large_bytes
+            freed |= {i} if at_once else set()
+        if free_early:
+            more = set(freed_after(costs, parts, number + 1)) - freed
+            held -= sum(costs[i].float_bytes for i in more)
+            freed |= more
     # planes are gathered in blocks at the end, when no float weight is needed any more
-    made -= sum(load.floats for i, load in enumerate(costs) if i not in gone)
-    return _SLACK + max(peak, made + sum(load.planes for load in costs))
+    held -= sum(cost.float_bytes for i, cost in enumerate(costs) if i not in freed)
+    return _SLACK + max(peak, held + sum(cost.plane_bytes for cost in costs))
 
 
 @dataclass(frozen=True)
-class Further:
+class FurtherPasses:
     """What the passes after the first one take.
 
     Attributes:
-        whole: passes with gradients.
+        with_gradients: passes with gradients.
         forward: passes without, as far as each of them goes, with what its statistics take beside the model.
     """
 
-    whole: int
-    forward: float
+    with_gradients: int
+    forward_only: float
 
 
-def further_passes(costs: Sequence[WeightCost], way: Schedule) -> Further:
+def further_passes(costs: Sequence[WeightCost], schedule: Schedule) -> FurtherPasses:
     """The passes after the first one."""
-    total = max((load.last for load in costs), default=0) + 1
-    whole, forward = 0, 0.0
-    for share in way.shares[1:]:
-        if any(costs[i].gradients for i in share):
-            whole += 1
+    total = max((cost.last_call for cost in costs), default=0) + 1
+    with_gradients, forward = 0, 0.0
+    for part in schedule.parts[1:]:
+        if any(costs[i].gradients for i in part):
+            with_gradients += 1
         else:
-            forward += 1.2 * (max(costs[i].last for i in share) + 1) / total
-    return Further(whole, forward)
+            forward += 1.2 * (max(costs[i].last_call for i in part) + 1) / total
+    return FurtherPasses(with_gradients, forward)
 
 
-def _cost(costs: Sequence[WeightCost], way: Schedule) -> float:
+def _relative_time(costs: Sequence[WeightCost], schedule: Schedule) -> float:
     """Time, in forward passes: one with gradients and statistics takes about five."""
-    further = further_passes(costs, way)
+    further = further_passes(costs, schedule)
     # what can be undone is kept if it may be
-    return (1 + further.whole) * (5.0 + way.replay) + further.forward + 0.01 * way.lean
+    return (1 + further.with_gradients) * (5.0 + schedule.replay) + further.forward_only + 0.01 * schedule.free_early

@@ -18,7 +18,7 @@ from foveate.precision.maps import PrecisionMap, Site, uniform
 from foveate.sizes import format_bytes
 
 
-def least_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str] = ()) -> PrecisionMap:
+def smallest_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str] = ()) -> PrecisionMap:
     """Every weight at the lowest level, gains left out: no map of `foveate.quantize` and `allocate` takes less.
 
     Args:
@@ -38,7 +38,7 @@ def least_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str]
 
 def check_reachable(model: nn.Module, budget: Budget, *, group: int | None = None, skip: Sequence[str] = ()) -> None:
     """Raise `BudgetError` for a budget of bytes or bits that no map can meet."""
-    lowest = least_map(model, group=group, skip=skip)
+    lowest = smallest_map(model, group=group, skip=skip)
     if isinstance(budget.bytes, int) and budget.bytes < lowest.bytes_resident:
         raise BudgetError(
             f"no map fits in {format_bytes(budget.bytes)}: the least is more than {format_bytes(lowest.bytes_resident)}"

@@ -31,7 +31,7 @@ def run_on_planes(model: nn.Module, batch: Any, generates: bool) -> None:
             decode(model)
 
 
-class WayBack:
+class OriginalModules:
     """The modules that are about to be exchanged, and where they are."""
 
     def __init__(self, model: nn.Module, found: Sequence[QuantizableWeight]) -> None:
@@ -41,7 +41,7 @@ class WayBack:
         self._places = [(name, module) for name, module in named if id(module) in ours]
 
     @contextmanager
-    def on(self, kind: type[BaseException]) -> Iterator[None]:
+    def restored_on(self, kind: type[BaseException]) -> Iterator[None]:
         """Put the modules back if an error of this kind is raised.
 
         Raises:

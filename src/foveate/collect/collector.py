@@ -24,7 +24,7 @@ from foveate.errors import DataError
 Take = Callable[[str, nn.Module, Tensor, Tensor], Callable[[Tensor], None] | None]
 
 
-class _Reached(BaseException):
+class _LastCallReached(BaseException):
     """The last call that a pass was for has been seen. No error, and nothing a model should catch."""
 
 
@@ -91,7 +91,7 @@ class Collector:
     def _loss(self, output: Any, batch: Any, index: int) -> tuple[Tensor, int]:
         return self.objective.loss(output, batch, torch.Generator().manual_seed(index))
 
-    def again(self, model: nn.Module, batch: Any, index: int, names: Collection[str]) -> None:
+    def add_large(self, model: nn.Module, batch: Any, index: int, names: Collection[str]) -> None:
         """The large statistics of some modules, from a batch that `add` has taken before.
 
         Where no gradients are needed the model runs only as far as the last call of these modules.
@@ -110,16 +110,16 @@ class Collector:
         def take(name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
             nonlocal left
             seen = None
-            if name in names and not self._replay.ahead:
-                seen = self.by_module[name].see_again(module, x)
-            left -= not self._replay.again
+            if name in names and not self._replay.first_run:
+                seen = self.by_module[name].see_large(module, x)
+            left -= not self._replay.second_run
             if left == 0:
-                raise _Reached
+                raise _LastCallReached
             return seen
 
         with torch.set_grad_enabled(backward), self._hooks(take, backward):
             if not backward:
-                with suppress(_Reached):
+                with suppress(_LastCallReached):
                     run(model, batch)
                 return
             with self._replay.running():
@@ -144,20 +144,20 @@ class Collector:
         return next((i for i, number in enumerate(calls) if number in wanted), len(calls))
 
     def _take(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
-        if not self._replay.again:
+        if not self._replay.second_run:
             self.calls[-1].append(self._numbers[name])
-        return None if self._replay.ahead else self.by_module[name].see(module, x, y)
+        return None if self._replay.first_run else self.by_module[name].see(module, x, y)
 
     @contextmanager
     def _hooks(self, take: Take, backward: bool) -> Iterator[None]:
-        spark = torch.zeros((), requires_grad=True)
+        zero = torch.zeros((), requires_grad=True)
 
         def hook(name: str) -> Callable[..., Tensor]:
             def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-                wanted = backward and not self._replay.ahead
+                wanted = backward and not self._replay.first_run
                 # parameters are frozen meanwhile, so the first outputs must be given a gradient
                 if wanted and not output.requires_grad:
-                    output = output + spark
+                    output = output + zero
                 if wanted and not output.requires_grad:
                     raise DataError(f"{name} runs without gradients (torch.no_grad in the model): name it in skip")
                 if not output.numel():  # an empty batch, or a layer that no row came by

@@ -41,8 +41,8 @@ class Replay:
 
     def __init__(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
         self.blocks = tuple(blocks)
-        self.ahead = False
-        self.again = False
+        self.first_run = False
+        self.second_run = False
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -53,7 +53,7 @@ class Replay:
         try:
             yield
         finally:
-            self.ahead = self.again = False
+            self.first_run = self.second_run = False
             for block, own in before:
                 if own is None:
                     del block.__dict__["forward"]
@@ -62,7 +62,7 @@ class Replay:
 
     def _replaying(self, name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.ahead or self.again or not torch.is_grad_enabled():
+            if self.first_run or self.second_run or not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             leaves, shape = tree_flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -74,12 +74,12 @@ class Replay:
                     given[place] = tensor
                 own_args, own_kwargs = tree_unflatten(given, shape)
                 parts, form = tree_flatten(forward(*own_args, **own_kwargs))
-                if self.ahead:
+                if self.first_run:
                     made[:] = [[_TENSOR if isinstance(part, Tensor) else part for part in parts], form]
                 return [part for part in parts if isinstance(part, Tensor)]
 
-            spark = torch.zeros((), requires_grad=True)
-            outputs = iter(_Replayed.apply(self, name, inner, spark, *(leaves[i] for i in places)))  # type: ignore[no-untyped-call]
+            zero = torch.zeros((), requires_grad=True)
+            outputs = iter(_Replayed.apply(self, name, inner, zero, *(leaves[i] for i in places)))  # type: ignore[no-untyped-call]
             parts, form = made
             return tree_unflatten([next(outputs) if part is _TENSOR else part for part in parts], form)
 
@@ -91,15 +91,15 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, replay: Replay, name: str, inner: Callable[..., list[Tensor]], spark: Tensor, *inputs: Tensor
+        ctx: Any, replay: Replay, name: str, inner: Callable[..., list[Tensor]], zero: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """Without gradients; `spark` is there so that the outputs ask for one."""
+        """Without gradients; `zero` is there so that the outputs ask for one."""
         versions = [t._version for t in inputs]
-        replay.ahead = True
+        replay.first_run = True
         try:
             outputs = inner(*inputs)
         finally:
-            replay.ahead = False
+            replay.first_run = False
         if versions != [t._version for t in inputs]:
             raise DataError(f"{name} changes its inputs in place and cannot be run twice: give more memory")
         ctx.replay, ctx.name, ctx.inner = replay, name, inner
@@ -113,7 +113,7 @@ class _Replayed(torch.autograd.Function):
         """Run the block again, with gradients, and go through it."""
         replay: Replay = ctx.replay
         inputs = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
-        replay.again = True
+        replay.second_run = True
         try:
             with torch.enable_grad():
                 outputs = ctx.inner(*inputs)
@@ -126,5 +126,5 @@ class _Replayed(torch.autograd.Function):
                 wanted = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
                 torch.autograd.backward([y for y, _ in wanted], [g for _, g in wanted])
         finally:
-            replay.again = False
+            replay.second_run = False
         return None, None, None, None, *(x.grad for x in inputs)

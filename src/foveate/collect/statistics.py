@@ -39,15 +39,15 @@ _CHUNK = 1 << 24
 
 #: Outputs whose gradients are kept together, and how many outputs an input there may be: more are a vocabulary, whose
 #: gradients hang together little.
-TOGETHER = 512
-_MOST_OUTPUTS = 8
+COVARIANCE_BLOCK = 512
+_MAX_OUTPUTS_PER_INPUT = 8
 #: Rows that an output takes: rows of a weight that made up for each other by fewer would fit those few.
-_ROWS_AN_OUTPUT = 8
+_MIN_ROWS_PER_OUTPUT = 8
 
 
 def _blocks_of(rows: int) -> tuple[int, int, int]:
-    """The shape of the gradients' covariance: blocks of at most `TOGETHER` outputs."""
-    size = min(rows, TOGETHER)
+    """The shape of the gradients' covariance: blocks of at most `COVARIANCE_BLOCK` outputs."""
+    size = min(rows, COVARIANCE_BLOCK)
     return -(-rows // size), size, size
 
 
@@ -100,7 +100,7 @@ class WeightStatistics:
             self.tensors["energy_K"] = torch.zeros(columns, dtype=torch.float64)
             if factored:
                 self.tensors["gradient_N"] = torch.zeros(rows, dtype=torch.float64)
-            if covariance and rows <= _MOST_OUTPUTS * columns:
+            if covariance and rows <= _MAX_OUTPUTS_PER_INPUT * columns:
                 self.tensors["gradients_BRR"] = torch.zeros(_blocks_of(rows))
 
     @property
@@ -156,7 +156,7 @@ class WeightStatistics:
 
         def after(g: Tensor) -> None:
             g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
-            self._see_gradients_together(g_BTN.flatten(0, 1))
+            self._see_gradient_covariance(g_BTN.flatten(0, 1))
             inputs.score(x_BTK, g_BTN, weight_matrix(module), self.factored)
             if self.factored:
                 self._see_gradient(g)
@@ -165,7 +165,7 @@ class WeightStatistics:
 
         return after
 
-    def see_again(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None] | None:
+    def see_large(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None] | None:
         """The large statistics alone, of a call that `see` has taken before; returns what takes the gradient, if any
         is needed.
         """
@@ -189,7 +189,7 @@ class WeightStatistics:
         w_NK = weight_matrix(conv)
 
         def after(g: Tensor) -> None:
-            self._see_gradients_together(g.float().flatten(2).transpose(1, 2).flatten(0, 1))
+            self._see_gradient_covariance(g.float().flatten(2).transpose(1, 2).flatten(0, 1))
             self._see_conv_gradient(columns_BgKP, g)
             # a grouped convolution is computed from its inputs as they are
             if conv.groups == 1:
@@ -202,7 +202,7 @@ class WeightStatistics:
             rows = x.reshape(-1, x.shape[-1])
             self.tensors["covariance_KK"].addmm_(rows.t(), rows)
 
-    def _see_gradients_together(self, g_TN: Tensor) -> None:
+    def _see_gradient_covariance(self, g_TN: Tensor) -> None:
         total_BRR = self.tensors.get("gradients_BRR")
         if total_BRR is not None:
             blocks, size = total_BRR.shape[:2]
@@ -247,7 +247,7 @@ class WeightStatistics:
         """E[g g^T], float32 [B, R, R], for each R outputs; None if not held, or if too few rows were seen."""
         total = self.tensors.get("gradients_BRR")
         rows = float(self.tensors["rows"])
-        return total / rows if total is not None and rows >= _ROWS_AN_OUTPUT * total.shape[1] else None
+        return total / rows if total is not None and rows >= _MIN_ROWS_PER_OUTPUT * total.shape[1] else None
 
     def fisher(self, samples: int) -> Tensor | Factored:
         """F for one sample: [N, K], or its factors."""

@@ -51,10 +51,10 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     training = [n or type(m).__name__ for n, m in modules.items() if m.training and (not n or _is_norm(m))]
     if training:
         raise WeightError(f"{training[0]} is in training mode, where BatchNorm follows each batch: call model.eval()")
-    watch = _Watch({n: cast(Tensor, m.weight) for n, m in modules.items() if _is_layer(m)})
-    with torch.no_grad(), _watching(watch, modules), watch:
+    recorder = _UseRecorder({n: cast(Tensor, m.weight) for n, m in modules.items() if _is_layer(m)})
+    with torch.no_grad(), _recording(recorder, modules), recorder:
         output = run(model, batch)
-    watch.used(tree_leaves(output))
+    recorder.used(tree_leaves(output))
     found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     if not found:
         raise DataError(
@@ -64,13 +64,17 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
         raise DataError("the batch is empty: one sample is enough, but none shows nothing")
     owners = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
     pairs: list[tuple[str, str]] = []
-    for layer_name, uses in watch.uses.items():
+    for layer_name, uses in recorder.uses.items():
         layer, norm_name = modules[layer_name], next(iter(uses), None)
-        if len(uses) != 1 or norm_name is None or watch.calls[layer_name] != 1 or watch.calls[norm_name] != 1:
+        if len(uses) != 1 or norm_name is None or recorder.calls[layer_name] != 1 or recorder.calls[norm_name] != 1:
             continue
         norm = modules[norm_name]
         alone = all(owners[id(p)] == 1 for m in (layer, norm) for p in m.parameters(recurse=False))
-        if alone and watch.outputs[layer_name] is watch.inputs[norm_name] and _fits(layer, norm, watch, layer_name):
+        if (
+            alone
+            and recorder.outputs[layer_name] is recorder.inputs[norm_name]
+            and _fits(layer, norm, recorder, layer_name)
+        ):
             _fold(layer, norm)
             pairs.append((layer_name, norm_name))
     _exchange_norms(model, pairs)
@@ -78,7 +82,7 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     return tuple(norm for _, norm in pairs)
 
 
-class _Watch(TorchDispatchMode):
+class _UseRecorder(TorchDispatchMode):
     """Who uses the outputs of layers, told by the memory they lie in.
 
     Attributes:
@@ -125,30 +129,30 @@ class _Watch(TorchDispatchMode):
 
 
 @contextmanager
-def _watching(watch: _Watch, modules: dict[str, nn.Module]) -> Iterator[None]:
+def _recording(recorder: _UseRecorder, modules: dict[str, nn.Module]) -> Iterator[None]:
     def before_layer(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            watch.layer = name
+            recorder.layer = name
 
         return hook
 
     def after_layer(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            watch.layer = None
-            watch.made(name, output)
+            recorder.layer = None
+            recorder.made(name, output)
 
         return hook
 
     def before_norm(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch.calls[name] += 1
-            watch.inputs[name] = args[0] if args else kwargs["input"]
-            watch.norm = name
+            recorder.calls[name] += 1
+            recorder.inputs[name] = args[0] if args else kwargs["input"]
+            recorder.norm = name
 
         return hook
 
     def after_norm(module: nn.Module, args: Any, output: Any) -> None:
-        watch.norm = None
+        recorder.norm = None
 
     handles = []
     for name, module in modules.items():
@@ -172,12 +176,12 @@ def _is_layer(module: nn.Module) -> bool:
     return kind_of(module) in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED, Kind.CONV)
 
 
-def _fits(layer: nn.Module, norm: nn.Module, watch: _Watch, name: str) -> bool:
+def _fits(layer: nn.Module, norm: nn.Module, recorder: _UseRecorder, name: str) -> bool:
     """Whether the norm's channels are the layer's outputs, and its statistics are those of training."""
     is_conv = kind_of(layer) is Kind.CONV
-    channels = watch.outputs[name].shape[1] if watch.outputs[name].dim() > 1 else 0
+    channels = recorder.outputs[name].shape[1] if recorder.outputs[name].dim() > 1 else 0
     # of [B, T, N], and of a convolution's [N, T], a norm takes T for the channels
-    plain = watch.outputs[name].dim() == (cast(Tensor, layer.weight).dim() if is_conv else 2)
+    plain = recorder.outputs[name].dim() == (cast(Tensor, layer.weight).dim() if is_conv else 2)
     return plain and channels == norm.num_features and isinstance(norm.running_mean, Tensor)
 
 

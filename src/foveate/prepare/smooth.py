@@ -28,12 +28,12 @@ from foveate.collect.objectives import Objective, infer, run
 from foveate.errors import DataError, WeightError
 from foveate.formats.levels import INPUT_LEVELS, check_input_level
 from foveate.nn.plane_module import PlaneModule
-from foveate.prepare.fold import _Watch
+from foveate.prepare.fold import _UseRecorder
 from foveate.progress import track
 
 _STRENGTHS = (0.25, 0.5, 0.75)
 #: A node is smoothed if that leaves no more of its inputs' loss than this.
-_WORTH = 0.9
+_MAX_REMAINING = 0.9
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def smooth(
         report = []
         for i, node in enumerate(nodes):
             best = min(_STRENGTHS, key=lambda a: losses[a][i])
-            worth = losses[best][i] <= _WORTH * base[i]
+            worth = losses[best][i] <= _MAX_REMAINING * base[i]
             if worth:
                 _apply(node, factors[best][i])
             after = losses[best][i] if worth else base[i]
@@ -129,41 +129,41 @@ def _nodes(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight]) -> 
         if len(f.names) == 1 and kind_of(f.modules[0]) in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED)
     }
     norms = {n: m for n, m in model.named_modules() if n and _is_norm(m)}
-    watch = _Watch({n: cast(Tensor, m.weight) for n, m in norms.items()})
+    recorder = _UseRecorder({n: cast(Tensor, m.weight) for n, m in norms.items()})
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     for name, norm in norms.items():
 
         def before(module: nn.Module, args: Any, name: str = name) -> None:
-            watch.layer = name
+            recorder.layer = name
 
         def after(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
             rows[name] = (args[0].detach().clone(), output.detach().clone())
-            watch.layer = None
-            watch.made(name, output)
+            recorder.layer = None
+            recorder.made(name, output)
 
         handles += [norm.register_forward_pre_hook(before), norm.register_forward_hook(after)]
     for name, layer in linear.items():
 
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            watch.norm = name
-            watch.calls[name] += 1
+            recorder.norm = name
+            recorder.calls[name] += 1
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            watch.norm = None
+            recorder.norm = None
 
         handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), recorder:
             output = run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    watch.used(tree_leaves(output))
+    recorder.used(tree_leaves(output))
     nodes = []
     for name, norm in norms.items():
-        users = watch.uses.get(name, set())
-        once = watch.calls[name] == 1 and all(watch.calls[user] == 1 for user in users if user)
+        users = recorder.uses.get(name, set())
+        once = recorder.calls[name] == 1 and all(recorder.calls[user] == 1 for user in users if user)
         if users and None not in users and once:
             names = tuple(sorted(cast("set[str]", users)))
             node = _Node(name, norm, names, tuple(linear[n] for n in names))

@@ -40,9 +40,9 @@ LEVEL_WEIGHTS: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.
 LEVEL_WEIGHTS_LOOKED_UP: Mapping[int, float] = {**LEVEL_WEIGHTS, 6: 4.0, 8: 96.0}
 #: Freedom (d/n) up to which H is believed at all levels, and from which it is not at 6 and 8 bits; how many samples it
 #: takes until what the rows of one have in common weighs no more than that there are few rows; and the damping of few.
-_BELIEVED = (0.18, 0.32)
-_SAMPLES = 300
-_DAMPING_OF_FEW = 1.0
+_DOF_LIMITS = (0.18, 0.32)
+_SAMPLES_HALF = 300
+_FEW_SAMPLES_DAMPING = 1.0
 #: How often all codes are gone through.
 SWEEPS = 10
 #: Of the mean of a covariance's diagonal, added to the diagonal: against what calibration never varied of the inputs,
@@ -69,7 +69,7 @@ def degrees_of_freedom(covariance_KK: Tensor, rows: float) -> float:
     return min(max(len(metric_KK) - INPUT_DAMPING * left, 0.0) / rows, 0.5)
 
 
-def overfit_factor(free: float) -> float:
+def overfit_factor(dof_per_row: float) -> float:
     """What codes that were chosen by descent lose on other inputs, over what they lose on those they were chosen on.
 
     dW H dW^T is made small on the H of some rows, and directions in which that is small by chance look cheap. For a
@@ -77,9 +77,9 @@ def overfit_factor(free: float) -> float:
     portfolio does (Varga-Haszonits et al., arXiv:1606.08679).
 
     Args:
-        free: d/n (`degrees_of_freedom`).
+        dof_per_row: d/n (`degrees_of_freedom`).
     """
-    return 1 / (1 - free) ** 2
+    return 1 / (1 - dof_per_row) ** 2
 
 
 @dataclass(frozen=True)
@@ -87,38 +87,38 @@ class DescentConfig:
     """How far descent goes by what calibration saw.
 
     Attributes:
-        shares: what an error costs at each level.
+        level_weights: what an error costs at each level.
         prices: what it costs at 6 and 8 bits for the grids that descent starts from.
         damping: of the inputs' covariance, in means of its diagonal.
     """
 
-    shares: Mapping[int, float]
+    level_weights: Mapping[int, float]
     clip_penalties: tuple[float, float]
     damping: float
 
 
-def descent_config(free: float, samples: float) -> DescentConfig:
+def descent_config(dof_per_row: float, samples: float) -> DescentConfig:
     """How far descent should go by a covariance of so many rows, of so many independent samples.
 
-    Where few were seen, part of what descent gains at 4 bits and below is still there on others, but at 8 bits, where
+    Where few were seen, fewness of what descent gains at 4 bits and below is still there on others, but at 8 bits, where
     nearest codes leave hardly any error, fitting loses more than there was. So there the covariance is damped more, and
     6 and 8 bits weigh more, up to what they do for nearest codes.
 
     Args:
-        free: d/n (`degrees_of_freedom`).
+        dof_per_row: d/n (`degrees_of_freedom`).
         samples: tokens of a language model, sentences of an encoder, images: rows of one have much in common.
     """
-    low, high = _BELIEVED
-    free *= 1 + _SAMPLES / max(samples, 1)
-    part = min(max(math.log(max(free, low) / low) / math.log(high / low), 0.0), 1.0)
+    low, high = _DOF_LIMITS
+    dof_per_row *= 1 + _SAMPLES_HALF / max(samples, 1)
+    fewness = min(max(math.log(max(dof_per_row, low) / low) / math.log(high / low), 0.0), 1.0)
 
     def between(many: float, few: float) -> float:
-        return math.exp((1 - part) * math.log(many) + part * math.log(few))
+        return math.exp((1 - fewness) * math.log(many) + fewness * math.log(few))
 
-    shares = {level: between(LEVEL_WEIGHTS[level], LEVEL_WEIGHTS_LOOKED_UP[level]) for level in LEVEL_WEIGHTS}
+    level_weights = {level: between(LEVEL_WEIGHTS[level], LEVEL_WEIGHTS_LOOKED_UP[level]) for level in LEVEL_WEIGHTS}
     (six, eight), (six_few, eight_few) = CLIP_PENALTIES_FOR_DESCENT, CLIP_PENALTIES
     return DescentConfig(
-        shares, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _DAMPING_OF_FEW)
+        level_weights, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _FEW_SAMPLES_DAMPING)
     )
 
 
@@ -129,7 +129,7 @@ def with_descent(
     covariance_KK: Tensor,
     gradients_BRR: Tensor | None = None,
     *,
-    shares: Mapping[int, float] = LEVEL_WEIGHTS,
+    level_weights: Mapping[int, float] = LEVEL_WEIGHTS,
     sweeps: int = SWEEPS,
     damping: float = INPUT_DAMPING,
 ) -> Rounded:
@@ -142,14 +142,14 @@ def with_descent(
         gradients_BRR: E[g g^T] of its outputs' gradients, in any unit, for each R rows, the last block padded with
             anything. Rows are each for themselves if it is not given, where it is of no use, and where no kernels are
             compiled (a plain loop over all elements would take hours).
-        shares: what an error costs at each nested level.
+        level_weights: what an error costs at each nested level.
         sweeps: how often all codes are gone through.
         damping: of the covariance, in means of its diagonal.
 
     Returns:
         `rounded` with other codes and gains; `rounded` itself if the covariance is of no use (zero, or not finite).
     """
-    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, shares, sweeps, damping)
+    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, level_weights, sweeps, damping)
     if codes_2NK is None:
         return rounded
     gain = restoring_gains(w_NK, codes_2NK[0], rounded, covariance_KK.diagonal())
@@ -161,7 +161,7 @@ def best_codes(
     grid: Rounded,
     covariance_KK: Tensor,
     gradients_BRR: Tensor | None,
-    shares: Mapping[int, float],
+    level_weights: Mapping[int, float],
     sweeps: int,
     damping: float = INPUT_DAMPING,
 ) -> Tensor | None:
@@ -188,7 +188,7 @@ def best_codes(
         grid.offset.float().contiguous(),
         grid.gain.float().expand(2, len(w_NK)).contiguous(),
         order_K // grid.group,
-        [shares.get(level, 0.0) for level in NESTED_LEVELS],
+        [level_weights.get(level, 0.0) for level in NESTED_LEVELS],
     )
     torch.ops.foveate.codes_feed(codes_2NK, w_NK, factor_KK, row_factor_BRR, *on)
     torch.ops.foveate.codes_descend(codes_2NK, w_NK, metric_KK, together_BRR, *on, sweeps)

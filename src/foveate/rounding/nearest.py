@@ -97,7 +97,7 @@ def round_weight(
         w_NK: floating point [N, K].
         group: inputs a group, 32, 64 or 128; K need not divide.
         input_energy_K: [K], the mean square of each input, in any unit; all alike if not given.
-        prices: what a squared error costs at 6 and at 8 bits.
+        clip_penalties: what a squared error costs at 6 and at 8 bits.
 
     Raises:
         WeightError: a weight that is not a matrix of finite floating point in the range of float16.

@@ -36,7 +36,7 @@ def tile_losses(
     group: int,
     covariances: Sequence[Tensor | None] = (),
     gradients: Sequence[Tensor | None] = (),
-    elsewhere: float = 1.0,
+    overfit: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Score every tile at every level, on other inputs than those that were seen.
 
@@ -47,7 +47,7 @@ def tile_losses(
         group: inputs a tile.
         covariances: for each use E[x x^T] of its inputs, [K, K], where known; none if empty.
         gradients: for each use E[g g^T] of each R rows, [B, R, R], where known; none if empty.
-        elsewhere: what fitted codes lose on other inputs over what they lose on those that were seen.
+        overfit: what fitted codes lose on other inputs over what they lose on those that were seen.
 
     Returns:
         float32 [T, 6], tiles in order nt * G + gi, a column for each of WEIGHT_LEVELS, on other inputs; and float64
@@ -62,9 +62,9 @@ def tile_losses(
         for fisher, covariance_KK, gradients_BRR in uses:
             losses_NG = _row_sums(error_NK, fisher, group)
             if covariance_KK is not None:
-                scale_N = _cancelled(error_NK, covariance_KK, gradients_BRR)
+                scale_N = _covariance_ratio(error_NK, covariance_KK, gradients_BRR)
                 total += 0.5 * (losses_NG * scale_N[:, None]).sum()
-                losses_NG = losses_NG * torch.maximum(scale_N, (scale_N * elsewhere).clamp(max=1.0))[:, None]
+                losses_NG = losses_NG * torch.maximum(scale_N, (scale_N * overfit).clamp(max=1.0))[:, None]
             else:
                 total += 0.5 * losses_NG.sum()
             parts.append(_strip_sums(losses_NG))
@@ -90,16 +90,16 @@ def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
     return losses_NG
 
 
-def _cancelled(error_NK: Tensor, covariance_KK: Tensor, gradients_BRR: Tensor | None) -> Tensor:
+def _covariance_ratio(error_NK: Tensor, covariance_KK: Tensor, gradients_BRR: Tensor | None) -> Tensor:
     """What errors that hang together cost over what they cost apart, for each row: float64 [N]."""
     seen_NK = error_NK @ covariance_KK
     together_N = (seen_NK * error_NK).sum(1, dtype=torch.float64).clamp_min(0)
     apart_N = (error_NK.square() @ covariance_KK.diagonal()).double().clamp_min(torch.finfo(torch.float64).tiny)
     scale_N = together_N / apart_N
-    return scale_N if gradients_BRR is None else scale_N * _made_up_for(error_NK, seen_NK, gradients_BRR)
+    return scale_N if gradients_BRR is None else scale_N * _gradient_ratio(error_NK, seen_NK, gradients_BRR)
 
 
-def _made_up_for(error_NK: Tensor, seen_NK: Tensor, gradients_BRR: Tensor) -> Tensor:
+def _gradient_ratio(error_NK: Tensor, seen_NK: Tensor, gradients_BRR: Tensor) -> Tensor:
     """tr(G dW H dW^T) over its diagonal's part, for the rows of each block of G: float64 [N]."""
     size = gradients_BRR.shape[1]
     ratios = []
