@@ -1,11 +1,11 @@
-"""The passes over a calibration set: a probe, the pass that collects, and further passes where memory is short.
+"""The passes over a calibration set: a dry run, the first pass, and further passes where memory is short.
 
-    with the first batch    probe: what backward would keep, which weights are called when, how long it takes
-    plan                    by what is free, or by the limit given (`foveate.calibrate.schedule`)
-    pass 1                  everything small, and the large statistics of the first part of the weights
-    pass 2, 3, ...          those of the other parts, as far into the model as each of them goes
+    dry run         with the first batch: what backward keeps, in which order weights are called, how long it takes
+    schedule        made from what the dry run showed and the memory there is (`foveate.calibrate.schedule`)
+    pass 1          all small statistics, and the large statistics of the first part of the weights
+    pass 2, 3, ...  the large statistics of one other part each, as far into the model as that part goes
 
-Whoever rounds the weights takes them part by part from `Calibration.parts` and says when each is `done`.
+The caller takes the weights part by part from `Calibration.parts`, rounds them, and calls `Calibration.done` for each.
 """
 
 from __future__ import annotations
@@ -43,29 +43,29 @@ from foveate.sizes import format_bytes
 
 #: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
 _SAVE_EVERY = 16
-#: Share of the free memory that is used where no limit is given.
+#: The part of the free memory that is used where no limit is given.
 _MEMORY_FRACTION = 0.75
-#: Seconds below which nothing is said of how long it will take.
+#: An estimate below this many seconds is not printed.
 _WORTH_SAYING = 5.0
-#: Tensors of the output's size that the objective and its backward take at once.
+#: How many tensors of the size of the output the objective and its backward take at once.
 _OUTPUT_COPIES = 6
-#: Tensors of the size of a layer's input that taking its statistics, or going backward through it, takes at once.
+#: How many tensors of the size of a layer's input its statistics, or its backward, take at once.
 _CALL_COPIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What calibration is for, and how it is gone about; as for `foveate.quantize`.
+    """What calibration optimizes for, and what it may use; as for `foveate.quantize`.
 
     Attributes:
-        objective: what the output is for; found out from the first output if not given.
-        loss: what is to be kept small, instead of the objective's own.
-        memory: the most bytes that the process may take; three quarters of what is free if not given.
-        resume: the file that keeps the statistics, if any does.
-        progress: whether to show how far it is.
+        objective: what the output is for; inferred from the first output if not given.
+        loss: the loss whose increase is kept small, instead of the objective's own.
+        memory: the most bytes that the process may take; three quarters of the free memory if not given.
+        resume: the file that keeps the statistics; no file if not given.
+        progress: whether to show progress.
 
     Raises:
-        DataError: the objective is none.
+        DataError: `objective` is not an `Objective`.
     """
 
     objective: Objective | None = None
@@ -80,18 +80,18 @@ class CalibrationOptions:
 
 
 class Calibration:
-    """Runs the passes.
+    """Runs the passes over the data.
 
     Attributes:
-        found: the weights, less those that something else than their modules was seen to read; complete after the first
-            part was asked for.
-        notes: which weights were left so, and what is not known of the model's reads.
+        found: the weights to quantize. Weights that other code than their modules' reads are removed by the time that
+            the first part is handed out.
+        notes: which weights stay float, and what is not known of the code that reads weights.
         first: the first batch.
-        generates: whether the model, if it can generate, was seen to.
-        collector: the statistics; small ones complete after the first part was asked for.
-        plan: how it is gone about.
-        probe: what the first batch showed.
-        witness: what the float model made of some of the batches; complete after the first part was asked for.
+        generates: whether generation is to be checked: the float model generated without an error, or cannot generate.
+        collector: the statistics. The small ones are complete when the first part is handed out.
+        schedule: how the calibration is carried out.
+        dry_run: what the first batch showed.
+        reference_outputs: outputs of the float model on some batches, complete when the first part is handed out.
     """
 
     collector: Collector
@@ -101,12 +101,12 @@ class Calibration:
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], found: Sequence[QuantizableWeight], options: CalibrationOptions
     ) -> None:
-        """Run the probe and make the plan.
+        """Make the dry run and the schedule.
 
         Raises:
             DataError: there are no batches, or a resume file that cannot be used.
-            WeightError: all weights are read past their modules.
-            BudgetError: the limit cannot be kept; the message says the least possible.
+            WeightError: other code than their modules' reads every weight.
+            BudgetError: the limit cannot be kept; the message says the least memory that is enough.
         """
         self._model, self.found, self._resume, self._progress = model, list(found), options.resume, options.progress
         memory = options.memory
@@ -158,19 +158,19 @@ class Calibration:
             self.collector.restore(state)
         self._count = len(batches) if isinstance(batches, Sized) else None
         self._stream = chain([first], stream)
-        # what is read more than once is kept, so that it is the same each time
+        # batches of several passes are kept, so that each pass sees the same data
         self._kept: list[Any] | None = [] if len(parts) > 1 else None
 
     @property
     def passes(self) -> int:
-        """How often the data are gone through."""
+        """The number of passes over the data."""
         return len(self._parts)
 
     def parts(self) -> Iterator[list[QuantizableWeight]]:
-        """Go through the data once for each part, and hand out the weights whose statistics are complete.
+        """Make one pass over the data for each part, and hand out the weights whose statistics are complete.
 
         Raises:
-            WeightError: all weights are read past their modules.
+            WeightError: other code than their modules' reads every weight.
         """
         self._first_pass()
         self._leave_read_weights()
@@ -194,27 +194,27 @@ class Calibration:
             yield part
 
     def done(self, entry: QuantizableWeight) -> None:
-        """A weight is rounded: its large statistics are let go, and itself too where that is needed and can be."""
+        """Free the large statistics of a weight that is rounded, and the float weight where memory is short."""
         for name in entry.names:
             self.collector.by_module[name].release()
         if self.schedule.free_early and any(entry is last for last in self._parts[-1]):
             _free_weight(entry)
 
-    def make_room(self) -> None:
-        """All weights are rounded: where memory is short, none of them stays."""
+    def free_weights(self) -> None:
+        """Free all float weights where memory is short; call it when all weights are rounded."""
         if self.schedule.free_early:
             for entry in self.found:
                 _free_weight(entry)
 
     def finish(self) -> None:
-        """The model is on planes and runs: no float weight is needed any more, nor what would continue."""
+        """Free all float weights and delete the resume file; call it when the model runs on planes."""
         for entry in self.found:
             _free_weight(entry)
         if self._resume:
             self._resume.unlink(missing_ok=True)
 
     def _leave_read_weights(self) -> None:
-        """Take those weights out whose planes the code that reads them could not read."""
+        """Remove the weights that other code than their modules' reads: such code cannot read planes."""
         own = {entry.names[0] for entry in self._reads.only_own(self.found)}
         past = [entry for entry in self.found if entry.names[0] not in own]
         who = self._reads.past[past[0].names[0]] if past else ""
@@ -230,10 +230,10 @@ class Calibration:
             raise WeightError(f"no weight can be quantized: {self.notes[-1]}")
 
     def _decoded(self) -> bool:
-        """Let the float model generate, if it can, and say if it fails."""
+        """Let the float model generate, if it can; whether that raised no error."""
         try:
             decode(self._model)
-        except Exception as error:  # a model that calibration can run all the same
+        except Exception as error:  # calibration can go on without generation
             self.notes.append(f"what generation reads past modules is not known, for it fails: {error!r}")
             return False
         return True
@@ -262,17 +262,17 @@ class Calibration:
             write_resume(self._resume, self.collector, self._sample)
 
     def _say_how_long(self, batch: float, done: int) -> None:
-        """Print an estimate, unless it is no time at all."""
+        """Print an estimate, unless the time is short."""
         batches = None if self._count is None else self._count - done
         if not self._progress or lower_bound(self._costs) + batch * (batches or 1) < _WORTH_SAYING:
             return
         rows = [sum(self.dry_run.rows.get(name, 0) for name in entry.names) for entry in self.found]
-        # where it is not known how many batches there are, they are used to be enough for every weight
+        # where the number of batches is not known, it is assumed to be enough for every weight
         inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
         say(str(estimate(self._costs, inputs, self.schedule, batch, self.dry_run.seconds, batches)))
 
     def _free_behind(self, number: int) -> None:
-        """Let go of the float weights that are rounded and lie behind all that is left."""
+        """Free the rounded float weights that no further pass runs, since they lie behind all parts that are left."""
         left = [name for part in self._parts[number:] for entry in part for name in entry.names]
         needs = [name for name in left if self.collector.by_module[name].large_bytes]
         if not self.schedule.free_early or any(self.collector.by_module[name].needs_gradients for name in needs):
@@ -280,7 +280,7 @@ class Calibration:
         batches = range(self.collector.batches)
         reached = [self.collector.last_call(i, needs) for i in batches]
         if -1 in reached:
-            return  # resumed: the order of some calls is not known, and passes run to the end
+            return  # resumed: the order of some calls is not known, so passes run to the end
         for part in self._parts[:number]:
             for entry in part:
                 if all(self.collector.first_call(i, entry.names) >= reached[i] for i in batches):
@@ -314,7 +314,7 @@ def _costs(found: Sequence[QuantizableWeight], objective: Objective, seen: DryRu
 
 
 def _free_weight(entry: QuantizableWeight) -> None:
-    """Give a float weight's memory back; its shape and dtype stay."""
+    """Free the memory of a float weight; its shape and dtype stay."""
     weight = cast(nn.Parameter, entry.modules[0].weight)
     if not weight.is_meta:
         empty = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
@@ -328,7 +328,7 @@ def _parts_of_resumed(
     parts: Sequence[list[QuantizableWeight]],
     state: dict[str, Tensor],
 ) -> list[list[QuantizableWeight]]:
-    """The parts of a calibration that is resumed: what was begun in the first pass stays in it."""
+    """The parts of a resumed calibration: the first pass keeps the weights whose large statistics it began."""
     begun = {key.rpartition("|")[0] for key in state if key.endswith(("|covariance_KK", "|fisher_NK"))}
     first = [e for e, cost in zip(found, costs, strict=True) if not cost.large_bytes or begun & set(e.names)]
     rest = [[entry for entry in part if not any(entry is one for one in first)] for part in parts]

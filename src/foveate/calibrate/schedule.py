@@ -1,17 +1,18 @@
-"""Quantize in bounded memory: what to keep, what to compute twice, what to collect in a pass of its own.
+"""The schedule of a calibration: how quantizing fits into the memory there is.
 
-Beyond the model itself three things take memory, and each can be traded for time:
+Beside the model itself three things take memory, and each can be exchanged for time:
 
-    what backward keeps    every layer's activations, or those of one block at a time, run twice (`collect.replay`)
-    large statistics       a matrix a weight, for all weights at once or for a part of them in each pass over the data
-    finished weights       planes beside the float weights until the end, or in place of them at once
+    what backward keeps    the activations of every layer, or of one block at a time that runs twice (`collect.replay`)
+    large statistics       a matrix for each weight: for all weights at once, or for one part of them in each pass
+    float weights          kept beside the planes until the end, or freed as soon as their planes are made
 
-Shares are taken from the end of the model to its beginning. The first pass, the only one that needs gradients where
-statistics factor, collects all that is small and the first part; each further one runs the model only as far as its
-part goes, so that float weights behind it are no longer needed and can make room. The reference of every statistic is
-the float model, whichever weights are on planes already, so the result is that of a single pass.
+The weights are cut into parts, from the end of the model to its beginning. The first pass over the data collects all
+small statistics, and the large ones of the first part. Each further pass collects the large statistics of one part, and
+runs the model no further than that part. So the float weights behind the part are no longer needed and can be freed.
+Where statistics factor (`foveate.collect.statistics`) only the first pass needs gradients. Every statistic is taken
+from the float model, whichever weights are on planes already, so the result is that of a single pass.
 
-`plan` chooses, by arithmetic alone, the cheapest of these that fits; `Calibration` does it.
+`make_schedule` chooses the cheapest schedule that fits, by arithmetic alone; `foveate.calibrate.passes` carries it out.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ import torch
 
 from foveate.collect.statistics import COVARIANCE_BLOCK
 
-#: Bytes of temporaries that searching grids and scoring take at most.
+#: The most bytes of temporaries that the search for grids and the scoring take.
 _TEMPORARIES = 288 << 20
-#: Bytes that anything takes: code, small statistics, what allocators keep.
+#: Bytes that every schedule takes: code, small statistics, and what allocators keep.
 _SLACK = 32 << 20
 
 
 @dataclass(frozen=True)
 class WeightCost:
-    """What one weight takes, in bytes, and when it is used.
+    """The bytes that one weight takes, and when the weight is used.
 
     Attributes:
-        rows, columns: its shape.
-        copied: whether its float32 matrix is a copy (another dtype, or another layout).
-        floats: of the weight as it is.
-        large: of its large statistics.
-        gradients: whether these need a backward pass.
-        kept: of statistics that are there from the first pass until it is rounded.
-        first, last: its first and last place in the order of calls; -1 and the last of all if it was not seen.
+        rows, columns: the shape of the weight.
+        copied: whether the float32 matrix is a copy (the weight has another dtype, or another layout).
+        float_bytes: bytes of the float weight.
+        large_bytes: bytes of the large statistics.
+        gradients: whether the large statistics need a backward pass.
+        first_call, last_call: first and last place of the weight in the order of calls. They are -1 and the number of
+            calls if the weight was not seen.
+        kept_bytes: bytes of the statistics that are kept from the first pass until the weight is rounded.
     """
 
     rows: int
@@ -55,16 +57,16 @@ class WeightCost:
 
     @property
     def plane_bytes(self) -> int:
-        """Of all planes, scales and padding."""
+        """Bytes of all planes, scales and padding."""
         return self.rows * (self.columns + -(-self.columns // 32) * 4)
 
     @property
     def rounding_bytes(self) -> int:
-        """That rounding takes meanwhile: searching and scoring, factoring in double precision, or choosing codes,
-        whichever takes most.
+        """Bytes that rounding takes for the time it runs.
 
-        Choosing holds the metric and its factor, and the errors of each thread's rows twice: what is wanted of them,
-        and what is taken from that.
+        Three steps follow each other, and the largest counts: the search for grids with the scoring, the factoring in
+        double precision, and the choice of codes. The choice of codes holds the metric and its factor, and twice the
+        errors of the rows of each thread: the wanted errors, and the product that is subtracted from them.
         """
         size, matrix = self.rows * self.columns, 4 * self.columns**2 * bool(self.large_bytes)
         errors = (
@@ -72,19 +74,19 @@ class WeightCost:
         )
         choosing = 2 * matrix + 2 * self.kept_bytes + 6 * size + errors
         most = max(min(_TEMPORARIES, 28 * size), 8 * matrix, choosing)
-        # means of the statistics, and the codes
+        # the means of the statistics, and the codes
         return matrix + self.kept_bytes + (2 + 4 * self.copied) * size + most
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to go about it.
+    """How a calibration is carried out.
 
     Attributes:
         replay: whether blocks are run twice.
-        parts: weights by number, those of the first pass first.
-        free_early: whether float weights make room as soon as they are done with.
-        peak: bytes beyond the model that it takes at most, as far as can be told.
+        parts: the weights, by number, whose large statistics each pass collects; those of the first pass come first.
+        free_early: whether float weights are freed as soon as they are not needed any more.
+        peak: the predicted most bytes that the calibration takes beside the model.
     """
 
     replay: bool
@@ -94,14 +96,14 @@ class Schedule:
 
 
 def make_schedule(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int) -> Schedule:
-    """The cheapest schedule that fits, or the one that takes least if none does.
+    """The fastest schedule that fits into memory, or the one that takes the least memory if none fits.
 
     Args:
-        loads: the weights.
+        costs: what each weight takes.
         kept: bytes that backward keeps of a batch.
-        kept_replayed: the same when blocks are replayed.
+        kept_replayed: bytes that backward keeps when blocks are replayed.
         forward: bytes that a pass without gradients takes.
-        room: bytes that there are beyond the model.
+        room: bytes that are free beside the model.
     """
     candidates: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
     for count in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
@@ -118,7 +120,7 @@ def make_schedule(costs: Sequence[WeightCost], kept: int, kept_replayed: int, fo
 
 
 def cut(costs: Sequence[WeightCost], count: int) -> tuple[tuple[int, ...], ...]:
-    """Weights by number in parts of about equal bytes, from the last called to the first."""
+    """Cut the weights, by number, into parts of about equal bytes, from the last called to the first."""
     total = sum(cost.large_bytes for cost in costs)
     order = sorted(range(len(costs)), key=lambda i: -costs[i].last_call)
     most = -(-total // count)
@@ -135,10 +137,10 @@ def cut(costs: Sequence[WeightCost], count: int) -> tuple[tuple[int, ...], ...]:
 
 
 def freed_after(costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], done: int) -> list[int]:
-    """The weights, by number, that no pass needs once the first `done` parts are rounded."""
+    """The weights, by number, that no further pass needs after the first `done` parts are rounded."""
     left = [i for part in parts[done:] for i in part]
     if any(costs[i].gradients for i in left):
-        return []  # a backward pass goes through everything
+        return []  # a backward pass goes through all layers
     needed = max((costs[i].last_call for i in left), default=-2)
     return [i for part in parts[:done] for i in part if costs[i].first_call > needed]
 
@@ -146,7 +148,7 @@ def freed_after(costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], don
 def _peak(
     costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], kept: int, forward: int, free_early: bool
 ) -> int:
-    """Bytes beyond the model, at most, while a plan is carried out."""
+    """The most bytes beside the model that a schedule takes."""
     held, peak = sum(cost.kept_bytes for cost in costs), 0
     freed: set[int] = set()
     for number, part in enumerate(parts):
@@ -170,11 +172,12 @@ def _peak(
 
 @dataclass(frozen=True)
 class FurtherPasses:
-    """What the passes after the first one take.
+    """The work of all passes after the first one.
 
     Attributes:
-        with_gradients: passes with gradients.
-        forward: passes without, as far as each of them goes, with what its statistics take beside the model.
+        with_gradients: how many passes need gradients.
+        forward_only: the passes without gradients, in forward passes through the whole model. Each counts by how far
+            it goes, and a fifth more for its statistics.
     """
 
     with_gradients: int
@@ -182,7 +185,7 @@ class FurtherPasses:
 
 
 def further_passes(costs: Sequence[WeightCost], schedule: Schedule) -> FurtherPasses:
-    """The passes after the first one."""
+    """The work of the passes after the first one."""
     total = max((cost.last_call for cost in costs), default=0) + 1
     with_gradients, forward = 0, 0.0
     for part in schedule.parts[1:]:
@@ -194,7 +197,7 @@ def further_passes(costs: Sequence[WeightCost], schedule: Schedule) -> FurtherPa
 
 
 def _relative_time(costs: Sequence[WeightCost], schedule: Schedule) -> float:
-    """Time, in forward passes: one with gradients and statistics takes about five."""
+    """The time that a schedule takes, in forward passes. A pass with gradients and statistics counts as five."""
     further = further_passes(costs, schedule)
-    # what can be undone is kept if it may be
+    # a model with its float weights can be restored after an error, so they are kept where memory allows it
     return (1 + further.with_gradients) * (5.0 + schedule.replay) + further.forward_only + 0.01 * schedule.free_early

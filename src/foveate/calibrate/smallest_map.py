@@ -1,4 +1,4 @@
-"""The least that a model can take on planes, from its shapes alone: a budget below it is refused before any work."""
+"""The smallest map of a model, from its shapes alone: a budget below it is refused before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from foveate.sizes import format_bytes
 
 
 def smallest_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str] = ()) -> PrecisionMap:
-    """Every weight at the lowest level, gains left out: no map of `foveate.quantize` and `allocate` takes less.
+    """The map with every weight at the lowest level, without gains: no map of `foveate.allocate` takes less.
 
     Args:
         model, group, skip: as for `foveate.quantize`; the model is not changed.

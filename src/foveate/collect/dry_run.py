@@ -1,8 +1,9 @@
-"""One forward pass that keeps nothing: what backward would keep, which parts could be run twice, how long it takes.
+"""The dry run: one forward pass that keeps nothing and shows what a forward and backward pass would take.
 
-The pass runs with gradients, so that every operation says what it saves, and each tensor is let go as soon as its
-bytes are counted: a model that does not fit with its gradients can be probed. Bytes are saved on the module that was
-running, so that `DryRun.blocks_within` can cut a model of any structure into blocks to replay
+It counts the bytes that backward would keep, finds the modules that could run twice, and takes the time. The pass runs
+with gradients, so that autograd hands over each tensor that it saves. Each tensor is let go as soon as its bytes are
+counted, so a model can be measured that does not fit into memory with its gradients. The bytes count for the module
+that was running. `DryRun.blocks_within` can then cut a model of any structure into blocks to replay
 (`foveate.collect.replay`): the largest modules, from the outside in, of which each keeps no more than is allowed.
 """
 
@@ -24,8 +25,14 @@ from foveate.collect.objectives import Objective, infer, run
 
 @dataclass
 class _ModuleUse:
-    """What was seen of one module: bytes that one call keeps, that all calls of the batch keep, and that their inputs
-    take; whether it may be run twice; whether another of its calls was going on.
+    """What the dry run saw of one module.
+
+    Attributes:
+        largest_call: the most bytes that one call keeps.
+        total: bytes that all calls of the batch keep.
+        input_bytes: bytes of the floating point inputs of all calls.
+        repeatable: whether the module may run twice: it changed no input in place, and no call was inside another.
+        children: names of the modules that it called.
     """
 
     largest_call: int = 0
@@ -40,14 +47,14 @@ class DryRun:
     """What the first batch showed.
 
     Attributes:
-        seconds: of the forward pass.
+        seconds: duration of the forward pass.
         objective: what the output is for.
-        output_bytes: of what the objective compares, as float32.
-        samples: of the batch.
-        calls: weights' modules in the order they were called.
-        rows: for each of them the rows of input that its products had.
-        largest: bytes of the largest input or output of them, as float32.
-        uses: by module name, "" the model itself.
+        output_bytes: bytes of what the objective compares, as float32.
+        samples: number of samples in the batch.
+        calls: names of the modules with weights, in the order of their calls.
+        rows: for each of these names, how many rows of input its weight was multiplied with.
+        largest: bytes of the largest input or output of these modules, as float32.
+        uses: what was seen of each module, by name; "" is the model itself.
     """
 
     seconds: float
@@ -65,12 +72,12 @@ class DryRun:
         return self.uses[""].total
 
     def blocks_within(self, most: int) -> tuple[list[str], int]:
-        """(modules to replay so that none keeps more than `most` bytes if that can be, bytes that are kept then)."""
+        """(modules to replay so that none keeps more than `most` bytes where possible, bytes that are then kept)."""
         blocks: list[str] = []
         peak = largest = 0
 
         def kept_within(name: str) -> int:
-            """Bytes kept of a module that is not replayed itself; what is replayed counts with its inputs."""
+            """Bytes kept of a module that is not replayed; a replayed child counts with its inputs."""
             nonlocal largest
             use = self.uses[name]
             own = use.total
@@ -89,7 +96,7 @@ class DryRun:
         return blocks, peak + largest
 
     def smallest_cut(self) -> tuple[list[str], int]:
-        """The cut into blocks that keeps least, and what it keeps."""
+        """(the blocks to replay that keep the fewest bytes, the bytes that are then kept)."""
         most = self.kept
         best: tuple[list[str], int] = ([], self.kept)
         while most > 4096:
@@ -101,20 +108,22 @@ class DryRun:
 
 
 def dry_run(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight], objective: Objective | None) -> DryRun:
-    """Run a batch through a model and keep nothing. Parameters are frozen and the model in evaluation mode.
+    """Run one batch through a model and keep nothing.
+
+    The caller has frozen the parameters and put the model into evaluation mode.
 
     Args:
         model: any module.
         batch: as for `foveate.quantize`.
-        found: its weights.
-        objective: what the output is for; found out if not given.
+        found: the weights of the model.
+        objective: what the output is for; inferred from the output if not given.
     """
     names = {id(module): name for name, module in model.named_modules()}
     weight_names = {id(m): name for f in found for name, m in zip(f.names, f.modules, strict=True)}
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     uses: dict[str, _ModuleUse] = {}
     running: list[tuple[str, list[Tensor], list[int]]] = []
-    saved = [0]  # bytes kept so far by each call that is going on
+    saved = [0]  # bytes kept so far by each open call, innermost last
     calls: list[str] = []
     rows: dict[str, int] = {}
     sizes = [0]
@@ -125,7 +134,7 @@ def dry_run(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight], ob
             saved[-1] += t.numel() * t.element_size()
 
     def unpack(_: None) -> Tensor:
-        raise AssertionError("nothing is kept of a probe")
+        raise AssertionError("a dry run keeps nothing")
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -170,7 +179,7 @@ def dry_run(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight], ob
 
 
 def _own_copies(module: nn.Module, x: Tensor) -> tuple[int, int]:
-    """(bytes that calibration keeps of a call itself, rows of its product)."""
+    """(bytes of the inputs that calibration copies in a call, rows of its matrix product)."""
     kind = kind_of(module)
     if kind is Kind.EMBEDDING:
         return 0, x.numel()

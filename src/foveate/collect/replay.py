@@ -1,13 +1,13 @@
-"""Run parts of a model twice, so that backward needs the memory of one part at a time.
+"""Run blocks of a model twice, so that backward needs the memory of one block at a time (activation checkpointing).
 
-What backward keeps of a forward pass grows with every layer. A block that is replayed keeps its inputs only: it runs
-without gradients at first, and when its turn comes in backward it runs again, with gradients, and backward goes through
-it (Chen et al., "Training deep nets with sublinear memory cost", arXiv:1604.06174). Statistics are taken in the second
-run, in which a row's input and the gradient of its output are there together; whoever takes them asks `ahead` and
-`again` which run it is.
+What backward keeps of a forward pass grows with every layer. A block that is replayed keeps its inputs only. Its first
+run is without gradients. When backward reaches the block, it runs a second time, with gradients, and backward goes
+through that run (Chen et al., "Training deep nets with sublinear memory cost", arXiv:1604.06174). Statistics are taken
+in the second run, where the input of a row and the gradient of its output are there together. Who takes them asks
+`Replay.first_run` and `Replay.second_run` which run it is.
 
-What a block computes must depend on its inputs alone, and it must not change them: a cache that grows with each call
-would grow twice.
+The output of a block must depend on its inputs alone, and the block must not change them: a cache that grows with each
+call would grow twice.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from foveate.errors import DataError
 
-#: Relative change of a block's output, in the mean of its magnitude, up to which its second run is taken for the first.
+#: The most relative difference, in the mean magnitude of the outputs, between two runs that count as the same.
 _SAME = 1e-3
 
-#: Stands for a tensor among what a block returns.
+#: Stands for a tensor in the structure that a block returns.
 _TENSOR = object()
 
 
 class Replay:
-    """Runs blocks of a model so.
+    """Runs blocks of a model twice: without gradients in forward, with gradients in backward.
 
     Attributes:
-        blocks: modules, none inside another, and their names.
-        ahead: whether a block runs for the first time now, without gradients.
-        again: whether one runs for the second time.
+        blocks: names and modules, none inside another.
+        first_run: whether a block is in its first run now, without gradients.
+        second_run: whether a block is in its second run now, with gradients.
     """
 
     def __init__(self, blocks: Sequence[tuple[str, nn.Module]]) -> None:
@@ -46,7 +46,7 @@ class Replay:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While this is open, calls of the blocks that keep gradients are replayed."""
+        """Replay the calls of the blocks that are made with gradients while this is open."""
         before = [(block, block.__dict__.get("forward")) for _, block in self.blocks]
         for name, block in self.blocks:
             block.forward = self._replaying(name, block.forward)
@@ -66,7 +66,7 @@ class Replay:
                 return forward(*args, **kwargs)
             leaves, shape = tree_flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-            made: list[Any] = []  # how the outputs are put together
+            made: list[Any] = []  # the structure of the outputs
 
             def inner(*tensors: Tensor) -> list[Tensor]:
                 given = list(leaves)
@@ -93,7 +93,7 @@ class _Replayed(torch.autograd.Function):
     def forward(
         ctx: Any, replay: Replay, name: str, inner: Callable[..., list[Tensor]], zero: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """Without gradients; `zero` is there so that the outputs ask for one."""
+        """Run the block without gradients. The argument `zero` asks for a gradient, so that the outputs do too."""
         versions = [t._version for t in inputs]
         replay.first_run = True
         try:
@@ -110,7 +110,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Run the block again, with gradients, and go through it."""
+        """Run the block again with gradients, and go backward through it."""
         replay: Replay = ctx.replay
         inputs = [t.detach().requires_grad_(t.requires_grad) for t in ctx.saved_tensors]
         replay.second_run = True

@@ -1,12 +1,12 @@
-"""Fold BatchNorm into the layer before it: in evaluation it is a scale and a shift of each channel.
+"""Fold BatchNorm into the layer before it: in evaluation mode it is a scale and a shift of each channel.
 
     norm(W x + b) = s (W x + b - mean) + beta,    s = gamma / sqrt(variance + eps)
 
 so W' = s W and b' = s (b - mean) + beta.
 
-Which norm follows which layer is in the model's code, not in its modules. One batch is run and every operation is
-watched: a layer's output that goes into one norm and nowhere else may be folded into it, anything else is left as it
-is. A norm that was folded becomes an `nn.Identity`.
+Which norm follows which layer is in the code of the model, not in its modules. So one batch is run, and every operation
+is recorded. A norm is folded into a layer if the layer's output goes into that norm and nowhere else; all others stay.
+A folded norm becomes an `nn.Identity`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from foveate.nn.plane_module import PlaneModule
 def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     """Merge every BatchNorm that directly follows a convolution or a linear layer into it, in place.
 
-    Do it before `foveate.quantize`, which then has no norm to store and no product to rescale. The model's output stays
-    what it is, to the rounding of floats; a model whose code takes other ways for other inputs must not be folded.
+    Call it before `foveate.quantize`, which then has no norm to store and no product to rescale. The output of the
+    model changes by no more than float rounding. Do not fold a model whose code takes other branches for other inputs.
 
     Args:
         model: any module, in evaluation mode.
@@ -83,13 +83,13 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
 
 
 class _UseRecorder(TorchDispatchMode):
-    """Who uses the outputs of layers, told by the memory they lie in.
+    """Records what uses the outputs of layers, which it knows by their memory.
 
     Attributes:
-        uses: for each layer, the norms that its output goes into; None stands for anything else.
+        uses: for each layer, the norms that its output goes into; None stands for any other use.
         calls: how often each layer and norm was called.
-        outputs, inputs: the last output of each layer, and input of each norm.
-        norm, layer: what runs now.
+        outputs, inputs: the last output of each layer, and the last input of each norm.
+        norm, layer: the norm and the layer that run now.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -104,14 +104,14 @@ class _UseRecorder(TorchDispatchMode):
         self._layers: dict[int, str] = {}
 
     def made(self, name: str, y: Tensor) -> None:
-        """A layer has made y."""
+        """Take the output of a layer."""
         self.calls[name] += 1
-        self.outputs[name] = y  # kept, so that its memory is nobody else's
+        self.outputs[name] = y  # kept, so that no other tensor gets its memory
         self._layers[y.untyped_storage().data_ptr()] = name
         self.uses.setdefault(name, set())
 
     def used(self, values: Sequence[Any]) -> None:
-        """Some operation takes these values."""
+        """Take the arguments of an operation."""
         for value in values:
             if not isinstance(value, Tensor):
                 continue
@@ -119,11 +119,11 @@ class _UseRecorder(TorchDispatchMode):
             layer, owner = self._layers.get(memory), self._weights.get(memory)
             if layer is not None:
                 self.uses[layer].add(self.norm)
-            if owner is not None and owner != self.layer:  # folding would change what is computed here
+            if owner is not None and owner != self.layer:  # folding would change the result of this operation
                 self.uses.setdefault(owner, set()).add(None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation of the model comes by here."""
+        """Record and run one operation of the model."""
         self.used(tree_leaves((args, kwargs)))
         return func(*args, **(kwargs or {}))
 
@@ -156,7 +156,7 @@ def _recording(recorder: _UseRecorder, modules: dict[str, nn.Module]) -> Iterato
 
     handles = []
     for name, module in modules.items():
-        # a hook of the user's sees what the model's code does not tell
+        # a hook of the user may read the output, which no operation shows
         if module._forward_hooks or module._forward_pre_hooks:
             continue
         if _is_norm(module):
@@ -180,7 +180,7 @@ def _fits(layer: nn.Module, norm: nn.Module, recorder: _UseRecorder, name: str) 
     """Whether the norm's channels are the layer's outputs, and its statistics are those of training."""
     is_conv = kind_of(layer) is Kind.CONV
     channels = recorder.outputs[name].shape[1] if recorder.outputs[name].dim() > 1 else 0
-    # of [B, T, N], and of a convolution's [N, T], a norm takes T for the channels
+    # a norm takes T for the channels of [B, T, N], and of a convolution's [N, T]
     plain = recorder.outputs[name].dim() == (cast(Tensor, layer.weight).dim() if is_conv else 2)
     return plain and channels == norm.num_features and isinstance(norm.running_mean, Tensor)
 
