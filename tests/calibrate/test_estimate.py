@@ -1,4 +1,4 @@
-"""What is said of the time before it passes."""
+"""The estimate of how long quantizing takes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_rounding_grows_as_its_arithmetic_does() -> None:
     machine = Machine(value=1.0, code=3.0, row_term=0.5, flop=0.0)
     assert machine.rounding(_cost(5, 7), descends=False) == 35
     assert machine.rounding(_cost(5, 7), descends=True) == 35 * (1 + 10 * 3)
-    # rows that make up for each other's errors see each other, up to 512 of them
+    # rows that are chosen jointly compensate each other's errors, up to 512 of them
     assert machine.rounding(_cost(5, 7, kept=1), descends=True) == 35 * (1 + 10 * (3 + 0.5 * 5))
     assert machine.rounding(_cost(4000, 7, kept=1), descends=True) == 28000 * (1 + 10 * (3 + 0.5 * 512))
     products = Machine(value=0.0, code=0.0, row_term=0.0, flop=1.0)
@@ -61,7 +61,7 @@ def test_words() -> None:
     assert "through the data 3 times 60 s," in str(Estimate(60, 1, 300, 3))
 
 
-def test_it_is_said_on_stderr_and_can_be_silenced(
+def test_the_estimate_goes_to_stderr_and_can_be_silenced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fv.quantize(mlp(), rows())
@@ -76,7 +76,7 @@ def test_it_is_said_on_stderr_and_can_be_silenced(
     assert capsys.readouterr().err == ""
 
 
-def test_the_least_map_is_not_above_any() -> None:
+def test_the_smallest_map_is_not_above_any() -> None:
     model = llama()
     least = smallest_map(model)
     profile = fv.quantize(model, tokens(), progress=False)

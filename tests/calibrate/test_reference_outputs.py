@@ -1,4 +1,4 @@
-"""What all weights lose together: which data it is measured on, and what becomes of it."""
+"""Reference outputs: which batches are kept, and how the measured losses correct a profile."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_large_batches_and_outputs_take_a_bounded_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(module, "_MAX_BYTES", 4 * 1000 * MAX_BATCHES)
     reference_outputs = ReferenceOutputs(Logits())
     _kept(reference_outputs, [torch.randn(100, 1000, generator=generator(i)) for i in range(8)], nn.Identity())
-    assert len(reference_outputs._kept) == 1  # one such batch is more than all of the room
+    assert len(reference_outputs._kept) == 1  # one such batch takes more than the limit
     assert reference_outputs.samples == 1
     wide = ReferenceOutputs(Logits())
     _kept(wide, [torch.randn(100, 1, generator=generator(i)) for i in range(8)], nn.Linear(1, 1000))

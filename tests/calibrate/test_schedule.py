@@ -1,4 +1,4 @@
-"""Quantizing in little memory: the same result, within the limit, and a clear word where it cannot be."""
+"""Quantizing in bounded memory: the same result within the limit, and a clear error where the limit cannot be kept."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _mixtral() -> nn.Module:
 
 
 class _Residual(nn.Module):
-    """Blocks with a way around them, one of them used twice, and a layer that is never called."""
+    """Residual blocks, one of them used twice, and a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Schedule]]:
-    """Make every calibration follow a plan; what came out is listed."""
+    """Make every calibration follow a given schedule; the schedules that were made are listed."""
 
     def force(parts: int, *, replay: bool, free_early: bool) -> list[Schedule]:
         made: list[Schedule] = []
@@ -127,7 +127,7 @@ def test_the_result_is_that_of_one_pass(
 
 
 class _Counts(nn.Module):
-    """How often it ran, and for how many rows."""
+    """A layer that counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,12 +144,12 @@ def test_further_passes_go_only_as_far_as_they_must(forced: Callable[..., list[S
     forced(4, replay=False, free_early=True)
     model = nn.Sequential(*(_Counts() for _ in range(4)))
     fv.quantize(model, [torch.randn(9, 8), torch.randn(9, 8)], objective=fv.Logits(), progress=False)
-    # a probe, two batches of the first pass, and two for each share that lies at or behind a layer, but the first share
+    # the dry run, two batches of the first pass, and two for each further part that lies at or behind a layer
     # (in the end two on planes at each of five levels)
     assert [m.calls - 2 * 5 for m in model] == [1 + 2 * 4, 1 + 2 * 3, 1 + 2 * 2, 1 + 2 * 1]
 
 
-def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Schedule]]) -> None:
+def test_float_weights_behind_a_pass_are_freed(forced: Callable[..., list[Schedule]]) -> None:
     forced(4, replay=False, free_early=True)
     model = nn.Sequential(*(_Counts() for _ in range(4)))
     floats = []
@@ -176,7 +176,7 @@ def test_blocks_keep_less_and_are_found_by_size() -> None:
     assert all("." not in n for n in everything)
 
 
-def test_what_a_probe_counts_is_what_backward_keeps() -> None:
+def test_what_the_dry_run_counts_is_what_backward_keeps() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4)).requires_grad_(False)
     seen = dry_run(model, torch.randn(10, 8), find_weights(model), None)
     # inputs of both layers, which calibration copies, and what the sigmoid keeps
@@ -245,7 +245,7 @@ def test_resume_when_there_are_several_passes(tmp_path: Path, forced: Callable[.
     assert not file.exists()
 
 
-def test_the_first_batches_are_kept_too(tmp_path: Path) -> None:
+def test_the_statistics_of_the_first_batches_are_kept_too(tmp_path: Path) -> None:
     def interrupted() -> Iterator[Tensor]:
         yield from rows(30, 70, 3)
         raise KeyboardInterrupt
@@ -259,7 +259,7 @@ def _layer(first: int, *, large: int = 100 << 20, gradients: bool = False) -> We
     return WeightCost(1024, 1024, False, 4 << 20, large, gradients, first, first)
 
 
-def test_the_cheapest_plan_that_fits() -> None:
+def test_the_fastest_schedule_that_fits() -> None:
     costs = [_layer(i) for i in range(8)]
     kept, replayed, forward = 2 << 30, 100 << 20, 10 << 20
     roomy = make_schedule(costs, kept, replayed, forward, 4 << 30)
@@ -276,7 +276,7 @@ def test_the_cheapest_plan_that_fits() -> None:
     assert all(p >= least.peak for p in (roomy.peak, tighter.peak, tight.peak))
 
 
-def test_shares_go_from_the_end_to_the_beginning() -> None:
+def test_parts_go_from_the_end_to_the_beginning() -> None:
     costs = [_layer(i) for i in (3, 0, 2, 1)]
     assert cut(costs, 4) == ((0,), (2,), (3,), (1,))
     assert cut(costs, 2) == ((0, 2), (3, 1))
@@ -374,8 +374,8 @@ def test_rounding_counts_what_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -
     # the damped covariance and a factor in single precision, three factors in double
     wide = WeightCost(64, 8192, False, 4 * 64 * 8192, 4 * 8192**2, False, 0, 0)
     assert wide.rounding_bytes >= (4 + 3 * 8 + 4) * 8192**2
-    # of two threads' rows what is wanted of five streams, and the product that is taken from it
+    # for the rows of two threads: the wanted errors of five streams, and the product that is subtracted
     tall = WeightCost(65536, 1024, False, 4 << 26, 4 << 20, False, 0, 0)
-    beside = WeightCost(65536, 1024, False, 4 << 26, 0, False, 0, 0)
+    nearest = WeightCost(65536, 1024, False, 4 << 26, 0, False, 0, 0)
     assert tall.rounding_bytes >= 2 * 20 * 1024 * 1024 + 6 * 65536 * 1024
-    assert beside.rounding_bytes < tall.rounding_bytes
+    assert nearest.rounding_bytes < tall.rounding_bytes

@@ -1,4 +1,4 @@
-"""Descent: less error of the outcome at every level, on the same grids, and nothing else changed."""
+"""Descent: less error of the output at every level, on the same grids, and nothing else changed."""
 
 from __future__ import annotations
 
