@@ -7,12 +7,12 @@ Beside the model itself three things take memory, and each can be exchanged for 
     float weights          kept beside the planes until the end, or freed as soon as their planes are made
 
 The weights are cut into parts, from the end of the model to its beginning. The first pass over the data collects all
-small statistics, and the large ones of the first part. Each further pass collects the large statistics of one part, and
-runs the model no further than that part. So the float weights behind the part are no longer needed and can be freed.
-Where statistics factor (`foveate.collect.statistics`) only the first pass needs gradients. Every statistic is taken
-from the float model, whichever weights are on planes already, so the result is that of a single pass.
+small statistics, and the large ones of the first part. Each further pass collects the large statistics of one part.
+Where statistics factor (`foveate.collect.statistics`) a further pass needs no gradients, and runs the model no further
+than its part. So the float weights behind the part are no longer needed and can be freed. Every statistic is taken from
+the float model, whichever weights are on planes already, so the result is that of a single pass.
 
-`make_schedule` chooses the cheapest schedule that fits, by arithmetic alone; `foveate.calibrate.passes` carries it out.
+`make_schedule` chooses the fastest schedule that fits, by arithmetic alone; `foveate.calibrate.passes` carries it out.
 """
 
 from __future__ import annotations
