@@ -1,4 +1,4 @@
-"""What calibration is told checks itself, and what `quantize` is told comes to it."""
+"""Calibration options check themselves, and the arguments of `quantize` reach them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said of the time before it passes."""
+"""The estimate of how long quantizing takes."""
 
 from __future__ import annotations
 
@@ -11,46 +11,46 @@ import foveate as fv
 from foveate.calibrate import passes as calibration
 from foveate.calibrate.estimate import Estimate, Machine, estimate, in_words
 from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
-from foveate.calibrate.smallest_map import least_map
+from foveate.calibrate.smallest_map import smallest_map
 from foveate.kernels.backends.cpu.library import Status
 from tiny import llama, mlp, rows, tokens
 
 
-def _load(
+def _cost(
     rows: int, columns: int, *, last: int = 0, large: int = 1, gradients: bool = False, kept: int = 0
 ) -> WeightCost:
     return WeightCost(rows, columns, False, 4 * rows * columns, large, gradients, last, last, kept)
 
 
 def test_rounding_grows_as_its_arithmetic_does() -> None:
-    machine = Machine(value=1.0, code=3.0, pull=0.5, flop=0.0)
-    assert machine.rounding(_load(5, 7), descends=False) == 35
-    assert machine.rounding(_load(5, 7), descends=True) == 35 * (1 + 10 * 3)
-    # rows that make up for each other's errors see each other, up to 512 of them
-    assert machine.rounding(_load(5, 7, kept=1), descends=True) == 35 * (1 + 10 * (3 + 0.5 * 5))
-    assert machine.rounding(_load(4000, 7, kept=1), descends=True) == 28000 * (1 + 10 * (3 + 0.5 * 512))
-    products = Machine(value=0.0, code=0.0, pull=0.0, flop=1.0)
-    assert products.rounding(_load(5, 10), descends=True) == 112 * 5 * 100
+    machine = Machine(value=1.0, code=3.0, row_term=0.5, flop=0.0)
+    assert machine.rounding(_cost(5, 7), descends=False) == 35
+    assert machine.rounding(_cost(5, 7), descends=True) == 35 * (1 + 10 * 3)
+    # rows that are chosen jointly compensate each other's errors, up to 512 of them
+    assert machine.rounding(_cost(5, 7, kept=1), descends=True) == 35 * (1 + 10 * (3 + 0.5 * 5))
+    assert machine.rounding(_cost(4000, 7, kept=1), descends=True) == 28000 * (1 + 10 * (3 + 0.5 * 512))
+    products = Machine(value=0.0, code=0.0, row_term=0.0, flop=1.0)
+    assert products.rounding(_cost(5, 10), descends=True) == 112 * 5 * 100
 
 
 def test_a_machine_is_measured() -> None:
     machine = Machine.measured()
-    assert all(v >= 0 for v in (machine.value, machine.code, machine.pull))
+    assert all(v >= 0 for v in (machine.value, machine.code, machine.row_term))
     assert 0 < machine.flop < 1e-6
 
 
 def test_passes_are_counted_as_far_as_they_go() -> None:
-    costs = [_load(4, 4, last=i) for i in range(4)]
-    way = Schedule(False, ((3,), (2,), (1,), (0,)), True, 0)
-    found = further_passes(costs, way)
-    assert found.whole == 0
-    assert found.forward == pytest.approx(1.2 * (3 + 2 + 1) / 4)
-    backward = [_load(4, 4, last=i, gradients=True) for i in range(4)]
-    assert further_passes(backward, way).whole == 3
-    got = estimate(costs, [9.0] * 4, way, batch=2.0, forward=0.5, batches=10)
+    costs = [_cost(4, 4, last=i) for i in range(4)]
+    schedule = Schedule(False, ((3,), (2,), (1,), (0,)), True, 0)
+    found = further_passes(costs, schedule)
+    assert found.with_gradients == 0
+    assert found.forward_only == pytest.approx(1.2 * (3 + 2 + 1) / 4)
+    backward = [_cost(4, 4, last=i, gradients=True) for i in range(4)]
+    assert further_passes(backward, schedule).with_gradients == 3
+    got = estimate(costs, [9.0] * 4, schedule, batch=2.0, forward=0.5, batches=10)
     # and ten batches again at five levels
     assert got.passes == pytest.approx(10 * (2.0 + 0.5 * 1.8) + 10 * 5 * 0.5)
-    unknown = estimate(costs, [9.0] * 4, way, batch=2.0, forward=0.5, batches=None)
+    unknown = estimate(costs, [9.0] * 4, schedule, batch=2.0, forward=0.5, batches=None)
     assert math.isnan(unknown.passes)
     assert "2 s a batch" in str(unknown)
 
@@ -61,7 +61,7 @@ def test_words() -> None:
     assert "through the data 3 times 60 s," in str(Estimate(60, 1, 300, 3))
 
 
-def test_it_is_said_on_stderr_and_can_be_silenced(
+def test_the_estimate_goes_to_stderr_and_can_be_silenced(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fv.quantize(mlp(), rows())
@@ -76,9 +76,9 @@ def test_it_is_said_on_stderr_and_can_be_silenced(
     assert capsys.readouterr().err == ""
 
 
-def test_the_least_map_is_not_above_any() -> None:
+def test_the_smallest_map_is_not_above_any() -> None:
     model = llama()
-    least = least_map(model)
+    least = smallest_map(model)
     profile = fv.quantize(model, tokens(), progress=False)
     lowest = profile.uniform(2)
     assert 0.9 * lowest.bytes_resident < least.bytes_resident <= lowest.bytes_resident
@@ -93,5 +93,5 @@ def test_without_kernels_little_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("foveate.calibrate.estimate._round", watched)
     monkeypatch.setattr("foveate.calibrate.estimate.ensure_loaded", lambda: Status(None, "", None))
-    assert Machine.measured().pull == 0
+    assert Machine.measured().row_term == 0
     assert max(swept) == 1

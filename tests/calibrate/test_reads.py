@@ -1,4 +1,4 @@
-"""Weights that code reads past their modules: seen while calibrating, left as they are; and the way back to floats."""
+"""Weights that are read outside of their modules stay float, and a model that fails on planes gets its modules back."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_the_same_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate.calibrate import passes as calibration
     from foveate.calibrate.schedule import Schedule, cut
 
-    monkeypatch.setattr(calibration, "plan", lambda costs, *_: Schedule(False, cut(costs, 3), True, 0))
+    monkeypatch.setattr(calibration, "make_schedule", lambda costs, *_: Schedule(False, cut(costs, 3), True, 0))
     model = _Net(PAST["transposed"][0])
     profile = fv.quantize(model, rows(), objective=fv.Logits(), progress=False)
     assert [s.name for s in profile.weight_sites()] == ["first:weight", "last:weight"]
@@ -200,7 +200,7 @@ def test_where_float_weights_had_to_make_room_it_says_so(monkeypatch: pytest.Mon
     from foveate.calibrate import passes as calibration
     from foveate.calibrate.schedule import Schedule, cut
 
-    monkeypatch.setattr(calibration, "plan", lambda costs, *_: Schedule(False, cut(costs, 1), True, 0))
+    monkeypatch.setattr(calibration, "make_schedule", lambda costs, *_: Schedule(False, cut(costs, 1), True, 0))
     model = _Net(_asks_for_features)
     with pytest.raises(WeightError, match=r"float weights of first, middle, last had to make room.*load it again"):
         fv.quantize(model, rows(), objective=fv.Logits(), progress=False)

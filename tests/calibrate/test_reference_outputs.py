@@ -1,4 +1,4 @@
-"""What all weights lose together: which data it is measured on, and what becomes of it."""
+"""Reference outputs: which batches are kept, and how the measured losses correct a profile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import foveate as fv
 from folders import rewrite
 from foveate.calibrate import reference_outputs as module
-from foveate.calibrate.reference_outputs import MOST, ReferenceOutputs
+from foveate.calibrate.reference_outputs import MAX_BATCHES, ReferenceOutputs
 from foveate.collect.objectives import Logits
 from foveate.errors import CheckpointError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
@@ -48,18 +48,18 @@ def test_batches_are_evenly_spread_and_no_more_than_asked(count: int) -> None:
     assert held[0] == 0
     assert len(steps) <= 1
     assert len(held) == len(range(0, count, *steps)) if steps else len(held) == 1
-    assert min(count, MOST // 2) <= len(held) <= MOST
+    assert min(count, MAX_BATCHES // 2) <= len(held) <= MAX_BATCHES
 
 
 def test_large_batches_and_outputs_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_ROOM", 4 * 1000 * MOST)
+    monkeypatch.setattr(module, "_MAX_BYTES", 4 * 1000 * MAX_BATCHES)
     reference_outputs = ReferenceOutputs(Logits())
     _kept(reference_outputs, [torch.randn(100, 1000, generator=generator(i)) for i in range(8)], nn.Identity())
-    assert len(reference_outputs._kept) == 1  # one such batch is more than all of the room
+    assert len(reference_outputs._kept) == 1  # one such batch takes more than the limit
     assert reference_outputs.samples == 1
     wide = ReferenceOutputs(Logits())
     _kept(wide, [torch.randn(100, 1, generator=generator(i)) for i in range(8)], nn.Linear(1, 1000))
-    assert sum(outcome.numel() for _, _, outcome in wide._kept) * 4 <= 4 * 1000 * MOST
+    assert sum(outcome.numel() for _, _, outcome in wide._kept) * 4 <= 4 * 1000 * MAX_BATCHES
     assert len(wide._kept) == 8
 
 
@@ -94,7 +94,7 @@ def test_mappings_of_any_kind_take_a_bounded_memory() -> None:
     for _ in range(20):
         if reference_outputs.wants(UserDict(batch)):
             reference_outputs.keep(UserDict(batch), torch.randn(3, 4))
-    assert len(reference_outputs._kept) <= module._ROOM // 4_000_000
+    assert len(reference_outputs._kept) <= module._MAX_BYTES // 4_000_000
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e3])

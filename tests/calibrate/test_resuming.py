@@ -1,4 +1,4 @@
-"""The resume file is of this model and these data, whole, and makes sense; anything else is refused."""
+"""A resume file of another model or other data, or a damaged one, is refused."""
 
 from __future__ import annotations
 

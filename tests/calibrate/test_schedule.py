@@ -1,4 +1,4 @@
-"""Quantizing in little memory: the same result, within the limit, and a clear word where it cannot be."""
+"""Quantizing in bounded memory: the same result within the limit, and a clear error where the limit cannot be kept."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.calibrate import passes as calibration
-from foveate.calibrate.schedule import Schedule, WeightCost, cut, freed_after, plan
-from foveate.collect.dry_run import probe
+from foveate.calibrate.schedule import Schedule, WeightCost, cut, freed_after, make_schedule
+from foveate.collect.dry_run import dry_run
 from foveate.collect.kinds import find_weights
 from foveate.collect.objectives import Logits
 from foveate.errors import BudgetError, DataError
@@ -51,7 +51,7 @@ def _mixtral() -> nn.Module:
 
 
 class _Residual(nn.Module):
-    """Blocks with a way around them, one of them used twice, and a layer that is never called."""
+    """Residual blocks, one of them used twice, and a layer that is never called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,16 +83,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Any], dict[str, Any]]] = {
 
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Schedule]]:
-    """Make every calibration follow a plan; what came out is listed."""
+    """Make every calibration follow a given schedule; the schedules that were made are listed."""
 
-    def force(parts: int, *, replay: bool, lean: bool) -> list[Schedule]:
+    def force(parts: int, *, replay: bool, free_early: bool) -> list[Schedule]:
         made: list[Schedule] = []
 
         def planned(costs: list[WeightCost], *_: int) -> Schedule:
-            made.append(Schedule(replay, cut(costs, parts), lean, 0))
+            made.append(Schedule(replay, cut(costs, parts), free_early, 0))
             return made[-1]
 
-        monkeypatch.setattr(calibration, "plan", planned)
+        monkeypatch.setattr(calibration, "make_schedule", planned)
         return made
 
     return force
@@ -100,18 +100,18 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Schedule]]:
 
 @pytest.mark.parametrize("what", MODELS)
 @pytest.mark.parametrize(
-    ("parts", "replay", "lean"), [(1, True, False), (1, False, True), (3, False, True), (100, True, True)]
+    ("parts", "replay", "free_early"), [(1, True, False), (1, False, True), (3, False, True), (100, True, True)]
 )
 def test_the_result_is_that_of_one_pass(
-    what: str, parts: int, replay: bool, lean: bool, forced: Callable[..., list[Schedule]]
+    what: str, parts: int, replay: bool, free_early: bool, forced: Callable[..., list[Schedule]]
 ) -> None:
     make, batches, keywords = MODELS[what]
     plain = make()
     expected = fv.quantize(plain, batches, progress=False, **keywords)
-    made = forced(parts, replay=replay, lean=lean)
+    made = forced(parts, replay=replay, free_early=free_early)
     streamed = make()
     profile = fv.quantize(streamed, (b for b in batches), progress=False, **keywords)
-    assert len(made[0].shares) >= min(parts, 2)
+    assert len(made[0].parts) >= min(parts, 2)
     assert profile.sites == expected.sites
     assert profile.notes == expected.notes
     assert profile.samples == expected.samples
@@ -127,7 +127,7 @@ def test_the_result_is_that_of_one_pass(
 
 
 class _Counts(nn.Module):
-    """How often it ran, and for how many rows."""
+    """A layer that counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,16 +141,16 @@ class _Counts(nn.Module):
 
 
 def test_further_passes_go_only_as_far_as_they_must(forced: Callable[..., list[Schedule]]) -> None:
-    forced(4, replay=False, lean=True)
+    forced(4, replay=False, free_early=True)
     model = nn.Sequential(*(_Counts() for _ in range(4)))
     fv.quantize(model, [torch.randn(9, 8), torch.randn(9, 8)], objective=fv.Logits(), progress=False)
-    # a probe, two batches of the first pass, and two for each share that lies at or behind a layer, but the first share
+    # the dry run, two batches of the first pass, and two for each further part that lies at or behind a layer
     # (in the end one on planes, and two at each of five levels)
     assert [m.calls - 1 - 2 * 5 for m in model] == [1 + 2 * 4, 1 + 2 * 3, 1 + 2 * 2, 1 + 2 * 1]
 
 
-def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Schedule]]) -> None:
-    forced(4, replay=False, lean=True)
+def test_float_weights_behind_a_pass_are_freed(forced: Callable[..., list[Schedule]]) -> None:
+    forced(4, replay=False, free_early=True)
     model = nn.Sequential(*(_Counts() for _ in range(4)))
     floats = []
 
@@ -167,18 +167,18 @@ def test_float_weights_behind_a_pass_are_let_go(forced: Callable[..., list[Sched
 def test_blocks_keep_less_and_are_found_by_size() -> None:
     model = llama(num_hidden_layers=6).requires_grad_(False)
     model.config.use_cache = False
-    seen = probe(model, tokens(8, 40, 1)[0], find_weights(model), Logits())
-    names, least = seen.least()
+    seen = dry_run(model, tokens(8, 40, 1)[0], find_weights(model), Logits())
+    names, least = seen.smallest_cut()
     assert least < 0.5 * seen.kept
     assert {f"model.layers.{i}" for i in range(6)} <= {".".join(n.split(".")[:3]) for n in names}
     everything, whole = seen.blocks_within(seen.kept)
-    assert whole <= seen.kept + seen.visits["model"].inputs
+    assert whole <= seen.kept + seen.uses["model"].input_bytes
     assert all("." not in n for n in everything)
 
 
-def test_what_a_probe_counts_is_what_backward_keeps() -> None:
+def test_what_the_dry_run_counts_is_what_backward_keeps() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4)).requires_grad_(False)
-    seen = probe(model, torch.randn(10, 8), find_weights(model), None)
+    seen = dry_run(model, torch.randn(10, 8), find_weights(model), None)
     # inputs of both layers, which calibration copies, and what the sigmoid keeps
     assert seen.kept == 4 * 10 * (8 + 16 + 16)
     assert seen.rows == {"0": 10, "2": 10}
@@ -198,7 +198,7 @@ class _Grows(nn.Module):
 
 
 def test_a_block_that_does_not_repeat_itself_is_an_error(forced: Callable[..., list[Schedule]]) -> None:
-    forced(1, replay=True, lean=False)
+    forced(1, replay=True, free_early=False)
     model = nn.Sequential(_Grows(), _Grows(), nn.Linear(8, 3))
     with pytest.raises(DataError, match=r"\d does not compute the same when it is run twice .* more memory"):
         fv.quantize(model, [torch.randn(50, 8)], objective=fv.Logits(), progress=False)
@@ -221,7 +221,7 @@ def test_a_block_that_changes_its_input_is_not_run_twice(forced: Callable[..., l
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), _InPlace(), nn.Linear(8, 3))
     expected = fv.quantize(copy.deepcopy(model), [x.clone()], objective=fv.Logits(), progress=False)
-    forced(1, replay=True, lean=False)
+    forced(1, replay=True, free_early=False)
     profile = fv.quantize(model, [x.clone()], objective=fv.Logits(), progress=False)
     assert all(torch.allclose(t, expected.losses[n], rtol=1e-4) for n, t in profile.losses.items())
 
@@ -229,7 +229,7 @@ def test_a_block_that_changes_its_input_is_not_run_twice(forced: Callable[..., l
 def test_resume_when_there_are_several_passes(tmp_path: Path, forced: Callable[..., list[Schedule]]) -> None:
     batches = rows(60, 70, 6)
     expected = fv.quantize(mlp(), batches, progress=False)
-    forced(3, replay=True, lean=True)
+    forced(3, replay=True, free_early=True)
 
     def interrupted() -> Iterator[Tensor]:
         yield from batches[:5]
@@ -239,13 +239,13 @@ def test_resume_when_there_are_several_passes(tmp_path: Path, forced: Callable[.
     model = mlp()
     with pytest.raises(KeyboardInterrupt):
         fv.quantize(model, interrupted(), resume=file, progress=False)
-    forced(2, replay=False, lean=True)
+    forced(2, replay=False, free_early=True)
     profile = fv.quantize(model, batches, resume=file, progress=False)
     assert all(torch.allclose(t, expected.losses[n], rtol=1e-4) for n, t in profile.losses.items())
     assert not file.exists()
 
 
-def test_the_first_batches_are_kept_too(tmp_path: Path) -> None:
+def test_the_statistics_of_the_first_batches_are_kept_too(tmp_path: Path) -> None:
     def interrupted() -> Iterator[Tensor]:
         yield from rows(30, 70, 3)
         raise KeyboardInterrupt
@@ -259,35 +259,35 @@ def _layer(first: int, *, large: int = 100 << 20, gradients: bool = False) -> We
     return WeightCost(1024, 1024, False, 4 << 20, large, gradients, first, first)
 
 
-def test_the_cheapest_plan_that_fits() -> None:
+def test_the_fastest_schedule_that_fits() -> None:
     costs = [_layer(i) for i in range(8)]
     kept, replayed, forward = 2 << 30, 100 << 20, 10 << 20
-    roomy = plan(costs, kept, replayed, forward, 4 << 30)
-    assert (roomy.replay, len(roomy.shares), roomy.lean) == (False, 1, False)
-    tighter = plan(costs, kept, replayed, forward, 1200 << 20)
-    assert (tighter.replay, len(tighter.shares)) == (True, 1)
-    tight = plan(costs, kept, replayed, forward, 620 << 20)
+    roomy = make_schedule(costs, kept, replayed, forward, 4 << 30)
+    assert (roomy.replay, len(roomy.parts), roomy.free_early) == (False, 1, False)
+    tighter = make_schedule(costs, kept, replayed, forward, 1200 << 20)
+    assert (tighter.replay, len(tighter.parts)) == (True, 1)
+    tight = make_schedule(costs, kept, replayed, forward, 620 << 20)
     assert tight.replay
-    assert len(tight.shares) > 1
+    assert len(tight.parts) > 1
     assert tight.peak <= 620 << 20
     # nothing fits: the one that takes least
-    least = plan(costs, kept, replayed, forward, 0)
-    assert len(least.shares) == 8
+    least = make_schedule(costs, kept, replayed, forward, 0)
+    assert len(least.parts) == 8
     assert all(p >= least.peak for p in (roomy.peak, tighter.peak, tight.peak))
 
 
-def test_shares_go_from_the_end_to_the_beginning() -> None:
+def test_parts_go_from_the_end_to_the_beginning() -> None:
     costs = [_layer(i) for i in (3, 0, 2, 1)]
     assert cut(costs, 4) == ((0,), (2,), (3,), (1,))
     assert cut(costs, 2) == ((0, 2), (3, 1))
     assert cut(costs, 1) == ((0, 2, 3, 1),)
-    shares = cut(costs, 4)
-    assert freed_after(costs, shares, 2) == [0, 2]
+    parts = cut(costs, 4)
+    assert freed_after(costs, parts, 2) == [0, 2]
     # tied: used at the beginning too
     costs[0] = WeightCost(8, 8, False, 256, 256, False, -1, 3)
-    assert freed_after(costs, shares, 2) == [2]
+    assert freed_after(costs, parts, 2) == [2]
     costs[1] = _layer(0, gradients=True)
-    assert freed_after(costs, shares, 2) == []
+    assert freed_after(costs, parts, 2) == []
 
 
 _CHILD = """
@@ -296,7 +296,7 @@ import torch
 import foveate as fv
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.calibrate import passes
+from foveate.calibrate import passes as calibration
 from torch import nn
 import psutil
 
@@ -312,8 +312,8 @@ torch.manual_seed(0)
 model = nn.Sequential(*(Block(width) for _ in range(layers)), nn.Linear(width, 32))
 batches = [torch.randn(4096, width)]
 ensure_loaded()
-plans, choose = [], passes.plan
-passes.plan = lambda *numbers: plans.append(choose(*numbers)) or plans[-1]
+schedules, choose = [], calibration.make_schedule
+calibration.make_schedule = lambda *numbers: schedules.append(choose(*numbers)) or schedules[-1]
 gc.collect()
 before = psutil.Process().memory_info().rss
 reset_peak_memory()
@@ -322,7 +322,7 @@ limit = None if extra is None else before + extra
 profile = fv.quantize(model, batches, objective=fv.Logits(), progress=False, memory=limit)
 total = {n: float(t.double().sum()) for n, t in profile.losses.items()}
 taken = peak_memory() - before
-print(json.dumps({"peak": taken, "passes": len(plans[0].shares), "losses": total, "notes": profile.notes}))
+print(json.dumps({"peak": taken, "passes": len(schedules[0].parts), "losses": total, "notes": profile.notes}))
 """
 
 
@@ -373,9 +373,9 @@ def test_rounding_counts_what_is_held_at_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     # the damped covariance and a factor in single precision, three factors in double
     wide = WeightCost(64, 8192, False, 4 * 64 * 8192, 4 * 8192**2, False, 0, 0)
-    assert wide.rounding >= (4 + 3 * 8 + 4) * 8192**2
-    # of two threads' rows what is wanted of five streams, and the product that is taken from it
+    assert wide.rounding_bytes >= (4 + 3 * 8 + 4) * 8192**2
+    # for the rows of two threads: the wanted errors of five streams, and the product that is subtracted
     tall = WeightCost(65536, 1024, False, 4 << 26, 4 << 20, False, 0, 0)
-    beside = WeightCost(65536, 1024, False, 4 << 26, 0, False, 0, 0)
-    assert tall.rounding >= 2 * 20 * 1024 * 1024 + 6 * 65536 * 1024
-    assert beside.rounding < tall.rounding
+    nearest = WeightCost(65536, 1024, False, 4 << 26, 0, False, 0, 0)
+    assert tall.rounding_bytes >= 2 * 20 * 1024 * 1024 + 6 * 65536 * 1024
+    assert nearest.rounding_bytes < tall.rounding_bytes

@@ -1,4 +1,4 @@
-"""What inputs cost and what they are like, against the same numbers computed one sample at a time by autograd."""
+"""Losses and statistics of inputs, against the same numbers computed one sample at a time by autograd."""
 
 from __future__ import annotations
 

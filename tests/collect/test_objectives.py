@@ -1,4 +1,4 @@
-"""What outputs are for: their losses, divergences and agreement."""
+"""Objectives: their losses, divergences and agreement."""
 
 from __future__ import annotations
 

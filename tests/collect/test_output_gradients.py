@@ -23,9 +23,9 @@ def _collected_gradients(model: nn.Module, x: Tensor) -> Collector:
     return collector
 
 
-@pytest.mark.parametrize("together", [512, 3])
-def test_gradients_of_outputs_together(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.collect.statistics.TOGETHER", together)
+@pytest.mark.parametrize("block_size", [512, 3])
+def test_the_covariance_is_kept_in_blocks_of_outputs(block_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.collect.statistics.COVARIANCE_BLOCK", block_size)
     model = mlp((6, 5, 4))
     (x,) = rows(40, 6, 1)
     collector = _collected_gradients(model, x)
@@ -33,7 +33,7 @@ def test_gradients_of_outputs_together(together: int, monkeypatch: pytest.Monkey
     (g,) = torch.autograd.grad(_loss(model[2](torch.relu(a)), x), a)
     kept = collector.by_module["0"].gradients()
     assert kept is not None
-    size = min(together, 5)
+    size = min(block_size, 5)
     for block, part in zip(kept, g.split(size, 1), strict=True):
         width = part.shape[1]
         assert torch.allclose(block[:width, :width], part.t() @ part / 40, rtol=1e-4, atol=1e-7)

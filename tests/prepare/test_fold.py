@@ -1,4 +1,4 @@
-"""BatchNorm folded into the layer before it: where that is right, exactly, and nowhere else."""
+"""BatchNorm is folded into the layer before it exactly where that changes no output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outlier channels moved into the weights: the same model, bit by bit, with inputs that lose less."""
+"""Smoothing moves outlier channels into the weights: the outputs are the same bit for bit, and inputs lose less."""
 
 from __future__ import annotations
 

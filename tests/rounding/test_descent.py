@@ -1,4 +1,4 @@
-"""Descent: less error of the outcome at every level, on the same grids, and nothing else changed."""
+"""Descent: less error of the output at every level, on the same grids, and nothing else changed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_a_level_that_has_no_share_pays() -> None:
     x, w = _inputs(96), torch.randn(24, 96)
     covariance = x.t() @ x / len(x)
     nearest = round_weight(w, group=32, input_energy_K=covariance.diagonal())
-    four = with_descent(w, nearest, covariance, shares={4: 1.0})
+    four = with_descent(w, nearest, covariance, level_weights={4: 1.0})
     every = with_descent(w, nearest, covariance)
     assert _output_error(w, four, 4, covariance) < _output_error(w, every, 4, covariance)
     assert _output_error(w, four, 2, covariance) > _output_error(w, every, 2, covariance)

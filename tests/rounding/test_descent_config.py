@@ -1,4 +1,4 @@
-"""How far rounding goes by few data: what codes lose on inputs they were not chosen on."""
+"""Overfitting of descent: the loss of codes on other inputs, and the configuration for few rows."""
 
 from __future__ import annotations
 
@@ -36,50 +36,52 @@ def test_few_rows_lose_no_more_than_nearest_codes_at_any_level(seed: int, column
     truth, seen = _drawn(columns, round(times * columns), seed)
     free = degrees_of_freedom(seen, round(times * columns))
     assert free >= 0.3
-    way = descent_config(free, 10**6)
+    config = descent_config(free, 10**6)
     w = torch.randn(96, columns, generator=generator(seed + 1))
     energy = seen.diagonal()
     nearest = round_weight(w, group=64, input_energy_K=energy)
-    start = round_weight(w, group=64, input_energy_K=energy, clip_penalties=way.clip_penalties)
-    ours = with_descent(w, start, seen, shares=way.shares, damping=way.damping)
+    start = round_weight(w, group=64, input_energy_K=energy, clip_penalties=config.clip_penalties)
+    ours = with_descent(w, start, seen, level_weights=config.level_weights, damping=config.damping)
     for level in LEVELS:
         assert _form(w, ours, level, truth) <= 1.05 * _form(w, nearest, level, truth), level
     assert _form(w, ours, 4, truth) < _form(w, nearest, 4, truth)
 
 
 @pytest.mark.parametrize("times", [4, 8, 16])
-def test_what_fitting_hides_is_foreseen(times: int) -> None:
+def test_the_overfit_factor_predicts_the_loss_on_other_inputs(times: int) -> None:
     columns, seen_more = 128, []
     for seed in range(4):
         truth, seen = _drawn(columns, times * columns, seed)
         w = torch.randn(128, columns, generator=generator(seed + 50))
         start = round_weight(w, group=64, input_energy_K=seen.diagonal(), clip_penalties=CLIP_PENALTIES_FOR_DESCENT)
-        # 8 bits alone: codes fine enough to go wherever the form is least
-        ours = with_descent(w, start, seen, shares={8: 1.0})
+        # 8 bits alone: codes fine enough to reach the minimum of the form
+        ours = with_descent(w, start, seen, level_weights={8: 1.0})
         free = degrees_of_freedom(seen, times * columns)
         seen_more.append(_form(w, ours, 8, truth) / _form(w, ours, 8, seen) / overfit_factor(free))
     assert sum(seen_more) / 4 == pytest.approx(1.0, abs=0.1)
 
 
-def test_many_rows_are_believed_and_few_are_not() -> None:
+def test_many_rows_are_trusted_and_few_are_not() -> None:
     many, few = descent_config(0.0, 1000), descent_config(0.5, 1000)
-    assert many.shares == pytest.approx(dict(LEVEL_WEIGHTS))
+    assert many.level_weights == pytest.approx(dict(LEVEL_WEIGHTS))
     assert (many.clip_penalties, many.damping) == (
         pytest.approx(CLIP_PENALTIES_FOR_DESCENT),
         pytest.approx(INPUT_DAMPING),
     )
-    assert few.shares == pytest.approx(dict(LEVEL_WEIGHTS_LOOKED_UP))
+    assert few.level_weights == pytest.approx(dict(LEVEL_WEIGHTS_LOOKED_UP))
     assert few.clip_penalties == pytest.approx(CLIP_PENALTIES)
     assert few.damping > many.damping
-    eights = [descent_config(free / 100, 1000).shares[8] for free in range(51)]
+    eights = [descent_config(free / 100, 1000).level_weights[8] for free in range(51)]
     assert eights == sorted(eights)
-    # the same rows of fewer samples say less
+    # the same rows of fewer samples are trusted less
     assert (
-        descent_config(0.1, 10).shares[8] > descent_config(0.1, 150).shares[8] > descent_config(0.1, 10_000).shares[8]
+        descent_config(0.1, 10).level_weights[8]
+        > descent_config(0.1, 150).level_weights[8]
+        > descent_config(0.1, 10_000).level_weights[8]
     )
 
 
-def test_freedom_is_of_directions_that_vary_and_at_most_a_half() -> None:
+def test_degrees_of_freedom_count_directions_that_vary_up_to_a_half() -> None:
     assert degrees_of_freedom(torch.zeros(8, 8), 100) == 0.0
     assert degrees_of_freedom(torch.full((8, 8), torch.nan), 100) == 0.0
     assert degrees_of_freedom(torch.eye(8), 4) == 0.5

@@ -1,4 +1,4 @@
-"""Rounding to nearest codes: bounds that follow from the step, and what the search of the grids promises."""
+"""Rounding to nearest codes: bounds that follow from the step, and the properties of the search for grids."""
 
 from __future__ import annotations
 

@@ -115,10 +115,8 @@ def test_what_cancels_by_chance_costs_no_more_elsewhere_than_if_errors_were_unre
     use = Factored(torch.ones(16), h.diagonal())
     column = WEIGHT_LEVELS.index(4)
 
-    def losses(elsewhere: float, covariance: Tensor | None) -> tuple[float, float]:
-        table, seen = tile_losses(
-            torch.zeros(16, 64), lambda level: -error, [use], 32, [covariance], elsewhere=elsewhere
-        )
+    def losses(overfit: float, covariance: Tensor | None) -> tuple[float, float]:
+        table, seen = tile_losses(torch.zeros(16, 64), lambda level: -error, [use], 32, [covariance], overfit=overfit)
         return float(table[:, column].sum()), float(seen[column])
 
     apart, alike = losses(4.0, None)

@@ -1,9 +1,8 @@
-"""dequantize: the way back. Every module on planes becomes the plain module that it was, its weight as it is read now.
+"""dequantize: every module on planes becomes a plain module again, with the weight that is read at its present levels.
 
-All dense weights are made first and put into their places last, when nothing can fail any more: so whatever goes wrong
-leaves the model on its planes. Planes lie in blocks of all weights together and are freed when the last of them is
-let go, so in this order no more memory is taken than in any other: the planes, the dense weights, and one of them in
-float32.
+All dense weights are made first and put into their places last, when nothing can fail any more. So an error leaves the
+model on its planes. The planes of all weights lie in common blocks of memory, which are freed when the last plane is
+let go. So this order takes no more memory than any other: the planes, the dense weights, and one of these in float32.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def dequantize(model: nn.Module) -> None:
     Linear layers, embeddings, convolutions, transformers' Conv1D and its mixtures' stacks of experts are what they were
     before `foveate.quantize`, in the dtype that was quantized, with the hooks and the mode that they have now; tied
     weights are one parameter. The model has its original names, so `save_pretrained` works, other libraries can use it,
-    adapters can be merged into it, and it can be quantized again. Of a batch normalization that was folded and of an
-    outlier that was smoothed nothing is undone. Inputs are not rounded any more, so outputs are those of the quantized
+    adapters can be merged into it, and it can be quantized again. Folded batch normalization and smoothed
+    outliers are not undone. Inputs are not rounded any more, so outputs are those of the quantized
     model with all inputs at level 32, to the rounding of floats. The profile goes: `foveate.save` keeps it.
 
     Args:
@@ -57,7 +56,7 @@ def dequantize(model: nn.Module) -> None:
             f"the dense weights take {format_bytes(needed)} beside the planes, and {format_bytes(free_memory())} are "
             "free: load fewer planes (`foveate.load(..., keep=map)`), or dequantize on a larger machine"
         )
-    made: dict[int, nn.Module] = {}  # by the id of what it replaces
+    made: dict[int, nn.Module] = {}  # by the id of the module that is replaced
     places: list[tuple[str, nn.Module]] = []
     tied: dict[int, nn.Parameter] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
@@ -76,7 +75,7 @@ def dequantize(model: nn.Module) -> None:
 
 
 def _in_stack(model: nn.Module, name: str) -> bool:
-    """Whether a module is one expert's projection, which goes with its stack."""
+    """Whether a module is the projection of one expert; it is dequantized with its stack."""
     stack = name.rpartition(".")[0].rpartition(".")[0]
     return isinstance(model.get_submodule(stack), PlaneExperts)
 
@@ -89,7 +88,7 @@ def _plain(module: PlaneModule, tied: dict[int, nn.Parameter]) -> nn.Module:
     if weight is None:
         dense = _as_kept(module)
         weight = tied[id(module.weight)] = nn.Parameter(dense, requires_grad=module.origin.requires_grad)
-    # the weight first, as torch's own modules have it
+    # the weight comes first, as in torch's own modules
     parameters = {"weight": weight, **parameters}
     if module.bias is not None:
         parameters["bias"] = _bias(module.bias, parameters.get("bias"), module.weight.dtype)
@@ -99,7 +98,7 @@ def _plain(module: PlaneModule, tied: dict[int, nn.Parameter]) -> nn.Module:
 
 
 def _as_kept(module: PlaneModule) -> Tensor:
-    """The dense weight in its dtype, and laid out as the module that was replaced keeps it."""
+    """The dense weight in the dtype and the layout of the module that planes replaced."""
     dense = module.weight.dequantize().to(module.weight.dtype)
     if module.origin.kind is Kind.LINEAR_TRANSPOSED:
         return dense.t().contiguous()
@@ -109,7 +108,7 @@ def _as_kept(module: PlaneModule) -> Tensor:
 
 
 def _bias(bias: nn.Parameter, old: nn.Parameter | None, dtype: torch.dtype) -> nn.Parameter:
-    """The present bias in the dtype of the weight, in the parameter that it was before: others may share it."""
+    """The present bias in the dtype of the weight, in its old parameter where others may share it."""
     if bias.dtype == dtype:
         return bias
     if old is None or old.is_meta or old.dtype != dtype:

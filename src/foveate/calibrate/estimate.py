@@ -1,12 +1,14 @@
-"""How long quantizing will take, said after the first batch: its own time for the passes, arithmetic for the rounding.
+"""Estimate how long quantizing takes, after the first batch.
 
-Rounding a weight of N rows and K columns, R rows of which hang together, is arithmetic of four kinds, and how fast this
-machine does each is measured in half a second:
+The time of the passes follows from the time of the first batch. The time of rounding follows from its arithmetic.
+Rounding a weight of N rows and K columns, whose rows are chosen jointly in blocks of R, is work of four kinds:
 
-    N K            searching grids, packing, scoring                    seconds a value
-    10 N K         choosing codes in ten sweeps                         seconds a code
-    10 N K R       what the errors of R rows mean for each other        seconds a pull
-    112 N K^2      five streams in ten sweeps, six levels scored        seconds a flop, float32
+    N K            searching grids, packing, scoring                              seconds a value
+    10 N K         choosing codes in ten sweeps                                   seconds a code
+    10 N K R       adding what the errors of R rows mean for each other           seconds a row term
+    112 N K^2      five error streams in ten sweeps, and scores of six levels     seconds a float32 operation
+
+How long each takes on this machine is measured in half a second.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.calibrate.reference_outputs import MOST
+from foveate.calibrate.reference_outputs import MAX_BATCHES
 from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
-from foveate.collect.statistics import TOGETHER, Factored
+from foveate.collect.statistics import COVARIANCE_BLOCK, Factored
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.planes import from_codes
@@ -31,54 +33,54 @@ from foveate.sensitivity import tile_losses
 _GROUP = 64
 
 
-def _products(sweeps: int) -> int:
-    """Operations of products of a row with a matrix [K, K], over K^2: 5 streams a sweep, and 6 levels are scored."""
+def _product_operations(sweeps: int) -> int:
+    """Operations of the products of a row with a matrix [K, K], over K^2: 5 streams a sweep, and scores of 6 levels."""
     return 2 * (5 * sweeps + 6)
 
 
-_PRODUCTS = _products(SWEEPS)
+_PRODUCT_OPERATIONS = _product_operations(SWEEPS)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine takes, in seconds, with the threads it has now.
+    """Seconds that this machine takes for each kind of work, with the threads that it uses now.
 
     Attributes:
-        value: a value of a weight.
-        code: a code, in each sweep.
-        pull: a code again, for each row that its row hangs together with.
-        flop: a float32 operation of a matrix product.
+        value: seconds for one value of a weight.
+        code: seconds for one code in one sweep.
+        row_term: seconds for one code in one sweep, for each row that is chosen jointly with the row of the code.
+        flop: seconds for one float32 operation of a matrix product.
     """
 
     value: float
     code: float
-    pull: float
+    row_term: float
     flop: float
 
     @classmethod
     def measured(cls) -> Machine:
-        """Time small pieces of the work itself; without compiled kernels one sweep, for a sweep takes seconds there."""
+        """Time small pieces of the work itself. Without compiled kernels one sweep is timed, since it takes seconds."""
         compiled = ensure_loaded().isa is not None
         sweeps = SWEEPS if compiled else 1
         size, rows, columns = 768, 512, 2 * _GROUP
         a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
         flop = _seconds(lambda: a @ a) / (2 * size**3)
-        products = flop * _products(sweeps) * columns
+        products = flop * _product_operations(sweeps) * columns
         nearest = _seconds(lambda: _round(rows, 0)) / (rows * columns)
-        apart = _seconds(lambda: _round(rows, sweeps)) / (rows * columns)
-        code = max(apart - nearest - products, 0.0) / sweeps
-        if not compiled:  # rows are each for themselves
+        single_rows = _seconds(lambda: _round(rows, sweeps)) / (rows * columns)
+        code = max(single_rows - nearest - products, 0.0) / sweeps
+        if not compiled:  # each row is rounded by itself
             return cls(nearest, code, 0.0, flop)
-        together = _seconds(lambda: _round(rows, sweeps, torch.eye(rows)[None])) / (rows * columns)
-        return cls(nearest, code, max(together - apart, 0.0) / (sweeps * rows), flop)
+        joint_rows = _seconds(lambda: _round(rows, sweeps, torch.eye(rows)[None])) / (rows * columns)
+        return cls(nearest, code, max(joint_rows - single_rows, 0.0) / (sweeps * rows), flop)
 
-    def rounding(self, load: WeightCost, descends: bool) -> float:
-        """Seconds that one weight takes."""
-        rows, columns = load.rows, load.columns
+    def rounding(self, cost: WeightCost, descends: bool) -> float:
+        """Seconds that rounding one weight takes."""
+        rows, columns = cost.rows, cost.columns
         seconds = self.value
         if descends:
-            together = min(rows, TOGETHER) if load.kept else 0
-            seconds += SWEEPS * (self.code + self.pull * together) + self.flop * _PRODUCTS * columns
+            joint_rows = min(rows, COVARIANCE_BLOCK) if cost.kept_bytes else 0
+            seconds += SWEEPS * (self.code + self.row_term * joint_rows) + self.flop * _PRODUCT_OPERATIONS * columns
         return seconds * rows * columns
 
 
@@ -93,7 +95,7 @@ def _round(rows: int, sweeps: int, gradients_BRR: torch.Tensor | None = None) ->
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The mean of two runs after a first: what else runs on this machine goes on running."""
+    """The mean of two runs after a first one. Other programs on this machine go on running, and count."""
     work()
     started = time.perf_counter()
     work()
@@ -106,10 +108,10 @@ class Estimate:
     """Seconds that quantizing takes.
 
     Attributes:
-        passes: going through the data, all passes; NaN if it is not known how many batches there are.
-        batch: one batch of the first pass.
-        rounding: all weights.
-        times: how often the data are gone through.
+        passes: seconds of all passes over the data; NaN if the number of batches is not known.
+        batch: seconds of one batch in the first pass.
+        rounding: seconds of rounding all weights.
+        times: the number of passes over the data.
     """
 
     passes: float
@@ -129,41 +131,42 @@ class Estimate:
 def estimate(
     costs: Sequence[WeightCost],
     inputs: Sequence[float],
-    way: Schedule,
+    schedule: Schedule,
     batch: float,
     forward: float,
     batches: int | None,
 ) -> Estimate:
-    """Add up the parts.
+    """Add up the time of the passes and of rounding.
 
     Args:
-        loads: the weights.
-        inputs: rows of input that each of them sees in all; those that see too few are rounded to nearest.
-        way: the plan.
+        costs: what each weight takes.
+        inputs: how many rows of input each weight sees in all. Weights that see too few are rounded to nearest.
+        schedule: how the calibration is carried out.
         batch: seconds that the first batch took in the first pass.
-        forward: seconds that it took without statistics.
-        batches: how many there are, if that is known.
+        forward: seconds that the first batch took without statistics.
+        batches: the number of batches, if it is known.
     """
     machine = Machine.measured()
     rounding = sum(
-        machine.rounding(load, bool(load.large) and rows >= load.columns)
-        for load, rows in zip(costs, inputs, strict=True)
+        machine.rounding(cost, bool(cost.large_bytes) and rows >= cost.columns)
+        for cost, rows in zip(costs, inputs, strict=True)
     )
-    further = further_passes(costs, way)
+    further = further_passes(costs, schedule)
     passes = math.nan
     if batches is not None:
-        passes = batches * (batch * (1 + further.whole) + forward * further.forward)
-        passes += min(batches, MOST) * len(NESTED_LEVELS) * forward  # again on planes, at each level
-    return Estimate(passes, batch, rounding, len(way.shares))
+        passes = batches * (batch * (1 + further.with_gradients) + forward * further.forward_only)
+        # the reference outputs are compared at each level
+        passes += min(batches, MAX_BATCHES) * len(NESTED_LEVELS) * forward
+    return Estimate(passes, batch, rounding, len(schedule.parts))
 
 
-def rough(costs: Sequence[WeightCost]) -> float:
-    """Seconds that rounding takes on a fast core, without measuring anything: a lower bound."""
-    return sum(3e-7 * w.rows * w.columns + _PRODUCTS * w.rows * w.columns**2 / 4e11 for w in costs)
+def lower_bound(costs: Sequence[WeightCost]) -> float:
+    """A lower bound of the seconds that rounding takes, by the speed of a fast core: nothing is measured."""
+    return sum(3e-7 * w.rows * w.columns + _PRODUCT_OPERATIONS * w.rows * w.columns**2 / 4e11 for w in costs)
 
 
 def in_words(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.5 h`."""
+    """Seconds as text: `45 s`, `12 min`, `3.5 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

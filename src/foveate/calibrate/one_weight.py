@@ -1,4 +1,4 @@
-"""One weight: rounded, packed into planes and scored."""
+"""One weight: its codes are rounded, packed into planes, and scored at every level."""
 
 from __future__ import annotations
 
@@ -32,22 +32,21 @@ from foveate.rounding.descent import INPUT_DAMPING, LEVEL_WEIGHTS_LOOKED_UP
 from foveate.rounding.nearest import CLIP_PENALTIES
 from foveate.sensitivity import tile_losses
 
-#: Values of a weight that are scored at a time.
+#: How many values of a weight are scored at a time.
 _SCORED = 1 << 22
 
 
 def group_for(columns: int) -> int:
-    """Inputs a group: of 32, 64 and 128 the one that stores a row in the fewest bytes at 4 bits, scales and padding
-    counted.
+    """The group size, of 32, 64 and 128, that stores a row in the fewest bytes at 4 bits, scales and padding counted.
 
-    At equal bytes it also has the least error (docs/decisions.md).
+    At equal bytes this size also has the least error (docs/decisions.md).
     """
     return min(GROUPS, key=lambda group: (-(-columns // group) * (group * 4 + 16), group))
 
 
 @dataclass(frozen=True, eq=False)
-class _Quantized:
-    """One weight, done with."""
+class QuantizedWeight:
+    """One weight on planes, with its losses and statistics."""
 
     site: Site
     planes: PlaneTensor
@@ -56,18 +55,26 @@ class _Quantized:
     statistics: dict[str, Tensor]
 
 
-def _round_and_score(
+def round_and_score(
     entry: QuantizableWeight, seen: Sequence[WeightStatistics], routing: Routing, group: int | None
-) -> _Quantized:
+) -> QuantizedWeight:
+    """Round one weight, pack it into planes, and measure what each tile costs at each level.
+
+    Args:
+        entry: the weight and the modules that hold it.
+        seen: the statistics of each of these modules.
+        routing: how often experts were met.
+        group: inputs a group; chosen by width if not given.
+    """
     w_NK = weight_matrix(entry.modules[0])
-    planes, elsewhere = _on_planes(entry, w_NK, seen, group, routing.samples)
+    planes, overfit = _on_planes(entry, w_NK, seen, group, routing.samples)
     fishers = [routing.fisher(name) for name in entry.names]
     covariances, gradients = [s.covariance() for s in seen], [s.gradients() for s in seen]
-    losses, on_these = _losses(w_NK, planes, fishers, covariances, gradients, elsewhere or 1.0)
+    losses, seen_sums = _losses(w_NK, planes, fishers, covariances, gradients, overfit or 1.0)
     kept = {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])}
-    if elsewhere is not None:
-        kept[FITTED] = (losses.double().sum(0) / on_these).nan_to_num(1.0, 1.0).float()
-    return _Quantized(
+    if overfit is not None:
+        kept[FITTED] = (losses.double().sum(0) / seen_sums).nan_to_num(1.0, 1.0).float()
+    return QuantizedWeight(
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,
         cast(Tensor, entry.modules[0].weight).dtype,
@@ -79,8 +86,10 @@ def _round_and_score(
 def _on_planes(
     entry: QuantizableWeight, w_NK: Tensor, seen: Sequence[WeightStatistics], group: int | None, samples: int
 ) -> tuple[PlaneTensor, float | None]:
-    """Round and pack one weight; with what it loses on other data over what it loses on these, if it was fitted to
-    them.
+    """Round and pack one weight.
+
+    Returns:
+        (the planes, the overfit factor if the codes were fitted to the data, else None).
     """
     size = check_group(group) if group is not None else group_for(w_NK.shape[1])
     energies = [e for e in (s.input_energy() for s in seen if float(s.tensors["rows"])) if e is not None]
@@ -90,39 +99,41 @@ def _on_planes(
         columns = seen[0].tensors.get("gradient_K")
         energy = columns.float() if columns is not None and bool(columns.any()) else None
     covariances = [c for c in (s.covariance() for s in seen) if c is not None]
-    way, elsewhere, covariance = DescentConfig(LEVEL_WEIGHTS_LOOKED_UP, CLIP_PENALTIES, INPUT_DAMPING), None, None
-    if covariances and not _saw_too_little(seen):
+    config, overfit, covariance = DescentConfig(LEVEL_WEIGHTS_LOOKED_UP, CLIP_PENALTIES, INPUT_DAMPING), None, None
+    if covariances and not saw_too_little(seen):
         covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
-        free = degrees_of_freedom(covariance, _rows_of_covariances(seen))
-        elsewhere = overfit_factor(free)
+        dof_per_row = degrees_of_freedom(covariance, rows_of_covariances(seen))
+        overfit = overfit_factor(dof_per_row)
         if not any(s.kind is Kind.EMBEDDING for s in seen):
-            way = descent_config(free, samples)
+            config = descent_config(dof_per_row, samples)
     try:
-        rounded = round_weight(w_NK, group=size, input_energy_K=energy, clip_penalties=way.clip_penalties)
+        rounded = round_weight(w_NK, group=size, input_energy_K=energy, clip_penalties=config.clip_penalties)
     except WeightError as error:
         raise WeightError(f"{entry.names[0]}: {error}") from error
     if covariance is not None:
-        rounded = with_descent(w_NK, rounded, covariance, _gradients(seen), shares=way.shares, damping=way.damping)
+        rounded = with_descent(
+            w_NK, rounded, covariance, _gradients(seen), level_weights=config.level_weights, damping=config.damping
+        )
     planes = from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach
     )
-    return planes, elsewhere
+    return planes, overfit
 
 
 def _gradients(seen: Sequence[WeightStatistics]) -> Tensor | None:
-    """How the gradients of a weight's outputs hang together, over its uses."""
+    """The covariance of the gradients of a weight's outputs, summed over its uses."""
     kept = [g for g in (s.gradients() for s in seen) if g is not None]
     return torch.stack(kept).sum(0) if kept else None
 
 
-def _saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
-    """Whether a weight's covariance is of fewer rows than it has columns."""
+def saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
+    """Whether the covariance of a weight's inputs was taken from fewer rows than it has columns."""
     with_one = [s.tensors for s in seen if "covariance_KK" in s.tensors]
-    return bool(with_one) and 0 < _rows_of_covariances(seen) < len(with_one[0]["energy_K"])
+    return bool(with_one) and 0 < rows_of_covariances(seen) < len(with_one[0]["energy_K"])
 
 
-def _rows_of_covariances(seen: Sequence[WeightStatistics]) -> float:
-    """Rows that the covariances of a weight's uses are of."""
+def rows_of_covariances(seen: Sequence[WeightStatistics]) -> float:
+    """How many rows of input the covariances of a weight's uses were taken from."""
     return sum(float(s.tensors["rows"]) for s in seen if "covariance_KK" in s.tensors)
 
 
@@ -132,12 +143,12 @@ def _losses(
     fishers: Sequence[Tensor | Factored],
     covariances: Sequence[Tensor | None],
     gradients: Sequence[Tensor | None],
-    elsewhere: float,
+    overfit: float,
 ) -> tuple[Tensor, Tensor]:
-    """The table of a weight's tiles, and their sums on the inputs that were seen, some strips of rows at a time."""
+    """(losses of a weight's tiles, their sums on the inputs that were seen), computed for some rows at a time."""
     parts = []
-    on_these = torch.zeros((), dtype=torch.float64)
-    # blocks of gradients are not cut
+    seen_sums = torch.zeros((), dtype=torch.float64)
+    # blocks of the gradients' covariance are not cut
     whole = math.lcm(TILE_ROWS, *(g.shape[1] for g in gradients if g is not None))
     step = max(whole, _SCORED // w_NK.shape[1] // whole * whole)
     for start in range(0, len(w_NK), step):
@@ -156,15 +167,15 @@ def _losses(
         ]
         blocks = [None if g is None else g[start // g.shape[1] : -(-(start + step) // g.shape[1])] for g in gradients]
         w_rows = w_NK[start : start + step]
-        part, seen = tile_losses(w_rows, at_level, here, planes.group, covariances, blocks, elsewhere)
+        part, seen = tile_losses(w_rows, at_level, here, planes.group, covariances, blocks, overfit)
         parts.append(part)
-        on_these = on_these + seen
+        seen_sums = seen_sums + seen
     planes.active_levels.fill_(TOP_LEVEL)
-    return torch.cat(parts), on_these
+    return torch.cat(parts), seen_sums
 
 
 def _kept_statistics(seen: Sequence[WeightStatistics], planes: PlaneTensor) -> dict[str, Tensor]:
-    """What a profile keeps of a weight, of all its uses: see `foveate.Profile`."""
+    """The statistics that a profile keeps of a weight and all its uses (see `foveate.Profile`)."""
     ranges = torch.stack([s.tensors["output_range"].float() for s in seen])
     kept = {"output_range": torch.stack([ranges[:, 0].min(), ranges[:, 1].max()])}
     rows = sum(float(s.tensors["rows"]) for s in seen if "energy_K" in s.tensors)

@@ -1,11 +1,11 @@
-"""The passes over a calibration set: a probe, the pass that collects, and further passes where memory is short.
+"""The passes over a calibration set: a dry run, the first pass, and further passes where memory is short.
 
-    with the first batch    probe: what backward would keep, which weights are called when, how long it takes
-    plan                    by what is free, or by the limit given (`foveate.calibrate.schedule`)
-    pass 1                  everything small, and the large statistics of the first share of the weights
-    pass 2, 3, ...          those of the other shares, as far into the model as each of them goes
+    dry run         with the first batch: what backward keeps, in which order weights are called, how long it takes
+    schedule        made from what the dry run showed and the memory there is (`foveate.calibrate.schedule`)
+    pass 1          all small statistics, and the large statistics of the first part of the weights
+    pass 2, 3, ...  the large statistics of one other part each, as far into the model as that part goes
 
-Whoever rounds the weights takes them share by share from `Calibration.shares` and says when each is `done`.
+The caller takes the weights part by part from `Calibration.parts`, rounds them, and calls `Calibration.done` for each.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from foveate.calibrate.estimate import estimate, rough
+from foveate.calibrate.estimate import estimate, lower_bound
 from foveate.calibrate.reference_outputs import ReferenceOutputs, copied, reference_bytes
 from foveate.calibrate.resuming import read_resume, sample_of, write_resume
-from foveate.calibrate.schedule import Schedule, WeightCost, plan
+from foveate.calibrate.schedule import Schedule, WeightCost, make_schedule
 from foveate.collect.collector import Collector
-from foveate.collect.dry_run import DryRun, probe
+from foveate.collect.dry_run import DryRun, dry_run
 from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import Kind, QuantizableWeight, kind_of, listed, weight_matrix_shape
 from foveate.collect.objectives import Custom, Objective, check_batches, run
@@ -43,29 +43,29 @@ from foveate.sizes import format_bytes
 
 #: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
 _SAVE_EVERY = 16
-#: Share of the free memory that is taken where no limit is given.
-_SHARE = 0.75
-#: Seconds below which nothing is said of how long it will take.
+#: The part of the free memory that is used where no limit is given.
+_MEMORY_FRACTION = 0.75
+#: An estimate below this many seconds is not printed.
 _WORTH_SAYING = 5.0
-#: Tensors of the output's size that the objective and its backward take at once.
+#: How many tensors of the size of the output the objective and its backward take at once.
 _OUTPUT_COPIES = 6
-#: Tensors of the size of a layer's input that taking its statistics, or going backward through it, takes at once.
+#: How many tensors of the size of a layer's input its statistics, or its backward, take at once.
 _CALL_COPIES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationOptions:
-    """What calibration is for, and how it is gone about; as for `foveate.quantize`.
+    """What calibration optimizes for, and what it may use; as for `foveate.quantize`.
 
     Attributes:
-        objective: what the output is for; found out from the first output if not given.
-        loss: what is to be kept small, instead of the objective's own.
-        memory: the most bytes that the process may take; three quarters of what is free if not given.
-        resume: the file that keeps the statistics, if any does.
-        progress: whether to show how far it is.
+        objective: what the output is for; inferred from the first output if not given.
+        loss: the loss whose increase is kept small, instead of the objective's own.
+        memory: the most bytes that the process may take; three quarters of the free memory if not given.
+        resume: the file that keeps the statistics; no file if not given.
+        progress: whether to show progress.
 
     Raises:
-        DataError: the objective is none.
+        DataError: `objective` is not an `Objective`.
     """
 
     objective: Objective | None = None
@@ -80,33 +80,33 @@ class CalibrationOptions:
 
 
 class Calibration:
-    """Runs the passes.
+    """Runs the passes over the data.
 
     Attributes:
-        found: the weights, less those that something else than their modules was seen to read; complete after the first
-            share was asked for.
-        notes: which weights were left so, and what is not known of the model's reads.
+        found: the weights to quantize. Weights that other code than their modules' reads are removed by the time that
+            the first part is handed out.
+        notes: which weights stay float, and what is not known of the code that reads weights.
         first: the first batch.
-        generates: whether the model, if it can generate, was seen to.
-        collector: the statistics; small ones complete after the first share was asked for.
-        plan: how it is gone about.
-        probe: what the first batch showed.
-        witness: what the float model made of some of the batches; complete after the first share was asked for.
+        generates: whether generation is to be checked: the float model generated without an error, or cannot generate.
+        collector: the statistics. The small ones are complete when the first part is handed out.
+        schedule: how the calibration is carried out.
+        dry_run: what the first batch showed.
+        reference_outputs: outputs of the float model on some batches, complete when the first part is handed out.
     """
 
     collector: Collector
-    plan: Schedule
-    probe: DryRun
+    schedule: Schedule
+    dry_run: DryRun
 
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], found: Sequence[QuantizableWeight], options: CalibrationOptions
     ) -> None:
-        """Run the probe and make the plan.
+        """Make the dry run and the schedule.
 
         Raises:
             DataError: there are no batches, or a resume file that cannot be used.
-            WeightError: all weights are read past their modules.
-            BudgetError: the limit cannot be kept; the message says the least possible.
+            WeightError: other code than their modules' reads every weight.
+            BudgetError: the limit cannot be kept; the message says the least memory that is enough.
         """
         self._model, self.found, self._resume, self._progress = model, list(found), options.resume, options.progress
         memory = options.memory
@@ -119,67 +119,69 @@ class Calibration:
         self.first = copied(first)
         self.notes: list[str] = []
         with frozen(model), self._reads.watching():
-            self.probe = probe(model, first, self.found, options.objective)
+            self.dry_run = dry_run(model, first, self.found, options.objective)
             self.generates = self._decoded()
-        self._leave_what_is_read()
-        objective = self.probe.objective
+        self._leave_read_weights()
+        objective = self.dry_run.objective
         if options.loss is not None:
             objective = Custom(options.loss, objective)
         self._sample = sample_of(model, first)
         resume = self._resume
         state = read_resume(resume, objective, self._sample) if resume is not None and resume.exists() else None
-        self._costs = _costs(self.found, objective, self.probe)
-        blocks, least = self.probe.least()
-        beside = _OUTPUT_COPIES * self.probe.output_bytes + _CALL_COPIES * self.probe.largest
+        self._costs = _costs(self.found, objective, self.dry_run)
+        blocks, replayed = self.dry_run.smallest_cut()
+        temporaries = _OUTPUT_COPIES * self.dry_run.output_bytes + _CALL_COPIES * self.dry_run.largest
         gc.collect()
-        taken = psutil.Process().memory_info().rss
-        room = int(_SHARE * free) if memory is None else memory - taken
-        reference = reference_bytes(first, self.probe.output_bytes)
-        room -= reference
-        self.plan = plan(self._costs, self.probe.kept + beside, least + beside, beside, room)
-        if memory is not None and self.plan.peak > room:
+        used = psutil.Process().memory_info().rss
+        available = int(_MEMORY_FRACTION * free) if memory is None else memory - used
+        reference = reference_bytes(first, self.dry_run.output_bytes)
+        available -= reference
+        self.schedule = make_schedule(
+            self._costs, self.dry_run.kept + temporaries, replayed + temporaries, temporaries, available
+        )
+        if memory is not None and self.schedule.peak > available:
             raise BudgetError(
-                f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(taken)} already, and "
-                f"quantizing this model {format_bytes(self.plan.peak + reference)} more (smaller batches take less)"
+                f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(used)} already, and "
+                f"quantizing this model {format_bytes(self.schedule.peak + reference)} more (smaller batches take less)"
             )
         modules = dict(model.named_modules())
-        replay = Replay([(name, modules[name]) for name in blocks] if self.plan.replay else ())
-        shares = [[self.found[i] for i in share] for share in self.plan.shares]
+        replay = Replay([(name, modules[name]) for name in blocks] if self.schedule.replay else ())
+        parts = [[self.found[i] for i in part] for part in self.schedule.parts]
         if state is not None:
-            shares = _as_begun(self.found, self._costs, shares, state)
-        self._shares = shares
+            parts = _parts_of_resumed(self.found, self._costs, parts, state)
+        self._parts = parts
         self.collector = Collector(
-            self.found, objective, held={name for entry in shares[0] for name in entry.names}, replay=replay
+            self.found, objective, held={name for entry in parts[0] for name in entry.names}, replay=replay
         )
         self.reference_outputs = ReferenceOutputs(objective)
         if state is not None:
             self.collector.restore(state)
         self._count = len(batches) if isinstance(batches, Sized) else None
         self._stream = chain([first], stream)
-        # what is read more than once is kept, so that it is the same each time
-        self._kept: list[Any] | None = [] if len(shares) > 1 else None
+        # batches of several passes are kept, so that each pass sees the same data
+        self._kept: list[Any] | None = [] if len(parts) > 1 else None
 
     @property
     def passes(self) -> int:
-        """How often the data are gone through."""
-        return len(self._shares)
+        """The number of passes over the data."""
+        return len(self._parts)
 
-    def shares(self) -> Iterator[list[QuantizableWeight]]:
-        """Go through the data once for each share, and hand out the weights whose statistics are complete.
+    def parts(self) -> Iterator[list[QuantizableWeight]]:
+        """Make one pass over the data for each part, and hand out the weights whose statistics are complete.
 
         Raises:
-            WeightError: all weights are read past their modules.
+            WeightError: other code than their modules' reads every weight.
         """
         self._first_pass()
-        self._leave_what_is_read()
+        self._leave_read_weights()
         self._leave(self._reads.never_ran(self.found), "their modules have forwards of their own that never ran")
         kept = {entry.names[0] for entry in self.found}
-        self._shares = [[entry for entry in share if entry.names[0] in kept] for share in self._shares]
-        yield self._shares[0]
-        for number in range(1, len(self._shares)):
-            self._make_room(number)
-            share = self._shares[number]
-            names = {name for entry in share for name in entry.names}
+        self._parts = [[entry for entry in part if entry.names[0] in kept] for part in self._parts]
+        yield self._parts[0]
+        for number in range(1, len(self._parts)):
+            self._free_behind(number)
+            part = self._parts[number]
+            names = {name for entry in part for name in entry.names}
             names = {name for name in names if self.collector.by_module[name].large_bytes}
             if names:
                 for name in names:
@@ -188,31 +190,31 @@ class Calibration:
                 assert self._kept is not None
                 with frozen(self._model):
                     for index, batch in enumerate(track(self._kept, label, show=self._progress)):
-                        self.collector.again(self._model, batch, index, names)
-            yield share
+                        self.collector.add_large(self._model, batch, index, names)
+            yield part
 
     def done(self, entry: QuantizableWeight) -> None:
-        """A weight is rounded: its large statistics are let go, and itself too where that is needed and can be."""
+        """Free the large statistics of a weight that is rounded, and the float weight where memory is short."""
         for name in entry.names:
             self.collector.by_module[name].release()
-        if self.plan.lean and any(entry is last for last in self._shares[-1]):
-            _let_go(entry)
+        if self.schedule.free_early and any(entry is last for last in self._parts[-1]):
+            _free_weight(entry)
 
-    def make_room(self) -> None:
-        """All weights are rounded: where memory is short, none of them stays."""
-        if self.plan.lean:
+    def free_weights(self) -> None:
+        """Free all float weights where memory is short; call it when all weights are rounded."""
+        if self.schedule.free_early:
             for entry in self.found:
-                _let_go(entry)
+                _free_weight(entry)
 
     def finish(self) -> None:
-        """The model is on planes and runs: no float weight is needed any more, nor what would continue."""
+        """Free all float weights and delete the resume file; call it when the model runs on planes."""
         for entry in self.found:
-            _let_go(entry)
+            _free_weight(entry)
         if self._resume:
             self._resume.unlink(missing_ok=True)
 
-    def _leave_what_is_read(self) -> None:
-        """Take those weights out whose planes the code that reads them could not read."""
+    def _leave_read_weights(self) -> None:
+        """Remove the weights that other code than their modules' reads: such code cannot read planes."""
         own = {entry.names[0] for entry in self._reads.only_own(self.found)}
         past = [entry for entry in self.found if entry.names[0] not in own]
         who = self._reads.past[past[0].names[0]] if past else ""
@@ -228,10 +230,10 @@ class Calibration:
             raise WeightError(f"no weight can be quantized: {self.notes[-1]}")
 
     def _decoded(self) -> bool:
-        """Let the float model generate, if it can, and say if it fails."""
+        """Let the float model generate, if it can; whether that raised no error."""
         try:
             decode(self._model)
-        except Exception as error:  # a model that calibration can run all the same
+        except Exception as error:  # calibration can go on without generation
             self.notes.append(f"what generation reads past modules is not known, for it fails: {error!r}")
             return False
         return True
@@ -260,29 +262,29 @@ class Calibration:
             write_resume(self._resume, self.collector, self._sample)
 
     def _say_how_long(self, batch: float, done: int) -> None:
-        """Print an estimate, unless it is no time at all."""
+        """Print an estimate, unless the time is short."""
         batches = None if self._count is None else self._count - done
-        if not self._progress or rough(self._costs) + batch * (batches or 1) < _WORTH_SAYING:
+        if not self._progress or lower_bound(self._costs) + batch * (batches or 1) < _WORTH_SAYING:
             return
-        rows = [sum(self.probe.rows.get(name, 0) for name in entry.names) for entry in self.found]
-        # where it is not known how many batches there are, they are taken to be enough for every weight
+        rows = [sum(self.dry_run.rows.get(name, 0) for name in entry.names) for entry in self.found]
+        # where the number of batches is not known, it is assumed to be enough for every weight
         inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
-        say(str(estimate(self._costs, inputs, self.plan, batch, self.probe.seconds, batches)))
+        say(str(estimate(self._costs, inputs, self.schedule, batch, self.dry_run.seconds, batches)))
 
-    def _make_room(self, number: int) -> None:
-        """Let go of the float weights that are rounded and lie behind all that is left."""
-        left = [name for share in self._shares[number:] for entry in share for name in entry.names]
+    def _free_behind(self, number: int) -> None:
+        """Free the rounded float weights that no further pass runs, since they lie behind all parts that are left."""
+        left = [name for part in self._parts[number:] for entry in part for name in entry.names]
         needs = [name for name in left if self.collector.by_module[name].large_bytes]
-        if not self.plan.lean or any(self.collector.by_module[name].needs_gradients for name in needs):
+        if not self.schedule.free_early or any(self.collector.by_module[name].needs_gradients for name in needs):
             return
         batches = range(self.collector.batches)
         reached = [self.collector.last_call(i, needs) for i in batches]
         if -1 in reached:
-            return  # resumed: the order of some calls is not known, and passes run to the end
-        for share in self._shares[:number]:
-            for entry in share:
+            return  # resumed: the order of some calls is not known, so passes run to the end
+        for part in self._parts[:number]:
+            for entry in part:
                 if all(self.collector.first_call(i, entry.names) >= reached[i] for i in batches):
-                    _let_go(entry)
+                    _free_weight(entry)
 
 
 def _costs(found: Sequence[QuantizableWeight], objective: Objective, seen: DryRun) -> list[WeightCost]:
@@ -300,19 +302,19 @@ def _costs(found: Sequence[QuantizableWeight], objective: Objective, seen: DryRu
                 rows=rows,
                 columns=columns,
                 copied=weight.dtype != torch.float32 or kind_of(entry.modules[0]) is Kind.LINEAR_TRANSPOSED,
-                floats=weight.numel() * weight.element_size(),
-                large=sum(s.large_bytes for s in each),
+                float_bytes=weight.numel() * weight.element_size(),
+                large_bytes=sum(s.large_bytes for s in each),
                 gradients=any(s.needs_gradients for s in each),
-                first=min(at, default=-1),
-                last=max(at, default=len(seen.calls)),
-                kept=sum(s.kept_bytes for s in each),
+                first_call=min(at, default=-1),
+                last_call=max(at, default=len(seen.calls)),
+                kept_bytes=sum(s.kept_bytes for s in each),
             )
         )
     return costs
 
 
-def _let_go(entry: QuantizableWeight) -> None:
-    """Give a float weight's memory back; its shape and dtype stay."""
+def _free_weight(entry: QuantizableWeight) -> None:
+    """Free the memory of a float weight; its shape and dtype stay."""
     weight = cast(nn.Parameter, entry.modules[0].weight)
     if not weight.is_meta:
         empty = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=weight.requires_grad)
@@ -320,14 +322,14 @@ def _let_go(entry: QuantizableWeight) -> None:
             module.weight = empty
 
 
-def _as_begun(
+def _parts_of_resumed(
     found: Sequence[QuantizableWeight],
     costs: Sequence[WeightCost],
-    shares: Sequence[list[QuantizableWeight]],
+    parts: Sequence[list[QuantizableWeight]],
     state: dict[str, Tensor],
 ) -> list[list[QuantizableWeight]]:
-    """The shares of a calibration that is resumed: what was begun in the first pass stays in it."""
+    """The parts of a resumed calibration: the first pass keeps the weights whose large statistics it began."""
     begun = {key.rpartition("|")[0] for key in state if key.endswith(("|covariance_KK", "|fisher_NK"))}
-    first = [e for e, load in zip(found, costs, strict=True) if not load.large or begun & set(e.names)]
-    rest = [[entry for entry in share if not any(entry is one for one in first)] for share in shares]
-    return [first, *(share for share in rest if share)]
+    first = [e for e, cost in zip(found, costs, strict=True) if not cost.large_bytes or begun & set(e.names)]
+    rest = [[entry for entry in part if not any(entry is one for one in first)] for part in parts]
+    return [first, *(part for part in rest if part)]

@@ -1,10 +1,10 @@
-"""quantize: put a model on planes, in place, and measure what every plane is worth.
+"""quantize: put a model on planes, in place, and measure what each tile is worth at each level.
 
-    find weights -> passes over the data (statistics) -> for each weight: round, pack, score -> exchange the modules
-    -> Profile
+    find the weights -> passes over the data (statistics) -> for each weight: round, pack, score
+    -> replace the modules -> Profile
 
-The first pass over the data is the long part, and can be resumed. It is the only one where memory allows it: see
-`foveate.calibrate.passes`, which hands out the weights share by share as their statistics are complete.
+The first pass over the data takes the longest and can be resumed. It is the only one where memory allows it. Otherwise
+`foveate.calibrate.passes` makes further ones, and hands out the weights part by part as their statistics are complete.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.calibrate.one_weight import _Quantized, _round_and_score, _rows_of_covariances, _saw_too_little
+from foveate.calibrate.one_weight import QuantizedWeight, round_and_score, rows_of_covariances, saw_too_little
 from foveate.calibrate.passes import Calibration, CalibrationOptions
 from foveate.calibrate.reference_outputs import with_measured
 from foveate.calibrate.routing import Routing
-from foveate.calibrate.trial import WayBack, run_on_planes
+from foveate.calibrate.trial import OriginalModules, run_on_planes
 from foveate.collect.evaluation import frozen
 from foveate.collect.kinds import QuantizableWeight, find_weights, listed
 from foveate.collect.objectives import Objective
@@ -42,7 +42,7 @@ from foveate.progress import track
 from foveate.sizes import parse_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-#: Parameters that stay float, over those on planes, from which on a note says what they are.
+#: A note lists the parameters that stay float if they are at least this part of the number on planes.
 _MUCH = 0.02
 
 
@@ -60,28 +60,28 @@ def quantize(
 ) -> Profile:
     """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
 
-    Linear layers, transformers' Conv1D, embeddings and convolutions are exchanged for their `foveate.nn` counterparts;
-    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. A weight that
-    calibration saw something else read than its own module (`x @ self.head.weight.t()`) is left as it is; the profile's
-    notes name it. Afterwards every weight is read at 8 bits.
+    Linear layers, transformers' Conv1D, embeddings and convolutions are replaced by their `foveate.nn` counterparts;
+    tied weights stay one weight, and the experts of transformers' mixtures become weights of their own. Where
+    calibration sees other code than its module's read a weight (`x @ self.head.weight.t()`), the weight stays float,
+    and the profile's notes name it. Afterwards every weight is read at 8 bits.
 
     Args:
         model: any module, in memory, on the CPU.
         batches: a small data set: mappings are passed to the model as keywords, tuples as positions, anything else as
             the one argument.
-        objective: what the output is for, `foveate.Logits()` or `foveate.Embedding()`; found out from the first output
+        objective: what the output is for, `foveate.Logits()` or `foveate.Embedding()`; inferred from the first output
             if not given (one with a `logits` attribute is `Logits`).
         loss: `loss(output, batch)`, a sum over the samples of the batch whose increase is to be kept small, instead of
             the objective's own.
         group: inputs a group, 32, 64 or 128, for every weight; chosen by width if not given.
         skip: shell patterns of module names to leave as they are.
-        memory: the most that the process may take meanwhile, the model included, `"6GiB"` or a number; if not given,
-            three quarters of what is free. Where that is too little for doing everything at once, parts of the model
-            are run twice, statistics are collected in several passes over the data, and float weights are let go as
-            their planes are finished (an interruption then leaves a model without them). The result is the same.
+        memory: the most bytes that the process may take during the call, the model included, `"6GiB"` or a number; if
+            not given, three quarters of the free memory. Where that is too little to do everything at once, parts of
+            the model run twice, statistics are collected in several passes over the data, and float weights are freed
+            as their planes are finished (an interruption then leaves a model without them). The result is the same.
         resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is
             deleted at the end.
-        progress: whether to show how far it is.
+        progress: whether to show progress.
 
     Returns:
         The profile: sites, and the loss of every tile at every level.
@@ -89,9 +89,9 @@ def quantize(
     Raises:
         DataError: no batches, or a loss that is not finite.
         WeightError: a weight holds NaN or Inf, no weight can be quantized, or the model does not run on planes. The
-            model is then unchanged, unless float weights had to make room.
+            model is then unchanged, unless float weights were freed to save memory.
         SiteError: a pattern in `skip` matches nothing.
-        BudgetError: the model cannot be quantized in `memory`; the message says in how much it can.
+        BudgetError: the model cannot be quantized in `memory`; the message says how much is enough.
     """
     ensure_loaded()
     options = CalibrationOptions(
@@ -115,9 +115,9 @@ def _quantized(
             raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
         _check_values(entry.names[0], weight.detach())
     calibration = Calibration(model, batches, found, options)
-    with given_back(calibration.plan.replay or calibration.plan.lean):
+    with given_back(calibration.schedule.replay or calibration.schedule.free_early):
         rounded, routing, few = _all_rounded(model, calibration, group, options.progress)
-    calibration.make_room()
+    calibration.free_weights()
     collector, found = calibration.collector, calibration.found
     notes += [*calibration.notes, *_notes(calibration, routing, few, guessed=options.objective is None)]
     done = [rounded[entry.names[0]] for entry in found]
@@ -128,8 +128,8 @@ def _quantized(
     del rounded, done
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         kept.set(value)
-    way_back = WayBack(model, found)
-    with way_back.on(BaseException):
+    originals = OriginalModules(model, found)
+    with originals.restored_on(BaseException):
         registry = install(model, found, sites, weights)
         run_on_planes(model, calibration.first, calibration.generates)
     weight_count = sum(s.weights for s in sites)
@@ -138,7 +138,7 @@ def _quantized(
     for name in registry.inputs:
         node = collector.by_module.get(name.removesuffix(":input"))
         if node is not None and node.inputs is not None:
-            if float(node.tensors["rows"]):  # what was never seen is not free
+            if float(node.tensors["rows"]):  # an input that was never seen has an unknown cost, not none
                 losses[name] = node.inputs.losses(collector.samples)
             statistics[name] = node.inputs.summary(collector.samples)
     profile = Profile(
@@ -151,7 +151,7 @@ def _quantized(
         tuple(notes),
         other_parameters=registry.other_parameters,
     )
-    with way_back.on(Exception):
+    with originals.restored_on(Exception):
         try:
             with frozen(model):
                 profile = with_measured(profile, model, registry, calibration.reference_outputs, options.progress)
@@ -164,7 +164,7 @@ def _quantized(
 
 
 def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[QuantizableWeight], list[str]]:
-    """The weights to quantize, and notes on what is left as it is; errors as `quantize` raises them."""
+    """The weights to quantize, and notes on weights that stay float; raises the errors of `quantize`."""
     if any(isinstance(m, PlaneModule) for m in model.modules()):
         raise WeightError("the model is quantized already: quantize the original")
     found = find_weights(model)
@@ -191,7 +191,7 @@ def chosen(model: nn.Module, skip: Sequence[str]) -> tuple[list[QuantizableWeigh
 
 
 def _check_values(name: str, weight: Tensor) -> None:
-    """Refuse before any work what rounding would refuse."""
+    """Refuse before any work the weights that rounding would refuse."""
     if weight.dtype not in _DTYPES:
         raise WeightError(f"{name}.weight is {weight.dtype}: load the model in float16, bfloat16 or float32")
     lowest, highest = torch.aminmax(weight)
@@ -204,27 +204,27 @@ def _check_values(name: str, weight: Tensor) -> None:
 
 def _all_rounded(
     model: nn.Module, calibration: Calibration, group: int | None, progress: bool
-) -> tuple[dict[str, _Quantized], Routing, dict[str, str]]:
-    """Every weight by its module's name, how experts were met, and the weights that had too few inputs: how few."""
+) -> tuple[dict[str, QuantizedWeight], Routing, dict[str, str]]:
+    """(each weight on planes by its module's name, how often experts were met, the weights with too few inputs)."""
     collector = calibration.collector
-    rounded: dict[str, _Quantized] = {}
+    rounded: dict[str, QuantizedWeight] = {}
     routing: Routing | None = None
     few: dict[str, str] = {}
-    for share in calibration.shares():
+    for part in calibration.parts():
         routing = routing or Routing(model, collector)
-        for entry in track(share, "rounding", show=progress):
+        for entry in track(part, "rounding", show=progress):
             seen = [collector.by_module[name] for name in entry.names]
-            if _saw_too_little(seen):
-                rows, columns = _rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
+            if saw_too_little(seen):
+                rows, columns = rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
                 few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
-            rounded[entry.names[0]] = _round_and_score(entry, seen, routing, group)
+            rounded[entry.names[0]] = round_and_score(entry, seen, routing, group)
             calibration.done(entry)
     assert routing is not None
     return rounded, routing, {e.names[0]: few[e.names[0]] for e in calibration.found if e.names[0] in few}
 
 
 def _notes(calibration: Calibration, routing: Routing, few: Mapping[str, str], guessed: bool) -> list[str]:
-    """What the user should know of the calibration, a sentence each."""
+    """What the user should know of the calibration, one sentence each."""
     collector = calibration.collector
     notes = routing.notes()
     unseen = set(collector.unseen())

@@ -1,12 +1,12 @@
-"""What all weights lose together: measured once the planes are there, and put beside the sum of what each loses.
+"""Reference outputs: what all weights lose together, measured on planes and compared with the sum of their own losses.
 
-A profile adds up effects that were scored one by one. Errors of different layers meet, though, and at few bits a
-change is no longer small, so the sum is off by a factor that hangs mostly on the level. So of some calibration batches
-the float model's outcomes are kept, and they are run again through the planes, everything at one level after another.
-The ratios of measured to summed correct what a profile predicts (`Profile.measured_over_summed`); which tiles are worth
-most is left to the losses as they are (docs/decisions.md).
+A profile adds up losses that were scored one weight at a time. But errors of different layers interact, and at few bits
+they are no longer small. So the sum is off by a factor that depends mostly on the level. To measure it, outputs of the
+float model on some calibration batches are kept as reference outputs. When the planes are there, the same batches run
+at one uniform level after another. The ratios of measured to summed loss correct what a profile predicts
+(`Profile.measured_over_summed`). Which tiles are worth the most is left to the single losses (docs/decisions.md).
 
-Batches are kept evenly spread over however many there are, and of their outcomes as many as a bounded memory takes.
+The batches are spread evenly over the data, however many there are, and their outputs take a bounded memory.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from foveate.nn.registry import Registry
 from foveate.precision.profiles import FITTED, Profile
 from foveate.progress import track
 
-#: Batches that are kept at most.
-MOST = 16
-#: Bytes that they take at most, unless one alone takes more; and their outcomes.
-_ROOM = 64 << 20
-#: Inputs are read at this level meanwhile: what they lose is counted for itself, and 16 bits lose next to nothing.
-_INPUTS = 16
-_LARGEST = 100.0
+#: The most batches that are kept.
+MAX_BATCHES = 16
+#: The most bytes that the batches take, unless one alone takes more; and the most bytes that their outputs take.
+_MAX_BYTES = 64 << 20
+#: The level of inputs in the measurement: their losses are counted separately, and 16 bits lose almost nothing.
+_INPUT_LEVEL = 16
+_LARGEST_FACTOR = 100.0
 
 
 def reference_bytes(batch: Any, outcome: int) -> int:
-    """Bytes that a witness takes at most, of batches like this one, with so many bytes of outcomes each."""
-    return min(MOST * (_bytes_of(batch) + outcome), max(_ROOM, _bytes_of(batch)) + _ROOM)
+    """The most bytes that reference outputs take, for batches like this one with `outcome` bytes of output each."""
+    return min(MAX_BATCHES * (_bytes_of(batch) + outcome), max(_MAX_BYTES, _bytes_of(batch)) + _MAX_BYTES)
 
 
 def _bytes_of(batch: Any) -> int:
@@ -46,36 +46,36 @@ def _bytes_of(batch: Any) -> int:
 
 
 def _plain(batch: Any) -> Any:
-    """A batch in which tensors can be found: mappings, which tokenizers have their own of, as dictionaries."""
+    """A batch whose tensors can be found: mappings, such as the classes of tokenizers, become dictionaries."""
     return dict(batch) if isinstance(batch, Mapping) else batch
 
 
 def copied(batch: Any) -> Any:
-    """A batch that stays as it is when whoever made it fills its memory with the next one."""
+    """A copy of a batch, which stays as it is when a data loader reuses its memory."""
     return tree_map_only(Tensor, torch.clone, _plain(batch))
 
 
 class ReferenceOutputs:
-    """Some batches, and what the float model made of them.
+    """Some batches, and the outputs of the float model on them.
 
     Attributes:
-        samples: outcomes kept.
+        samples: how many samples are kept.
     """
 
     def __init__(self, objective: Objective) -> None:
         self._objective = objective
         self._every = 1
         self._seen = 0
-        self._kept: list[tuple[Any, int, Tensor]] = []  # batch, every which outcome, outcomes
+        self._kept: list[tuple[Any, int, Tensor]] = []  # batch, step between the samples that are kept, outcomes
 
     @property
     def samples(self) -> int:
-        """Outcomes that are kept."""
+        """How many samples are kept."""
         return sum(len(outcome) for _, _, outcome in self._kept)
 
     @property
     def compares(self) -> bool:
-        """Whether what is measured is what profiles sum: not of a loss of the user's, which may have any unit."""
+        """Whether the divergence has the unit of the profile's losses: a loss of the user may have another."""
         return not isinstance(self._objective, Custom)
 
     def wants(self, batch: Any) -> bool:
@@ -83,20 +83,20 @@ class ReferenceOutputs:
         if not self.compares:
             return False
         index, self._seen = self._seen, self._seen + 1
-        most = max(1, min(MOST, _ROOM // max(_bytes_of(batch), 1)))
+        most = max(1, min(MAX_BATCHES, _MAX_BYTES // max(_bytes_of(batch), 1)))
         while index % self._every == 0 and len(self._kept) >= most:
             self._every *= 2
             self._kept = self._kept[::2] if most > 1 else self._kept
         return index % self._every == 0 or not self._kept
 
     def keep(self, batch: Any, output: Any) -> None:
-        """Take a batch, with what the float model put out."""
+        """Keep a batch with the output of the float model."""
         outcome_nD = self._objective.outcome(output, batch).detach()
-        step = max(1, -(-MOST * outcome_nD.numel() * outcome_nD.element_size() // _ROOM))
+        step = max(1, -(-MAX_BATCHES * outcome_nD.numel() * outcome_nD.element_size() // _MAX_BYTES))
         self._kept.append((copied(batch), step, outcome_nD[::step].clone()))
 
     def divergence(self, model: nn.Module) -> float:
-        """The mean over samples of how far a model's outcomes are from those that were kept."""
+        """The mean divergence of a model's outputs from the reference outputs."""
         total = 0.0
         with torch.no_grad():
             for batch, step, wanted_nD in self._kept:
@@ -108,16 +108,16 @@ class ReferenceOutputs:
 def with_measured(
     profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, progress: bool
 ) -> Profile:
-    """The profile with what is measured of each level over what is summed of it, or with a note why that is not known.
+    """The profile with the measured loss of each level over the summed one, or with a note why that is not known.
 
-    A factor under 1 is taken for 1: of all data those of calibration flatter a model most, and a model that has
-    memorised them more than any. Without weights (level 0) it is that of 2 bits.
+    A factor below 1 counts as 1: on calibration's own data a model loses less than on other data, and the more so if it
+    has memorised them. Level 0, without weights, has the factor of 2 bits.
 
     Args:
-        profile: of the model.
-        model, registry: on planes; in evaluation mode. The levels in force afterwards are any.
-        witness: what to compare with.
-        progress: whether to show how far it is.
+        profile: the profile of the model.
+        model, registry: the model on planes, in evaluation mode. The call changes its levels.
+        reference_outputs: the outputs to compare with.
+        progress: whether to show progress.
     """
     try:
         measured = (
@@ -135,21 +135,21 @@ def with_measured(
 def _measured(
     profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, progress: bool
 ) -> dict[int, float]:
-    """A factor for each level; nothing if an output is not finite."""
+    """The factor of each level; empty if an output is not finite."""
     summed = _summed(profile)
     factors: dict[int, float] = {}
     for level in track(NESTED_LEVELS, "measuring", show=progress):
-        plan = profile.uniform(level, _INPUTS)
+        plan = profile.uniform(level, _INPUT_LEVEL)
         registry.apply(plan, plan)
         measured = reference_outputs.divergence(model)
         if not math.isfinite(measured):
             return {}
-        factors[level] = min(max(measured / summed[level], 1.0), _LARGEST) if summed[level] > 0 else 1.0
+        factors[level] = min(max(measured / summed[level], 1.0), _LARGEST_FACTOR) if summed[level] > 0 else 1.0
     return {0: factors[NESTED_LEVELS[0]], **factors}
 
 
 def _summed(profile: Profile) -> dict[int, float]:
-    """For each level what the weights lose one by one, on calibration's own data."""
+    """The sum of the single losses at each level, on calibration's own data."""
     total = torch.zeros(len(WEIGHT_LEVELS), dtype=torch.float64)
     for site in profile.weight_sites():
         fitted = profile.statistics[site.name].get(FITTED)

@@ -1,8 +1,9 @@
-"""The file that a calibration is resumed from: its statistics, checked as a model's folder is.
+"""The file that a calibration is resumed from: its statistics, checked when they are read.
 
 It is a safetensors file whose metadata hold a version, the objective, and a SHA-256 of everything in it. Beside the
-statistics it has a sample of the model's weights and of the first batch, so that those of another model or of other
-data are refused: compared within a tolerance, for what is merged into weights beforehand may differ in its last bits.
+statistics it holds a sample of the model's weights and of the first batch, so that a file of another model or of other
+data is refused. The samples are compared within a tolerance, since merging adapters can change the last bits of
+weights.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from foveate.sizes import format_bytes
 
 _VERSION = "2"
 _SAMPLE = "foveate sample"
-#: Values of each tensor that stand for it.
+#: How many values of each tensor the sample has.
 _VALUES = 64
 _TOLERANCE = 1e-3
-#: Statistics that may be below zero, and those of which only the diagonal may not. The ranges of what was never reached
-#: are from Inf to -Inf.
+#: Statistics that may be negative, ranges, and statistics whose diagonal alone must not be negative. The range of a
+#: module that was never reached goes from Inf to -Inf.
 _SIGNED = frozenset({"output_range", "input range", "input moments", "input batch_moments"})
 _RANGES = frozenset({"output_range", "input range", "input batch_moments"})
 _SQUARE = frozenset({"covariance_KK", "gradients_BRR"})
 
 
 def sample_of(model: nn.Module, batch: Any) -> Tensor:
-    """Numbers that tell a model and its data from others, float64 [S]."""
+    """Numbers that distinguish a model and its data from others, float64 [S]."""
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     found = [*model.state_dict(keep_vars=True).values(), *leaves]
     parts = []
@@ -53,7 +54,7 @@ def sample_of(model: nn.Module, batch: Any) -> Tensor:
 
 
 def write_resume(path: Path, collector: Collector, sample: Tensor) -> None:
-    """Write the statistics so far, in one step.
+    """Write the statistics so far, atomically.
 
     Raises:
         DataError: the file cannot be written.
@@ -109,7 +110,7 @@ def _digest(about: Mapping[str, str], checksums: Mapping[str, str]) -> str:
 
 
 def _makes_sense(key: str, tensor: Tensor) -> bool:
-    """Whether sums of squares are no less than zero, counts are counts, and all of it is finite."""
+    """Whether sums of squares are not negative, counts are plausible, and all values are finite."""
     if not tensor.is_floating_point() or bool(tensor.isnan().any()):
         return False
     if key not in _RANGES and not bool(tensor.isfinite().all()):

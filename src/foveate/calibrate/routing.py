@@ -1,9 +1,9 @@
-"""What calibration learned of a mixture's experts beyond what it learns of every weight: how often each was routed to.
+"""Routing: how often calibration met each expert of a mixture.
 
-An expert's rows are those routed to it, so its statistics count it as often as it is used. One that was never routed to
-has none, and would look as if it were worth nothing. It is taken for an expert like the others of its layer that was
-met half a time: cheap, but not free, and cheaper the more data there were (the rule that `collect.statistics` has for
-tokens that were never met). Its rounding has no inputs to go by, and is to the nearest.
+The rows of an expert are those routed to it, so its statistics count it as often as it is used. An expert that was
+never routed to has no statistics, and would look as if it cost nothing. It is treated as the average expert of its
+layer, met half a time. Its cost is then low but not zero, and the lower the more data there were. (`collect.statistics`
+has the same rule for tokens that were never met.) No inputs are known for its rounding, so it is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from foveate.collect.collector import Collector
 from foveate.collect.statistics import Factored
 from foveate.nn.experts import PlaneExperts
 
-#: How often an expert that was never met counts as met.
-_HALF = 0.5
+#: How often an expert that was never met is counted.
+_UNSEEN_COUNT = 0.5
 
 
 class Routing:
-    """How often each expert was routed to, and what stands in for those that never were.
+    """How often each expert was routed to, and the statistics that replace those of experts that never were.
 
-    `in` asks whether a module is a projection of an expert.
+    `name in routing` says whether a module is a projection of an expert.
     """
 
     def __init__(self, model: nn.Module, collector: Collector) -> None:
@@ -52,7 +52,7 @@ class Routing:
         return float(self._collector.by_module[name].tensors["rows"])
 
     def share(self, name: str) -> float:
-        """The share of tokens that multiply this module's weight: 1 for what is no expert."""
+        """The share of tokens that are multiplied with this module's weight; 1 for a module that is no expert."""
         if name not in self._places:
             return 1.0
         layer, _, known = self._places[name]
@@ -60,7 +60,7 @@ class Routing:
         return min(1.0, self._rows(name) * routes / total) if routes and total else 1.0
 
     def fisher(self, name: str) -> Tensor | Factored:
-        """F of a module for one sample, or what stands in for that of an expert that was never routed to."""
+        """F of a module for one sample; for an expert that was never routed to, the average of its layer."""
         samples = self._collector.samples
         own = self._collector.by_module[name].fisher(samples)
         if name not in self._places or self._rows(name):
@@ -75,7 +75,7 @@ class Routing:
     def _average_of(self, met: list[str]) -> Factored | Tensor | None:
         """F of the average expert met half a time; None if none was met."""
         samples = self._collector.samples
-        others = [(self._collector.by_module[n].fisher(samples), _HALF / self._rows(n)) for n in met]
+        others = [(self._collector.by_module[n].fisher(samples), _UNSEEN_COUNT / self._rows(n)) for n in met]
         whole = [f * weight for f, weight in others if isinstance(f, Tensor)]
         factors = [(f, weight) for f, weight in others if isinstance(f, Factored)]
         if whole:

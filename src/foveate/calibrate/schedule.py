@@ -1,17 +1,18 @@
-"""Quantize in bounded memory: what to keep, what to compute twice, what to collect in a pass of its own.
+"""The schedule of a calibration: how quantizing fits into the memory there is.
 
-Beyond the model itself three things take memory, and each can be traded for time:
+Beside the model itself three things take memory, and each can be exchanged for time:
 
-    what backward keeps    every layer's activations, or those of one block at a time, run twice (`collect.replay`)
-    large statistics       a matrix a weight, for all weights at once or for a share of them in each pass over the data
-    finished weights       planes beside the float weights until the end, or in place of them at once
+    what backward keeps    the activations of every layer, or of one block at a time that runs twice (`collect.replay`)
+    large statistics       a matrix for each weight: for all weights at once, or for one part of them in each pass
+    float weights          kept beside the planes until the end, or freed as soon as their planes are made
 
-Shares are taken from the end of the model to its beginning. The first pass, the only one that needs gradients where
-statistics factor, collects all that is small and the first share; each further one runs the model only as far as its
-share goes, so that float weights behind it are no longer needed and can make room. The reference of every statistic is
+The weights are cut into parts, from the end of the model to its beginning. The first pass over the data collects all
+small statistics, and the large ones of the first part. Each further pass collects the large statistics of one part.
+Where statistics factor (`foveate.collect.statistics`) a further pass needs no gradients, and runs the model no further
+than its part. So the float weights behind the part are no longer needed and can be freed. Every statistic is taken from
 the float model, whichever weights are on planes already, so the result is that of a single pass.
 
-`plan` chooses, by arithmetic alone, the cheapest of these that fits; `Calibration` does it.
+`make_schedule` chooses the fastest schedule that fits, by arithmetic alone; `foveate.calibrate.passes` carries it out.
 """
 
 from __future__ import annotations
@@ -21,176 +22,182 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.collect.statistics import TOGETHER
+from foveate.collect.statistics import COVARIANCE_BLOCK
 
-#: Bytes of temporaries that searching grids and scoring take at most.
+#: The most bytes of temporaries that the search for grids and the scoring take.
 _TEMPORARIES = 288 << 20
-#: Bytes that anything takes: code, small statistics, what allocators keep.
+#: Bytes that every schedule takes: code, small statistics, and what allocators keep.
 _SLACK = 32 << 20
 
 
 @dataclass(frozen=True)
 class WeightCost:
-    """What one weight takes, in bytes, and when it is used.
+    """The bytes that one weight takes, and when the weight is used.
 
     Attributes:
-        rows, columns: its shape.
-        copied: whether its float32 matrix is a copy (another dtype, or another layout).
-        floats: of the weight as it is.
-        large: of its large statistics.
-        gradients: whether these need a backward pass.
-        kept: of statistics that are there from the first pass until it is rounded.
-        first, last: its first and last place in the order of calls; -1 and the last of all if it was not seen.
+        rows, columns: the shape of the weight.
+        copied: whether the float32 matrix is a copy (the weight has another dtype, or another layout).
+        float_bytes: bytes of the float weight.
+        large_bytes: bytes of the large statistics.
+        gradients: whether the large statistics need a backward pass.
+        first_call, last_call: first and last place of the weight in the order of calls. They are -1 and the number of
+            calls if the weight was not seen.
+        kept_bytes: bytes of the statistics that are kept from the first pass until the weight is rounded.
     """
 
     rows: int
     columns: int
     copied: bool
-    floats: int
-    large: int
+    float_bytes: int
+    large_bytes: int
     gradients: bool
-    first: int
-    last: int
-    kept: int = 0
+    first_call: int
+    last_call: int
+    kept_bytes: int = 0
 
     @property
-    def planes(self) -> int:
-        """Of all planes, scales and padding."""
+    def plane_bytes(self) -> int:
+        """Bytes of all planes, scales and padding."""
         return self.rows * (self.columns + -(-self.columns // 32) * 4)
 
     @property
-    def rounding(self) -> int:
-        """That rounding takes meanwhile: searching and scoring, factoring in double precision, or choosing codes,
-        whichever takes most.
+    def rounding_bytes(self) -> int:
+        """Bytes that rounding takes for the time it runs.
 
-        Choosing holds the metric and its factor, and the errors of each thread's rows twice: what is wanted of them,
-        and what is taken from that.
+        Three steps follow each other, and the largest counts: the search for grids with the scoring, the factoring in
+        double precision, and the choice of codes. The choice of codes holds the metric and its factor, and twice the
+        errors of the rows of each thread: the wanted errors, and the product that is subtracted from them.
         """
-        size, matrix = self.rows * self.columns, 4 * self.columns**2 * bool(self.large)
-        errors = 2 * 20 * self.columns * min(self.rows, TOGETHER * torch.get_num_threads()) * bool(self.large)
-        choosing = 2 * matrix + 2 * self.kept + 6 * size + errors
+        size, matrix = self.rows * self.columns, 4 * self.columns**2 * bool(self.large_bytes)
+        errors = (
+            2 * 20 * self.columns * min(self.rows, COVARIANCE_BLOCK * torch.get_num_threads()) * bool(self.large_bytes)
+        )
+        choosing = 2 * matrix + 2 * self.kept_bytes + 6 * size + errors
         most = max(min(_TEMPORARIES, 28 * size), 8 * matrix, choosing)
-        # means of the statistics, and the codes
-        return matrix + self.kept + (2 + 4 * self.copied) * size + most
+        # the means of the statistics, and the codes
+        return matrix + self.kept_bytes + (2 + 4 * self.copied) * size + most
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How to go about it.
+    """How a calibration is carried out.
 
     Attributes:
         replay: whether blocks are run twice.
-        shares: weights by number, those of the first pass first.
-        lean: whether float weights make room as soon as they are done with.
-        peak: bytes beyond the model that it takes at most, as far as can be told.
+        parts: the weights, by number, whose large statistics each pass collects; those of the first pass come first.
+        free_early: whether float weights are freed as soon as they are not needed any more.
+        peak: the predicted most bytes that the calibration takes beside the model.
     """
 
     replay: bool
-    shares: tuple[tuple[int, ...], ...]
-    lean: bool
+    parts: tuple[tuple[int, ...], ...]
+    free_early: bool
     peak: int
 
 
-def plan(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int) -> Schedule:
-    """The cheapest way that fits, or the one that takes least if none does.
+def make_schedule(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int) -> Schedule:
+    """The fastest schedule that fits into memory, or the one that takes the least memory if none fits.
 
     Args:
-        loads: the weights.
+        costs: what each weight takes.
         kept: bytes that backward keeps of a batch.
-        kept_replayed: the same when blocks are replayed.
+        kept_replayed: bytes that backward keeps when blocks are replayed.
         forward: bytes that a pass without gradients takes.
-        room: bytes that there are beyond the model.
+        room: bytes that are free beside the model.
     """
-    ways: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
-    for parts in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
-        shares = cut(costs, parts)
+    candidates: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
+    for count in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
+        parts = cut(costs, count)
         for replay in (False, True):
-            for lean in (False, True):
-                if (shares, replay, lean) not in ways:
-                    peak = _peak(costs, shares, kept_replayed if replay else kept, forward, lean)
-                    ways[shares, replay, lean] = Schedule(replay, shares, lean, peak)
-    fitting = [way for way in ways.values() if way.peak <= room]
+            for free_early in (False, True):
+                if (parts, replay, free_early) not in candidates:
+                    peak = _peak(costs, parts, kept_replayed if replay else kept, forward, free_early)
+                    candidates[parts, replay, free_early] = Schedule(replay, parts, free_early, peak)
+    fitting = [schedule for schedule in candidates.values() if schedule.peak <= room]
     if fitting:
-        return min(fitting, key=lambda way: _cost(costs, way))
-    return min(ways.values(), key=lambda way: way.peak)
+        return min(fitting, key=lambda schedule: _relative_time(costs, schedule))
+    return min(candidates.values(), key=lambda schedule: schedule.peak)
 
 
-def cut(costs: Sequence[WeightCost], parts: int) -> tuple[tuple[int, ...], ...]:
-    """Weights by number in shares of about equal bytes, from the last called to the first."""
-    total = sum(load.large for load in costs)
-    order = sorted(range(len(costs)), key=lambda i: -costs[i].last)
-    most = -(-total // parts)
-    shares: list[list[int]] = [[]]
+def cut(costs: Sequence[WeightCost], count: int) -> tuple[tuple[int, ...], ...]:
+    """Cut the weights, by number, into parts of about equal bytes, from the last called to the first."""
+    total = sum(cost.large_bytes for cost in costs)
+    order = sorted(range(len(costs)), key=lambda i: -costs[i].last_call)
+    most = -(-total // count)
+    parts: list[list[int]] = [[]]
     filled = 0
     for i in order:
-        large = costs[i].large
+        large = costs[i].large_bytes
         if filled and large and filled + large > most:
-            shares.append([])
+            parts.append([])
             filled = 0
-        shares[-1].append(i)
+        parts[-1].append(i)
         filled += large
-    return tuple(map(tuple, shares))
+    return tuple(map(tuple, parts))
 
 
-def freed_after(costs: Sequence[WeightCost], shares: Sequence[Sequence[int]], done: int) -> list[int]:
-    """The weights, by number, that no pass needs once the first `done` shares are rounded."""
-    left = [i for share in shares[done:] for i in share]
+def freed_after(costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], done: int) -> list[int]:
+    """The weights, by number, that no further pass needs after the first `done` parts are rounded."""
+    left = [i for part in parts[done:] for i in part]
     if any(costs[i].gradients for i in left):
-        return []  # a backward pass goes through everything
-    needed = max((costs[i].last for i in left), default=-2)
-    return [i for share in shares[:done] for i in share if costs[i].first > needed]
+        return []  # a backward pass goes through all layers
+    needed = max((costs[i].last_call for i in left), default=-2)
+    return [i for part in parts[:done] for i in part if costs[i].first_call > needed]
 
 
-def _peak(costs: Sequence[WeightCost], shares: Sequence[Sequence[int]], kept: int, forward: int, lean: bool) -> int:
-    """Bytes beyond the model, at most, while a plan is carried out."""
-    made, peak = sum(load.kept for load in costs), 0
-    gone: set[int] = set()
-    for number, share in enumerate(shares):
-        large = sum(costs[i].large for i in share)
-        backward = number == 0 or any(costs[i].gradients for i in share)
-        peak = max(peak, made + large + (kept if backward else forward))
-        at_once = lean and number == len(shares) - 1
-        for i in share:
-            peak = max(peak, made + large + costs[i].rounding)
-            made += costs[i].planes - (costs[i].floats if at_once else 0)
-            large -= costs[i].large
-            gone |= {i} if at_once else set()
-        if lean:
-            more = set(freed_after(costs, shares, number + 1)) - gone
-            made -= sum(costs[i].floats for i in more)
-            gone |= more
+def _peak(
+    costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], kept: int, forward: int, free_early: bool
+) -> int:
+    """The most bytes beside the model that a schedule takes."""
+    held, peak = sum(cost.kept_bytes for cost in costs), 0
+    freed: set[int] = set()
+    for number, part in enumerate(parts):
+        large = sum(costs[i].large_bytes for i in part)
+        backward = number == 0 or any(costs[i].gradients for i in part)
+        peak = max(peak, held + large + (kept if backward else forward))
+        at_once = free_early and number == len(parts) - 1
+        for i in part:
+            peak = max(peak, held + large + costs[i].rounding_bytes)
+            held += costs[i].plane_bytes - (costs[i].float_bytes if at_once else 0)
+            large -= costs[i].large_bytes
+            freed |= {i} if at_once else set()
+        if free_early:
+            more = set(freed_after(costs, parts, number + 1)) - freed
+            held -= sum(costs[i].float_bytes for i in more)
+            freed |= more
     # planes are gathered in blocks at the end, when no float weight is needed any more
-    made -= sum(load.floats for i, load in enumerate(costs) if i not in gone)
-    return _SLACK + max(peak, made + sum(load.planes for load in costs))
+    held -= sum(cost.float_bytes for i, cost in enumerate(costs) if i not in freed)
+    return _SLACK + max(peak, held + sum(cost.plane_bytes for cost in costs))
 
 
 @dataclass(frozen=True)
-class Further:
-    """What the passes after the first one take.
+class FurtherPasses:
+    """The work of all passes after the first one.
 
     Attributes:
-        whole: passes with gradients.
-        forward: passes without, as far as each of them goes, with what its statistics take beside the model.
+        with_gradients: how many passes need gradients.
+        forward_only: the passes without gradients, in forward passes through the whole model. Each counts by how far
+            it goes, and a fifth more for its statistics.
     """
 
-    whole: int
-    forward: float
+    with_gradients: int
+    forward_only: float
 
 
-def further_passes(costs: Sequence[WeightCost], way: Schedule) -> Further:
-    """The passes after the first one."""
-    total = max((load.last for load in costs), default=0) + 1
-    whole, forward = 0, 0.0
-    for share in way.shares[1:]:
-        if any(costs[i].gradients for i in share):
-            whole += 1
+def further_passes(costs: Sequence[WeightCost], schedule: Schedule) -> FurtherPasses:
+    """The work of the passes after the first one."""
+    total = max((cost.last_call for cost in costs), default=0) + 1
+    with_gradients, forward = 0, 0.0
+    for part in schedule.parts[1:]:
+        if any(costs[i].gradients for i in part):
+            with_gradients += 1
         else:
-            forward += 1.2 * (max(costs[i].last for i in share) + 1) / total
-    return Further(whole, forward)
+            forward += 1.2 * (max(costs[i].last_call for i in part) + 1) / total
+    return FurtherPasses(with_gradients, forward)
 
 
-def _cost(costs: Sequence[WeightCost], way: Schedule) -> float:
-    """Time, in forward passes: one with gradients and statistics takes about five."""
-    further = further_passes(costs, way)
-    # what can be undone is kept if it may be
-    return (1 + further.whole) * (5.0 + way.replay) + further.forward + 0.01 * way.lean
+def _relative_time(costs: Sequence[WeightCost], schedule: Schedule) -> float:
+    """The time that a schedule takes, in forward passes. A pass with gradients and statistics counts as five."""
+    further = further_passes(costs, schedule)
+    # a model with its float weights can be restored after an error, so they are kept where memory allows it
+    return (1 + further.with_gradients) * (5.0 + schedule.replay) + further.forward_only + 0.01 * schedule.free_early

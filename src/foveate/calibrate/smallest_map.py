@@ -1,4 +1,4 @@
-"""The least that a model can take on planes, from its shapes alone: a budget below it is refused before any work."""
+"""The smallest map of a model, from its shapes alone: a budget below it is refused before any work."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from foveate.precision.maps import PrecisionMap, Site, uniform
 from foveate.sizes import format_bytes
 
 
-def least_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str] = ()) -> PrecisionMap:
-    """Every weight at the lowest level, gains left out: no map of `foveate.quantize` and `allocate` takes less.
+def smallest_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str] = ()) -> PrecisionMap:
+    """The map with every weight at the lowest level, without gains: no map of `foveate.allocate` takes less.
 
     Args:
         model, group, skip: as for `foveate.quantize`; the model is not changed.
@@ -38,7 +38,7 @@ def least_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str]
 
 def check_reachable(model: nn.Module, budget: Budget, *, group: int | None = None, skip: Sequence[str] = ()) -> None:
     """Raise `BudgetError` for a budget of bytes or bits that no map can meet."""
-    lowest = least_map(model, group=group, skip=skip)
+    lowest = smallest_map(model, group=group, skip=skip)
     if isinstance(budget.bytes, int) and budget.bytes < lowest.bytes_resident:
         raise BudgetError(
             f"no map fits in {format_bytes(budget.bytes)}: the least is more than {format_bytes(lowest.bytes_resident)}"

@@ -1,8 +1,8 @@
-"""The first run on planes, before a quantized model is handed back, and the way back to floats where it fails.
+"""The first run on planes, before a quantized model is handed back; if it fails, the original modules are put back.
 
-What a model's code does with a module beyond calling it cannot be known but by running it: it may ask for an attribute
-that only the original has, or hand a weight to a function that was scripted. So the model runs once on planes while the
-original modules are still there, and generates, if it does. If that fails the original modules are put back.
+The code of a model may do more with a module than call it. It may ask for an attribute that only the original has, or
+hand a weight to a scripted function. Only running the model shows that. So the model runs once on planes while the
+original modules still exist, and generates, if it can. If that fails, the original modules are put back.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from foveate.nn.replace import replace_module
 
 
 def run_on_planes(model: nn.Module, batch: Any, generates: bool) -> None:
-    """Run a model that was just put on planes on a batch, and let it generate if it did as floats."""
+    """Run a model on planes on one batch, and let it generate if the float model did."""
     with frozen(model), torch.no_grad():
         run(model, batch)
         if generates:
             decode(model)
 
 
-class WayBack:
-    """The modules that are about to be exchanged, and where they are."""
+class OriginalModules:
+    """The original modules that planes replace, and their places in the model."""
 
     def __init__(self, model: nn.Module, found: Sequence[QuantizableWeight]) -> None:
         ours = {id(module) for entry in found for module in entry.modules}
@@ -41,11 +41,11 @@ class WayBack:
         self._places = [(name, module) for name, module in named if id(module) in ours]
 
     @contextmanager
-    def on(self, kind: type[BaseException]) -> Iterator[None]:
-        """Put the modules back if an error of this kind is raised.
+    def restored_on(self, kind: type[BaseException]) -> Iterator[None]:
+        """Put the original modules back if an error of this kind is raised.
 
         Raises:
-            WeightError: in place of an `Exception`, with the name of the module that it came from.
+            WeightError: in place of an `Exception`; the message names the module that raised it.
         """
         try:
             yield

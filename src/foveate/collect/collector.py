@@ -1,8 +1,8 @@
 """The hooks that feed the statistics of every weight, batch by batch.
 
-The first pass over the data (`Collector.add`, forward and backward) collects all that is small, and the large
-statistics of the weights that are `held`; further passes (`Collector.again`) collect those of others. Where these need
-no gradients, such a pass runs forward only, and no farther than the last of its weights.
+The first pass over the data (`Collector.add`, forward and backward) collects all small statistics, and the large
+statistics of the weights that are `held`. Further passes (`Collector.add_large`) collect the large statistics of other
+weights. Where these need no gradients, such a pass runs forward only, and no further than the last of its weights.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from foveate.errors import DataError
 Take = Callable[[str, nn.Module, Tensor, Tensor], Callable[[Tensor], None] | None]
 
 
-class _Reached(BaseException):
-    """The last call that a pass was for has been seen. No error, and nothing a model should catch."""
+class _LastCallReached(BaseException):
+    """Stops a pass after the last call that it is for. This is no error, and a model should not catch it."""
 
 
 class Collector:
@@ -33,9 +33,9 @@ class Collector:
 
     Attributes:
         by_module: statistics for each module's name.
-        samples, batches: how much was seen.
-        calls: for each batch seen, the modules in the order in which they were called, by number; none for batches
-            that were seen before the state was restored.
+        samples, batches: how many were seen.
+        calls: for each batch, the modules, by number, in the order of their calls. Batches that were seen before the
+            state was restored have no entry.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Collector:
             found: the weights.
             objective: what the outputs are for.
             held: names of the modules whose large statistics the first pass collects; all if not given.
-            replay: what runs parts of the model twice to save memory, if anything does.
+            replay: the blocks that run twice to save memory; none if not given.
         """
         self.objective = objective
         self.samples = 0
@@ -67,7 +67,11 @@ class Collector:
                 self.by_module[name].hold()
 
     def add(self, model: nn.Module, batch: Any, show: Callable[[Any], None] | None = None) -> None:
-        """One forward and one backward pass; `show` gets the output. Raises `DataError` if the loss is not finite."""
+        """Make one forward and one backward pass; `show` gets the output.
+
+        Raises:
+            DataError: the batch is empty, its loss is not finite, or no gradient reaches a weight.
+        """
         self.calls.append([])
         with torch.enable_grad(), self._hooks(self._take, True), self._replay.running():
             output = run(model, batch)
@@ -91,15 +95,15 @@ class Collector:
     def _loss(self, output: Any, batch: Any, index: int) -> tuple[Tensor, int]:
         return self.objective.loss(output, batch, torch.Generator().manual_seed(index))
 
-    def again(self, model: nn.Module, batch: Any, index: int, names: Collection[str]) -> None:
-        """The large statistics of some modules, from a batch that `add` has taken before.
+    def add_large(self, model: nn.Module, batch: Any, index: int, names: Collection[str]) -> None:
+        """Collect the large statistics of some modules from a batch that `add` has seen before.
 
         Where no gradients are needed the model runs only as far as the last call of these modules.
 
         Args:
             model: as for `add`.
-            batch: the batch of this index.
-            index: the first is 0.
+            batch: the batch.
+            index: the place of the batch in the data, from 0.
             names: the modules; their statistics are held.
         """
         backward = any(self.by_module[name].needs_gradients for name in names)
@@ -110,16 +114,16 @@ class Collector:
         def take(name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
             nonlocal left
             seen = None
-            if name in names and not self._replay.ahead:
-                seen = self.by_module[name].see_again(module, x)
-            left -= not self._replay.again
+            if name in names and not self._replay.first_run:
+                seen = self.by_module[name].see_large(module, x)
+            left -= not self._replay.second_run
             if left == 0:
-                raise _Reached
+                raise _LastCallReached
             return seen
 
         with torch.set_grad_enabled(backward), self._hooks(take, backward):
             if not backward:
-                with suppress(_Reached):
+                with suppress(_LastCallReached):
                     run(model, batch)
                 return
             with self._replay.running():
@@ -127,7 +131,7 @@ class Collector:
                 loss.backward()
 
     def last_call(self, index: int, names: Collection[str]) -> int:
-        """How many calls of a batch it takes until all of some modules' have been made; -1 if that is not known."""
+        """How many calls of a batch it takes until all calls of these modules are made; -1 if that is not known."""
         place = index - (self.batches - len(self.calls))
         if place < 0:
             return -1
@@ -135,7 +139,7 @@ class Collector:
         return max((i + 1 for i, number in enumerate(self.calls[place]) if number in wanted), default=0)
 
     def first_call(self, index: int, names: Collection[str]) -> int:
-        """How many calls of a batch are made before the first one of some modules; 0 if that is not known."""
+        """How many calls of a batch are made before the first call of these modules; 0 if that is not known."""
         place = index - (self.batches - len(self.calls))
         if place < 0:
             return 0
@@ -144,23 +148,23 @@ class Collector:
         return next((i for i, number in enumerate(calls) if number in wanted), len(calls))
 
     def _take(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
-        if not self._replay.again:
+        if not self._replay.second_run:
             self.calls[-1].append(self._numbers[name])
-        return None if self._replay.ahead else self.by_module[name].see(module, x, y)
+        return None if self._replay.first_run else self.by_module[name].see(module, x, y)
 
     @contextmanager
     def _hooks(self, take: Take, backward: bool) -> Iterator[None]:
-        spark = torch.zeros((), requires_grad=True)
+        zero = torch.zeros((), requires_grad=True)
 
         def hook(name: str) -> Callable[..., Tensor]:
             def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-                wanted = backward and not self._replay.ahead
-                # parameters are frozen meanwhile, so the first outputs must be given a gradient
+                wanted = backward and not self._replay.first_run
+                # parameters are frozen, so the first outputs must be made to ask for a gradient
                 if wanted and not output.requires_grad:
-                    output = output + spark
+                    output = output + zero
                 if wanted and not output.requires_grad:
                     raise DataError(f"{name} runs without gradients (torch.no_grad in the model): name it in skip")
-                if not output.numel():  # an empty batch, or a layer that no row came by
+                if not output.numel():  # an empty batch, or an expert that no row was routed to
                     return output
                 x = args[0] if args else kwargs["input"]
                 seen = take(name, module, x, output)
@@ -178,11 +182,11 @@ class Collector:
                 handle.remove()
 
     def unseen(self) -> list[str]:
-        """Modules that no batch ever reached."""
+        """Names of the modules that no batch reached."""
         return [name for name, s in self.by_module.items() if float(s.tensors["rows"]) == 0]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on later."""
+        """All statistics so far, as `restore` takes them."""
         counts = {"samples": self.samples, "batches": self.batches}
         flat = {f"{name}|{key}": t for name, s in self.by_module.items() for key, t in s.tensors.items()}
         for name, s in self.by_module.items():
@@ -191,7 +195,11 @@ class Collector:
         return {**{k: torch.tensor(v, dtype=torch.float64) for k, v in counts.items()}, **flat}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state()`; raises `DataError` if it is of another model or objective."""
+        """Go on from `state()`.
+
+        Raises:
+            DataError: the state is of another model or objective.
+        """
         expected = {k: (t.shape, t.dtype) for k, t in self.state().items()}
         if {k: (t.shape, t.dtype) for k, t in state.items()} != expected:
             raise DataError("the resume file was made for another model or objective: delete it to start afresh")

@@ -1,8 +1,9 @@
-"""One forward pass that keeps nothing: what backward would keep, which parts could be run twice, how long it takes.
+"""The dry run: one forward pass that keeps nothing and shows what a forward and backward pass would take.
 
-The pass runs with gradients, so that every operation says what it saves, and each tensor is let go as soon as its
-bytes are counted: a model that does not fit with its gradients can be probed. Bytes are booked on the module that was
-running, so that `DryRun.blocks_within` can cut a model of any structure into blocks to replay
+It counts the bytes that backward would keep, finds the modules that could run twice, and takes the time. The pass runs
+with gradients, so that autograd hands over each tensor that it saves. Each tensor is let go as soon as its bytes are
+counted, so a model can be measured that does not fit into memory with its gradients. The bytes count for the module
+that was running. `DryRun.blocks_within` can then cut a model of any structure into blocks to replay
 (`foveate.collect.replay`): the largest modules, from the outside in, of which each keeps no more than is allowed.
 """
 
@@ -23,16 +24,22 @@ from foveate.collect.objectives import Objective, infer, run
 
 
 @dataclass
-class _Visit:
-    """What was seen of one module: bytes that one call keeps, that all calls of the batch keep, and that their inputs
-    take; whether it may be run twice; whether another of its calls was going on.
+class _ModuleUse:
+    """What the dry run saw of one module.
+
+    Attributes:
+        largest_call: the most bytes that one call keeps.
+        total: bytes that all calls of the batch keep.
+        input_bytes: bytes of the floating point inputs of all calls.
+        repeatable: whether the module may run twice: it changed no input in place, and no call was inside another.
+        children: names of the modules that it called.
     """
 
-    one: int = 0
-    all: int = 0
-    inputs: int = 0
-    safe: bool = True
-    parts: set[str] = field(default_factory=set)
+    largest_call: int = 0
+    total: int = 0
+    input_bytes: int = 0
+    repeatable: bool = True
+    children: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,14 @@ class DryRun:
     """What the first batch showed.
 
     Attributes:
-        seconds: of the forward pass.
+        seconds: duration of the forward pass.
         objective: what the output is for.
-        output_bytes: of what the objective compares, as float32.
-        samples: of the batch.
-        calls: weights' modules in the order they were called.
-        rows: for each of them the rows of input that its products had.
-        largest: bytes of the largest input or output of them, as float32.
-        visits: by module name, "" the model itself.
+        output_bytes: bytes of what the objective compares, as float32.
+        samples: number of samples in the batch.
+        calls: names of the modules with weights, in the order of their calls.
+        rows: for each of these names, how many rows of input its weight was multiplied with.
+        largest: bytes of the largest input or output of these modules, as float32.
+        uses: what was seen of each module, by name; "" is the model itself.
     """
 
     seconds: float
@@ -57,39 +64,39 @@ class DryRun:
     calls: tuple[str, ...]
     rows: dict[str, int]
     largest: int
-    visits: dict[str, _Visit]
+    uses: dict[str, _ModuleUse]
 
     @property
     def kept(self) -> int:
         """Bytes that backward keeps if nothing is replayed."""
-        return self.visits[""].all
+        return self.uses[""].total
 
     def blocks_within(self, most: int) -> tuple[list[str], int]:
-        """(modules to replay so that none keeps more than `most` bytes if that can be, bytes that are kept then)."""
+        """(modules to replay so that none keeps more than `most` bytes where possible, bytes that are then kept)."""
         blocks: list[str] = []
         peak = largest = 0
 
-        def open_up(name: str) -> int:
-            """Bytes kept of a module that is not replayed itself; what is replayed counts with its inputs."""
+        def kept_within(name: str) -> int:
+            """Bytes kept of a module that is not replayed; a replayed child counts with its inputs."""
             nonlocal largest
-            visit = self.visits[name]
-            own = visit.all
-            for part in sorted(visit.parts):
-                inner = self.visits[part]
-                own -= inner.all
-                if inner.one <= most and inner.safe and inner.all > inner.inputs:
+            use = self.uses[name]
+            own = use.total
+            for part in sorted(use.children):
+                inner = self.uses[part]
+                own -= inner.total
+                if inner.largest_call <= most and inner.repeatable and inner.total > inner.input_bytes:
                     blocks.append(part)
-                    largest = max(largest, inner.one)
-                    own += inner.inputs
+                    largest = max(largest, inner.largest_call)
+                    own += inner.input_bytes
                 else:
-                    own += open_up(part)
+                    own += kept_within(part)
             return max(own, 0)
 
-        peak = open_up("")
+        peak = kept_within("")
         return blocks, peak + largest
 
-    def least(self) -> tuple[list[str], int]:
-        """The cut into blocks that keeps least, and what it keeps."""
+    def smallest_cut(self) -> tuple[list[str], int]:
+        """(the blocks to replay that keep the fewest bytes, the bytes that are then kept)."""
         most = self.kept
         best: tuple[list[str], int] = ([], self.kept)
         while most > 4096:
@@ -100,58 +107,60 @@ class DryRun:
         return best
 
 
-def probe(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight], objective: Objective | None) -> DryRun:
-    """Run a batch through a model and keep nothing. Parameters are frozen and the model in evaluation mode.
+def dry_run(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight], objective: Objective | None) -> DryRun:
+    """Run one batch through a model and keep nothing.
+
+    The caller has frozen the parameters and put the model into evaluation mode.
 
     Args:
         model: any module.
         batch: as for `foveate.quantize`.
-        found: its weights.
-        objective: what the output is for; found out if not given.
+        found: the weights of the model.
+        objective: what the output is for; inferred from the output if not given.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    ours = {id(m): name for f in found for name, m in zip(f.names, f.modules, strict=True)}
+    weight_names = {id(m): name for f in found for name, m in zip(f.names, f.modules, strict=True)}
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    visits: dict[str, _Visit] = {}
+    uses: dict[str, _ModuleUse] = {}
     running: list[tuple[str, list[Tensor], list[int]]] = []
-    booked = [0]  # bytes kept so far by each call that is going on
+    saved = [0]  # bytes kept so far by each open call, innermost last
     calls: list[str] = []
     rows: dict[str, int] = {}
     sizes = [0]
-    spark = torch.zeros((), requires_grad=True)
+    zero = torch.zeros((), requires_grad=True)
 
     def pack(t: Tensor) -> None:
         if t.untyped_storage().data_ptr() not in known:
-            booked[-1] += t.numel() * t.element_size()
+            saved[-1] += t.numel() * t.element_size()
 
     def unpack(_: None) -> Tensor:
-        raise AssertionError("nothing is kept of a probe")
+        raise AssertionError("a dry run keeps nothing")
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         running.append((names[id(module)], given, [t._version for t in given]))
-        booked.append(0)
+        saved.append(0)
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         name, given, versions = running.pop()
-        kept = booked.pop()
-        if id(module) in ours:
+        kept = saved.pop()
+        if id(module) in weight_names:
             size, count = _own_copies(module, given[0])
             kept += size
-            own = ours[id(module)]
+            own = weight_names[id(module)]
             calls.append(own)
             rows[own] = rows.get(own, 0) + count
             sizes.append(max(size, 4 * output.numel()))
             if isinstance(output, Tensor) and not output.requires_grad:
-                output = output + spark
-        booked[-1] += kept
-        visit = visits.setdefault(name, _Visit())
-        visit.one = max(visit.one, kept)
-        visit.all += kept
-        visit.inputs += sum(t.numel() * t.element_size() for t in given if t.is_floating_point())
-        visit.safe &= versions == [t._version for t in given] and all(name != n for n, _, _ in running)
+                output = output + zero
+        saved[-1] += kept
+        use = uses.setdefault(name, _ModuleUse())
+        use.largest_call = max(use.largest_call, kept)
+        use.total += kept
+        use.input_bytes += sum(t.numel() * t.element_size() for t in given if t.is_floating_point())
+        use.repeatable &= versions == [t._version for t in given] and all(name != n for n, _, _ in running)
         if running:
-            visits.setdefault(running[-1][0], _Visit()).parts.add(name)
+            uses.setdefault(running[-1][0], _ModuleUse()).children.add(name)
         return output
 
     started = time.perf_counter()
@@ -166,11 +175,11 @@ def probe(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight], obje
     with torch.no_grad():
         objective = infer(output) if objective is None else objective
         outcome = objective.outcome(output, batch)
-    return DryRun(seconds, objective, 4 * outcome.numel(), len(outcome), tuple(calls), rows, max(sizes), visits)
+    return DryRun(seconds, objective, 4 * outcome.numel(), len(outcome), tuple(calls), rows, max(sizes), uses)
 
 
 def _own_copies(module: nn.Module, x: Tensor) -> tuple[int, int]:
-    """(bytes that calibration keeps of a call itself, rows of its product)."""
+    """(bytes of the inputs that calibration copies in a call, rows of its matrix product)."""
     kind = kind_of(module)
     if kind is Kind.EMBEDDING:
         return 0, x.numel()

@@ -1,4 +1,4 @@
-"""Evaluation mode for as long as something is measured; afterwards every module is as it was, whatever happened."""
+"""Evaluation mode while something is measured; afterwards every module has its own mode again, also after errors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """All modules in evaluation mode; each back in its own mode afterwards."""
+    """Put all modules into evaluation mode while this is open, and each back into its own mode afterwards."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         for model in models:
@@ -24,7 +24,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no parameter gradients and no caches of keys and values, all put back afterwards."""
+    """Evaluation mode, frozen parameters and no KV cache while this is open; all of it is put back afterwards."""
     wanted = {p: p.requires_grad for p in model.parameters()}
     all_configs = (getattr(m, "config", None) for m in model.modules())
     configs: dict[int, Any] = {id(c): c for c in all_configs if getattr(c, "use_cache", None) is True}

@@ -1,16 +1,16 @@
-"""What a node's input is like, and what each of its levels costs: the other half of the calibration pass.
+"""Statistics of each layer's input, and what each of its levels costs.
 
-The input rows x_t of a layer, quantized to a level, are off by dx_t. With g_t the gradient of the loss with respect to
-the output row, dx_t changes the loss by g_t . W dx_t, and the divergence by
+The input rows x_t of a layer, quantized to a level, have errors dx_t. With g_t the gradient of the loss with respect to
+the output row, the errors change the loss by the sum of g_t . W dx_t, and increase the divergence by
 
     S(level) = 1/2 E[(sum_t g_t . W dx_t)^2]
 
-just as a change of the weights does (`foveate.collect.statistics`), but not approximated: dx_t is the error that the
-kernels make, row by row, and its product with the gradient is taken as it is. Where the rows of a sample have labels of
-their own (the tokens of a language model) the squares are added up; where they share one loss, the sum is squared.
+as a change of the weights does (`foveate.collect.statistics`). This is not approximated: dx_t is the error that the
+kernels make, row by row, and its product with the gradient is computed. Where the rows of a sample have labels of their
+own (the tokens of a language model) the squares are summed; where they share one loss, the sum is squared.
 
-The activation's moments, extremes and entropy are kept beside it: what the drift unit compares with, what static
-scales are made of, and what `variance_proxy` chooses levels by without any gradient.
+The moments, the range and the entropy of the input are kept too. Drift is detected by them, static scales are made from
+them, and `variance_proxy` chooses levels by them without any gradient.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from torch import Tensor
 
 from foveate.kernels.planes.reference import INPUT_RANGE, block_codes, quantize_input
 
-#: Values that are quantized at a time: what fits into the second cache a few times over.
+#: How many values are quantized at a time: they fit into the second-level cache a few times over.
 _CHUNK = 1 << 16
-#: Values of a call beyond which not every sample is scored.
+#: In a call with more values than this, not every sample is scored.
 _SCORED = 1 << 21
 _SCORED_LEVELS = (4, 8)
-#: Values of a call, at most, whose codes are counted.
+#: The most values of a call whose codes are counted.
 _COUNTED = 1 << 16
 _CODES = 255
 
 
 class InputStatistics:
-    """Running sums of one node's input, float64 where they grow.
+    """Running sums of one layer's input, float64 where they grow.
 
     Attributes:
-        tensors: `moments` [3]: how many values, their sum, the sum of their squares; `range` [2]; `codes` [255]: how
-            often the 8-bit quantizer gave each code; `losses` [2]: the sum over samples of the squared change that
+        tensors: `moments` [3]: the number of values, their sum, the sum of their squares; `range` [2]; `codes` [255]:
+            how often the 8-bit quantizer gave each code; `losses` [2]: the sum over samples of the squared change that
             levels 4 and 8 make; `batch_moments` [2, 2]: the least and the greatest mean and variance of a call;
-            `calls`: how many; `values`: how many values products read.
+            `calls`: the number of calls; `values`: how many values matrix products read.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class InputStatistics:
     def score(self, x_BTK: Tensor, g_BTN: Tensor, w_NK: Tensor, independent_rows: bool) -> None:
         """Take the input rows of B samples, T rows each, and the gradients of their output rows.
 
-        Of a call of very many values some samples stand for all, evenly spread.
+        In a call with very many values, evenly spread samples stand for all.
         """
         if not x_BTK.numel():
             return
@@ -97,22 +97,23 @@ class InputStatistics:
             self.tensors["losses"] += weight * squares_L
 
     def losses(self, samples: int) -> Tensor:
-        """What each of INPUT_LEVELS costs a sample, float32 [1, 4]. The grid of 16 bits is that of 8, 256 times finer,
-        and so are its errors.
+        """What each of INPUT_LEVELS costs a sample, float32 [1, 4].
+
+        The grid of 16 bits is the grid of 8 bits with steps 256 times smaller, and so are its errors.
         """
         four, eight = (0.5 * self.tensors["losses"] / max(samples, 1)).tolist()
         finer = (INPUT_RANGE[8] / INPUT_RANGE[16]) ** 2
         return torch.tensor([[four, eight, finer * eight, 0.0]])
 
     def summary(self, samples: int) -> dict[str, Tensor]:
-        """What a profile keeps of a node's input, float32: see `foveate.Profile`; nothing where nothing was seen."""
+        """What a profile keeps of a layer's input, float32 (see `foveate.Profile`); empty if nothing was seen."""
         t = self.tensors
         count, total, squares = t["moments"].tolist()
         if not count:
             return {}
         mean = total / count
-        shares = t["codes"] / t["codes"].sum()
-        entropy = -(shares * shares.clamp_min(1e-300).log2()).sum()
+        probability = t["codes"] / t["codes"].sum()
+        entropy = -(probability * probability.clamp_min(1e-300).log2()).sum()
         return {
             "mean": torch.tensor([mean]),
             "variance": torch.tensor([max(squares / count - mean * mean, 0.0)]),
@@ -125,7 +126,7 @@ class InputStatistics:
 
 
 def _changes(x_BTK: Tensor, g_BTN: Tensor, w_NK: Tensor) -> Tensor:
-    """g . W dx of each row at each of the levels scored, float64 [L, B, T]. Rows are finite: the loss is."""
+    """g . W dx of each row at each scored level, float64 [L, B, T]. Rows are finite, since the loss is."""
     x_MK = x_BTK.reshape(-1, x_BTK.shape[-1])
     toward_MK = g_BTN.reshape(-1, g_BTN.shape[-1]) @ w_NK
     codes_MK, unit_M1 = block_codes(x_MK)
@@ -134,5 +135,5 @@ def _changes(x_BTK: Tensor, g_BTN: Tensor, w_NK: Tensor) -> Tensor:
     largest_M1 = x_MK.abs().amax(1, keepdim=True).clamp_min(1e-30)
     codes_MK = (x_MK * (top / largest_M1)).round_()
     eight_M = codes_MK.mul_(largest_M1 / top).sub_(x_MK).mul_(toward_MK).sum(1, dtype=torch.float64)
-    # a row of zeros is exact, and its unit divides nothing
+    # a row of zeros is exact, and its unit is 0
     return torch.stack([torch.where(unit_M1[:, 0] > 0, four_M, 0.0), eight_M]).view(-1, *x_BTK.shape[:2])

@@ -1,7 +1,7 @@
 """Which modules hold a weight that planes can hold, and how each is seen as a matrix [N rows, K inputs].
 
-A linear map, transformers' Conv1D, an embedding and a convolution are one thing here: rows of outputs by columns of
-inputs, where a convolution's inputs are the K = in/groups x kernel values of a patch and an embedding's rows are its
+A linear layer, transformers' Conv1D, an embedding and a convolution are treated alike: rows of outputs by columns of
+inputs. The inputs of a convolution are the K = in/groups x kernel values of a patch; the rows of an embedding are its
 entries. Depthwise filters are [channels, kernel].
 """
 
@@ -36,10 +36,10 @@ _BASES = (nn.Linear, nn.Embedding, nn.Conv2d, nn.Conv1d)
 def kind_of(module: nn.Module) -> Kind | None:
     """The kind of a module that can be quantized, or None. Subclasses that change `forward` have none."""
     if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
-        return None  # also where a hook makes the weight anew before each call
+        return None  # also where a hook computes the weight before each call
     forward = type(module).forward
     if forward is nn.Linear.forward:
-        # attention reads this one's weight behind its back
+        # attention reads the weight of this class itself
         return None if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear) else Kind.LINEAR
     if forward is nn.Embedding.forward:
         return Kind.EMBEDDING if cast(nn.Embedding, module).max_norm is None else None
@@ -99,7 +99,7 @@ class QuantizableWeight:
 
     @property
     def is_embedding_only(self) -> bool:
-        """Whether only single rows are ever read."""
+        """Whether the weight is only read by rows."""
         return all(kind_of(m) is Kind.EMBEDDING for m in self.modules)
 
 
@@ -111,7 +111,7 @@ def find_weights(model: nn.Module) -> list[QuantizableWeight]:
     """
     adapters = {id(m) for m in parts_of_adapters(model)}
     by_parameter: dict[int, list[tuple[str, nn.Module]]] = {}
-    elsewhere: set[int] = set()  # parameters that a module uses which stays as it is
+    elsewhere: set[int] = set()  # parameters of modules that stay as they are
     for name, module in model.named_modules():
         ours = kind_of(module) is not None and "forward" not in module.__dict__ and id(module) not in adapters
         if ours and cast(Tensor, module.weight).is_floating_point():
@@ -138,7 +138,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def parts_of_adapters(model: nn.Module) -> list[nn.Module]:
-    """What adapters add to a model (peft's layers name the children of theirs that are trained), all of it."""
+    """All modules that adapters add to a model (peft's layers name their trained children)."""
     found = []
     for module in model.modules():
         names = getattr(module, "adapter_layer_names", ())
@@ -149,7 +149,7 @@ def parts_of_adapters(model: nn.Module) -> list[nn.Module]:
 
 
 def weight_matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(N, K) of `weight_matrix`, without making it."""
+    """(N, K) of `weight_matrix`, without computing it."""
     shape = torch.Size(cast(Tensor, module.weight).shape)
     if kind_of(module) is Kind.LINEAR_TRANSPOSED:
         return shape[1], shape[0]

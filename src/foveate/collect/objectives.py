@@ -1,10 +1,10 @@
-"""What a model's output is for: the loss whose increase is predicted, and the divergence that is measured.
+"""Objectives: what a model's output is for, the loss whose increase is predicted, and the divergence that is measured.
 
-Two outputs cover most models. Logits are a distribution, and the divergence is KL to the reference; anything else is an
-embedding, and the divergence is 1 - cosine. Either way the loss is the inner product of the output with a random normal
-direction whose covariance is the curvature of the divergence: the squared gradient of that loss then estimates, without
-any labels, twice what a change of the weights adds to the divergence. For logits the curvature is the Fisher
-information (Kunstner et al., arXiv:1905.12558), for unit embeddings the identity.
+Two kinds of output cover most models. Logits are a distribution, and their divergence is the KL divergence from the
+reference. Any other output is an embedding, and its divergence is 1 - cosine. The loss is the inner product of the
+output with a random normal direction whose covariance is the curvature of the divergence. The squared gradient of that
+loss then estimates, without labels, twice what a change of the weights adds to the divergence. The curvature of logits
+is the Fisher information (Kunstner et al., arXiv:1905.12558), that of unit embeddings the identity.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def _real(batch: Any, rows: Tensor) -> Tensor:
 
 
 class Objective(ABC):
-    """What is kept when precision falls."""
+    """What should stay the same when precision falls."""
 
     name: str
-    #: What the divergence is, for people.
+    #: The divergence and its unit, as text.
     unit: str
     #: Whether the rows of one sample (the tokens of a text) have independent labels, so that their gradients are
     #: uncorrelated.
@@ -90,15 +90,15 @@ class Objective(ABC):
 
     @abstractmethod
     def outcome(self, output: Any, batch: Any) -> Tensor:
-        """What must be kept: [n, D], one row a sample, float32."""
+        """The part of the output that is compared, float32 [n, D], one row for each sample."""
 
     @abstractmethod
     def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
-        """How far each sample's outcome is from the reference's: [n], 0 at best."""
+        """The distance of each sample's outcome from the reference, [n]; 0 if they are equal."""
 
     @abstractmethod
     def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
-        """Whether each sample's decision is the reference's: bool [n]."""
+        """Whether each sample's decision is that of the reference, bool [n]."""
 
 
 @final
@@ -116,8 +116,9 @@ class Logits(Objective):
     def loss(self, output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor, int]:
         """Inner product of the logits with a random normal direction v whose covariance is diag(p) - p p^T.
 
-        That is the Fisher information of the logits, which labels sampled from the model have as well; but a confident
-        model draws hardly any label but one, and the few others decide everything. v = sqrt(p) z - p (sqrt(p) . z).
+        This covariance is the Fisher information of the logits. Labels sampled from the model have it too, but with a
+        higher variance: a confident model samples one label almost always, and the few others decide the estimate.
+        With z standard normal, v = sqrt(p) z - p (sqrt(p) . z).
         """
         logits_nC = self.outcome(output, batch)
         p_nC = logits_nC.detach().softmax(-1)
@@ -133,13 +134,13 @@ class Logits(Objective):
         return (reference.exp() * (reference - outcome_nD.log_softmax(-1))).sum(-1)
 
     def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
-        """Same most likely class."""
+        """Whether the most likely class is the same."""
         return reference_nD.argmax(-1) == outcome_nD.argmax(-1)
 
 
 @final
 class Embedding(Objective):
-    """Outputs are vectors compared by their angle; divergence is 1 - cosine."""
+    """Outputs are vectors that are compared by their angle; the divergence is 1 - cosine."""
 
     name = "embedding"
     unit = "1 - cosine"
@@ -162,7 +163,7 @@ class Embedding(Objective):
         return 1 - F.cosine_similarity(reference_nD, outcome_nD, dim=-1)
 
     def agreement(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
-        """Same nearest neighbour among the samples of the batch."""
+        """Whether the nearest neighbour among the samples of the batch is the same."""
         if len(reference_nD) < 2:
             return torch.ones(len(reference_nD), dtype=torch.bool)
 
@@ -175,7 +176,7 @@ class Embedding(Objective):
 
 @final
 class Custom(Objective):
-    """A loss of the user's, `loss(output, batch) -> scalar sum`; what is measured is the outcome of `of`."""
+    """A loss of the user, `loss(output, batch) -> scalar sum`; the divergence is that of the objective `of`."""
 
     def __init__(self, loss: Callable[[Any, Any], Tensor], of: Objective) -> None:
         self._loss, self._of = loss, of
@@ -199,7 +200,7 @@ class Custom(Objective):
 
 
 def named(name: str) -> Objective | None:
-    """The objective that a profile was made with, by its name; what is measured for a custom loss is what it was of."""
+    """The objective of a profile by its name; for a custom loss the objective that it was made over."""
     known = {objective.name: objective for objective in (Logits(), Embedding())}
     return known.get(name.removeprefix("custom over "))
 

@@ -1,15 +1,15 @@
-"""Which weights a model reads past their modules.
+"""Find the weights that a model reads outside of their own modules.
 
-A module on planes is called as the module it replaces was; the weight itself is no tensor any more. So a weight can be
-put on planes only where nothing but its own module's forward reads it. A model's code can do otherwise:
-`x @ self.head.weight.t()`, a convolution's weight handed to a kernel, a norm of a weight. While a model runs, every
-function of torch that is given a parameter is seen by a mode, and the frames of the call say whose code it was:
+A module on planes is called like the module that it replaces, but its weight is no tensor any more. So a weight can be
+put on planes only where nothing but its own module's forward reads it. The code of a model can read it elsewhere:
+`x @ self.head.weight.t()`, a convolution's weight handed to a kernel, a norm of a weight. While the model runs, a
+`TorchFunctionMode` sees every torch function that is given a parameter, and the call stack says whose code called it:
 
-    Linear.forward of a module that holds the weight    a use, which planes can take over
-    anything else                                       a read past the module: the weight stays as it is
+    Linear.forward of a module that holds the weight    a use that planes can take over
+    any other code                                      a read outside of the module: the weight stays float
 
-Parts that were compiled run as plain Python meanwhile, for the frames to be seen. Functions that were scripted hand
-weights on where no mode sees them; what is left is found when the model first runs on planes.
+Compiled parts run as plain Python meanwhile, so that the stack shows them. Scripted functions hand weights on where no
+mode sees them; such reads are found when the model first runs on planes (`foveate.calibrate.trial`).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from torch.overrides import TorchFunctionMode
 
 from foveate.collect.kinds import QuantizableWeight, without_product
 
-#: What a weight on planes answers as a parameter does.
+#: Attributes that a weight on planes has as a parameter does.
 ANSWERED = frozenset({"shape", "dtype", "device"})
 _CALL: CodeType = nn.Module._call_impl.__code__
 
 
 class Reads:
-    """Collects the weights that are read past their modules, while `watching`.
+    """Collects the weights that are read outside of their modules while `watching` is open.
 
     Attributes:
-        past: for the first name of each such weight, who read it: the function, and the module whose forward it was in.
+        past: by the first name of each such weight, who read it: the function, and the module whose forward called it.
     """
 
     past: dict[str, str]
@@ -57,7 +57,7 @@ class Reads:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See what reads weights while this is open."""
+        """Record what reads weights while this is open."""
         with ExitStack() as stack:
             if "torch._dynamo" in sys.modules:  # else nothing can have been compiled, and importing it takes seconds
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -94,7 +94,7 @@ class Reads:
             if code is _CALL:
                 reader = frame.f_locals["self"]
             elif str(frame.f_globals.get("__name__")).startswith("foveate.") and frame.f_globals is not globals():
-                return  # statistics being taken
+                return  # foveate itself, which takes statistics
             frame = frame.f_back
         where = "the model" if reader is None else self._names.get(id(reader), "") or type(reader).__name__
         self.past.setdefault(name, f"{_name_of(func)} in {where}")
@@ -113,7 +113,7 @@ class _Mode(TorchFunctionMode):
 
 
 def _is_answered(func: Any) -> bool:
-    """Whether a function asks a tensor for what a weight on planes says as well."""
+    """Whether a function asks for an attribute that a weight on planes has too."""
     return getattr(func, "__name__", "") == "__get__" and getattr(func.__self__, "__name__", "") in ANSWERED
 
 
@@ -131,8 +131,9 @@ def running(model: nn.Module, error: BaseException) -> str:
 
 
 def decode(model: nn.Module) -> None:
-    """Let a generative model of transformers put out two tokens: with its cache filled it can take other ways through
-    its code, and read other weights, than it does on a batch. Any other model is not run.
+    """Let a generative model of transformers generate two tokens; any other model is not run.
+
+    With its cache filled, a model can take other branches of its code, and read other weights, than on a batch.
     """
     generators: Iterator[Any] = (m for m in model.modules() if callable(getattr(m, "can_generate", None)))
     generator = next((m for m in generators if m.can_generate()), None)

@@ -1,21 +1,21 @@
 """Running statistics of a small data set: input energies, output gradients and output ranges of every weight.
 
-For a weight with input rows x_t and output gradients g_t (of the loss of one sample) the increase of the loss caused by
-a change dW is, to second order and with the Fisher information for the Hessian,
+A weight has input rows x_t and output gradients g_t, of the loss of one sample. A change dW of the weight increases the
+loss, to second order and with the Fisher information in place of the Hessian, by
 
     1/2 E[(sum_t g_t . dW x_t)^2]  ~  1/2 sum_ij F_ij dW_ij^2
 
-Where a sample's rows have independent labels (the tokens of a language model), F factors: F_ij = G_i A_j with G =
-E[g^2] over outputs and A = E[x^2] over inputs (the diagonal of K-FAC). Where all rows of a
-sample share one loss (the patches of an image, the tokens of an embedded sentence) their gradients are correlated, so F
-is accumulated as the squared gradient of each sample. An embedding's F is its rows' frequency times the gradient's
-energy in each column.
+Where the rows of a sample have independent labels (the tokens of a language model), F factors: F_ij = G_i A_j with
+G = E[g^2] over outputs and A = E[x^2] over inputs (the diagonal of K-FAC: Martens and Grosse, arXiv:1503.05671). Where
+all rows of a sample share one loss (the patches of an image, the tokens of an embedded sentence) their gradients are
+correlated, so F is accumulated as the squared gradient of each sample. F of an embedding is the frequency of each row
+times the energy of the gradient in each column.
 
-Memory: the factored statistics take N + K numbers a weight, the others N x K. Rounding by descent needs the
-covariance of inputs, K x K, and that of the outputs' gradients, N x R with R at most 512. What takes a matrix a weight
-is called large here, and may be collected for some of the weights at a time (`hold`, `release`). What inputs cost at
-each level is measured in the first pass, see `foveate.collect.inputs`; for that the inputs of one batch are kept from
-its forward to its backward, or made again (`foveate.collect.replay`).
+Memory: factored statistics take N + K numbers for a weight, the others N x K. Rounding by descent also needs the
+covariance of the inputs, K x K, and of the outputs' gradients, N x R with R at most 512. Statistics that take a matrix
+for each weight are called large here; they may be collected for some of the weights at a time (`hold`, `release`). The
+first pass also measures what each level of an input costs (`foveate.collect.inputs`). For that the inputs of one batch
+are kept from its forward to its backward, or computed again (`foveate.collect.replay`).
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ from foveate.collect.inputs import InputStatistics
 from foveate.collect.kinds import Kind, kind_of, patches, weight_matrix, weight_matrix_shape
 from foveate.collect.objectives import Objective
 
-#: Per-sample gradients are made this many numbers at a time.
+#: Gradients of single samples are computed for this many numbers at a time.
 _CHUNK = 1 << 24
 
 
-#: Outputs whose gradients are kept together, and how many outputs an input there may be: more are a vocabulary, whose
-#: gradients hang together little.
-TOGETHER = 512
-_MOST_OUTPUTS = 8
-#: Rows that an output takes: rows of a weight that made up for each other by fewer would fit those few.
-_ROWS_AN_OUTPUT = 8
+#: The most outputs in one block of the gradients' covariance. A weight with more outputs for each input than the second
+#: number is a vocabulary, whose gradients are hardly correlated: it has no such covariance.
+COVARIANCE_BLOCK = 512
+_MAX_OUTPUTS_PER_INPUT = 8
+#: Input rows that must be seen for each output of a block: by fewer, joint rounding of rows would overfit.
+_MIN_ROWS_PER_OUTPUT = 8
 
 
 def _blocks_of(rows: int) -> tuple[int, int, int]:
-    """The shape of the gradients' covariance: blocks of at most `TOGETHER` outputs."""
-    size = min(rows, TOGETHER)
+    """The shape of the gradients' covariance: blocks of at most `COVARIANCE_BLOCK` outputs."""
+    size = min(rows, COVARIANCE_BLOCK)
     return -(-rows // size), size, size
 
 
 @dataclass(frozen=True, eq=False)
 class Factored:
-    """A Fisher information F_ij = gradient_N[i] * energy_K[j] for one sample.
+    """The Fisher information of one sample in factors, F_ij = gradient_N[i] * energy_K[j].
 
     Attributes:
         gradient_N: E[g^2] of each output, summed over a sample's rows.
@@ -65,7 +65,7 @@ class Factored:
 
 
 class WeightStatistics:
-    """Running sums of one module's use of its weight.
+    """Running sums of how one module uses its weight.
 
     Attributes:
         energy_K: sum over rows of x^2, float64.
@@ -74,9 +74,9 @@ class WeightStatistics:
         covariance_KK: sum over rows of x x^T, float32 (not embeddings, nor convolutions of groups), while held.
         gradients_BRR: sum over rows of g g^T, float32, for each R outputs, until it is released.
         frequency_N, gradient_K: how often each row was read, and the energy of its gradient (embeddings).
-        rows: rows of x seen.
-        output_range: least and greatest output.
-        inputs: what its input is like and what its levels cost; None for an embedding.
+        rows: how many rows of x were seen.
+        output_range: the least and the greatest output.
+        inputs: statistics of the input and what its levels cost; None for an embedding.
     """
 
     def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool, covariance: bool) -> None:
@@ -100,17 +100,17 @@ class WeightStatistics:
             self.tensors["energy_K"] = torch.zeros(columns, dtype=torch.float64)
             if factored:
                 self.tensors["gradient_N"] = torch.zeros(rows, dtype=torch.float64)
-            if covariance and rows <= _MOST_OUTPUTS * columns:
+            if covariance and rows <= _MAX_OUTPUTS_PER_INPUT * columns:
                 self.tensors["gradients_BRR"] = torch.zeros(_blocks_of(rows))
 
     @property
     def large_bytes(self) -> int:
-        """Bytes of what is collected only while it is held."""
+        """Bytes of the large statistics, which exist only while they are held."""
         return sum(4 * math.prod(shape) for shape in self._large.values())
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether what is large is made of gradients."""
+        """Whether the large statistics need gradients."""
         return "fisher_NK" in self._large
 
     @property
@@ -120,11 +120,11 @@ class WeightStatistics:
         return 0 if kept is None else 4 * kept.numel()
 
     def hold(self) -> None:
-        """Begin the large statistics."""
+        """Make room for the large statistics, all zero."""
         self.tensors.update({key: torch.zeros(shape) for key, shape in self._large.items()})
 
     def release(self) -> None:
-        """Give their memory back."""
+        """Free the memory of the large statistics and of the gradients' covariance."""
         for key in (*self._large, "gradients_BRR"):
             self.tensors.pop(key, None)
 
@@ -145,7 +145,7 @@ class WeightStatistics:
             self.tensors["rows"] += columns.shape[0] * columns.shape[1] * columns.shape[3]
             self._see_covariance(columns.permute(0, 1, 3, 2))
             return self._see_conv_inputs(cast(nn.Conv2d, module), x.detach(), columns)
-        # a copy, for it is needed in backward: nothing keeps a model from changing x in place meanwhile
+        # a copy, since backward needs it and the model may change x in place before
         x_float = x.detach().to(torch.float32, copy=True)
         x_BTK = x_float.reshape(len(x) if x.dim() > 1 else 1, -1, x.shape[-1])
         self.tensors["energy_K"] += x_BTK.square().sum((0, 1))
@@ -156,7 +156,7 @@ class WeightStatistics:
 
         def after(g: Tensor) -> None:
             g_BTN = g.float().reshape(*x_BTK.shape[:2], -1)
-            self._see_gradients_together(g_BTN.flatten(0, 1))
+            self._see_gradient_covariance(g_BTN.flatten(0, 1))
             inputs.score(x_BTK, g_BTN, weight_matrix(module), self.factored)
             if self.factored:
                 self._see_gradient(g)
@@ -165,9 +165,10 @@ class WeightStatistics:
 
         return after
 
-    def see_again(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None] | None:
-        """The large statistics alone, of a call that `see` has taken before; returns what takes the gradient, if any
-        is needed.
+    def see_large(self, module: nn.Module, x: Tensor) -> Callable[[Tensor], None] | None:
+        """Take the large statistics alone, of a call that `see` has seen before.
+
+        Returns what takes the gradient of the output, if that is needed.
         """
         if self.kind is Kind.CONV:
             columns_BgKP = patches(cast(nn.Conv2d, module), x.detach().float())
@@ -189,7 +190,7 @@ class WeightStatistics:
         w_NK = weight_matrix(conv)
 
         def after(g: Tensor) -> None:
-            self._see_gradients_together(g.float().flatten(2).transpose(1, 2).flatten(0, 1))
+            self._see_gradient_covariance(g.float().flatten(2).transpose(1, 2).flatten(0, 1))
             self._see_conv_gradient(columns_BgKP, g)
             # a grouped convolution is computed from its inputs as they are
             if conv.groups == 1:
@@ -202,7 +203,7 @@ class WeightStatistics:
             rows = x.reshape(-1, x.shape[-1])
             self.tensors["covariance_KK"].addmm_(rows.t(), rows)
 
-    def _see_gradients_together(self, g_TN: Tensor) -> None:
+    def _see_gradient_covariance(self, g_TN: Tensor) -> None:
         total_BRR = self.tensors.get("gradients_BRR")
         if total_BRR is not None:
             blocks, size = total_BRR.shape[:2]
@@ -232,7 +233,7 @@ class WeightStatistics:
             fisher += gradients.square_().sum(0)
 
     def input_energy(self) -> Tensor | None:
-        """A: the mean of x^2 for each input, float32 [K]; None for an embedding."""
+        """The mean of x^2 for each input (A), float32 [K]; None for an embedding."""
         if self.kind is Kind.EMBEDDING:
             return None
         return (self.tensors["energy_K"] / self.tensors["rows"].clamp_min(1)).float()
@@ -247,14 +248,14 @@ class WeightStatistics:
         """E[g g^T], float32 [B, R, R], for each R outputs; None if not held, or if too few rows were seen."""
         total = self.tensors.get("gradients_BRR")
         rows = float(self.tensors["rows"])
-        return total / rows if total is not None and rows >= _ROWS_AN_OUTPUT * total.shape[1] else None
+        return total / rows if total is not None and rows >= _MIN_ROWS_PER_OUTPUT * total.shape[1] else None
 
     def fisher(self, samples: int) -> Tensor | Factored:
         """F for one sample: [N, K], or its factors."""
         t = self.tensors
         seen = t["rows"].clamp_min(1)
         if self.kind is Kind.EMBEDDING:
-            # half a count more for each row, so that a token that calibration never met is not worth nothing
+            # half a count more for each row, so that a token that calibration never met has a cost
             frequency = (t["frequency_N"] + 0.5) * t["rows"] / (t["rows"] + 0.5 * len(t["frequency_N"]))
             return Factored((frequency / samples).float(), (t["gradient_K"] / seen).float())
         if self.factored:
@@ -263,7 +264,7 @@ class WeightStatistics:
 
 
 def statistics_of(module: nn.Module, objective: Objective) -> WeightStatistics:
-    """What is to be collected of a module, nothing large held yet."""
+    """Empty statistics of a module, the large ones not held yet."""
     kind = kind_of(module)
     assert kind is not None, type(module).__name__
     factored = kind is Kind.EMBEDDING or (objective.independent_rows and kind is not Kind.CONV)

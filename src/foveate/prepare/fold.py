@@ -1,12 +1,12 @@
-"""Fold BatchNorm into the layer before it: in evaluation it is a scale and a shift of each channel.
+"""Fold BatchNorm into the layer before it: in evaluation mode it is a scale and a shift of each channel.
 
     norm(W x + b) = s (W x + b - mean) + beta,    s = gamma / sqrt(variance + eps)
 
 so W' = s W and b' = s (b - mean) + beta.
 
-Which norm follows which layer is in the model's code, not in its modules. One batch is run and every operation is
-watched: a layer's output that goes into one norm and nowhere else may be folded into it, anything else is left as it
-is. A norm that was folded becomes an `nn.Identity`.
+Which norm follows which layer is in the code of the model, not in its modules. So one batch is run, and every operation
+is recorded. A norm is folded into a layer if the layer's output goes into that norm and nowhere else; all others stay.
+A folded norm becomes an `nn.Identity`.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from foveate.nn.plane_module import PlaneModule
 def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     """Merge every BatchNorm that directly follows a convolution or a linear layer into it, in place.
 
-    Do it before `foveate.quantize`, which then has no norm to store and no product to rescale. The model's output stays
-    what it is, to the rounding of floats; a model whose code takes other ways for other inputs must not be folded.
+    Call it before `foveate.quantize`, which then has no norm to store and no product to rescale. The output of the
+    model changes by no more than float rounding. Do not fold a model whose code takes other branches for other inputs.
 
     Args:
         model: any module, in evaluation mode.
@@ -51,10 +51,10 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     training = [n or type(m).__name__ for n, m in modules.items() if m.training and (not n or _is_norm(m))]
     if training:
         raise WeightError(f"{training[0]} is in training mode, where BatchNorm follows each batch: call model.eval()")
-    watch = _Watch({n: cast(Tensor, m.weight) for n, m in modules.items() if _is_layer(m)})
-    with torch.no_grad(), _watching(watch, modules), watch:
+    recorder = _UseRecorder({n: cast(Tensor, m.weight) for n, m in modules.items() if _is_layer(m)})
+    with torch.no_grad(), _recording(recorder, modules), recorder:
         output = run(model, batch)
-    watch.used(tree_leaves(output))
+    recorder.used(tree_leaves(output))
     found = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     if not found:
         raise DataError(
@@ -64,13 +64,17 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
         raise DataError("the batch is empty: one sample is enough, but none shows nothing")
     owners = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
     pairs: list[tuple[str, str]] = []
-    for layer_name, uses in watch.uses.items():
+    for layer_name, uses in recorder.uses.items():
         layer, norm_name = modules[layer_name], next(iter(uses), None)
-        if len(uses) != 1 or norm_name is None or watch.calls[layer_name] != 1 or watch.calls[norm_name] != 1:
+        if len(uses) != 1 or norm_name is None or recorder.calls[layer_name] != 1 or recorder.calls[norm_name] != 1:
             continue
         norm = modules[norm_name]
         alone = all(owners[id(p)] == 1 for m in (layer, norm) for p in m.parameters(recurse=False))
-        if alone and watch.outputs[layer_name] is watch.inputs[norm_name] and _fits(layer, norm, watch, layer_name):
+        if (
+            alone
+            and recorder.outputs[layer_name] is recorder.inputs[norm_name]
+            and _fits(layer, norm, recorder, layer_name)
+        ):
             _fold(layer, norm)
             pairs.append((layer_name, norm_name))
     _remove_norms(model, pairs)
@@ -78,14 +82,14 @@ def fold_batchnorm(model: nn.Module, batch: Any) -> tuple[str, ...]:
     return tuple(norm for _, norm in pairs)
 
 
-class _Watch(TorchDispatchMode):
-    """Who uses the outputs of layers, told by the memory they lie in.
+class _UseRecorder(TorchDispatchMode):
+    """Records what uses the outputs of layers, which it knows by their memory.
 
     Attributes:
-        uses: for each layer, the norms that its output goes into; None stands for anything else.
+        uses: for each layer, the norms that its output goes into; None stands for any other use.
         calls: how often each layer and norm was called.
-        outputs, inputs: the last output of each layer, and input of each norm.
-        norm, layer: what runs now.
+        outputs, inputs: the last output of each layer, and the last input of each norm.
+        norm, layer: the norm and the layer that run now.
     """
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
@@ -100,14 +104,14 @@ class _Watch(TorchDispatchMode):
         self._layers: dict[int, str] = {}
 
     def made(self, name: str, y: Tensor) -> None:
-        """A layer has made y."""
+        """Take the output of a layer."""
         self.calls[name] += 1
-        self.outputs[name] = y  # kept, so that its memory is nobody else's
+        self.outputs[name] = y  # kept, so that no other tensor gets its memory
         self._layers[y.untyped_storage().data_ptr()] = name
         self.uses.setdefault(name, set())
 
     def used(self, values: Sequence[Any]) -> None:
-        """Some operation takes these values."""
+        """Take the arguments of an operation."""
         for value in values:
             if not isinstance(value, Tensor):
                 continue
@@ -115,44 +119,44 @@ class _Watch(TorchDispatchMode):
             layer, owner = self._layers.get(memory), self._weights.get(memory)
             if layer is not None:
                 self.uses[layer].add(self.norm)
-            if owner is not None and owner != self.layer:  # folding would change what is computed here
+            if owner is not None and owner != self.layer:  # folding would change the result of this operation
                 self.uses.setdefault(owner, set()).add(None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Every operation of the model comes by here."""
+        """Record and run one operation of the model."""
         self.used(tree_leaves((args, kwargs)))
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _watching(watch: _Watch, modules: dict[str, nn.Module]) -> Iterator[None]:
+def _recording(recorder: _UseRecorder, modules: dict[str, nn.Module]) -> Iterator[None]:
     def before_layer(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            watch.layer = name
+            recorder.layer = name
 
         return hook
 
     def after_layer(name: str) -> Any:
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            watch.layer = None
-            watch.made(name, output)
+            recorder.layer = None
+            recorder.made(name, output)
 
         return hook
 
     def before_norm(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            watch.calls[name] += 1
-            watch.inputs[name] = args[0] if args else kwargs["input"]
-            watch.norm = name
+            recorder.calls[name] += 1
+            recorder.inputs[name] = args[0] if args else kwargs["input"]
+            recorder.norm = name
 
         return hook
 
     def after_norm(module: nn.Module, args: Any, output: Any) -> None:
-        watch.norm = None
+        recorder.norm = None
 
     handles = []
     for name, module in modules.items():
-        # a hook of the user's sees what the model's code does not tell
+        # a hook of the user may read the output, which no operation shows
         if module._forward_hooks or module._forward_pre_hooks:
             continue
         if _is_norm(module):
@@ -172,12 +176,12 @@ def _is_layer(module: nn.Module) -> bool:
     return kind_of(module) in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED, Kind.CONV)
 
 
-def _fits(layer: nn.Module, norm: nn.Module, watch: _Watch, name: str) -> bool:
+def _fits(layer: nn.Module, norm: nn.Module, recorder: _UseRecorder, name: str) -> bool:
     """Whether the norm's channels are the layer's outputs, and its statistics are those of training."""
     is_conv = kind_of(layer) is Kind.CONV
-    channels = watch.outputs[name].shape[1] if watch.outputs[name].dim() > 1 else 0
-    # of [B, T, N], and of a convolution's [N, T], a norm takes T for the channels
-    plain = watch.outputs[name].dim() == (cast(Tensor, layer.weight).dim() if is_conv else 2)
+    channels = recorder.outputs[name].shape[1] if recorder.outputs[name].dim() > 1 else 0
+    # a norm takes T for the channels of [B, T, N], and of a convolution's [N, T]
+    plain = recorder.outputs[name].dim() == (cast(Tensor, layer.weight).dim() if is_conv else 2)
     return plain and channels == norm.num_features and isinstance(norm.running_mean, Tensor)
 
 

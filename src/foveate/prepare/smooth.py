@@ -1,14 +1,14 @@
-"""Smooth outlier channels: what a norm multiplies an input channel by, the layers behind it can multiply instead.
+"""Smooth outlier channels: a norm divides a channel by a factor, and the layers behind it multiply by the factor.
 
     norm(x) / s, (W s)      the product is the same, and the input of W has no outliers (SmoothQuant, arXiv:2211.10438)
 
-A scale a row, and at level 4 a step for each block of 32, is what the largest channel makes it. The factors are powers
-of two, so that the float model computes exactly what it did: `s = 2^round(log2(max|x|^a / max|w|^(1 - a)))`, with
-several strengths `a`. What each strength does to the loss of a node's input is measured, not guessed, and each node
-gets the best one, or none where it gains too little: weights that are stretched lose a little themselves.
+The largest channel of a row sets its scale, and at level 4 the step of its block of 32. The factors are powers of two,
+so that the float model computes exactly what it did: `s = 2^round(log2(max|x|^a / max|w|^(1 - a)))`, for several
+strengths `a`. What each strength does to the loss of a layer's input is measured. Each norm gets the best strength, or
+none where it gains too little, since weights with stretched columns lose a little themselves.
 
-Which layers a norm feeds is in the model's code. One batch is run and every operation watched: a norm's output that
-goes into linear layers and nowhere else can be smoothed, anything else is left as it is.
+Which layers a norm feeds is in the code of the model. So one batch is run, and every operation is recorded. A norm is
+smoothed if its output goes into linear layers and nowhere else; all others stay as they are.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from foveate.collect.objectives import Objective, infer, run
 from foveate.errors import DataError, WeightError
 from foveate.formats.levels import INPUT_LEVELS, check_input_level
 from foveate.nn.plane_module import PlaneModule
-from foveate.prepare.fold import _Watch
+from foveate.prepare.fold import _UseRecorder
 from foveate.progress import track
 
 _STRENGTHS = (0.25, 0.5, 0.75)
-#: A node is smoothed if that leaves no more of its inputs' loss than this.
-_WORTH = 0.9
+#: A norm is smoothed if no more than this part of its layers' input loss is left.
+_MAX_REMAINING = 0.9
 
 
 @dataclass(frozen=True)
 class Smoothed:
-    """One norm and the layers behind it.
+    """What was done to one norm and the layers behind it.
 
     Attributes:
-        norm, layers: names of modules.
-        strength: how much of a channel's range went into the weights; 0: left as it was.
-        before, after: loss of the layers' inputs at the level asked for, in the objective's unit.
+        norm, layers: names of the modules.
+        strength: how much of a channel's range went into the weights; 0 if the norm stays as it was.
+        before, after: loss of the layers' inputs at the given level, in the objective's unit.
     """
 
     norm: str
@@ -63,23 +63,23 @@ def smooth(
 ) -> tuple[Smoothed, ...]:
     """Move outlier channels from the inputs of linear layers into their weights, in place, where that lowers the loss.
 
-    Do it before `foveate.quantize`. The model computes what it did, bit by bit, as long as nothing leaves the range of
-    its dtype; a model whose code takes other ways for other inputs must not be smoothed.
+    Call it before `foveate.quantize`. The outputs of the model stay the same bit for bit, as long as no value leaves
+    the range of its dtype. Do not smooth a model whose code takes other branches for other inputs.
 
     Args:
         model: any module.
-        batches: a small data set, as for `foveate.quantize`; gone through four times.
+        batches: a small data set, as for `foveate.quantize`; the model runs on it four times.
         objective: as for `foveate.quantize`.
-        level: the level of inputs that it is for, 4 or 8.
-        progress: whether to show how far it is.
+        level: the level of inputs whose loss is lowered, 4 or 8.
+        progress: whether to show progress.
 
     Returns:
-        What was found of each norm that could be smoothed.
+        What was done to each norm that can be smoothed.
 
     Raises:
         DataError: there are no batches, or a loss that is not finite.
         WeightError: the model is quantized already.
-        LevelError: a level that inputs do not have.
+        LevelError: inputs have no such level.
     """
     column = INPUT_LEVELS.index(check_input_level(level))
     if any(isinstance(m, PlaneModule) for m in model.modules()):
@@ -105,7 +105,7 @@ def smooth(
         report = []
         for i, node in enumerate(nodes):
             best = min(_STRENGTHS, key=lambda a: losses[a][i])
-            worth = losses[best][i] <= _WORTH * base[i]
+            worth = losses[best][i] <= _MAX_REMAINING * base[i]
             if worth:
                 _apply(node, factors[best][i])
             after = losses[best][i] if worth else base[i]
@@ -122,48 +122,48 @@ class _Node:
 
 
 def _nodes(model: nn.Module, batch: Any, found: Sequence[QuantizableWeight]) -> list[_Node]:
-    """Norms whose output goes into linear layers only, each called once, with weights nobody shares."""
+    """Norms whose output goes into linear layers only, each called once, with weights that no other module shares."""
     linear = {
         f.names[0]: f.modules[0]
         for f in found
         if len(f.names) == 1 and kind_of(f.modules[0]) in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED)
     }
     norms = {n: m for n, m in model.named_modules() if n and _is_norm(m)}
-    watch = _Watch({n: cast(Tensor, m.weight) for n, m in norms.items()})
+    recorder = _UseRecorder({n: cast(Tensor, m.weight) for n, m in norms.items()})
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
     for name, norm in norms.items():
 
         def before(module: nn.Module, args: Any, name: str = name) -> None:
-            watch.layer = name
+            recorder.layer = name
 
         def after(module: nn.Module, args: Any, output: Tensor, name: str = name) -> None:
             rows[name] = (args[0].detach().clone(), output.detach().clone())
-            watch.layer = None
-            watch.made(name, output)
+            recorder.layer = None
+            recorder.made(name, output)
 
         handles += [norm.register_forward_pre_hook(before), norm.register_forward_hook(after)]
     for name, layer in linear.items():
 
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            watch.norm = name
-            watch.calls[name] += 1
+            recorder.norm = name
+            recorder.calls[name] += 1
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            watch.norm = None
+            recorder.norm = None
 
         handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
     try:
-        with torch.no_grad(), watch:
+        with torch.no_grad(), recorder:
             output = run(model, batch)
     finally:
         for handle in handles:
             handle.remove()
-    watch.used(tree_leaves(output))
+    recorder.used(tree_leaves(output))
     nodes = []
     for name, norm in norms.items():
-        users = watch.uses.get(name, set())
-        once = watch.calls[name] == 1 and all(watch.calls[user] == 1 for user in users if user)
+        users = recorder.uses.get(name, set())
+        once = recorder.calls[name] == 1 and all(recorder.calls[user] == 1 for user in users if user)
         if users and None not in users and once:
             names = tuple(sorted(cast("set[str]", users)))
             node = _Node(name, norm, names, tuple(linear[n] for n in names))
@@ -178,7 +178,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _scales(node: _Node, x: Tensor, y: Tensor) -> bool:
-    """Whether the norm's output is divided when its parameters are (some add 1 to theirs)."""
+    """Whether dividing the norm's parameters divides its output (some norms add 1 to their weight)."""
     s_K = 2.0 ** (torch.arange(y.shape[-1]) % 3)
     kept = {name: p.data.clone() for name, p in node.norm.named_parameters(recurse=False)}
     with torch.no_grad():
@@ -200,7 +200,7 @@ def _measured(
     column: int,
     progress: bool,
 ) -> tuple[list[Tensor], list[float]]:
-    """(the greatest magnitude of each input channel of each node, the loss of its inputs)."""
+    """(the greatest magnitude of each input channel behind each norm, the loss of the layers' inputs)."""
     peaks: list[Tensor] = [torch.zeros(len(cast(Tensor, node.norm.weight))) for node in nodes]
     handles = []
     for i, node in enumerate(nodes):
@@ -224,7 +224,7 @@ def _measured(
 
 
 def _factors(node: _Node, peak_K: Tensor, strength: float) -> Tensor:
-    """What the norm is divided by, powers of two [K]."""
+    """The factors that a norm is divided by, powers of two, [K]."""
     largest_K = torch.stack([weight_matrix(layer).abs().amax(0) for layer in node.layers]).amax(0)
     logs_K = strength * peak_K.clamp_min(1e-6).log2() - (1 - strength) * largest_K.clamp_min(1e-6).log2()
     return torch.exp2((logs_K - logs_K.median()).round_().clamp_(-12, 12))

@@ -1,4 +1,4 @@
-"""How weights become the codes that planes hold."""
+"""Rounding: how weights become the codes that planes hold."""
 
 from foveate.rounding.descent import DescentConfig as DescentConfig
 from foveate.rounding.descent import degrees_of_freedom as degrees_of_freedom

@@ -1,23 +1,24 @@
-"""Choose codes by what the outcome loses: first by feedback, then by coordinate descent.
+"""Choose codes by what they cost the model's output: first by error feedback, then by coordinate descent.
 
-A layer's error is dW x, so what one weight's rounding does wrong on an input, other weights of its row can do right
-wherever their inputs are correlated with it; and what one row does wrong to the outcome, other rows can. To second
-order a change dW costs 1/2 E[(g^T dW x)^2], and where gradients g of the outputs and inputs x are independent that is
+The error of a layer is dW x. Where inputs are correlated, other weights of a row can compensate what the rounding of
+one weight does wrong, and other rows can compensate what one row does wrong to the output. To second order a change dW
+costs 1/2 E[(g^T dW x)^2]. Where the gradients g of the outputs and the inputs x are independent, that is
 
     1/2 tr(G dW H dW^T)        G = E[g g^T], H = E[x x^T]
 
-(K-FAC: Martens and Grosse, arXiv:1503.05671). Error feedback minimizes it greedily, in one pass, passing errors on to
-what is still to come: columns (GPTQ: Frantar et al., arXiv:2210.17323), and rows too (YAQA: Tseng et al.,
-arXiv:2505.22988). Descent then goes over all weights again and again, each knowing all others as they are (QuantEase:
-Behdin et al., arXiv:2309.01885, for one side and one level). Columns go in the order of their inputs' energy, the
-greatest first, which leaves the most to make up for them.
+(K-FAC: Martens and Grosse, arXiv:1503.05671). Error feedback minimizes it greedily, in one pass that hands each error
+on to the weights that are still to come: along columns (GPTQ: Frantar et al., arXiv:2210.17323), and along rows too
+(YAQA: Tseng et al., arXiv:2505.22988). Coordinate descent then goes over all weights several times and chooses each
+code with all others as they are (QuantEase: Behdin et al., arXiv:2309.01885, for columns and one level). Columns go in
+the order of their inputs' energy, the greatest first, so that the most columns are left to compensate the costliest
+errors.
 
-A nested code is read at five levels, and each makes errors of its own. So a code is the one with the least sum over
-all levels, weighted by `LEVEL_WEIGHTS`: one code for all of them, and each level's errors are made up for by its own.
-The loops are in ops, whose reference has the formulae (`foveate.kernels.rounding.reference`).
+A nested code is read at five levels, and each level makes an error of its own. So the code with the least sum over all
+levels is chosen, weighted by `LEVEL_WEIGHTS`. Each level has an error stream of its own, which its own errors
+compensate. The loops are ops, whose reference has the formulae (`foveate.kernels.rounding.reference`).
 
-G is kept for some hundred rows at a time (`foveate.collect.statistics`); rows that are further apart do not help each
-other. docs/decisions.md has the figures behind the numbers here.
+G is kept in blocks of at most 512 rows (`foveate.collect.statistics`); rows of different blocks do not compensate each
+other. docs/decisions.md has the measurements behind the numbers here.
 """
 
 from __future__ import annotations
@@ -35,29 +36,31 @@ from foveate.rounding.nearest import CLIP_PENALTIES, CLIP_PENALTIES_FOR_DESCENT,
 
 #: What a squared error costs at each level.
 LEVEL_WEIGHTS: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.0}
-#: The same for a weight that is also an embedding: nothing makes up for the errors of rows that are looked up, and
-#: allocation gives them many bits.
+#: The same for a weight that is also an embedding. Nothing compensates the errors of rows that are looked up, and
+#: allocation gives such rows many bits.
 LEVEL_WEIGHTS_LOOKED_UP: Mapping[int, float] = {**LEVEL_WEIGHTS, 6: 4.0, 8: 96.0}
-#: Freedom (d/n) up to which H is believed at all levels, and from which it is not at 6 and 8 bits; how many samples it
-#: takes until what the rows of one have in common weighs no more than that there are few rows; and the damping of few.
-_BELIEVED = (0.18, 0.32)
-_SAMPLES = 300
-_DAMPING_OF_FEW = 1.0
-#: How often all codes are gone through.
+#: Degrees of freedom per row (d/n) up to which all levels trust H, and from which 6 and 8 bits do not trust it.
+_DOF_LIMITS = (0.18, 0.32)
+#: With this many samples the correlation of the rows within a sample counts as much as the number of rows does.
+_SAMPLES_HALF = 300
+#: The damping of an H that is not trusted at 6 and 8 bits.
+_FEW_SAMPLES_DAMPING = 1.0
+#: How often coordinate descent goes over all codes.
 SWEEPS = 10
-#: Of the mean of a covariance's diagonal, added to the diagonal: against what calibration never varied of the inputs,
-#: and what it saw too little of in gradients, which may be of no more than there are samples.
+#: Damping, in means of the diagonal of the covariance of inputs and of gradients: it is added to the diagonal. It
+#: covers directions in which calibration's inputs never varied, and gradients of which too few samples were seen.
 INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.3
 
 
 def degrees_of_freedom(covariance_KK: Tensor, rows: float) -> float:
-    """Of the rows that inputs were seen in, the share that descent has directions to fit to them; at most a half.
+    """The effective degrees of freedom of descent for each row of input, d/n; at most 0.5.
 
-    As many as damping leaves, tr H (H + damping)^-1, over the rows. It is what decides how far H can be believed.
+    With damping, d = tr H (H + damping)^-1. The more degrees of freedom there are for each row that was seen, the more
+    descent overfits these rows.
 
     Args:
         covariance_KK: E[x x^T], as `with_descent` takes it.
-        rows: of how many.
+        rows: the number n of input rows that the covariance was taken from.
     """
     metric_KK = _as_metric(covariance_KK, INPUT_DAMPING)
     if metric_KK is None:
@@ -69,56 +72,56 @@ def degrees_of_freedom(covariance_KK: Tensor, rows: float) -> float:
     return min(max(len(metric_KK) - INPUT_DAMPING * left, 0.0) / rows, 0.5)
 
 
-def overfit_factor(free: float) -> float:
-    """What codes that were chosen by descent lose on other inputs, over what they lose on those they were chosen on.
+def overfit_factor(dof_per_row: float) -> float:
+    """The loss of descent's codes on other inputs, over their loss on the inputs that they were chosen on.
 
-    dW H dW^T is made small on the H of some rows, and directions in which that is small by chance look cheap. For a
-    form that is minimized freely in d directions on n rows the two differ by 1 / (1 - d/n)^2, as the risk of a
-    portfolio does (Varga-Haszonits et al., arXiv:1606.08679).
+    Descent makes dW H dW^T small for the H of the rows that were seen, and directions in which that form is small by
+    chance look cheap. For a form that is minimized freely in d directions on n rows, the ratio of the two losses is
+    1 / (1 - d/n)^2, as for the risk of a portfolio (Varga-Haszonits et al., arXiv:1606.08679).
 
     Args:
-        free: d/n (`degrees_of_freedom`).
+        dof_per_row: d/n (`degrees_of_freedom`).
     """
-    return 1 / (1 - free) ** 2
+    return 1 / (1 - dof_per_row) ** 2
 
 
 @dataclass(frozen=True)
 class DescentConfig:
-    """How far descent goes by what calibration saw.
+    """How far descent trusts the covariance that calibration saw.
 
     Attributes:
-        shares: what an error costs at each level.
-        prices: what it costs at 6 and 8 bits for the grids that descent starts from.
-        damping: of the inputs' covariance, in means of its diagonal.
+        level_weights: what a squared error costs at each level.
+        clip_penalties: what a squared error costs at 6 and 8 bits in the search for the grids that descent starts from.
+        damping: damping of the inputs' covariance, in means of its diagonal.
     """
 
-    shares: Mapping[int, float]
+    level_weights: Mapping[int, float]
     clip_penalties: tuple[float, float]
     damping: float
 
 
-def descent_config(free: float, samples: float) -> DescentConfig:
-    """How far descent should go by a covariance of so many rows, of so many independent samples.
+def descent_config(dof_per_row: float, samples: float) -> DescentConfig:
+    """The configuration of descent for a covariance of some rows, taken from some independent samples.
 
-    Where few were seen, part of what descent gains at 4 bits and below is still there on others, but at 8 bits, where
-    nearest codes leave hardly any error, fitting loses more than there was. So there the covariance is damped more, and
-    6 and 8 bits weigh more, up to what they do for nearest codes.
+    Where few rows were seen, part of what descent gains at 4 bits and below also holds on other inputs. At 8 bits
+    nearest codes leave hardly any error, and overfitting loses more than that. So with few rows the covariance is
+    damped more, and 6 and 8 bits weigh more, up to their weight for nearest codes.
 
     Args:
-        free: d/n (`degrees_of_freedom`).
-        samples: tokens of a language model, sentences of an encoder, images: rows of one have much in common.
+        dof_per_row: d/n (`degrees_of_freedom`).
+        samples: tokens of a language model, sentences of an encoder, or images. Rows of one sample are correlated.
     """
-    low, high = _BELIEVED
-    free *= 1 + _SAMPLES / max(samples, 1)
-    part = min(max(math.log(max(free, low) / low) / math.log(high / low), 0.0), 1.0)
+    low, high = _DOF_LIMITS
+    dof_per_row *= 1 + _SAMPLES_HALF / max(samples, 1)
+    fewness = min(max(math.log(max(dof_per_row, low) / low) / math.log(high / low), 0.0), 1.0)
 
     def between(many: float, few: float) -> float:
-        return math.exp((1 - part) * math.log(many) + part * math.log(few))
+        return math.exp((1 - fewness) * math.log(many) + fewness * math.log(few))
 
-    shares = {level: between(LEVEL_WEIGHTS[level], LEVEL_WEIGHTS_LOOKED_UP[level]) for level in LEVEL_WEIGHTS}
+    level_weights = {level: between(LEVEL_WEIGHTS[level], LEVEL_WEIGHTS_LOOKED_UP[level]) for level in LEVEL_WEIGHTS}
     (six, eight), (six_few, eight_few) = CLIP_PENALTIES_FOR_DESCENT, CLIP_PENALTIES
     return DescentConfig(
-        shares, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _DAMPING_OF_FEW)
+        level_weights, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _FEW_SAMPLES_DAMPING)
     )
 
 
@@ -129,27 +132,27 @@ def with_descent(
     covariance_KK: Tensor,
     gradients_BRR: Tensor | None = None,
     *,
-    shares: Mapping[int, float] = LEVEL_WEIGHTS,
+    level_weights: Mapping[int, float] = LEVEL_WEIGHTS,
     sweeps: int = SWEEPS,
     damping: float = INPUT_DAMPING,
 ) -> Rounded:
-    """The same grids with other codes, chosen for the least error of the outcome over all levels.
+    """Codes on the same grids, chosen for the least error of the model's output over all levels.
 
     Args:
         w_NK: the weight, floating point [N, K].
         rounded: its grids and nearest codes (`round_weight`), of reach 0.
         covariance_KK: E[x x^T] of its inputs, in any unit.
-        gradients_BRR: E[g g^T] of its outputs' gradients, in any unit, for each R rows, the last block padded with
-            anything. Rows are each for themselves if it is not given, where it is of no use, and where no kernels are
-            compiled (a plain loop over all elements would take hours).
-        shares: what an error costs at each nested level.
-        sweeps: how often all codes are gone through.
-        damping: of the covariance, in means of its diagonal.
+        gradients_BRR: E[g g^T] of its outputs' gradients, in any unit, one block for each R rows; the padding of the
+            last block may be anything. Each row is rounded by itself if it is not given, where a block is zero or not
+            finite, and where no kernels are compiled (a plain loop over all elements would take hours).
+        level_weights: what a squared error costs at each nested level.
+        sweeps: how often descent goes over all codes.
+        damping: damping of the covariance, in means of its diagonal.
 
     Returns:
-        `rounded` with other codes and gains; `rounded` itself if the covariance is of no use (zero, or not finite).
+        `rounded` with other codes and gains; `rounded` itself if the covariance cannot be used (zero, or not finite).
     """
-    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, shares, sweeps, damping)
+    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, level_weights, sweeps, damping)
     if codes_2NK is None:
         return rounded
     gain = restoring_gains(w_NK, codes_2NK[0], rounded, covariance_KK.diagonal())
@@ -161,13 +164,13 @@ def best_codes(
     grid: Rounded,
     covariance_KK: Tensor,
     gradients_BRR: Tensor | None,
-    shares: Mapping[int, float],
+    level_weights: Mapping[int, float],
     sweeps: int,
     damping: float = INPUT_DAMPING,
 ) -> Tensor | None:
     """4-bit codes and residuals, uint8 [2, N, K], on the scales, offsets and gains of `grid`.
 
-    None where the covariance is of no use. The rest is as `with_descent` has it.
+    None where the covariance cannot be used. The arguments are those of `with_descent`.
     """
     metric_KK = _as_metric(covariance_KK, damping)
     if metric_KK is None:
@@ -188,7 +191,7 @@ def best_codes(
         grid.offset.float().contiguous(),
         grid.gain.float().expand(2, len(w_NK)).contiguous(),
         order_K // grid.group,
-        [shares.get(level, 0.0) for level in NESTED_LEVELS],
+        [level_weights.get(level, 0.0) for level in NESTED_LEVELS],
     )
     torch.ops.foveate.codes_feed(codes_2NK, w_NK, factor_KK, row_factor_BRR, *on)
     torch.ops.foveate.codes_descend(codes_2NK, w_NK, metric_KK, together_BRR, *on, sweeps)
@@ -198,7 +201,7 @@ def best_codes(
 
 
 def _as_metric(covariance: Tensor, damping: float) -> Tensor | None:
-    """A covariance damped, its diagonal 1 in the mean, float32; None if it is of no use."""
+    """A damped covariance whose diagonal had mean 1 before, float32; None if it cannot be used."""
     mean = covariance.diagonal().double().mean()
     if not bool(torch.isfinite(covariance).all()) or not float(mean) > 0:
         return None
@@ -217,9 +220,9 @@ def _feedback_factor(metric: Tensor) -> Tensor | None:
 
 
 def _metrics(gradients_BRR: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Each block's metric, the identity where it is of no use, and its factor of feedback as `codes_feed` takes it.
+    """Each block's metric, and its feedback factor as `codes_feed` takes it.
 
-    What is behind the last row does not count.
+    The metric is the identity where a block cannot be used. Padding behind the last row does not count.
     """
     size = gradients_BRR.shape[1]
     metric_BRR = torch.eye(size, dtype=torch.float32).repeat(len(gradients_BRR), 1, 1)

@@ -1,23 +1,26 @@
-"""Round every weight to the nearest code, on grids chosen for all the levels at once.
+"""Round every weight to the nearest code, on grids that are chosen for all levels at once.
 
-A group has one scale `s` and offset `m`, and five levels read it, so no level can have the grid it would choose alone:
-the best grid for 4 bits cuts off large weights, and at 8 bits little else would be left of the error. So a grid is
-judged by its cost over the levels, the squared error of each in units of its own step, weighted by the importance of
-each input:
+A group has one scale `s` and offset `m`, and five levels read it, so no level has the grid that is best for it alone.
+The best grid for 4 bits clips large weights, and at 8 bits most of the error would be that of clipping. So a grid is
+judged by its cost over all levels: the squared error of each level in units of its own step, weighted by the importance
+of each input.
 
     cost = s^2 sum_j A_j (d2_j^2 + d3_j^2 + d4_j^2 + (p6 + p8) x_j^2 + (p6 / 16 + p8 / 256) / 12)
 
 `d` is the error in steps of 2, 3 and 4 bits. `x` is how far the weight lies beyond the outermost 4-bit cell, in 4-bit
-steps: that part is left at 6 and 8 bits, and `p6` and `p8` are its prices there. The last term is the rest of their
-error, which is uniform rounding. Nearest codes are all that 8 bits have, so there `p8` is high; where other codes make
-up for an error (`foveate.rounding.descent`) more may be cut off. docs/decisions.md has the figures. The search scans
-clips, the same at both ends, moves the ends one by one with halving steps, and last refits `s` and `m` to the 4-bit
-codes by weighted least squares (the imatrix quantizers of llama.cpp scan and refit in the same way, for one level).
+steps. That part of the error is left at 6 and 8 bits, and `p6` and `p8` are the clip penalties for it. The last term is
+the rest of the error of these levels, which is uniform rounding. Nearest codes do nothing else about the error at
+8 bits, so `p8` is high for them; where other codes compensate an error (`foveate.rounding.descent`) more may be
+clipped. docs/decisions.md has the measurements.
+
+The search scans clips, the same at both ends, and then moves the ends one by one with halving steps. Last it refits `s`
+and `m` to the 4-bit codes by weighted least squares. (The imatrix quantizers of llama.cpp scan and refit in the same
+way, for one level.)
 
 With the codes fixed, each row has a gain at 2 and at 3 bits that restores the energy of its weights:
-`gain^2 sum A (w^ - m)^2 = sum A (w - m)^2`, with `w^` before the gain. Least squares would shrink the row: less squared
-error, and a worse model, since the rows of all layers shrink together. From 4 bits up the gain is 1: there is little to
-restore, and a gain moves the few weights of great importance off the grid that was chosen to hold them.
+`gain^2 sum A (w^ - m)^2 = sum A (w - m)^2`, with `w^` before the gain. Least squares would shrink the row. That has
+less squared error but makes a worse model, since the rows of all layers shrink together. From 4 bits up the gain is 1:
+there is little to restore, and a gain would move the most important weights off the grid that was chosen for them.
 
 Legend: N rows and K inputs of a weight; n rows of a chunk; g inputs a group, G groups a row, R = n * G groups.
 """
@@ -40,20 +43,20 @@ from foveate.formats.packing import check_group
 # Inputs from which each row has gains of its own.
 _ROW_GAINS_FROM = 1024
 
-#: What a squared error costs at 6 and at 8 bits, where it costs 1 at 4: of nearest codes, and of those that descent
-#: will exchange.
+#: What a squared error costs at 6 and at 8 bits, where it costs 1 at 4 bits: for nearest codes, and for grids on which
+#: descent chooses other codes.
 CLIP_PENALTIES = (4.0, 96.0)
 CLIP_PENALTIES_FOR_DESCENT = (1.0, 4.0)
 
-# How far each end of the grid goes: 1 puts the outermost 4-bit codes on the farthest weight.
+# How far each end of the grid reaches: 1 puts the outermost 4-bit codes on the farthest weight.
 _SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
 _STEPS = (0.12, 0.06, 0.03, 0.015)
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))
 
-#: Of a weight: far within what scales can say, and products of it with inputs within float32.
+#: The largest magnitude of a weight. Scales can hold far more, and products with inputs stay within float32.
 _LARGEST = 65504.0
 
-# Values a chunk of rows: the temporaries stay in the caches.
+# How many values a chunk of rows has: its temporaries stay in the caches.
 _CHUNK = 1 << 18
 # The least importance of an input, in means: no calibration proves that an input is always zero.
 _LEAST_IMPORTANCE = 1e-3
@@ -68,7 +71,8 @@ class Rounded:
         residual: uint8 [N, K], the 4 bits below them.
         scale: float32 [N, G], one step of the 4-bit codes, as a byte can hold it (`formats.grids`).
         offset: float32 [N, G], the centre of the grid, likewise.
-        gain: float16 [2, N] near 1, for levels 2 and 3; [2, 1] for a narrow weight, where 4 bytes a row would be dear.
+        gain: float16 [2, N] near 1, for levels 2 and 3; [2, 1] for a narrow weight, where 4 bytes
+            for each row are too much.
         group: inputs a group.
         reach: how far the residual widens; 0 for nearest codes.
     """
@@ -96,8 +100,8 @@ def round_weight(
     Args:
         w_NK: floating point [N, K].
         group: inputs a group, 32, 64 or 128; K need not divide.
-        input_energy_K: [K], the mean square of each input, in any unit; all alike if not given.
-        prices: what a squared error costs at 6 and at 8 bits.
+        input_energy_K: [K], the mean square of each input, in any unit; all equal if not given.
+        clip_penalties: what a squared error costs at 6 and at 8 bits.
 
     Raises:
         WeightError: a weight that is not a matrix of finite floating point in the range of float16.
@@ -111,7 +115,7 @@ def round_weight(
     groups = -(-columns // group)
     codes = w_NK.new_empty(2, rows, columns, dtype=torch.uint8)
     grids = w_NK.new_empty(2, rows, groups, dtype=torch.float32)
-    # no grid is wider than this: to go twice as far as the weights costs more than any clip saves
+    # no grid is wider than this: reaching twice as far as the weights costs more than clipping
     exponent = exponent_for(2 * float(w_NK.abs().max()) / 7.5)
     gain_2N = w_NK.new_empty(len(GAINED_LEVELS), rows, dtype=torch.float16)
     chunk = max(1, _CHUNK // (groups * group))
@@ -123,12 +127,12 @@ def round_weight(
 
 
 def restoring_gains(w_NK: Tensor, anchor_NK: Tensor, rounded: Rounded, input_energy_K: Tensor) -> Tensor:
-    """The gains that other codes on the same grids need, float16 [2, N] or [2, 1] as `Rounded` has them.
+    """The gains for other codes on the same grids, float16 [2, N] or [2, 1] as in `Rounded`.
 
     Args:
         w_NK: the weight, floating point [N, K].
         anchor_NK: the 4-bit codes.
-        rounded: whose grids they are on.
+        rounded: the weight whose grids the codes are on.
         input_energy_K: as `round_weight` takes it.
     """
     rows, columns = w_NK.shape
@@ -149,9 +153,9 @@ def _one_if_narrow(gain_2N: Tensor, columns: int) -> Tensor:
 
 
 def in_groups(t_nK: Tensor, importance_K: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """Rows with a group as a column, [g, R], so that rows are long and vectorize; and the root of each importance.
+    """(weights with each group as a column, [g, R], so that rows are long and vectorize; roots of the importance).
 
-    Padding repeats a weight, and has no importance.
+    Padding repeats a weight, and its importance is 0.
     """
     missing = -t_nK.shape[1] % group
     t_gR = functional.pad(t_nK, (0, missing), mode="replicate").view(-1, group).t().contiguous()
@@ -220,7 +224,7 @@ def inverse(scale_R: Tensor) -> Tensor:
 
 
 def _cost(w_gR: Tensor, root_gR: Tensor, clip: float, noise_R: Tensor, scale_R: Tensor, offset_R: Tensor) -> Tensor:
-    """What each group's grid costs over the levels, [R]: the formula at the head of the file."""
+    """The cost of each group's grid over the levels, [R]: the formula at the head of the file."""
     v_gR = (w_gR - offset_R).mul_(inverse(scale_R)).sub_(0.5)  # integers are the middles of 4-bit cells
     error_gR = v_gR - v_gR.round().clamp_(-8, 7)
     cost_R = clip * functional.softshrink(error_gR, 0.5).mul_(root_gR).square_().sum(0) + noise_R
@@ -245,9 +249,9 @@ def search(
 
     Args:
         w_gR, root_gR: weights, and the roots of their importance.
-        cost: of scales and offsets [R], for each group.
-        stored: scales and offsets [R] as the form can hold them.
-        least: the least scale it can.
+        cost: the cost [R] of each group's scale and offset.
+        stored: scales and offsets [R] rounded to what the stored form can hold.
+        least: the least scale that the stored form can hold.
         level: the bits of the codes that a scale is a step of.
     """
     lowest_R, highest_R = torch.aminmax(w_gR, dim=0)
@@ -259,7 +263,7 @@ def search(
     least_R = torch.full_like(centre_R, torch.inf)
 
     def improves(step_R: Tensor, middle_R: Tensor) -> Tensor:
-        """Take these grids where they cost less; [R], where they do."""
+        """Take these grids where they cost less; whether they do, bool [R]."""
         nonlocal least_R, scale_R, offset_R
         step_R = torch.where(is_nothing_R, 0.0, step_R.clamp_min(least))
         step_R, middle_R = stored(step_R, torch.where(is_nothing_R, 0.0, middle_R))
@@ -290,14 +294,14 @@ def _refit(w_gR: Tensor, root_gR: Tensor, scale_R: Tensor, offset_R: Tensor, hal
     """Scale and offset by weighted least squares to the 2 * half codes of a grid, [R] each."""
     from_offset_gR = w_gR - offset_R
     code_gR = (from_offset_gR * inverse(scale_R)).sub_(0.5).round_().clamp_(-half, half - 1).add_(0.5)
-    share_gR = root_gR.square()
-    share_gR /= share_gR.sum(0)
-    mean_code_R = (share_gR * code_gR).sum(0)
-    mean_R = (share_gR * from_offset_gR).sum(0)
+    weight_gR = root_gR.square()
+    weight_gR /= weight_gR.sum(0)
+    mean_code_R = (weight_gR * code_gR).sum(0)
+    mean_R = (weight_gR * from_offset_gR).sum(0)
     code_gR -= mean_code_R
-    share_gR *= code_gR
-    spread_R = (share_gR * code_gR).sum(0)
-    slope_R = (share_gR * from_offset_gR).sum(0) / spread_R
+    weight_gR *= code_gR
+    spread_R = (weight_gR * code_gR).sum(0)
+    slope_R = (weight_gR * from_offset_gR).sum(0) / spread_R
     step_R = torch.where(slope_R.isfinite() & (slope_R > 0), slope_R, scale_R).clamp_max(2 * scale_R)
     return step_R, offset_R + mean_R - step_R * mean_code_R
 

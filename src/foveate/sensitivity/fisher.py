@@ -1,17 +1,18 @@
-"""What each tile costs at each level: the Fisher score of the error that level makes.
+"""What each tile costs at each level: the error of that level, weighted by the Fisher information.
 
     S_tile(level) = 1/2 sum over the tile's weights of F_ij (w_ij - w_ij(level))^2
 
-in the objective's unit for one sample (nats a token for a language model), so that the sum over a map's tiles predicts
-its KL. See `foveate.collect.statistics` for F. Rounding by descent makes errors that cancel each other, which
-a sum of squares does not see. So where the covariance H of the inputs is known, the groups of each row are scaled
-together by dW_i H dW_i^T / dW_i diag(H) dW_i^T. Where F has factors, their sum is then the row's whole quadratic form.
-Rows that make up for each other's errors are scaled in the same way, by tr(G dW H dW^T) over what its diagonal says,
-where the covariance G of the outputs' gradients is known.
+S is in the objective's unit for one sample (nats for each token of a language model), so the sum over the tiles of a
+map predicts its KL divergence. `foveate.collect.statistics` explains F.
 
-What cancels was found on the inputs that calibration saw. On others less of it does, by a factor that is known where
-codes were fitted (`foveate.rounding.beyond`); but errors that cancel by chance no longer are at worst unrelated there,
-so no row's scale is raised above 1 by it. A use of the weight without a covariance was not fitted to.
+Rounding by descent makes errors that cancel each other, which a sum of squares does not see. So where the covariance H
+of the inputs is known, the groups of each row are scaled by dW_i H dW_i^T / dW_i diag(H) dW_i^T. Where F has factors,
+the sum of the groups is then the row's whole quadratic form. Rows that compensate each other's errors are scaled by
+tr(G dW H dW^T) over its diagonal part, where the covariance G of the outputs' gradients is known.
+
+The errors cancel on the inputs that calibration saw. On other inputs they cancel less, by a factor that is known where
+codes were fitted (`foveate.rounding.overfit_factor`). At worst the errors are uncorrelated there, so the factor raises
+no row's scale above 1. A use of the weight without a covariance was not fitted to, and is not raised.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ def tile_losses(
     group: int,
     covariances: Sequence[Tensor | None] = (),
     gradients: Sequence[Tensor | None] = (),
-    elsewhere: float = 1.0,
+    overfit: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Score every tile at every level, on other inputs than those that were seen.
+    """Score every tile at every level, on other inputs than those that calibration saw.
 
     Args:
         w_NK: the original weight, float32.
@@ -47,11 +48,11 @@ def tile_losses(
         group: inputs a tile.
         covariances: for each use E[x x^T] of its inputs, [K, K], where known; none if empty.
         gradients: for each use E[g g^T] of each R rows, [B, R, R], where known; none if empty.
-        elsewhere: what fitted codes lose on other inputs over what they lose on those that were seen.
+        overfit: the loss of fitted codes on other inputs over their loss on the inputs that were seen.
 
     Returns:
-        float32 [T, 6], tiles in order nt * G + gi, a column for each of WEIGHT_LEVELS, on other inputs; and float64
-        [6], the sums over tiles on the inputs that were seen.
+        (float32 [T, 6], the losses on other inputs, tiles in the order nt * G + gi and a column for each of
+        WEIGHT_LEVELS; float64 [6], the sums over tiles on the inputs that were seen).
     """
     columns, seen = [], []
     for level in WEIGHT_LEVELS:
@@ -62,9 +63,9 @@ def tile_losses(
         for fisher, covariance_KK, gradients_BRR in uses:
             losses_NG = _row_sums(error_NK, fisher, group)
             if covariance_KK is not None:
-                scale_N = _cancelled(error_NK, covariance_KK, gradients_BRR)
+                scale_N = _covariance_ratio(error_NK, covariance_KK, gradients_BRR)
                 total += 0.5 * (losses_NG * scale_N[:, None]).sum()
-                losses_NG = losses_NG * torch.maximum(scale_N, (scale_N * elsewhere).clamp(max=1.0))[:, None]
+                losses_NG = losses_NG * torch.maximum(scale_N, (scale_N * overfit).clamp(max=1.0))[:, None]
             else:
                 total += 0.5 * losses_NG.sum()
             parts.append(_strip_sums(losses_NG))
@@ -90,17 +91,17 @@ def _row_sums(error_NK: Tensor, fisher: Fisher, group: int) -> Tensor:
     return losses_NG
 
 
-def _cancelled(error_NK: Tensor, covariance_KK: Tensor, gradients_BRR: Tensor | None) -> Tensor:
-    """What errors that hang together cost over what they cost apart, for each row: float64 [N]."""
+def _covariance_ratio(error_NK: Tensor, covariance_KK: Tensor, gradients_BRR: Tensor | None) -> Tensor:
+    """The cost of each row's errors over their cost if inputs were uncorrelated, float64 [N]."""
     seen_NK = error_NK @ covariance_KK
-    together_N = (seen_NK * error_NK).sum(1, dtype=torch.float64).clamp_min(0)
-    apart_N = (error_NK.square() @ covariance_KK.diagonal()).double().clamp_min(torch.finfo(torch.float64).tiny)
-    scale_N = together_N / apart_N
-    return scale_N if gradients_BRR is None else scale_N * _made_up_for(error_NK, seen_NK, gradients_BRR)
+    correlated_N = (seen_NK * error_NK).sum(1, dtype=torch.float64).clamp_min(0)
+    uncorrelated_N = (error_NK.square() @ covariance_KK.diagonal()).double().clamp_min(torch.finfo(torch.float64).tiny)
+    scale_N = correlated_N / uncorrelated_N
+    return scale_N if gradients_BRR is None else scale_N * _gradient_ratio(error_NK, seen_NK, gradients_BRR)
 
 
-def _made_up_for(error_NK: Tensor, seen_NK: Tensor, gradients_BRR: Tensor) -> Tensor:
-    """tr(G dW H dW^T) over its diagonal's part, for the rows of each block of G: float64 [N]."""
+def _gradient_ratio(error_NK: Tensor, seen_NK: Tensor, gradients_BRR: Tensor) -> Tensor:
+    """tr(G dW H dW^T) over its diagonal part, for the rows of each block of G, float64 [N]."""
     size = gradients_BRR.shape[1]
     ratios = []
     for error, seen, gradients in zip(error_NK.split(size), seen_NK.split(size), gradients_BRR, strict=True):
