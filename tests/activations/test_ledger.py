@@ -56,7 +56,7 @@ def test_99_of_100_audits_stay_within_the_bound() -> None:
         ratio = (torch.randn(17, generator=generator) / 3).exp() * 2
         history = AuditHistory()
         for audited in ratio[:-1].tolist():
-            history.saw(1.0, audited)
+            history.add(1.0, audited)
         used = history.factor * float(ratio[-1])
         held, shares = held + (used <= 1), shares + used
     assert held / rounds >= 0.988

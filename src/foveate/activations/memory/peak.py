@@ -1,9 +1,9 @@
 """PeakTracker: every storage alive during one training step, and which of them are payloads.
 
-It sees every operation's inputs and outputs, so it counts parameters, gradients, temporaries, payloads and
-reconstructions, of all devices together, each from its first sight to its end. It does not see inside an operation: the
-workspace of a convolution, or what an allocator rounds up and keeps, is invisible to it. Fake tensors are counted as if
-they were real, so a model that does not fit can be tracked too.
+It sees the inputs and outputs of every operation. So it counts parameters, gradients, temporaries, payloads and
+reconstructions, on all devices together, each from the first operation that uses it until it is freed. It does not see
+inside an operation: the workspace of a convolution and the overhead of an allocator are not counted. Fake tensors are
+counted as if they were real, so a model that does not fit in memory can be tracked too.
 
 The bytes that a payload adds depend on what else holds the tensor that it was made of:
 
@@ -33,7 +33,15 @@ from foveate.activations.memory.timeline import Span, Timeline
 
 @dataclass(eq=False)
 class _Storage:
-    """A storage that is alive; `existed_before` if it was there before the step, which somebody else then holds."""
+    """A storage that is alive.
+
+    Attributes:
+        bytes: its size.
+        existed_before: whether it existed before the step; others then hold it throughout.
+        reference: tells when it is freed.
+        owner: the payload that it holds, if it holds one.
+        duplicate_of: the compressed payloads whose values it holds too, as their original or as a reconstruction.
+    """
 
     bytes: int
     existed_before: bool
@@ -68,13 +76,13 @@ class Token:
             tracker._end(self)
 
 
-#: What happened: bytes of no payload that came (or went, below zero), and a payload that changed its state (None: it is
-#: gone; else whether it is alone).
+#: An event: the change of bytes that are no payload, a payload whose state changed, and its state: None where it was
+#: freed, else whether it alone holds the values.
 _Event = tuple[int, Token | None, bool | None]
 
 
 class PeakTracker(TorchDispatchMode):
-    """Counts the bytes of every storage alive while it is entered, for one step.
+    """Counts the bytes of every storage that is alive while it is entered, for one step.
 
     Args:
         tensors: what is alive before the step: parameters, buffers, optimizer state, the batch. What is missing here is

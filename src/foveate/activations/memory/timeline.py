@@ -26,7 +26,7 @@ class Span:
     """A stretch of one payload's life.
 
     Attributes:
-        site: whose it is.
+        site: the payload's site.
         start, stop: the points at which it is alive; `stop` is not one of them.
         share: how much of all that the site stored in the step it is; 0..1.
         alone: whether nothing but the payload would hold the original.
