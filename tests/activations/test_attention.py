@@ -1,4 +1,4 @@
-"""Attention's output and sums, computed again from rounded arguments: gradients are exact ones at those arguments."""
+"""Attention computed again from rounded arguments: gradients are the exact ones at those arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.activations.recompute.attention import Attended, Attentions
+from foveate.activations.recompute.attention import AttentionCall, AttentionRecomputation
 from foveate.activations.store import ActivationStore
 
 _LEVELS = {"*:saved.scaled_dot_product_attention*": 2, "*": 32}
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_attention_at_the_rounded_arguments(kind: str, gr
         ]
         loss.backward()
     assert store.latest is not None
-    assert [k.held for k in store.latest.kept.values() if k.encoding == "again"] == [0, 0], store.latest.kept
+    assert [k.held for k in store.latest.sites.values() if k.form == "recomputed"] == [0, 0], store.latest.sites
     assert model.y is not None
     assert model.y.grad is not None
     F.scaled_dot_product_attention(*rounded, **options).backward(model.y.grad)
@@ -104,17 +104,17 @@ def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
 def test_what_cannot_be_run_again_is_kept(disturb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(8)
     if disturb == "another kernel":
-        run: Callable[[Attended, list[Tensor]], tuple[Tensor, Tensor]] = Attended.run
+        run: Callable[[AttentionCall, list[Tensor]], tuple[Tensor, Tensor]] = AttentionCall.run
 
-        def other(self: Attended, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        def other(self: AttentionCall, inputs: list[Tensor]) -> tuple[Tensor, Tensor]:
             output, sums = run(self, inputs)
             return output * (1 + 1e-3), sums * (1 + 1e-3)
 
-        monkeypatch.setattr(Attended, "run", other)
+        monkeypatch.setattr(AttentionCall, "run", other)
     model = Attention(2, 2, 16, {"dropout_p": 0.1} if disturb == "dropout" else {})
     store = _gradients(model, torch.randn(2, 50, 24), error=0.3, recompute=disturb != "off")
     assert store.latest is not None
-    assert "again" not in {kept.encoding for kept in store.latest.kept.values()}
+    assert "recomputed" not in {kept.form for kept in store.latest.sites.values()}
     sites = store.planner.ledger.sites
     arguments = [s for s in sites.values() if re.search(r"saved.scaled_dot_product_attention.0.[012]$", s.name)]
     assert arguments
@@ -136,9 +136,9 @@ def test_two_bits_are_on_offer_where_it_is_run_again() -> None:
 
 def test_only_attention_on_cpus_is_looked_at() -> None:
     found: list[Tensor] = []
-    attentions = Attentions(lambda source: found[0])
+    attention = AttentionRecomputation(lambda source: found[0])
     model = nn.Linear(4, 4)
     with fv.compress_activations(model, levels=2, options=fv.ActivationOptions(smallest=1)) as store:
-        store._attentions = attentions
+        store._attention = attention
         model(torch.randn(3, 4)).sum().backward()
-    assert attentions._agrees == {}
+    assert attention._agrees == {}

@@ -117,7 +117,7 @@ def test_what_the_loss_does_not_depend_on_has_no_error() -> None:
     assert all(0 < predicted < 0.2 for predicted in predicted)
     assert len(predicted) < 12
     assert store.latest is not None
-    idle = {name: kept.level for name, kept in store.latest.kept.items() if "tanh" in name or "pooler" in name}
+    idle = {name: kept.level for name, kept in store.latest.sites.items() if "tanh" in name or "pooler" in name}
     assert idle
     assert set(idle.values()) <= {0, 2}
 
@@ -194,7 +194,7 @@ def test_what_only_a_second_backward_reads_is_not_taken_for_idle() -> None:
     assert max(errors) < 0.05
     assert len(store.audits) < 12
     assert store.latest is not None
-    assert store.latest.kept["outside:saved.square.1.0"].level == 8
+    assert store.latest.sites["outside:saved.square.1.0"].level == 8
 
 
 def test_sites_of_a_forward_without_backward_do_not_keep_it_from_learning() -> None:
@@ -248,11 +248,11 @@ def test_what_scales_a_whole_row_keeps_sixteen_bits_or_more() -> None:
             ids = torch.randint(0, 50, (16, 65))
             _loss(model, [ids[:, :-1]], ids[:, 1:].flatten()).backward()
     assert store.latest is not None
-    rows = {name: kept for name, kept in store.latest.kept.items() if kept.original == 4 * 16 * 64}
+    rows = {name: kept for name, kept in store.latest.sites.items() if kept.original == 4 * 16 * 64}
     assert any(":saved.rsqrt" in name for name in rows)
     held = {kept.level for kept in rows.values() if kept.held}
     assert held
     assert min(held) >= 16, rows
-    assert min(kept.level for kept in store.latest.kept.values() if kept.encoding == "grouped") <= 4
+    assert min(kept.level for kept in store.latest.sites.values() if kept.form == "grouped") <= 4
     assert store.audits
     assert all(audited <= 0.5 for _, _, audited in store.audits)

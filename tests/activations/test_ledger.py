@@ -1,4 +1,4 @@
-"""What the ledger makes of what was measured: floors, counts and trust."""
+"""The ledger: floors, multiples of errors, and the share of the bound that audits allow."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from foveate.activations.forms.rules import Rule, rule_of
-from foveate.activations.measure.ledger import Ledger, Trust, _student
+from foveate.activations.measure.ledger import AuditHistory, Ledger, _student
 
 
 def _ledger(rule: Rule) -> tuple[Ledger, tuple[float, ...]]:
@@ -48,17 +48,18 @@ def test_the_quantile_is_students() -> None:
     assert _student(1e9) == pytest.approx(stats.norm.ppf(0.99), abs=1e-3)
 
 
-def test_trust_keeps_99_of_100_audits_under_the_bound() -> None:
-    """Errors twice what is foretold, spread by a third: as many audits as count, then one more, many times."""
+def test_99_of_100_audits_stay_within_the_bound() -> None:
+    """Errors twice the predicted, spread by a third: as many audits as count, then one more, many times."""
     generator = torch.Generator().manual_seed(0)
     held, shares, rounds = 0, 0.0, 4000
     for _ in range(rounds):
         ratio = (torch.randn(17, generator=generator) / 3).exp() * 2
-        trust = Trust()
+        history = AuditHistory()
         for audited in ratio[:-1].tolist():
-            trust.saw(1.0, audited)
-        used = trust.factor * float(ratio[-1])
+            history.add(1.0, audited)
+        used = history.factor * float(ratio[-1])
         held, shares = held + (used <= 1), shares + used
     assert held / rounds >= 0.988
     assert shares / rounds > 1 / 3
-    assert 1 / 5 < Trust().factor < 1 / 4  # before the first audit, whose error may be several times what is foretold
+    # before the first audit, whose error may be several times the predicted one
+    assert 1 / 5 < AuditHistory().factor < 1 / 4

@@ -1,4 +1,4 @@
-"""What errors are relative to: the weights, what audits say by them, and who gets more bits for it."""
+"""What errors are relative to: the weights of parameters, audits, and which sites get more bits."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_audits_say_what_the_definition_says(faint: float, relative_to: fv.Relat
 
 
 @pytest.mark.parametrize("relative_to", fv.Relative)
-def test_what_is_foretold_is_what_audits_find(relative_to: fv.Relative) -> None:
+def test_the_predicted_error_is_what_audits_find(relative_to: fv.Relative) -> None:
     model = small_model()
     twin = copy.deepcopy(model)
     x = torch.randn(512, 16)

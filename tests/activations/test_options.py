@@ -1,4 +1,4 @@
-"""What a store is told checks itself when it is made, with a sentence that names the value and the rule."""
+"""Options check themselves when they are made, and errors name the value and the rule."""
 
 from __future__ import annotations
 

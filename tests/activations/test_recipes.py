@@ -1,4 +1,4 @@
-"""What is computed again instead of being stored gives what was there, and gradients to the stated error."""
+"""Tensors that are computed again equal the saved ones, and gradients are within the stated error."""
 
 from __future__ import annotations
 
@@ -56,21 +56,21 @@ def _forms(store: fv.ActivationStore) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("model", "x", "derived"),
+    ("model", "x", "recomputed"),
     [
         (Gate(), torch.randn(40, 48), {"linear@gate", "mul@model", "linear@down"}),
         (Convolved(), torch.randn(4, 3, 12, 12), {"conv2d@second"}),
     ],
 )
 def test_sixteen_bits_and_recipes_give_nearly_the_exact_gradient(
-    model: nn.Module, x: Tensor, derived: set[str]
+    model: nn.Module, x: Tensor, recomputed: set[str]
 ) -> None:
     exact, _ = _gradients(model, x, levels=32)
     found, store = _gradients(model, x, levels=16)
-    assert derived <= {name for name, form in _forms(store).items() if form == "derived"}
+    assert recomputed <= {name for name, form in _forms(store).items() if form == "recomputed"}
     assert _distance(exact, found) < 1e-3
     _, stored = _gradients(model, x, levels=16, recompute=False)
-    assert "derived" not in _forms(stored).values()
+    assert "recomputed" not in _forms(stored).values()
     assert store.report().bytes_after < stored.report().bytes_after
 
 
@@ -121,7 +121,7 @@ def test_norms_with_wider_weights_than_their_input(norm: nn.Module) -> None:
     model.zero_grad()
     with fv.compress_activations(model, levels=8, options=fv.ActivationOptions(smallest=1)) as store:
         model(x).float().square().mean().backward()
-    assert _forms(store)["linear@3"] == "derived"
+    assert _forms(store)["linear@3"] == "recomputed"
     assert _distance(wanted, [p.grad for p in model.parameters() if p.grad is not None]) < 0.03
 
 

@@ -169,22 +169,22 @@ def test_memory_that_is_used_again_is_not_taken_for_what_it_was() -> None:
     with store:
         found = [step(n) for n in range(6)]
     assert equal(wanted, found)
-    assert store._shelf.empty
+    assert store._index.empty
 
 
-def test_a_shelf_forgets_what_is_gone() -> None:
+def test_an_index_forgets_items_that_were_freed() -> None:
     class Item:
         pass
 
-    shelf: StorageIndex[Item] = StorageIndex()
+    index: StorageIndex[Item] = StorageIndex()
     for i in range(200):
         x = torch.full((256,), float(i))
-        assert shelf.find(x, interval_of(x), lambda _: True) is None
+        assert index.find(x, interval_of(x), lambda _: True) is None
         item = Item()
-        shelf.put(x, interval_of(x), item)
-        assert shelf.find(x, interval_of(x), lambda _: True) is item
+        index.put(x, interval_of(x), item)
+        assert index.find(x, interval_of(x), lambda _: True) is item
         del item
-    assert shelf.empty
+    assert index.empty
 
 
 # --- second passes and several graphs

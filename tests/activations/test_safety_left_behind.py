@@ -135,7 +135,7 @@ def test_threads() -> None:
     assert equal(wanted, gradients(model))
     assert equal(wanted, gradients(twin))
     assert store.latest is not None
-    assert any(name.startswith("3:saved.linear") for name in store.latest.kept)
+    assert any(name.startswith("3:saved.linear") for name in store.latest.sites)
 
 
 # --- nothing is held for longer than the graph
@@ -157,13 +157,13 @@ def test_memory_is_freed_without_the_collector(used: bool, exact: bool) -> None:
     payloads: list[weakref.ref[Any]] = []
     settings: dict[str, Any] = {"levels": 32} if exact else {"error": 0.1}
     with fv.compress_activations(model, **settings, options=fv.ActivationOptions(smallest=1)) as store:
-        put = store._shelf.put
+        put = store._index.put
 
         def noted(tensor: Tensor, interval: Interval, item: Any) -> None:
             payloads.append(weakref.ref(item))
             put(tensor, interval, item)
 
-        store._shelf.put = noted  # type: ignore[method-assign]
+        store._index.put = noted  # type: ignore[method-assign]
         for _ in range(4):
             loss = model(torch.randn(16, 64)).square().mean()
             assert sum(p() is not None for p in payloads) > 3
@@ -171,7 +171,7 @@ def test_memory_is_freed_without_the_collector(used: bool, exact: bool) -> None:
                 loss.backward()
             del loss
             assert not any(p() is not None for p in payloads)
-        assert store._shelf.empty
+        assert store._index.empty
         assert not store._recipes._by_storage
 
 

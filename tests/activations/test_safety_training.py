@@ -100,7 +100,7 @@ def test_autocast() -> None:
         _step(model, autocast=True)
     assert store.latest is not None
     weights = sum(2 * p.numel() for p in model.parameters() if p.dim() == 2)  # their copies, which plain training keeps
-    largest = max(kept.original for kept in store.latest.kept.values())
+    largest = max(kept.original for kept in store.latest.sites.values())
     assert store.latest.held < store.latest.original
     assert largest < weights
 

@@ -1,4 +1,4 @@
-"""Statistics of a site, and the forms they ask for, against what rounding really does."""
+"""Statistics of a site, and the group sizes that follow, against the measured noise of rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from foveate.activations.measure.statistics import GROUPS, Running, Summary
+from foveate.activations.measure.statistics import GROUPS, RunningStatistics, Summary
 from foveate.errors import BudgetError
 from foveate.kernels.backends.table import ensure_loaded
 
@@ -23,9 +23,9 @@ def _ops() -> None:
 
 
 def summary_of(*batches: Tensor, window: int = 8) -> Summary:
-    running = Running(window)
+    running = RunningStatistics(window)
     for batch in batches:
-        running.see(batch)
+        running.add(batch)
     return running.summary()
 
 
@@ -89,7 +89,7 @@ def test_entropy_is_that_of_256_cells() -> None:
 
 @pytest.mark.parametrize("values", VALUES.values(), ids=VALUES.keys())
 @pytest.mark.parametrize("bits", [4, 8])
-def test_the_ranges_of_groups_foretell_the_noise_of_rounding(values: Tensor, bits: int) -> None:
+def test_the_ranges_of_groups_predict_the_noise_of_rounding(values: Tensor, bits: int) -> None:
     found = summary_of(values)
     for group in GROUPS:
         measured = float(torch.ops.foveate.group_variance(values, [bits], group).sum()) / COUNT
@@ -133,4 +133,4 @@ def test_a_summary_is_plain_json() -> None:
 
 def test_a_window_of_nothing_is_refused() -> None:
     with pytest.raises(BudgetError, match=r"window \(=0\) must be at least 1"):
-        Running(0)
+        RunningStatistics(0)

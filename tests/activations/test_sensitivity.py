@@ -1,4 +1,4 @@
-"""The closed forms against what rounding really does to the gradient of a weight."""
+"""The closed forms against measured errors of the gradient of a weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What caches are measured to lose, and the maps made of it."""
+"""The measured loss of packed caches, and the maps that follow from it."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
     step begins: enter | forward, backward, for each part of the batch | before the optimizer: leave | log
 
-So evaluation, saving and the optimizer run outside it. The Trainer tells a callback nothing of a step that fails: what
-fails in the model's forward (memory runs out, say) is seen there and leaves the store at once; anything else leaves it
-when training ends or begins again, at the latest when the callback is used as a context manager and that is left:
+So evaluation, saving and the optimizer run outside the store. The Trainer does not tell a callback that a step failed.
+If the model's forward fails, a hook on it leaves the store at once. After any other failure the store is left when
+training ends or begins again, or when the callback is used as a context manager and that is left:
 
     with fv.CompressActivations(error=0.1) as saving:
         Trainer(model, arguments, train_dataset=data, callbacks=[saving]).train()

@@ -1,4 +1,4 @@
-"""compress_activations: what a user calls, made into a store."""
+"""compress_activations: the function that users call. It checks what it is given and makes a store."""
 
 from __future__ import annotations
 

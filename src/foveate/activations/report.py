@@ -1,7 +1,8 @@
-"""What a store keeps, in how many bytes, and what that does to the gradient: frozen, printable, and plain JSON.
+"""The report on one step of a store: bytes before and after, and the predicted error of the gradient.
 
-A row a site; printed, the sites of a family (the same function in all layers) share a line, for there are hundreds of
-them. `print(report)` needs nothing else; rich shows the same as a table, `rich.print(report)` or inside `rich.live`.
+A report is frozen, can be printed, and converts to plain JSON. It has a row for each site. Printed, the sites of a
+family (the same function in all layers) share a line, since a model has hundreds of sites. `print(report)` needs no
+other package. `rich.print(report)` and `rich.live` show the same as a table.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class SavedRow:
     Attributes:
         site: `layers.0.mlp:saved.silu.0.0`.
         operation: the torch function that saved it, `silu`.
-        form: `grouped` where it is rounded, `derived` where it is computed again from what another site keeps; else
+        form: `grouped` where it is rounded, `recomputed` where it is computed again from other sites; else
             without loss: `masked`, `narrow`, `empty`, `exact`.
         bits: a value, scales not counted.
-        bytes_before, bytes_after: of the tensors as they came, and as they are kept.
+        bytes_before, bytes_after: of the tensors as autograd saved them, and as they are stored.
         error: the gradient's relative error that its rounding alone is predicted to make; 0 without loss, NaN where it
             was not measured yet.
     """
@@ -70,10 +71,10 @@ class SavedReport:
     """What a store kept in its latest step.
 
     Attributes:
-        step: which, counted from 0.
+        step: its number, from 0.
         rows: the sites, in the order in which they were first kept.
         bytes_before: of all storages that plain training would hold for backward, parameters excluded.
-        bytes_after: of what is held instead.
+        bytes_after: of what the store holds instead.
         bound: the error that was asked for; None where levels were given.
         audits: all so far.
         relative_to: what errors are relative to.
@@ -222,11 +223,11 @@ def report_of(
         bound: the error that was asked for, if one was.
     """
     rows = []
-    for name, kept in (step.kept if step is not None else {}).items():
-        lossy = kept.encoding == "grouped" and name in ledger.sites
+    for name, kept in (step.sites if step is not None else {}).items():
+        lossy = kept.form == "grouped" and name in ledger.sites
         error = ledger.errors(ledger.sites[name])[LEVELS.index(kept.level)] if lossy else 0.0
         operation = name.rpartition(":saved.")[2].split(".")[0]
-        rows.append(SavedRow(name, operation, kept.encoding, kept.level, kept.original, kept.held, math.sqrt(error)))
+        rows.append(SavedRow(name, operation, kept.form, kept.level, kept.original, kept.held, math.sqrt(error)))
     return SavedReport(
         0 if step is None else step.number,
         tuple(rows),

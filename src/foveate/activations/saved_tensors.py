@@ -1,35 +1,41 @@
-"""What autograd holds in place of a tensor: a stored interval and how to see the tensor in it, or the tensor itself.
+"""What autograd holds in place of a tensor that it saves.
 
-Shapes, strides and versions are here; values are in payloads.py.
+    Handle          a payload, which stores an interval of the tensor's storage, and how the tensor lies in it
+    PassedThrough   the tensor itself
+    ParameterCast   a parameter, of which the tensor is a copy in another dtype
+
+This file knows shapes, strides and versions. How the values of a payload are encoded is in `forms/encodings.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from foveate.activations.forms.encodings import Computed, Encoding, Exact, Grouped
+from foveate.activations.forms.encodings import Encoding, Exact, Grouped, Recomputed
 from foveate.activations.forms.identity import Interval
 from foveate.activations.forms.rules import Need
-from foveate.activations.measure.steps import Record, Step
-from foveate.activations.memory.peak import Token
 from foveate.activations.recompute.recipes import Recipe, StoredView
+
+if TYPE_CHECKING:
+    from foveate.activations.measure.steps import Record, Step
+    from foveate.activations.memory.peak import Token
 
 
 @dataclass(frozen=True)
-class Derived(Computed):
-    """A recipe, and how its sources are read now: a form that holds nothing."""
+class RecomputedFunction(Recomputed):
+    """The encoding of a tensor that a recipe computes again; it stores no values. `read` unpacks a stored view."""
 
     recipe: Recipe
     read: Callable[[StoredView], Tensor]
 
     @property
     def roots(self) -> tuple[Any, ...]:
-        """The payloads that it is computed from."""
+        """The payloads that the tensor is computed from."""
         return self.recipe.roots
 
     def values(self) -> Tensor:
@@ -39,7 +45,21 @@ class Derived(Computed):
 
 
 class Payload:
-    """What is stored of one interval of a storage."""
+    """What is stored of one interval of a storage.
+
+    Attributes:
+        site: the name of its site.
+        step: in which it was stored.
+        need: what backward needs of it.
+        interval: which part of the storage it is.
+        encoding: its values.
+        layout: shape and strides of the tensor, if the interval has gaps.
+        exact: of an audited step, the exact values.
+        other: of a probed step, a second rounding of the values.
+        record: what a profiled step measures of it.
+        token: by which a recorded step counts its bytes.
+        lossy: whether backward gets other values than were saved.
+    """
 
     __slots__ = (
         "__weakref__",
@@ -58,39 +78,39 @@ class Payload:
 
     def __init__(self, site: str, step: Step, need: Need, interval: Interval, encoding: Encoding) -> None:
         self.site, self.step, self.need, self.interval, self.encoding = site, step, need, interval, encoding
-        self.layout: tuple[torch.Size, tuple[int, ...]] | None = None  # of an interval that has gaps
+        self.layout: tuple[torch.Size, tuple[int, ...]] | None = None
         self.exact: Encoding | None = None
         self.other: Encoding | None = None
         self.record: Record | None = None
         self.token: Token | None = None
-        self.lossy = isinstance(encoding, (Grouped, Computed))
+        self.lossy = isinstance(encoding, (Grouped, Recomputed))
 
     @property
     def rounded(self) -> tuple[Payload, ...]:
-        """The payloads whose errors it has: itself, or those that it is computed from."""
-        return self.encoding.roots if isinstance(self.encoding, Computed) else (self,)
+        """The payloads whose rounding gives it its error: itself, or those that it is computed from."""
+        return self.encoding.roots if isinstance(self.encoding, Recomputed) else (self,)
 
 
 @dataclass(frozen=True)
 class Handle:
-    """What autograd holds: a payload, how to see the tensor in it, and its version."""
+    """A stored tensor: how it lies in its payload, and the version that it had when it was saved."""
 
-    source: StoredView
+    view: StoredView
     version_probe: Tensor
     version: int
 
 
 @dataclass(frozen=True)
-class Passed:
-    """A tensor that is kept as it is: a parameter, or something that has no values of its own to round."""
+class PassedThrough:
+    """A tensor that is kept as it is: a parameter, or a tensor without ordinary memory."""
 
     tensor: Tensor
     version: int | None
 
 
 @dataclass(frozen=True)
-class Recast:
-    """A parameter's copy in another dtype, which is made again when it is needed."""
+class ParameterCast:
+    """A copy of a parameter in another dtype, such as autocast makes. It is made again when backward needs it."""
 
     parameter: Tensor
     version: int
@@ -103,7 +123,7 @@ class Recast:
         return self.parameter.to(self.dtype).as_strided(self.shape, self.stride, 0)
 
 
-Packed = Handle | Passed | Recast
+Packed = Handle | PassedThrough | ParameterCast
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -119,27 +139,27 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def passed(tensor: Tensor) -> Passed:
-    """A tensor that is kept as it is, and its version where it has one."""
+def pass_through(tensor: Tensor) -> PassedThrough:
+    """Keep a tensor as it is, with its version where it has one."""
     versioned = not (tensor.is_inference() or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-    return Passed(tensor if tensor.is_leaf else tensor.detach(), tensor._version if versioned else None)
+    return PassedThrough(tensor if tensor.is_leaf else tensor.detach(), tensor._version if versioned else None)
 
 
-def recast(tensor: Tensor, parameter: Tensor) -> Recast | None:
-    """How to make a cast copy of a parameter again; None where that does not give the same values.
+def parameter_cast(tensor: Tensor, parameter: Tensor) -> ParameterCast | None:
+    """How to make a cast copy of a parameter again; None where casting again does not give the same values.
 
-    It need not: the copy may have been laid out anew, or written to through `.data`, which no version shows.
+    The values may differ: the copy may have other strides, or was written to through `.data`, which no version shows.
     """
     data = parameter.detach()
-    made = Recast(data, data._version, tensor.dtype, tensor.shape, tensor.stride())
+    made = ParameterCast(data, data._version, tensor.dtype, tensor.shape, tensor.stride())
     return made if torch.equal(made.values(), tensor.detach()) else None
 
 
 def with_gaps(values: Tensor, layout: tuple[torch.Size, tuple[int, ...]], exact: bool) -> Tensor:
     """A tensor of a layout whose memory has gaps, from its values in order.
 
-    Rounded ones are given back without gaps. Exact ones get their strides again, since these choose kernels, and with
-    them the order in which numbers are added.
+    Rounded values come back without gaps. Exact values get their strides again, since strides decide which kernel runs,
+    and the kernel decides in which order numbers are added.
     """
     shape, stride = layout
     once = [1 if s == 0 else n for n, s in zip(shape, stride, strict=True)]
@@ -150,20 +170,20 @@ def with_gaps(values: Tensor, layout: tuple[torch.Size, tuple[int, ...]], exact:
     return values.expand(shape)
 
 
-def changed(expected: int, found: int, shape: torch.Size) -> RuntimeError:
-    """Autograd's own complaint about a saved tensor that was changed in place."""
+def modified_error(expected: int, found: int, shape: torch.Size) -> RuntimeError:
+    """The error that autograd itself raises for a saved tensor that was changed in place."""
     return RuntimeError(
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"a saved tensor of shape {list(shape)} is at version {found}; expected version {expected} instead"
     )
 
 
-def source_of(payload: Payload, tensor: Tensor) -> StoredView:
-    """A tensor as it lies in a payload of its storage."""
+def stored_view(payload: Payload, tensor: Tensor) -> StoredView:
+    """How a tensor lies in a payload of its storage."""
     offset = int(tensor.storage_offset()) - payload.interval.start
     return StoredView(payload, tensor.shape, tensor.stride(), offset, version_of(payload))
 
 
 def version_of(payload: Payload) -> int:
-    """The version of the memory of a payload that is the tensor itself; of a copy it stays what it is."""
+    """The version of a payload's memory where that is the tensor's own; 0 of a copy, which nobody changes."""
     return payload.encoding.flat._version if isinstance(payload.encoding, Exact) else 0

@@ -1,14 +1,14 @@
-"""Packed blocks of keys or values: what a cache stores of tokens that are no longer recent.
+"""Packed blocks of keys or values: how a cache stores tokens that are no longer recent.
 
     x [B, H, T, D]  ->  blocks of `block` tokens, each transposed to [B, h, D, block]: one group is one channel's tokens
 
 Keys have channels that are large at every token (rotary embeddings turn the rest), so a step and a least value for each
 channel of each block fit them, while a step for each token would be set by the outlier: KIVI, arXiv:2402.02750.
-Values have no such channels, and measure as well or better the same way (docs/decisions.md). Rounding is to nearest:
-a cache is read many times with one error, which unbiased rounding would only make larger.
+Values have no such channels, but were measured as good or better with the same layout (docs/decisions.md). Rounding is
+to nearest: a cache is read many times with the same error, and unbiased rounding would only make that error larger.
 
-A block is written once. It is never unpacked to be packed again: appending adds blocks, and removing tokens from within
-a block leaves it as it is and shortens what is read of it.
+A block is written once, and never unpacked and packed again. Appending adds blocks. Removing tokens from within a block
+leaves the block as it is, and fewer of its tokens are read.
 
 Legend: B sequences, H heads of keys and values (h of them at one level), T tokens, D channels a head, N blocks,
 K tokens a block, C bytes of codes, G groups.
@@ -26,13 +26,13 @@ from foveate.errors import LevelError
 from foveate.formats.levels import CACHE_LEVELS, check_cache_level
 from foveate.kernels.backends.table import ensure_loaded
 
-#: Values unpacked at a time: they stay in a cache of the processor until they are copied to their place.
+#: Values unpacked at a time: few enough to stay in the processor's cache until they are copied.
 _CHUNK = 1 << 18
 _PACKABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_exact(level: int, dtype: torch.dtype) -> bool:
-    """Whether a level stores numbers of a dtype as they are: 32 always, 16 those that have 16 bits."""
+    """Whether a level stores numbers of a dtype unchanged: 32 always does, 16 does for dtypes of 16 bits."""
     return level >= 8 * min(dtype.itemsize, 4)
 
 
@@ -64,7 +64,7 @@ class Blocks:
         block: tokens a block, K.
         parts: what is stored, blocks first and sequences second: codes [N, B, C] and ranges [N, B, G, 2], or, where the
             level is exact, the numbers themselves [N, B, h, D, K].
-        unpackable: of blocks with a NaN or an Inf, which have no range, the numbers [B, h, D, K].
+        unpackable: the numbers [B, h, D, K] of blocks with a NaN or an Inf, which have no range.
     """
 
     def __init__(self, level: int, block: int) -> None:
@@ -86,7 +86,7 @@ class Blocks:
             new = pack(x_NBHDK, self.level)
             for block in new[1][..., 0].isnan().flatten(1).any(1).nonzero().flatten().tolist():
                 self.unpackable[len(self) + block] = x_NBHDK[block].contiguous()
-        # as long as what is read at every token is unpacked at every token, copying the codes once a block is nothing
+        # every token unpacks all blocks, so copying the codes once a block costs little beside it
         self.parts = tuple(torch.cat(both) for both in zip(self.parts, new, strict=True)) if self.parts else new
 
     def __len__(self) -> int:
@@ -192,14 +192,14 @@ class PackedHeads:
 
 
 def _runs(heads: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Runs of neighbours among ascending heads: (first head, how many, its place among `heads`)."""
+    """Runs of consecutive numbers among ascending heads: (first head, how many, its place among `heads`)."""
     grouped = groupby(enumerate(heads), key=lambda pair: pair[1] - pair[0])
     runs = [list(run) for _, run in grouped]
     return [(run[0][1], len(run), run[0][0]) for run in runs]
 
 
 def _segments(kept: Sequence[int], block: int, most: int) -> Iterator[tuple[int, int, int, int]]:
-    """Blocks to read together: (first, last, where they go, tokens). A shortened block is read alone."""
+    """Blocks to read together: (first, last, first token to write, tokens). A shortened block is read alone."""
     start = first = 0
     while first < len(kept):
         last = first + 1

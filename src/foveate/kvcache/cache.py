@@ -1,9 +1,9 @@
-"""A key/value cache that is packed: the public end of it.
+"""`quantized_cache`: a key/value cache of transformers whose older tokens are packed.
 
     cache = fv.quantized_cache(model.config, 4)
     model.generate(**inputs, cache=cache)  # `past_key_values=cache` up to transformers 5.23
 
-It is a transformers `Cache` (see `cache_layers`), and transformers is an extra, so it is imported when a cache is made.
+It is a transformers `Cache` (see `layers.py`). transformers is an extra, so it is imported when a cache is made.
 Levels are one for all, or a precision map with two sites a layer, `...self_attn:cache.key` and `...:cache.value`, whose
 tiles are heads: `foveate.calibrate_cache` measures what each of them costs.
 """
@@ -38,13 +38,14 @@ def quantized_cache(
 
     Works where `DynamicCache` does: greedy and sampled decoding, beam search, padded batches, `crop` and assisted
     decoding, copies. Appending packs new blocks and never touches old ones. Attention reads keys and values that are
-    unpacked one layer at a time, so memory is what is packed and one layer's numbers. Layers with a sliding window, or
-    without plain attention, keep transformers' own cache. It does not compile, and gradients flow to exact tokens only.
+    unpacked one layer at a time, so memory holds the packed cache and one layer's numbers. Layers with a sliding
+    window, or without plain attention, keep transformers' own cache. It does not compile, and gradients flow to exact
+    tokens only.
 
     Args:
         config: of the model, a transformers configuration.
         levels: 2, 4, 8, 16 or 32 (exact) for all keys and values, or a map with levels for each head's.
-        window: at least so many recent tokens stay exact; up to `block` - 1 more wait to be packed.
+        window: at least this many recent tokens stay exact; up to `block` - 1 more wait to be packed.
         block: tokens that are packed together, a multiple of 32, by default that of the map, or 64. Each channel of a
             block has its own range: 32 / `block` bits a number.
 

@@ -1,9 +1,9 @@
 """The name by which a model takes its key/value cache, and by which it returns it.
 
 transformers called the argument `past_key_values` up to release 5.23, and calls it `cache` since. Newer releases take
-the old name too for a while, and warn; a model written for an older release takes the old name only. So the callee is
-asked: its signature has the name. A callee that takes any keyword, such as `generate` or a wrapper around a model,
-hands the cache on to transformers, and takes it by the name that the installed release has.
+the old name too for a while, and warn. A model written for an older release takes the old name only. So the name is
+read from the signature of the callee. A callee that takes any keyword, such as `generate` or a wrapper around a model,
+passes the cache on to transformers, and takes it by the name that the installed release uses.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
-"""calibrate_cache: what every head's cached keys and values lose at every level.
+"""calibrate_cache: the loss that every head's cached keys and values add at every level.
 
 Each sequence is cut in two. The first part fills an exact cache; the second is run on it, and the loss along a random
 direction of its logits (`foveate.collect.objectives`) is differentiated with respect to what was cached. With g_td the
-gradient of a cached number, of token t and channel d, and e_td the error that packing it makes, a head loses
+gradient of a cached number, of token t and channel d, and e_td the error that packing it makes, a head adds a loss of
 
     S(level) = 1/2 E[sum_d (sum_t g_td e_td)^2]
 
 nats a token. Errors are added up over a channel's tokens before they are squared: keys that hardly change from token to
 token are all rounded the same way, and their errors do not cancel. One forward and one backward pass a batch measure
-all layers, heads and levels. Two bits can be too coarse for a second-order score (a softmax that has lost its keys
-is another function), so the sums of each layer at 2 bits are then measured on one batch, and each head keeps its share.
+all layers, heads and levels. At 2 bits the error can be too large for a second-order score, since it changes the
+softmax too much. So the divergence of each layer at 2 bits is then measured on one batch, and divided among its heads
+in proportion to their scores.
 
-Both are what queries lose that see the whole cache packed; the exact window of a cache only makes it less.
+Both numbers are for queries that read the whole cache packed. The exact window of a cache makes the true loss smaller.
 
 Legend: B sequences, H heads of keys and values, T tokens, D channels a head, L levels, n tokens scored, V vocabulary.
 """
@@ -49,17 +50,17 @@ def calibrate_cache(
     seed: int = 0,
     progress: bool = True,
 ) -> CacheProfile:
-    """Measure what each head's cached keys and values lose at each level.
+    """Measure the loss that each head's cached keys and values add at each level.
 
     Args:
         model: a transformers model with logits and a key/value cache.
         batches: sequences of tokens: tensors [B, T], or mappings with `input_ids` and, where there is padding,
             `attention_mask`. Longer than `block`; half of each fills the cache, the other half reads it.
         block: tokens that the cache will pack together.
-        measured: on how many of the batches what 2 bits lose is measured, one forward pass for each layer's keys and
-            one for its values; predicted only, if 0.
+        measured: on how many batches the divergence at 2 bits is measured, by one forward pass for each layer's keys
+            and one for its values. With 0 it is predicted only.
         seed: of the random directions.
-        progress: whether to show how far it is.
+        progress: whether to show a progress bar.
 
     Returns:
         The losses; their `plan(fv.Budget(bits=4.0))` is a map for `quantized_cache`.
@@ -84,7 +85,7 @@ def calibrate_cache(
     generator = torch.Generator().manual_seed(seed)
     with evaluating(model):
         for number, batch in enumerate(track(check_batches(batches), "calibrating the cache", show=progress)):
-            half = _Half(model, batch, plain, block)
+            half = _SecondHalf(model, batch, plain, block)
             if not sites:
                 sites = _sites(model, plain, half.cached, block)
                 itemsize = half.cached[0].element_size()
@@ -117,14 +118,14 @@ def _sites(model: nn.Module, plain: Sequence[int], cached: Sequence[Tensor], blo
 
 
 def _attention_name(model: nn.Module, layer: int) -> str:
-    """The module that caches as number `layer`, by the number that transformers gives it."""
+    """The name of the attention module to which transformers gives the number `layer` in the cache."""
     found: list[str] = [name for name, module in model.named_modules() if getattr(module, "layer_idx", None) == layer]
     attention = [name for name in found if "attn" in name.lower() or "attention" in name.lower()]
     return min(attention or found or [f"layers.{layer}"], key=len)
 
 
-class _Half:
-    """The second half of a batch, to be run on what the first left in the cache.
+class _SecondHalf:
+    """The second half of a batch, which runs on the cache that the first half filled.
 
     Attributes:
         cached: keys and values [B, H, T, D] of each plain layer in turn.

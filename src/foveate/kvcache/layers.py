@@ -2,9 +2,9 @@
 
     [ packed blocks of `block` tokens ............ | exact: the last `window` to `window + block - 1` tokens ]
 
-New tokens join the exact end. Attention reads all packed tokens, unpacked for this layer and this call, and the exact
-end. Then, once the exact end holds a whole block beyond the window, its oldest tokens are packed. What is stored thus
-depends on the tokens alone, not on how many came at a time, and a prompt attends to itself exactly.
+New tokens are appended to the exact end. Attention reads all packed tokens, unpacked for this layer and this call, and
+the exact end. Afterwards the oldest tokens of the exact end are packed, if it holds a whole block beyond the window. So
+the stored form depends on the tokens alone, not on how many came at a time, and a prompt attends to itself exactly.
 
 Layers that are not plain attention (sliding windows, linear attention, layers that share another's keys) keep the cache
 that transformers gives them.
@@ -59,7 +59,7 @@ class History:
     def pack(self, tokens: int) -> None:
         """Pack the oldest tokens of the exact end."""
         self.packed.append(self.end_BHTD[:, :, :tokens])
-        self.end_BHTD = self.end_BHTD[:, :, tokens:].clone()  # a copy: what was packed can be given back
+        self.end_BHTD = self.end_BHTD[:, :, tokens:].clone()  # a copy, so that the memory of the packed tokens is freed
 
     def crop(self, blocks: int, tokens: int) -> None:
         """Keep the first blocks, and the first tokens of the exact end."""
@@ -82,15 +82,16 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     Args:
         key_levels, value_levels: one level for all heads, or one for each head of keys and values.
-        window: the fewest recent tokens that stay exact.
+        window: at least this many recent tokens stay exact.
         block: tokens that are packed together.
     """
 
-    # what assisted decoding asks for: a crop takes back tokens, though not that older ones were packed because of them
+    # assisted decoding asks for it: a crop removes tokens, but older tokens that were packed because of them stay
+    # packed
     is_croppable = True
 
     def __init__(self, key_levels: Levels, value_levels: Levels, window: int, block: int) -> None:
-        # not that of transformers, which sets `keys` and `values`: here they are computed
+        # without the __init__ of transformers, which sets `keys` and `values`: here both are computed
         self.key_levels, self.value_levels = key_levels, value_levels
         self.window, self.block = window, block
         self.reset()
@@ -99,7 +100,7 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Forget everything."""
         self.is_initialized = False
         self._histories: tuple[History, ...] = ()
-        #: Tokens read of each packed block: all of them, but where `crop` went through it.
+        #: Tokens read of each packed block: all of them, except in a block that `crop` shortened.
         self._kept: list[int] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -145,9 +146,9 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return sum(self._kept) + self.exact_tokens
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` tokens. A block that ends among them stays packed, and less of it is
-        read; the exact end is then shorter than the window until it has grown again. Of releases of transformers whose
-        own `crop` takes a length too, a number from 0 on is the length that is kept.
+        """Remove the last `-tokens_to_remove` tokens. A block that contains some of them stays packed, and fewer of its
+        tokens are read. The exact end is then shorter than the window until new tokens come. With releases of
+        transformers whose own `crop` takes a length, a number of 0 or more is the length to keep.
         """
         if tokens_to_remove >= 0 and not _CROP_REMOVES:
             tokens_to_remove = min(tokens_to_remove - self.get_seq_length(), 0)

@@ -1,6 +1,6 @@
-"""What a model's cache loses, and the levels of every head's keys and values that lose least under a budget.
+"""The loss that packing a model's cache adds, and the levels of all heads that add least under a budget.
 
-The numbers come from `foveate.kvcache.calibrate`; here they meet the same solver that weights do.
+The losses come from `foveate.kvcache.calibrate`. The levels come from the solver that weights use too.
 
 Legend: U units (heads of keys or values), H heads of a layer, L levels.
 """
@@ -28,7 +28,7 @@ CHOICE = (2, 4, 8, 16)
 
 @dataclass(frozen=True, eq=False)
 class CacheProfile:
-    """What a model's cache loses at every level.
+    """The loss that packing a model's cache adds at every level.
 
     Attributes:
         sites: two a layer, of kind `cache`, `...self_attn:cache.key` and `...:cache.value`; their tiles are heads.
@@ -52,7 +52,7 @@ class CacheProfile:
         return PrecisionMap(self.sites, {s.name: level for s in self.sites}, predicted_loss=lost)
 
     def nbytes(self, plan: PrecisionMap, tokens: int, *, window: int = WINDOW, sequences: int = 1) -> int:
-        """Bytes that a cache of a map holds of so many tokens, the exact ones included."""
+        """Bytes of a cache of `tokens` tokens with the levels of a map, the exact tokens included."""
         block = self.sites[0].group
         packed = max(tokens - window, 0) // block * block
         numbers = sum(s.rows * s.columns for s in self.sites)

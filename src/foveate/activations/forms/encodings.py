@@ -1,14 +1,14 @@
-"""How the values of one saved tensor are kept, and given back.
+"""Encodings: how the values of one saved tensor are stored, and given back.
 
-    Exact     the tensor itself, or a copy of the part that is needed
-    Grouped   2, 4, 8 or 16 bits a value, with a least value and a step for each group (stochastic rounding)
-    Masked    one bit a value: signs, dropout masks, whatever holds two values
-    Narrow    integers in the fewest bits that hold their range
-    Empty     nothing but a shape: pooling's input
-    Recast    a parameter and a dtype: autocast's copies
+    Exact        the tensor itself, or a copy of the part that is needed
+    Grouped      2, 4, 8 or 16 bits a value, with a least value and a step for each group (stochastic rounding)
+    Masked       one bit a value: signs, dropout masks, any tensor of two values
+    Narrow       integers in the fewest bits that hold their range
+    Empty        a length and no values: the input of pooling
+    Recomputed   no values: a function of other stored tensors, computed when backward asks for it
 
-All but `Grouped` give back what they were given, bit for bit. A form knows a flat run of values; shapes and strides
-are in packed.py. `bytes` counts what the form holds that plain training would not.
+Exact, Masked and Narrow give back what they were given, bit for bit. An encoding knows a flat run of values; shapes and
+strides are in `saved_tensors.py`. The stored form of Grouped is in docs/format.md, "Saved tensors".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WIDTHS = (1, 2, 4, 8, 16, 32)
 
 
 class Encoding(Protocol):
-    """What holds a flat run of values."""
+    """A flat run of values, stored in some way."""
 
     @property
     def bytes(self) -> int:
@@ -130,7 +130,7 @@ class Narrow:
 
 
 class Nothing:
-    """Forms that hold nothing."""
+    """Encodings that store no values."""
 
     @property
     def bytes(self) -> int:
@@ -143,8 +143,8 @@ class Nothing:
         return 0
 
 
-class Computed(Nothing, ABC):
-    """Forms whose values are computed from others' when they are asked for."""
+class Recomputed(Nothing, ABC):
+    """Encodings whose values are computed from other payloads when backward asks for them."""
 
     @property
     @abstractmethod
@@ -154,7 +154,7 @@ class Computed(Nothing, ABC):
 
 @dataclass(frozen=True)
 class Empty(Nothing):
-    """No values: memory that is never read, of the right shape."""
+    """No values. Backward gets memory of the right size, and never reads it."""
 
     length: int
     dtype: torch.dtype
@@ -181,13 +181,13 @@ def grouped(flat: Tensor, level: int, group: int, seed: int | None) -> Grouped |
 
 
 def two_valued(flat: Tensor) -> Masked | None:
-    """A run as bits, if it holds at most two values; looks no further than the third."""
+    """A run as bits, if it holds at most two values. The search stops at the third value."""
     bits, two = torch.ops.foveate.two_values_pack(flat)
     return Masked(bits, two, flat.numel()) if two.numel() else None
 
 
 def narrowed(flat: Tensor) -> Narrow | None:
-    """Integers in the fewest bits that hold them; None where that saves nothing."""
+    """Integers in the fewest bits that hold their range; None where that saves nothing."""
     low, high = (int(v) for v in torch.aminmax(flat))
     level = next((width for width in _WIDTHS if high - low < 1 << width), 64)
     if level >= 8 * flat.element_size():

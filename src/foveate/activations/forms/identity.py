@@ -1,15 +1,16 @@
 """Which saved tensors are one and the same, which are parameters, and whether one was changed in place.
 
 **The same.** Autograd saves views: q, k and v of one projection, a matrix and its transpose. What is stored is
-therefore an interval of a storage at a version: `Interval`, found again through `StorageIndex`. An address alone is no
-identity, for memory is used again; the shelf holds a weak reference to each storage, which keeps its address from being
-given away.
+therefore an interval of a storage at a version: `Interval`, found again through `StorageIndex`. An address alone does
+not identify a storage, for memory is used again. The index holds a weak reference to each storage, which keeps its
+address from being used for another.
 
-**Parameters** are never stored: they are there anyway. A pointer is not enough (autocast makes copies, FSDP hands out
-others), so `parameter_of` walks from a tensor through views and casts to a leaf that accumulates a gradient.
+**Parameters** are never stored: the model holds them anyway. Comparing pointers does not find them all, since autocast
+makes copies and FSDP hands out other tensors. So `parameter_of` walks from a tensor through views and casts to a leaf
+that accumulates a gradient.
 
 **Changed in place.** Any pack hook switches off autograd's own check of versions. `version_probe` shares a tensor's
-version counter without holding its memory, so the check can be made again when the tensor is asked for.
+version counter without holding its memory, so the store makes the check itself when backward asks for the tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 T = TypeVar("T")
 
-#: Nodes whose results share the memory of their input, without their `Backward0`; `unsafe` ones among them.
+#: Names, without `Backward0`, of autograd nodes whose results share the memory of their input.
 _VIEWS = frozenset(
     (
         *("T", "Transpose", "View", "Permute", "Unsqueeze", "Squeeze", "Expand", "Alias", "ReshapeAlias", "Slice"),
@@ -83,8 +84,8 @@ class Interval:
 
     Attributes:
         start, length: in values of the tensor's dtype.
-        dense: whether to store all of it: the tensor has no fewer values, counting those of stride 0 once. (It may
-            still leave out some, if it covers others twice.)
+        dense: whether to store the whole interval, which holds for a tensor with at least as many values, where values
+            repeated by a stride of 0 count once. (An overlapping tensor may still leave out some of the interval.)
     """
 
     start: int
@@ -119,29 +120,29 @@ class _IndexedStorage(Generic[T]):
 
 
 class StorageIndex(Generic[T]):
-    """Finds what is already stored of a storage, for as long as somebody holds it.
+    """Finds the items that store parts of a storage.
 
-    Items are held weakly: they live in autograd's graph and go with it.
+    The index holds items by weak references. Autograd's graph owns them, and they are freed with it.
     """
 
     def __init__(self) -> None:
         self._by_storage: dict[int, _IndexedStorage[T]] = {}
 
     def __len__(self) -> int:
-        return sum(len(shelved.items) for shelved in self._by_storage.values())
+        return sum(len(indexed.items) for indexed in self._by_storage.values())
 
     @property
     def empty(self) -> bool:
-        """Whether all that was stored is gone."""
+        """Whether no item is alive."""
         return not self._by_storage
 
     def find(self, tensor: Tensor, interval: Interval, fits: Callable[[T], bool]) -> T | None:
-        """An item that covers the interval at the tensor's version and dtype, and fits."""
-        shelved = self._by_storage.get(tensor.untyped_storage()._cdata)
-        if shelved is None:
+        """An item that covers the interval, has the tensor's version and dtype, and satisfies `fits`; else None."""
+        indexed = self._by_storage.get(tensor.untyped_storage()._cdata)
+        if indexed is None:
             return None
         end = interval.start + interval.length
-        for held, dtype, version, reference in shelved.items:
+        for held, dtype, version, reference in indexed.items:
             if (
                 version == tensor._version
                 and dtype == tensor.dtype
@@ -155,16 +156,16 @@ class StorageIndex(Generic[T]):
         return None
 
     def put(self, tensor: Tensor, interval: Interval, item: T) -> None:
-        """Remember an item that stores the interval of the tensor's storage, until it is gone."""
+        """Add an item that stores the interval of the tensor's storage. It is removed when it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
-        shelved = self._by_storage.get(key)
-        if shelved is None:
-            shelved = self._by_storage[key] = _IndexedStorage(StorageWeakRef(storage), [])
+        indexed = self._by_storage.get(key)
+        if indexed is None:
+            indexed = self._by_storage[key] = _IndexedStorage(StorageWeakRef(storage), [])
 
         def forget(reference: weakref.ref[T]) -> None:
-            shelved.items[:] = [entry for entry in shelved.items if entry[3] is not reference]
-            if not shelved.items and self._by_storage.get(key) is shelved:
+            indexed.items[:] = [entry for entry in indexed.items if entry[3] is not reference]
+            if not indexed.items and self._by_storage.get(key) is indexed:
                 del self._by_storage[key]
 
-        shelved.items.append((interval, tensor.dtype, tensor._version, weakref.ref(item, forget)))
+        indexed.items.append((interval, tensor.dtype, tensor._version, weakref.ref(item, forget)))

@@ -1,13 +1,13 @@
-"""Forms that give a saved tensor's backward what it needs, bit for bit, in fewer bytes than the tensor.
+"""Encodings that give backward exactly what it needs of a saved tensor, in fewer bytes than the tensor.
 
-    ReLU          1 bit: where the gradient goes on. Not `x > 0`: torch lets it through where the result is NaN
-    leaky ReLU    1 bit: x > 0, which NaN is not
+    ReLU          1 bit: whether the gradient passes. Not `x > 0`: torch lets it pass where the result is NaN
+    leaky ReLU    1 bit: x > 0, which is false for NaN
     clamp, ReLU6  1 bit: within the bounds or not, decided by the same comparisons as torch's backward
-    pooling       nothing, but a shape and strides
+    pooling       no values, only a shape and strides
     masks         1 bit, and the two values (dropout: 0 and 1 / (1 - p))
     integers      the fewest bits that hold their range
 
-What comes back need not be what was saved: where backward only compares, any value that compares alike will do.
+Backward need not get the values that were saved: where it only compares, any value that compares alike will do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def lossless(flat: Tensor, need: Need, bounds: Bounds | None, constant: bool, smallest: int) -> tuple[Encoding, Need]:
-    """A form that loses nothing, and what it then serves: `Need.VALUES` where the caller may round.
+    """A lossless encoding, and the need that it serves. `Need.VALUES` says that the caller may round the values.
 
     Args:
         flat: [n], contiguous.
@@ -67,7 +67,7 @@ def _mask(flat: Tensor, need: Need, bounds: Bounds | None) -> Masked | None:
                 inside &= holds(flat, bound)
         value = flat.new_tensor([torch.nan, low if low is not None else high])
         return _packed(inside, value)
-    # NaN goes on or not in torch's kernels: in what is left over, or in whole vectors
+    # whether NaN passes differs in torch's kernels between whole vectors and what is left over
     if low is None or high is None or bool(flat.isnan().any()):
         return None
     value = flat.new_tensor([high, low / 2 + high / 2])

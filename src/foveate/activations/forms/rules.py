@@ -1,19 +1,25 @@
-"""What the backward of each operation needs of what autograd keeps for it.
+"""What the backward of each operation needs of the tensors that autograd saves for it.
 
     ReLU needs a sign, pooling a shape, cross-entropy its exact log-probabilities, a linear layer its input on average
 
-A rule says, for one torch function, which saved tensors may lose bits (`Need.VALUES`), of which backward only asks
-whether they are within bounds, or their shape (lossless at a bit or at nothing), and which must stay exact
-(`Need.EXACT`): weights, statistics, what is divided by, what is compared with another (the greatest of some values).
-`linear` marks functions whose backward is linear in the saved input and reaches the gradient of the weight alone: their
-error has a closed form (sensitivity.py). `curved` marks those whose backward is not linear in what is saved: stochastic
-rounding is then biased, by 15 to 21 % at 2 bits (GELU, LayerNorm) and a hundredth of that at 4, and a bias does not
-average out, so the error at 2 bits counts several times (ledger.py). `unsteady` marks attention, where an error of a
-query can matter several times as much in one batch as in the last: at all levels it counts several times. `floor` is
-the least level on offer: log-probabilities, on which everything after them depends, and reciprocal roots, of which a
-norm made of parts has one for a whole row, may go to 16 bits and no lower; fused attention's arguments to 4, if its
-results are not computed again from them (attention.py). A function without a rule is treated with the greatest care:
-exact until a probe has measured it.
+A `Rule` describes one torch function.
+
+**Need.** Saved tensors may lose bits where backward uses their values on average (`Need.VALUES`). Where backward only
+asks whether values are within bounds, or for the shape, one bit a value or none is lossless. Others must stay exact
+(`Need.EXACT`): weights, statistics, divisors, and values that backward compares with each other, such as a maximum's.
+
+**Error.** `linear` marks functions whose backward is linear in the saved input and whose saved input reaches only the
+gradient of the weight: their error has a closed form (`measure/closed_forms.py`). `curved` marks functions whose
+backward is not linear in the saved tensor. Stochastic rounding is then biased, by 15 to 21 % at 2 bits (GELU,
+LayerNorm) and a hundredth of that at 4 bits. A bias does not average out, so the error at 2 bits is multiplied by a
+constant (`measure/ledger.py`). `unsteady` marks attention, where the effect of an error in a query differs several
+times from batch to batch: its error is multiplied at all levels.
+
+**Floor.** `floor` is the least level that may be chosen. It is 16 for log-probabilities, on which everything after them
+depends, and for reciprocal roots, of which a norm made of parts has one for a whole row. It is 4 for the arguments of
+fused attention whose results are not computed again from them (`recompute/attention.py`).
+
+A function without a rule stays exact until a probe has measured it.
 """
 
 from __future__ import annotations
@@ -38,15 +44,15 @@ class Need(Enum):
     INSIDE = "inside"
     SHAPE = "shape"
     EXACT = "exact"
-    #: Itself as the function gives it again from what is stored of its arguments.
-    AGAIN = "again"
-    #: The very memory, which the function fills after autograd has saved it.
+    #: The function's result, computed again from its stored arguments.
+    RECOMPUTED = "recomputed"
+    #: The same memory, which the function fills after autograd has saved it.
     LEAVE = "leave"
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Where the gradient of a function goes on; `strict` without the bounds themselves."""
+    """The interval in which the gradient of a function passes; `strict` excludes the bounds themselves."""
 
     low: float | None
     high: float | None
@@ -62,7 +68,7 @@ class Rule:
         exact: positions or names of arguments whose saved copies stay exact: weights, masks, running statistics.
         linear: the closed form that holds for its one lossy tensor: `linear`, `conv` or none (measured by probes).
         curved: whether backward is not linear in what is saved.
-        unsteady: whether what an error does differs much from batch to batch.
+        unsteady: whether the effect of an error differs much from batch to batch.
         power: whether it raises its first argument to its second.
         floor: the least level.
         smallest_share: saved tensors with fewer values than this share of the largest argument's are statistics (mean,
@@ -84,18 +90,18 @@ class Rule:
 _LINEAR = Rule(exact=(1, "weight", 2, "bias"), linear="linear")
 _CONV = Rule(exact=(1, "weight", 2, "bias"), linear="conv")
 _BILINEAR = Rule()
-#: Of products element by element: what one factor has few values of is a scale of many of the other's.
+#: Of products element by element: a factor with few values scales many values of the other.
 _PRODUCT = Rule(smallest_share=1 / 16)
 _CURVED = Rule(curved=True)
 _NORM = Rule(curved=True, exact=(1, 2, 3, 4, "weight", "bias", "running_mean", "running_var"), smallest_share=0.5)
 _SHAPE = Rule(Need.SHAPE)
 _EXACT = Rule(Need.EXACT)
 _ATTENTION = Rule(curved=True, unsteady=True, exact=(3, "attn_mask"), smallest_share=0.5)
-#: The least level of attention's arguments where it keeps no probabilities and is not run again (attention.py).
+#: The least level of the arguments of fused attention that is not computed again (`recompute/attention.py`).
 FUSED_FLOOR = 4
 _GUARDED = Rule(floor=16, curved=True, exact=(1, 2, "target", "weight"))
 
-#: Losses, and what has nothing to round but masks and indices.
+#: Losses, and functions that save only masks and indices.
 _LOSSES = (
     *("nll_loss", "logsumexp", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div", "ctc_loss"),
     *("l1_loss", "smooth_l1_loss", "huber_loss", "gaussian_nll_loss", "poisson_nll_loss", "hinge_embedding_loss"),
@@ -104,7 +110,7 @@ _LOSSES = (
     *("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
     *("embedding", "embedding_bag"),
 )
-#: Backward finds the chosen values by comparing: rounded ones would be nowhere, or in many places.
+#: Backward finds the selected values by comparing: a rounded value would be found nowhere, or in many places.
 _SELECTING = (
     *("max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin", "median", "nanmedian"),
     *("kthvalue", "cummax", "cummin", "scatter_reduce", "scatter_reduce_", "index_reduce", "index_reduce_"),
@@ -125,7 +131,7 @@ _SINGULAR = (
 )
 _SINGULAR_FAMILIES = ("linalg_", "special_", "_linalg_")
 
-#: Of a function nothing is known about.
+#: The rule of a function that is not in the table.
 UNKNOWN = Rule(curved=True, smallest_share=0.05, known=False)
 
 #: By the function's `__name__`.
@@ -194,8 +200,8 @@ def need_of(rule: Rule, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[s
     """What backward needs of one tensor that a call saves.
 
     A tensor is an argument's if it shares its memory. One that is not differentiable and not the first argument is a
-    constant (a mask, the cosines of a rotary embedding): it is kept exact, since it would carry one error through all
-    steps.
+    constant (a mask, the cosines of a rotary embedding). It is kept exact, since its error would be the same in every
+    step.
     """
     if rule.need is not Need.VALUES:
         return rule.need

@@ -1,1 +1,1 @@
-"""What a training step measures: statistics, gradients, probes and audits."""
+"""What a training step measures: sites, statistics, gradients, probes and audits."""

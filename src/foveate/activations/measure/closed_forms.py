@@ -1,12 +1,12 @@
-"""What the rounding of a saved input does to the gradient of a weight, in closed form.
+"""The error of a weight's gradient that rounding a saved input makes, in closed form.
 
-A linear layer's weight gradient is dW = sum_n g_n x_n^T. With x rounded without bias and independently, and g not
-touched by it,
+A linear layer's weight gradient is dW = sum_n g_n x_n^T. Where each x is rounded independently and without bias, and g
+does not depend on the rounded x,
 
     E ||err dW||^2 = sum_n ||g_n||^2 sum_k Var[x_nk]
 
-exactly (ActNN, Chen et al. 2021, eq. 7, without its bound on the variance). A convolution's is the same sum over
-patches: a value of the input meets the gradient of every output pixel whose patch it is in.
+exactly (ActNN, Chen et al. 2021, eq. 7, without its bound on the variance). For a convolution the sum runs over
+patches: a value of the input is multiplied by the gradient of every output pixel whose patch contains it.
 
 Shapes: N rows, K inputs, M outputs; L levels; Q groups of values, as `group_variance` counts them; B images,
     C channels.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 def row_sums(variance_LQ: Tensor, group: int, rows: int, columns: int) -> Tensor:
-    """Sums of variances over rows of `columns` values, [L, N]; a group that straddles rows is shared evenly."""
+    """Sums of variances over rows of `columns` values, [L, N]. A group that straddles rows is divided evenly."""
     total_LQ = torch.cat([variance_LQ.new_zeros(len(variance_LQ), 1), variance_LQ.double().cumsum(1)], 1)
     ends = torch.arange(rows + 1, dtype=torch.float64) * (columns / group)
     below = ends.floor().clamp_max(variance_LQ.shape[1] - 1).long()
@@ -68,7 +68,7 @@ def conv_error(
     transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[space - 1]
     ones = energy.new_ones(groups, 1, *kernel)
     spread = transpose(energy, ones, None, options["stride"], 0, 0, groups, options["dilation"])
-    # what the windows covered beyond the image on each side is padding, which has no error
+    # windows reach beyond the image into padding, which has no error
     padding = options["padding"]
     if isinstance(padding, str):
         wide = [d * (k - 1) if padding == "same" else 0 for d, k in zip(options["dilation"], kernel, strict=True)]

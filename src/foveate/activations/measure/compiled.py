@@ -1,9 +1,9 @@
-"""What functions made by `torch.compile` keep for backward: anonymous values that a store can only keep as they are.
+"""Tensors that functions made by `torch.compile` save for backward: a store can only keep them as they are.
 
-AOTAutograd traces forward and backward together and decides itself what goes from one to the other. It is saved by one
-autograd node, `CompiledFunctionBackward`, without a name, without the function that needs it and without knowing
-whether its backward is linear in it, so nothing of it is rounded. The node is seen when backward asks for its tensors,
-whatever was compiled: a model, one of its modules, or a function.
+AOTAutograd traces forward and backward together and decides itself which tensors backward gets. One autograd node,
+`CompiledFunctionBackward`, saves them. It does not say which function needs a tensor, nor whether its backward is
+linear in it, so none is rounded. The node is seen when backward asks for its tensors, whatever was compiled: a
+model, one of its modules, or a function.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from foveate.sizes import format_bytes
 
 #: The autograd node of a compiled function, by its name.
 _NODE = "CompiledFunctionBackward"
-#: A warning is given where compiled functions hold at least so much of what plain training would hold.
+#: A warning is given where compiled functions hold at least this share of what plain training would hold.
 _SHARE = 0.1
 
 
-def note_reader(step: Step, site: str) -> None:
-    """Note in a step, while backward asks for a site's tensor, whether a compiled function does."""
+def note_compiled_reader(step: Step, site: str) -> None:
+    """Note in a step, while backward asks for a site's tensor, whether it is a compiled function that asks."""
     node = torch._C._current_autograd_node()
     if node is not None and node.name() == _NODE:
         step.compiled.add(site)
 
 
-class CompiledParts:
-    """Warns once where compiled functions hold much of what a store was to make small.
+class CompiledWarning:
+    """Warns once if compiled functions hold a large share of what a store keeps.
 
     Args:
-        settings: the store's; where every level is exact nothing was to be rounded, and nothing is said.
+        settings: of the store. Where every level is 32 nothing would be rounded, and no warning is given.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._silent = settings.levels is not None and set(settings.levels.values()) <= {LEVELS[-1]}
 
     def finished(self, step: Step) -> None:
-        """A step is over."""
+        """Warn, if need be: a step is over."""
         held = step.held_compiled
         if self._silent or held < _SHARE * step.original or not held:
             return

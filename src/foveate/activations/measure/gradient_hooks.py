@@ -1,4 +1,4 @@
-"""What a profiled step learns when the gradient of a function's output comes by: its size, and closed-form errors."""
+"""What a profiled step measures from the gradient of a function's output: its mean square, and closed-form errors."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from foveate.activations.forms.identity import parameter_of
 from foveate.activations.forms.rules import Rule
-from foveate.activations.measure import closed_forms as sensitivity
+from foveate.activations.measure.closed_forms import conv_error, conv_options, linear_error
 from foveate.activations.measure.scope import Call
 from foveate.activations.recompute.recipes import StoredView
 from foveate.activations.saved_tensors import Payload
 
 
-def gradient_watcher(
-    payload: Payload, source: StoredView, rule: Rule, call: Call, again: Callable[[], bool]
+def gradient_hook(
+    payload: Payload, view: StoredView, rule: Rule, call: Call, in_extra_pass: Callable[[], bool]
 ) -> Callable[[Tensor], None]:
-    """What to do with the gradient of one consumer of a payload.
+    """The hook for the gradient of one function that reads a payload in backward.
 
     Args:
-        payload: what is rounded.
-        source: how the consumer sees it.
-        rule: of the consumer.
-        call: the consumer.
-        again: whether it is an extra pass that is running.
+        payload: the payload, which is rounded.
+        view: how the function's tensor lies in it.
+        rule: of the function.
+        call: the call of the function.
+        in_extra_pass: whether an extra backward pass is running, which measures nothing here.
     """
-    shape, stride = source.shape, source.stride
-    whole = source.offset == 0 and shape.numel() == payload.interval.length
+    shape, stride = view.shape, view.stride
+    whole = view.offset == 0 and shape.numel() == payload.interval.length
     options: dict[str, Any] = {}
     kernel: tuple[int, ...] = ()
     key: int | None = None
@@ -38,23 +38,23 @@ def gradient_watcher(
         if origin is not None:
             key = id(origin.parameter)
         elif weight.requires_grad and payload.record is not None:
-            payload.record.site.closed = False  # what reaches the parameters that it is made of is not known
+            payload.record.site.closed = False  # a weight computed from parameters does not say their gradients
         if rule.linear == "conv":
-            kernel, options = sensitivity.conv_options(call.args, call.kwargs)
+            kernel, options = conv_options(call.args, call.kwargs)
 
-    def watch(gradient: Tensor) -> None:
+    def measure(gradient: Tensor) -> None:
         record = payload.record
-        if again() or record is None:
+        if in_extra_pass() or record is None:
             return
         record.add_gradient(gradient.detach().abs().float().square().mean())
         if key is None:
             return  # not linear, or a frozen weight's
         if rule.linear == "conv" and whole:
-            found_L = sensitivity.conv_error(record.variance_LQ, record.group, gradient, shape, stride, kernel, options)
+            found_L = conv_error(record.variance_LQ, record.group, gradient, shape, stride, kernel, options)
         else:
             columns = shape[-1] if whole else payload.interval.length
             rows = gradient if whole else gradient.reshape(1, -1)
-            found_L = sensitivity.linear_error(record.variance_LQ, record.group, rows, columns)
+            found_L = linear_error(record.variance_LQ, record.group, rows, columns)
         record.add_closed(key, found_L)
 
-    return watch
+    return measure

@@ -1,20 +1,22 @@
-"""What is known of each site: its bytes, its share of the gradient's error at each level, and how far to trust that.
+"""The ledger: each site's bytes, its share of the gradient's error at each level, and how audits came out.
 
-Errors add up over sites, because stochastic rounding is independent from tensor to tensor and right on average. So a
-site is a row of numbers, its share of the squared relative error (metric.py) at each level, from one of two sources:
+Errors add up over sites, because stochastic rounding is unbiased and independent from tensor to tensor. So a site is a
+row of numbers: its share of the squared relative error (`metric.py`) at each level. The row is measured in one of two
+ways.
 
-**Closed form**, where all that reads the tensor is linear in it and ends in a weight's gradient (sensitivity.py).
+**Closed form**, where every function that reads the tensor is linear in it and computes a weight's gradient
+(`closed_forms.py`).
 
-**Probes**, for all else. What a rounding does to the gradient at the operation is about its variance times the squared
-gradient there, `local`; what becomes of that on the way to the parameters is a factor, `transfer`, that no local
-statistic shows. `local` is times the mean weight of the parameters around the site, for in a metric that looks at each
-parameter by itself an error counts for more where gradients are small, and these are the first that it meets. The
-factor is measured: one step's backward is run again with other random bits in the sites of one family (the
-same function in all layers), and the gradient's difference is divided by what `local` foretold. Measured where it
-operates: 1-bit probes foretell errors a hundred times too large.
+**Probes**, for all other sites. The error that rounding makes at the operation is about its variance times the squared
+gradient there: `local`. The share of it that reaches the parameters is a factor, `transfer`, that no local statistic
+shows. It is measured by a probe: one step's backward is run again with other random bits in the sites of one family
+(the same function in all layers), and the squared difference of the gradients is divided by the sum of `local`. A probe
+rounds at the levels in use, since probes at 1 bit predicted errors a hundred times too large. `local` includes the mean
+weight of the parameters around the site, because the metric weights errors more where gradients are small.
 
-**Trust.** Audits compare the gradient that training uses with the exact one of the same step. The logarithms of true
-over foretold have a mean and a spread, and the budget that is given away is one that 99 % of audits should stay under.
+**Audits** compare the gradient that training uses with the exact one of the same step. The logarithms of audited over
+predicted error have a mean and a spread. From these follows the predicted error that 99 % of audits keep within the
+bound.
 
     L the levels 2, 4, 8, 16, 32
 """
@@ -33,17 +35,17 @@ from torch import Tensor
 from foveate.activations.forms.encodings import GROUPED_LEVELS
 from foveate.activations.forms.rules import Rule
 from foveate.activations.measure.metric import Relative
-from foveate.activations.measure.statistics import Running
+from foveate.activations.measure.statistics import RunningStatistics
 from foveate.activations.policy.choose import LEVELS, SavedSite
 
 #: The 99 % quantile of a normal distribution.
 _QUANTILE = 2.326
-#: What the spread of log(true / foretold) is taken to be, and for how many audits that counts.
+#: The assumed spread of log(audited / predicted), and how many audits that assumption counts as.
 _PRIOR_SPREAD, _PRIOR_COUNT = 0.35, 4.0
-_MEMORY = 16  # audits that count
-#: How many times the squared error at 2 bits counts where rounding is biased.
+_MEMORY = 16  # the latest audits that count
+#: By how much the squared error at 2 bits is multiplied where rounding is biased.
 _BIAS_COUNTS = 4.0
-#: The same, at all levels, where what an error does differs much from batch to batch.
+#: By how much it is multiplied, at all levels, where the effect of an error differs much from batch to batch.
 _UNSTEADY_COUNTS = 4.0
 
 
@@ -54,7 +56,7 @@ def family_of(site: str) -> str:
 
 
 def recent(rows: Iterable[Tensor]) -> Tensor:
-    """A mean in which each row counts for half of what the next one does: training changes."""
+    """A mean in which each row has half of the weight of the next, since training changes."""
     mean_L, *following = rows
     for row_L in following:
         mean_L = (mean_L + row_L) / 2
@@ -75,14 +77,14 @@ class Site:
     Attributes:
         name: `layers.0.mlp.up_proj:saved.linear.0.0`.
         rule: of the function that saved it first.
-        closed: whether all that reads it has a closed form.
+        closed: whether every function that reads it has a closed form.
         bytes: in the latest step, at each of LEVELS.
         errors: the last windows' relative squared errors by the closed form, at each of the four grouped levels.
         local: the last windows' variance times squared gradient times the weight around it, at each of the same.
-        seen: statistics of its values.
+        statistics: of its values.
         step: in which `bytes` were counted.
-        derived: whether it is computed from others now, and stores nothing.
-        late: whether a second backward of a step has read it.
+        recomputed: whether it is computed from other payloads now, and stores no values.
+        read_by_second_backward: whether a second backward of a step has read it.
     """
 
     name: str
@@ -91,21 +93,21 @@ class Site:
     bytes: tuple[int, ...]
     errors: deque[Tensor]
     local: deque[Tensor]
-    seen: Running
+    statistics: RunningStatistics
     step: int = -1
-    derived: bool = False
+    recomputed: bool = False
     read_by_second_backward: bool = False
 
     def count(self, bytes: tuple[int, ...], step: int) -> None:
-        """A tensor of it takes so many bytes at each of LEVELS; those of one step add up."""
+        """Count a tensor's bytes at each of LEVELS. The tensors of one step add up."""
         again = self.bytes and self.step == step
         self.bytes = tuple(a + b for a, b in zip(self.bytes, bytes, strict=True)) if again else bytes
-        self.step, self.derived = step, False
+        self.step, self.recomputed = step, False
 
     @property
     def group(self) -> int:
         """The group that the statistics of its values ask for."""
-        return self.seen.group
+        return self.statistics.group
 
     @property
     def layer(self) -> str:
@@ -122,37 +124,37 @@ class Family:
 
 
 @dataclass
-class Trust:
-    """How audits came out, and what may be given away for the bound to hold."""
+class AuditHistory:
+    """The latest audits, and the predicted error that may be chosen for the bound to hold."""
 
-    logs: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
+    log_ratios: deque[float] = field(default_factory=lambda: deque(maxlen=_MEMORY))
 
-    def saw(self, predicted: float, audited: float) -> None:
+    def add(self, predicted: float, audited: float) -> None:
         """One audit: relative errors (not squared)."""
         if predicted > 0 and audited > 0:
-            self.logs.append(math.log(audited / predicted))
+            self.log_ratios.append(math.log(audited / predicted))
 
     @property
     def factor(self) -> float:
-        """The predicted error that may be chosen, as a share of the bound: 99 % of audits stay under it if their
-        logarithms are normal, with a mean and a spread that are known from as many as there were.
+        """The predicted error that may be chosen, as a share of the bound. 99 % of audits are then within the bound, if
+        their logarithms are normal with the mean and spread estimated from the latest audits.
         """
-        count = len(self.logs)
-        mean = sum(self.logs) / count if count else 0.0
-        squares = sum((v - mean) ** 2 for v in self.logs)
+        count = len(self.log_ratios)
+        mean = sum(self.log_ratios) / count if count else 0.0
+        squares = sum((v - mean) ** 2 for v in self.log_ratios)
         spread = math.sqrt((squares + _PRIOR_COUNT * _PRIOR_SPREAD**2) / (count + _PRIOR_COUNT))
         known = count + _PRIOR_COUNT
         return math.exp(-mean - _student(known) * spread * math.sqrt(1 + 1 / known))
 
 
-def _student(freedom: float) -> float:
+def _student(degrees: float) -> float:
     """The 99 % quantile of Student's t distribution (Abramowitz and Stegun 26.7.5; 4 % low at 4 degrees of freedom)."""
     z = _QUANTILE
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 class Ledger:
-    """All sites and families of a model, and the trust in them.
+    """All sites and families of a model, and how audits came out.
 
     Args:
         window: profiled steps that running means cover.
@@ -164,18 +166,18 @@ class Ledger:
         self.window, self.default, self.relative_to = window, default, relative_to
         self.sites: dict[str, Site] = {}
         self.families: dict[str, Family] = {}
-        self.trust = Trust()
+        self.audits = AuditHistory()
 
     def site(self, name: str, rule: Rule) -> Site:
         """The record of a site, new if it was never seen."""
         site = self.sites.get(name)
         if site is None:
             windows: tuple[deque[Tensor], deque[Tensor]] = (deque(maxlen=self.window), deque(maxlen=self.window))
-            site = self.sites[name] = Site(name, rule, bool(rule.linear), (), *windows, Running(self.window))
+            site = self.sites[name] = Site(name, rule, bool(rule.linear), (), *windows, RunningStatistics(self.window))
         return site
 
     def forget(self, names: Iterable[str], step: int) -> None:
-        """Drop the sites that only a step without a backward has seen: nothing would ever be measured of them."""
+        """Drop the sites that only a step without a backward has seen, since they would never be measured."""
         for name in names:
             site = self.sites.get(name)
             if site is not None and site.step == step and not (site.errors or site.local):
@@ -201,11 +203,11 @@ class Ledger:
         else:
             transfer = self.families[family_of(site.name)].transfer if family_of(site.name) in self.families else ()
             local_L = recent(site.local) if site.local else None
-            if local_L is not None and (transfer or not local_L.any()):  # without a gradient there is no error
+            if local_L is not None and (transfer or not local_L.any()):  # a gradient of 0 makes no error
                 factor = float(recent([torch.tensor(v, dtype=torch.float64) for v in transfer])) if transfer else 0.0
                 found = tuple((local_L * factor).tolist())
         if site.read_by_second_backward and not any(found):
-            found = unknown  # it has one, from a gradient that was not measured
+            found = unknown  # the second backward has a gradient there that was not measured
         if site.rule.unsteady:
             found = tuple(_UNSTEADY_COUNTS * error for error in found)
         elif site.rule.curved:
@@ -219,7 +221,7 @@ class Ledger:
 
     def stored_sites(self) -> list[Site]:
         """The sites that store something."""
-        return [site for site in self.sites.values() if not site.derived]
+        return [site for site in self.sites.values() if not site.recomputed]
 
     def default_of(self, site: Site) -> int:
         """The level of a site that was not measured: exact where nothing is known of the function."""
@@ -232,14 +234,14 @@ class Ledger:
         return order[:count]
 
     def family_at(self, name: str) -> int:
-        """The step at which a family was probed last; -1 if never, or if that is in doubt."""
+        """The step at which a family was probed last; -1 if never, or if the measurement is invalid."""
         return self.families[name].probed_at if name in self.families else -1
 
     def invalidate(self) -> None:
-        """Probe every family anew, as in the first steps: what was measured does not hold any more."""
+        """Declare all probes invalid: every family is probed again, as in the first steps."""
         for family in self.families.values():
             family.probed_at = -1
 
     def unprobed(self) -> bool:
-        """Whether a family that needs a probe has had none, or none since what was measured is in doubt."""
+        """Whether a family that needs a probe has none that is valid."""
         return any(self.family_at(family_of(s.name)) < 0 for s in self.stored_sites() if not s.closed)

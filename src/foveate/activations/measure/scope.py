@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-#: Functions that save nothing and are called often: they are let through at once.
+#: Functions that save nothing and are called often: no `Call` is made for them.
 _PLAIN = frozenset(
     [
         "__get__",
@@ -62,7 +62,9 @@ class Call:
         frame: the module call that it belongs to.
         packed: what was saved during it, in order (whatever the store puts there).
         tensors: of a call of attention, the tensors that it saved, in order, while it runs.
-        again: how it is run again, if it is.
+        attention: of a call of attention, how it is run again, if it is.
+        occurrence: how many calls of the function in this frame saved something before it; -1 until it saves.
+        count: of tensors that it has saved.
     """
 
     function: str
@@ -72,7 +74,7 @@ class Call:
     frame: Frame
     packed: list[Any] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)
-    again: Any = None
+    attention: Any = None
     occurrence: int = -1
     count: int = 0
 
@@ -95,7 +97,7 @@ class Frame:
 
 
 def _nothing() -> None:
-    """What is done between two functions, unless there is something to do."""
+    """The default of `Scope.between`."""
 
 
 class Scope(TorchFunctionMode):
@@ -186,7 +188,7 @@ class Scope(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.compiler.is_compiling():  # traced without us: what a compiled function saves has its own names
+        if torch.compiler.is_compiling():  # a compiled function saves under its own node: see compiled.py
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name in _PLAIN:

@@ -1,8 +1,8 @@
 """Whether backward can be run a second time for a measurement.
 
-An extra pass must only compute. Processes of one training may decide differently when they measure, and a collective
-that one of them calls alone waits for ever. So before the first pass the graph is walked, and where it holds what talks
-to other processes, or what cannot run twice, errors are not measured.
+An extra pass must not communicate. The processes of one training may measure at different steps, and a collective that
+only one of them calls never returns. So the graph is searched before the first pass. Errors are not measured if a node
+communicates with other processes, or cannot run twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COLLECTIVE = (
 _REENTRANT = "CheckpointFunctionBackward"
 
 
-def can_run_again(roots: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
+def can_run_twice(roots: Sequence[Tensor], parameters: Sequence[Tensor]) -> bool:
     """Whether backward from some roots can be run again without harm; warns if not.
 
     Args:

@@ -1,15 +1,14 @@
-"""What the values of one site are like, over the last profiled batches, and the size of groups that they ask for.
+"""Statistics of one site's values over the last profiled batches, and the group size that follows from them.
 
 Each group of g values is stored with its own least value and step, so the noise of rounding follows the groups' ranges:
-its variance is R^2 / 6 B^2 on average, B = 2^bits - 1. Few values far from the others widen the range of every group
-that has one; smaller groups then keep the damage local, and pay 32 bits a group. What the ranges of groups of any size
-are is read off the histogram, as if values came in any order:
+its variance is R^2 / 6 B^2 on average, B = 2^bits - 1. An outlier widens the range of the group that has it. Smaller
+groups confine that to fewer values, and cost 32 bits a group. The ranges of groups of any size follow from the
+histogram, if values are taken to be in random order:
 
     P(all g values within [a, b]) = (F(b) - F(a))^g,   from which follows E[R^2]
 
-Bits and noise are exchanged at the rate at which a bit divides the noise's variance by 4. So the group is the one that
-makes E[R^2] 4^(32 / g) least. What a level does to the gradient is measured elsewhere (ledger.py); statistics choose
-the group, the gradient chooses the bits.
+One more bit a value divides the variance of the noise by 4. So the group size g is the one that makes
+E[R^2] 4^(32 / g) least. Statistics choose only the group: the bits follow from errors of the gradient (`ledger.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ _RANGE_BITS = 32  # a group's least value and step
 
 @dataclass(frozen=True)
 class Summary:
-    """What values are like; shares are of the finite ones, and everything is 0 where there are none.
+    """Statistics of some values. Shares are of the finite ones, and every number is 0 where there are none.
 
     Attributes:
         batches: that it covers.
@@ -119,8 +118,8 @@ def _summarise(flat: Tensor) -> Summary:
     )
 
 
-class Running:
-    """The statistics of one site over the last batches it was shown.
+class RunningStatistics:
+    """The statistics of one site over its last batches.
 
     Args:
         window: batches that count.
@@ -138,8 +137,8 @@ class Running:
         self._batches: deque[Summary] = deque(maxlen=window)
         self.group = _DEFAULT_GROUP
 
-    def see(self, x: Tensor) -> None:
-        """Take one batch's values: float32, bfloat16 or float16, of any shape."""
+    def add(self, x: Tensor) -> None:
+        """Add the values of one batch: float32, bfloat16 or float16, of any shape."""
         self._batches.append(_summarise(x.detach()))
         self.group = self.summary().group()
 

@@ -1,8 +1,8 @@
-"""One step of training as the store sees it: what was measured on the way, and the extra backward passes that measure.
+"""One step of training as the store sees it: its measurements, and the extra backward passes that they need.
 
 A step begins with the first tensor that is saved and ends with its backward. Most steps only store. A **profiled** step
-also measures variances and gradients at each site. A **probed** one holds two roundings of the sites of some families
-and runs backward once more for each family, reading the other rounding there. An **audited** one holds the exact
+also measures variances and gradients at each site. A **probed** step holds two roundings of the sites of some families
+and runs backward once more for each family, reading the second rounding there. An **audited** step holds the exact
 tensors beside the rounded ones and runs backward once more with them: the difference is the true error. Extra passes go
 through `torch.autograd.grad`, which touches neither `.grad` nor the hooks that synchronise processes.
 """
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from foveate.activations.forms.encodings import GROUPED_LEVELS, Encoding
+from foveate.activations.forms.encodings import GROUPED_LEVELS, Encoding, Recomputed
 from foveate.activations.measure.ledger import Family, Ledger, Site, family_of
 from foveate.activations.measure.metric import Relative, Weights
 
-#: The pass that reads the exact tensors, among the names of families.
+#: The name of the extra pass that reads the exact tensors; other passes have the name of a family.
 EXACT = "exact"
 
 
@@ -32,13 +32,13 @@ class Record:
     """What a profiled step measures of one stored tensor.
 
     Attributes:
-        site: whose it is.
+        site: the tensor's site.
         variance_LQ: of stochastic rounding, at each grouped level and for each group.
-        group: values of each.
-        level, other: at which the step stores it, and at which its second rounding is; 32 where there is none.
+        group: values in each group.
+        level, other: of the stored rounding and of the second rounding; 32 where there is none.
         closed: its closed-form errors so far, [L], by the key of the weight whose gradient has them.
         gradient: the mean square of the gradients of its consumers' outputs, summed over them.
-        watched: whether any gradient that comes back to its consumers is seen.
+        watched: whether hooks see every gradient that comes back to its consumers.
     """
 
     site: Site
@@ -51,15 +51,15 @@ class Record:
     watched: bool | None = None
 
     def watch(self, all_outputs: bool) -> None:
-        """One consumer's outputs are watched, all of them or some."""
+        """One consumer's outputs have hooks, all of them or only some."""
         self.watched = all_outputs and self.watched is not False
 
     def add_closed(self, key: int, error_L: Tensor) -> None:
-        """One consumer's E ||err dW||^2, and its weight."""
+        """Add one consumer's E ||err dW||^2, by the key of its weight."""
         self.closed[key] = self.closed[key] + error_L if key in self.closed else error_L
 
     def add_gradient(self, mean_square: Tensor) -> None:
-        """One consumer's mean squared gradient."""
+        """Add one consumer's mean squared gradient."""
         self.gradient = mean_square if self.gradient is None else self.gradient + mean_square
 
     def local_L(self) -> Tensor | None:
@@ -75,7 +75,7 @@ class Record:
         return torch.stack([weights.of(key) * error_L.double() for key, error_L in self.closed.items()]).sum(0)
 
     def _nothing(self) -> Tensor | None:
-        """No error at all where no gradient came back: the loss does not depend on what was computed there."""
+        """An error of 0 where hooks saw no gradient: the loss does not depend on the tensor. None without hooks."""
         return self.variance_LQ.new_zeros(len(self.variance_LQ)) if self.watched else None
 
     def probed(self) -> float:
@@ -88,12 +88,12 @@ class Record:
 
 
 @dataclass
-class Kept:
-    """What a step keeps at one site: bytes as they came, bytes held, the form and the level of the last one."""
+class StoredSite:
+    """What a step stores at one site: bytes before and after, and the form and level of the last tensor."""
 
     original: int
     held: int
-    encoding: str
+    form: str
     level: int
 
 
@@ -105,12 +105,13 @@ class Step:
         number: counted from 0.
         profiled, audited: whether it measures, and whether it holds the exact tensors too.
         probed: the families that it holds a second rounding of.
-        foretold: the relative error that the ledger predicts for it; NaN while sites are unmeasured.
-        records: of a profiled step, one a stored tensor.
+        predicted: the relative error that the ledger predicts for it; NaN while sites are unmeasured.
+        records: of a profiled step, one for each stored tensor.
         original: bytes of the storages that plain training would hold, each counted once; parameters are not.
-        kept: by site.
-        compiled: the sites of `kept` whose tensors a function that was made by `torch.compile` reads in backward.
-        begun, over: whether a backward of it has begun, and whether one is over: later ones are not measured.
+        sites: what is stored, by site.
+        compiled: the sites whose tensors a function made by `torch.compile` reads in backward.
+        begun, over: whether a backward has begun, and whether one is over. Later backwards are not measured.
+        audit: the error that an audit measured.
     """
 
     number: int
@@ -120,7 +121,7 @@ class Step:
     predicted: float = float("nan")
     records: list[Record] = field(default_factory=list)
     original: int = 0
-    kept: dict[str, Kept] = field(default_factory=dict)
+    sites: dict[str, StoredSite] = field(default_factory=dict)
     compiled: set[str] = field(default_factory=set)
     begun: bool = False
     over: bool = False
@@ -139,21 +140,21 @@ class Step:
     @property
     def held(self) -> int:
         """Bytes held, measurements aside."""
-        return sum(kept.held for kept in self.kept.values())
+        return sum(kept.held for kept in self.sites.values())
 
     @property
     def held_compiled(self) -> int:
-        """Bytes of them that are held for compiled functions, as they came."""
-        found = (self.kept[site] for site in self.compiled if site in self.kept)
-        return sum(kept.held for kept in found if kept.encoding == "exact")
+        """Bytes held exactly for compiled functions."""
+        found = (self.sites[site] for site in self.compiled if site in self.sites)
+        return sum(kept.held for kept in found if kept.form == "exact")
 
     def stored(self, site: str, original: int, encoding: Encoding) -> None:
         """A tensor was stored."""
-        before = self.kept.get(site)
-        self.kept[site] = Kept(
+        before = self.sites.get(site)
+        self.sites[site] = StoredSite(
             original + (before.original if before else 0),
             encoding.bytes + (before.held if before else 0),
-            type(encoding).__name__.lower(),
+            "recomputed" if isinstance(encoding, Recomputed) else type(encoding).__name__.lower(),
             encoding.level,
         )
 
@@ -190,13 +191,13 @@ class Step:
         return True
 
     def begin(self, parameters: Mapping[str, Tensor]) -> None:
-        """Backward begins: watch the parameters' gradients go by."""
+        """Backward begins: register hooks on the parameters' gradients."""
         self.begun = True
         if self.profiled or self._references:
             self._parameters = parameters
             for index, (name, parameter) in enumerate(parameters.items()):
                 if not parameter.numel():
-                    continue  # it has no size that an error could be relative to
+                    continue  # no error can be relative to it
                 self._handles.append(parameter.register_hook(self._watcher(index, name, id(parameter))))
 
     def _watcher(self, index: int, name: str, key: int) -> Callable[[Tensor], None]:
@@ -215,7 +216,7 @@ class Step:
         return watch
 
     def finish(self, ledger: Ledger) -> None:
-        """Backward is over: hand what was measured to the ledger."""
+        """Backward is over: write the measurements to the ledger."""
         self.drop()
         self.over = True
         weights = self._weights(ledger.relative_to)
@@ -225,7 +226,7 @@ class Step:
             self._write_probes(ledger, weights)
             if EXACT in self._differences:
                 self.audit = self._difference(EXACT, weights) ** 0.5
-                ledger.trust.saw(self.predicted, self.audit)
+                ledger.audits.add(self.predicted, self.audit)
         self.records.clear()
 
     def _weights(self, relative_to: Relative) -> Weights | None:
@@ -245,7 +246,7 @@ class Step:
         return weights.error(dict(zip(found, torch.stack(list(found.values())).double().tolist(), strict=True)))
 
     def drop(self) -> None:
-        """Let go of hooks and gradients."""
+        """Remove the hooks, and free the gradients of extra passes."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

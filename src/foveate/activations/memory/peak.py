@@ -1,19 +1,19 @@
 """PeakTracker: every storage alive during one training step, and which of them are payloads.
 
-It sees every operation's inputs and outputs, so it counts parameters, gradients, temporaries, payloads and
-reconstructions, of all devices together, each from its first sight to its end. It does not see inside an operation: the
-workspace of a convolution, or what an allocator rounds up and keeps, is invisible to it. Fake tensors are counted as if
-they were real, so a model that does not fit can be tracked too.
+It sees the inputs and outputs of every operation. So it counts parameters, gradients, temporaries, payloads and
+reconstructions, on all devices together, each from the first operation that uses it until it is freed. It does not see
+inside an operation: the workspace of a convolution and the overhead of an allocator are not counted. Fake tensors are
+counted as if they were real, so a model that does not fit in memory can be tracked too.
 
-What a payload costs depends on who else holds the tensor that it was made of:
+The bytes that a payload adds depend on what else holds the tensor that it was made of:
 
     packed            the original is dropped        unpacked                 released
       |  the model holds it  |  only the payload is there  |  the reconstruction too  |
 
-In the first and the last stretch a payload that is the tensor itself costs nothing and a compressed one its bytes; in
-the middle the first costs all of its bytes. A compressed payload shows when its original is dropped. Of one that is the
-original itself that cannot be seen; the last operation that reads it before it is unpacked is taken for the end, and
-what was there before the step is taken to be held by others throughout.
+A compressed payload adds its bytes throughout. A payload that is the tensor itself adds its bytes only in the middle
+stretch, when nothing else holds the tensor. When an original is dropped can be seen if its payload is compressed. If
+the payload is the original itself it cannot: then the last operation that reads the original before it is unpacked is
+taken as the moment. Storages that existed before the step are taken to be held by others throughout.
 """
 
 from __future__ import annotations
@@ -33,13 +33,21 @@ from foveate.activations.memory.timeline import Span, Timeline
 
 @dataclass(eq=False)
 class _Storage:
-    """A storage that is alive; `early` if it was there before the step, which somebody else then holds."""
+    """A storage that is alive.
+
+    Attributes:
+        bytes: its size.
+        existed_before: whether it existed before the step; others then hold it throughout.
+        reference: tells when it is freed.
+        owner: the payload that it holds, if it holds one.
+        duplicate_of: the compressed payloads whose values it holds too, as their original or as a reconstruction.
+    """
 
     bytes: int
-    early: bool
+    existed_before: bool
     reference: weakref.ref[torch.UntypedStorage]
     owner: Token | None = None
-    doubles: list[Token] = field(default_factory=list)
+    duplicate_of: list[Token] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -59,7 +67,7 @@ class Token:
     used_at: int = -1  # of an exact one, where in the events it was last read before it was unpacked
     restored: bool = False
     storages: list[_Storage] = field(default_factory=list)
-    doubles: int = 0
+    duplicates: int = 0
 
     def release(self) -> None:
         """End it; does nothing the second time, or after the tracker has stopped."""
@@ -68,13 +76,13 @@ class Token:
             tracker._end(self)
 
 
-#: What happened: bytes of no payload that came (or went, below zero), and a payload that changed its state (None: it is
-#: gone; else whether it is alone).
+#: An event: the change of bytes that are no payload, a payload whose state changed, and its state: None where it was
+#: freed, else whether it alone holds the values.
 _Event = tuple[int, Token | None, bool | None]
 
 
 class PeakTracker(TorchDispatchMode):
-    """Counts the bytes of every storage alive while it is entered, for one step.
+    """Counts the bytes of every storage that is alive while it is entered, for one step.
 
     Args:
         tensors: what is alive before the step: parameters, buffers, optimizer state, the batch. What is missing here is
@@ -127,29 +135,29 @@ class PeakTracker(TorchDispatchMode):
             The payload's token.
         """
         self._see(original, new=False)
-        doubles = self._known(original)
+        duplicates = self._known(original)
         held: list[_Storage] = []
         for tensor in payload:
             self._see(tensor, new=True)
             held += [storage for storage in self._known(tensor) if storage not in held]
         size = original.numel() * original.element_size()
-        token = Token(site, size, any(s in doubles for s in held), weakref.ref(self))
+        token = Token(site, size, any(s in duplicates for s in held), weakref.ref(self))
         if not self._open:
             return token
         self._tokens.append(token)
         for storage in held:
             if storage.owner is None:  # else it is counted there
                 token.bytes += storage.bytes
-                if not (token.exact and storage.early):
+                if not (token.exact and storage.existed_before):
                     storage.owner = token
                     token.storages.append(storage)
                     token.owned += storage.bytes
         if not token.exact:
-            for storage in doubles:
-                storage.doubles.append(token)
-            token.doubles = len(doubles)
+            for storage in duplicates:
+                storage.duplicate_of.append(token)
+            token.duplicates = len(duplicates)
             self._events.append((-token.owned, None, None))
-        self._events.append((0, token, not (token.exact or token.doubles)))
+        self._events.append((0, token, not (token.exact or token.duplicates)))
         token.used_at = len(self._events)
         return token
 
@@ -163,9 +171,9 @@ class PeakTracker(TorchDispatchMode):
             return
         self._see(tensor, new=True)
         for storage in self._known(tensor):
-            if token not in storage.doubles:
-                storage.doubles.append(token)
-                token.doubles += 1
+            if token not in storage.duplicate_of:
+                storage.duplicate_of.append(token)
+                token.duplicates += 1
         self._events.append((0, token, False))
 
     def timeline(self) -> Timeline:
@@ -227,9 +235,9 @@ class PeakTracker(TorchDispatchMode):
                 self._events.append((-storage.bytes, None, None))
             if not owner.storages:
                 self._end(owner)
-        for token in storage.doubles:
-            token.doubles -= 1
-            if token.alive and not token.doubles:
+        for token in storage.duplicate_of:
+            token.duplicates -= 1
+            if token.alive and not token.duplicates:
                 self._events.append((0, token, True))
 
     def _end(self, token: Token) -> None:

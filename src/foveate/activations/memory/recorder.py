@@ -1,7 +1,7 @@
-"""When a step's peak is recorded, for a budget in bytes: one plain step, from its first function to its last.
+"""Records the memory of one step, for a budget in bytes: a step that measures nothing, from first function to last.
 
-The recorder is a dispatch mode, and modes are entered and left between functions, not in the middle of one. So the
-store says what it wants, and the scope does it before the next function is called.
+`PeakTracker` is a dispatch mode, and a mode must be entered and left between two functions. So the store requests a
+recording or ends it, and the scope enters or leaves the mode before the next function is called.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from foveate.activations.memory.timeline import Timeline
 from foveate.activations.saved_tensors import Payload
 
 
-class Tracking:
-    """Records one step, once it is asked to.
+class PeakRecorder:
+    """Records one step, after `request`.
 
     Args:
         model: whose parameters, gradients and buffers are there before the step.
@@ -28,27 +28,27 @@ class Tracking:
         self._wanted = False
         self.timeline: Timeline | None = None
 
-    def want(self) -> None:
+    def request(self) -> None:
         """Record from the next function on."""
         self._wanted = True
 
-    def done(self) -> None:
-        """The step is over: keep what was recorded, and stop before the next function."""
+    def finish(self) -> None:
+        """The step is over: keep its timeline, and stop before the next function."""
         if self._tracker is not None and self.timeline is None:
             self.timeline = self._tracker.timeline()
 
-    def between(self) -> None:
-        """Between two functions: start or stop."""
+    def start_or_stop(self) -> None:
+        """Between two functions: start a requested recording, or stop a finished one."""
         if self._wanted and self._tracker is None:
             held = [*self._model.parameters(), *self._model.buffers()]
             self._tracker = PeakTracker([*held, *(tensor.grad for tensor in held if tensor.grad is not None)])
             self._tracker.__enter__()  # type: ignore[no-untyped-call]
             self._wanted = False
         elif self.timeline is not None:
-            self.leave()
+            self.stop()
 
-    def leave(self) -> None:
-        """Stop, if this is the mode on top; another's must go first. What is not done is recorded anew."""
+    def stop(self) -> None:
+        """Stop, if no other mode was entered later. An unfinished recording is requested again."""
         if self._tracker is not None and _get_current_dispatch_mode() is self._tracker:
             self._tracker.__exit__(None, None, None)
             self._tracker, self._wanted = None, self.timeline is None

@@ -1,10 +1,11 @@
-"""Timeline: what one training step keeps in memory, moment by moment, and what it would keep with other payloads.
+"""Timeline: what one training step holds in memory, point by point, and what it would hold with other payloads.
 
 Saved bytes are not peak bytes: a tensor that autograd keeps costs nothing extra while the model holds it anyway, a
 compressed copy costs its own bytes from the forward to its own backward, and temporaries come on top. A timeline keeps
-these apart: at each point there are bytes that are no payload, and for each site two shares of what it stored in the
-step: what is alive of it (that much of the compressed bytes is allocated), and what nothing else holds (that much of
-the original would be allocated if it were kept as it is). So the peak of any other choice of payload sizes is a sum.
+these apart. At each point there are the bytes that are no payload, and two shares of what each site stored in the step.
+The first is the share that is alive: that part of the compressed bytes is allocated. The second is the share that
+nothing else holds: that part of the original would be allocated if it were kept as it is. So the peak with any other
+payload sizes is a sum.
 
     T points in time, S sites
 """
@@ -25,7 +26,7 @@ class Span:
     """A stretch of one payload's life.
 
     Attributes:
-        site: whose it is.
+        site: the payload's site.
         start, stop: the points at which it is alive; `stop` is not one of them.
         share: how much of all that the site stored in the step it is; 0..1.
         alone: whether nothing but the payload would hold the original.

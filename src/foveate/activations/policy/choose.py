@@ -1,13 +1,13 @@
-"""How many bits each saved tensor gets: pure decisions from bytes and errors.
+"""How many bits each saved tensor gets: pure functions of bytes and errors.
 
 Rounding errors of different tensors are independent and each is zero on average, so their shares of the gradient's
-relative squared error (metric.py) add up. Choosing levels is then a knapsack with several choices an item.
-All units start exact and step down their convex hulls of (bytes, error), the least error per byte saved first (Everett
-1963; ActNN's heap, Chen et al. 2021): one chain, which no budget changes. What is chosen is the best of everything in
-the budget among the chain's members and all that differ from one of them in one unit. So a larger budget is never used
-worse, and the result is within one step of one unit of the best there is.
+relative squared error (`measure/metric.py`) add up. Choosing levels is then a multiple-choice knapsack. All units start
+exact and step down their convex hulls of (bytes, error), the least error per byte saved first (Everett 1963; ActNN,
+Chen et al. 2021). These steps form one chain, the same for all budgets. The choice is the best within the budget among
+the members of the chain and all choices that differ from a member in one unit. So a larger budget never gives a larger
+error, and the result is within one step of one unit of the optimum.
 
-For a peak in bytes the chain is walked at the fullest moment: only what is alive there is worth lowering.
+For a peak in bytes the chain lowers only units that are alive at the point with the most bytes.
 
     U units: sites, layers or the model; L levels; K members of the chain; T points of a timeline
 """

@@ -1,10 +1,10 @@
 """Which steps measure what, and what the levels are between them: the store's decisions, apart from its hooks.
 
-The first step finds the sites. The next ones probe all families that need it, a few at a time, and audit until there is
-some trust in predictions. Later steps do so now and then, the 8th, 16th, 32nd and so on too, for training changes fast
-at first. An audited step is profiled as well, or predictions would be compared with a gradient that has long changed.
-Where an audit breaks the bound all families are probed anew. Under a budget in bytes one early step is recorded instead
-of measured, and none is audited, since an audit holds the exact tensors.
+The first step finds the sites. The next steps probe the families that need it, a few at a time. Then come audits, until
+there are enough of them to judge predictions. Later steps are measured at fixed intervals, and at the powers of two as
+well, since training changes fast at first. An audited step is profiled too, so that the prediction belongs to the same
+gradient. After an audit above the bound all families are probed again. Under a budget in bytes one early step is
+recorded instead of measured. No step is audited then, since an audit holds the exact tensors.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from foveate.activations.policy.options import Settings
 from foveate.activations.saved_tensors import Payload
 from foveate.errors import SiteError
 
-#: Audits before predictions are trusted enough to audit only now and then.
+#: Audits before steps are audited only at intervals.
 _FIRST_AUDITS = 4
 #: Families probed in each of the first steps.
 _FIRST_PROBES = 4
-#: The most that predictions which audits found too high may be stretched.
-_MOST_TRUST = 4.0
+#: The most by which the bound is multiplied where audits found predictions too high.
+_LARGEST_FACTOR = 4.0
 #: The step whose memory is recorded, for a budget in bytes.
 RECORDED_STEP = 1
 
@@ -47,7 +47,7 @@ class Planner:
         self._settings = settings
         self.ledger = Ledger(settings.options.window, settings.default, settings.relative_to)
         self.levels: dict[str, int] = {}
-        self.unseen = set(settings.levels or ()) - {"*"}  # which one level for all is
+        self.unseen = set(settings.levels or ()) - {"*"}  # the pattern of one level for all sites
 
     def level_of(self, name: str) -> int:
         """The level of a site."""
@@ -64,7 +64,7 @@ class Planner:
         """The error, after the first step, that a pattern of the settings names none of its sites; None if all do."""
         if step.number or not self.unseen:
             return None
-        patterns, sites = ", ".join(map(repr, sorted(self.unseen))), list(step.kept)
+        patterns, sites = ", ".join(map(repr, sorted(self.unseen))), list(step.sites)
         return SiteError(
             f"pattern {patterns} in levels matches none of {len(sites)} sites, which are like {', '.join(sites[:3])}"
         )
@@ -81,8 +81,10 @@ class Planner:
             return Step(number)
         learning = number == 0 or (can_pass and self.ledger.unprobed())
         early = settings.error is not None and number & (number - 1) == 0
-        trusted = len(self.ledger.trust.logs) >= _FIRST_AUDITS
-        audited = not learning and can_pass and (not trusted or early or number % settings.options.audit_every == 0)
+        audited_enough = len(self.ledger.audits.log_ratios) >= _FIRST_AUDITS
+        audited = (
+            not learning and can_pass and (not audited_enough or early or number % settings.options.audit_every == 0)
+        )
         if settings.bytes is not None:
             audited = False  # it would hold the exact tensors
             if number == RECORDED_STEP:
@@ -94,8 +96,8 @@ class Planner:
         return Step(number, profiled, audited, probed, self.predicted())
 
     def saw_second_backward(self, payloads: Iterable[Payload]) -> None:
-        """A second backward of a step asks for something. What it does to the gradient is not measured, so that no
-        gradient came back in the first is no reason to give it few bits.
+        """A second backward of a step reads payloads. Their effect on its gradient is not measured, so their sites go
+        back to the default level, even if the first backward had no gradient there.
         """
         for payload in payloads:
             site = self.ledger.sites.get(payload.site)
@@ -111,7 +113,7 @@ class Planner:
         """
         settings, sites = self._settings, self.ledger.saved_sites()
         if settings.error is not None:
-            allowed = settings.error * min(self.ledger.trust.factor, _MOST_TRUST)
+            allowed = settings.error * min(self.ledger.audits.factor, _LARGEST_FACTOR)
             self.levels = dict(within_error(sites, allowed, settings.options.granularity).levels)
         elif settings.bytes is not None and timeline is not None and not self.ledger.unprobed():
             self.levels = dict(within_bytes(sites, timeline, settings.bytes, settings.options.granularity).levels)
@@ -123,5 +125,5 @@ class Planner:
             error = float(self.ledger.errors(site)[LEVELS.index(self.level_of(site.name))])
             total += (
                 0.0 if site.read_by_second_backward and math.isnan(error) else error
-            )  # audits do not see what is read late
+            )  # audits do not see a second backward
         return math.sqrt(total)

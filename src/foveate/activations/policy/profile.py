@@ -54,7 +54,7 @@ def save_profile(ledger: Ledger, model: nn.Module, path: str | os.PathLike[str])
         "parameters": _shapes_of(model),
         "sites": sites,
         "families": families,
-        "audits": list(ledger.trust.logs),
+        "audits": list(ledger.audits.log_ratios),
     }
     content = _finite(content)
     try:
@@ -86,7 +86,7 @@ def _site_to_json(ledger: Ledger, site: Site) -> dict[str, Any]:
         "measured": None
         if site.read_by_second_backward and not measured
         else _mean(site.errors if site.closed else site.local),
-        "statistics": site.seen.summary().to_json(),
+        "statistics": site.statistics.summary().to_json(),
     }
 
 
@@ -131,7 +131,7 @@ def load_profile_into(ledger: Ledger, model: nn.Module, path: str | os.PathLike[
             family = ledger.families[name] = ledger.new_family()
             family.transfer.extend(_number(value) for value in transfers)
             family.probed_at = 0
-        ledger.trust.logs.extend(_number(value, signed=True) for value in content["audits"])
+        ledger.audits.log_ratios.extend(_number(value, signed=True) for value in content["audits"])
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -1,12 +1,14 @@
 """Tensors that need not be stored, because cheap functions of stored ones give them again.
 
-    gate, up stored  ->  silu(gate), silu(gate) * up        x, its reciprocal norm stored  ->  the norm's output
+    gate and up are stored                    ->  silu(gate) and silu(gate) * up are computed again
+    x and its reciprocal deviation are stored ->  the output of the norm is computed again
 
-Autograd keeps the output of nearly every elementwise function beside its input: of a gated layer's four wide tensors
-two determine the others. A `Recipe` is a function and where its arguments are found: a stored payload, a parameter, or
-another recipe. What it gives is as exact as what it is made from, so it is used only where that is rounded anyway, and
-the error counts at the payload's site. Chains are short (`DEPTH`), since each step is computed again at every use.
-Norms are applied with their own statistics, which are stored exactly.
+Autograd saves the output of nearly every elementwise function beside its input. Of a gated layer's four wide tensors,
+two determine the others. A `Recipe` is a function and its arguments: stored views, parameters, or other recipes. Its
+result has the error of its arguments, so it is used only where those are rounded, and the error counts at their sites.
+A chain of recipes has at most `DEPTH` functions, since all of them run at every use. Norms are applied with the
+statistics that they saved, which are stored exactly. Recomputation in place of storage: Chen et al. 2016,
+arXiv:1604.06174.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Functions that cost about as much as reading their arguments, and have no state.
+#: Functions that take about as long as reading their arguments, and have no state.
 ELEMENTWISE = frozenset(
     (
         "mul",
@@ -43,13 +45,13 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class StoredView:
-    """A tensor as it lies in something stored.
+    """How a tensor lies in a stored payload.
 
     Attributes:
-        item: what is stored (a payload).
+        item: the payload.
         shape, stride: of the tensor.
-        offset: in values, from the start of what is stored.
-        version: of the memory that holds it, where that is the tensor's own.
+        offset: in values, from the start of the payload.
+        version: of the payload's memory where that is the tensor's own, else 0.
     """
 
     item: Any
@@ -61,7 +63,7 @@ class StoredView:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter, and its version when it was used."""
+    """A parameter, and the version that it had when the function used it."""
 
     tensor: Tensor
     version: int
@@ -72,11 +74,11 @@ class Recipe:
     """How a tensor is computed.
 
     Attributes:
-        function: called with arguments in which sources, parameters and recipes stand for tensors.
-        args, kwargs: those arguments.
+        function: the function.
+        args, kwargs: its arguments, with stored views, parameters and recipes in place of tensors.
         shape, stride, dtype: of the result.
-        depth: functions between the result and what is stored.
-        roots: what is stored, of all arguments of all functions.
+        depth: how many functions lie between the stored payloads and the result.
+        roots: the payloads that it is computed from in the end.
     """
 
     function: Callable[..., Any]
@@ -89,10 +91,10 @@ class Recipe:
     roots: tuple[Any, ...]
 
     def result(self, read: Callable[[StoredView], Tensor]) -> Tensor:
-        """The tensor, computed from what `read` gives for each source.
+        """The tensor; `read` unpacks a stored view.
 
         Raises:
-            RuntimeError: a parameter was changed in place since.
+            RuntimeError: a parameter was changed in place after the forward pass.
         """
 
         def found(argument: Any) -> Any:
@@ -113,7 +115,7 @@ class Recipe:
 
 
 def laid_out(values: Tensor, stride: tuple[int, ...]) -> Tensor:
-    """The same values with the given strides, copied if they have others."""
+    """The same values with the given strides. They are copied if they have others."""
     if values.stride() == stride:
         return values
     return torch.empty_strided(values.shape, stride, dtype=values.dtype, device=values.device).copy_(values)
@@ -122,13 +124,13 @@ def laid_out(values: Tensor, stride: tuple[int, ...]) -> Tensor:
 def normalised(
     x: Tensor, mean: Tensor, scale: Tensor, weight: Tensor | None, bias: Tensor | None, channels_second: bool
 ) -> Tensor:
-    """A norm's output from its input and the statistics it used.
+    """The output of a norm, from its input and the statistics that it used.
 
     Args:
         x: [B, C, *] where channels are second, else [*, D].
         mean, scale: the mean and the reciprocal deviation: [C], or [*, 1].
         weight, bias: [C] or [D].
-        channels_second: batch norm (else layer norm).
+        channels_second: True for batch norm, False for layer norm.
     """
     if channels_second:
         per_channel = (1, -1) + (1,) * (x.dim() - 2)

@@ -1,4 +1,4 @@
-"""Which tensors of a forward pass can be computed again, noted while it runs (recipes.py says what a recipe is)."""
+"""Finds recipes while a forward pass runs: which tensors can be computed again, and how (see `recipes.py`)."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from foveate.activations.recompute.recipes import (
     norm_arguments,
     normalised,
 )
-from foveate.activations.saved_tensors import Derived, Payload, is_plain, source_of
+from foveate.activations.saved_tensors import Payload, RecomputedFunction, is_plain, stored_view
 
 
-class Recipes:
-    """The recipes of one forward pass, found again by the storage of their results.
+class RecipeTable:
+    """The recipes of one forward pass, by the storage of their results.
 
     Args:
-        stored: finds the payload that holds a tensor's values.
+        stored: finds the payload that stores a tensor's values.
     """
 
     def __init__(self, stored: Callable[[Tensor], Payload | None]) -> None:
@@ -42,19 +42,19 @@ class Recipes:
         return found[2]
 
     def clear(self) -> None:
-        """Forget all: the pass is over."""
+        """Forget all recipes: the forward pass is over."""
         self._by_storage.clear()
 
     def note(self, call: Call, result: Tensor) -> None:
-        """Remember how the result of a cheap function is computed, if all that it is made from can be had again."""
+        """Add the recipe of a cheap function's result, if all its arguments are stored, parameters, or recipes."""
         if not (result.requires_grad and is_plain(result) and _is_whole(result)):
             return
         storage = result.untyped_storage()
         tensors = [a for a in (*call.args, *call.kwargs.values()) if isinstance(a, Tensor)]
         if any(not is_plain(t) or t.untyped_storage()._cdata == storage._cdata for t in tensors):
-            return  # in place, or nothing that has values
+            return  # a function in place, or an argument without ordinary memory
         if torch.is_autocast_enabled(result.device.type) and any(t.dtype != result.dtype for t in tensors):
-            return  # the cast is autocast's, which is off in backward
+            return  # autocast casts an argument, and is off in backward
         made = self._norm(call, result) if call.function in NORMS else self._plain(call)
         if made is None:
             return
@@ -70,16 +70,16 @@ class Recipes:
             known[key] = (alive, result._version, recipe)
 
     def _plain(self, call: Call) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
-        """An elementwise function with its tensors exchanged for where they are found; None if one is not."""
-        args = tuple(self._had(a) for a in call.args)
-        kwargs = {name: self._had(a) for name, a in call.kwargs.items()}
+        """An elementwise function, and its arguments as a recipe holds them; None if one is not recoverable."""
+        args = tuple(self._recoverable(a) for a in call.args)
+        kwargs = {name: self._recoverable(a) for name, a in call.kwargs.items()}
         if any(isinstance(a, Tensor) for a in (*args, *kwargs.values())):
             return None
         return call.callable, args, kwargs
 
     def _norm(self, call: Call, result: Tensor) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
-        """A norm, applied with the statistics that it saved; not `torch.batch_norm`, whose arguments are in another
-        order than `F.batch_norm`'s.
+        """A norm, applied with the statistics that it saved. `torch.batch_norm` has none: the order of its arguments is
+        not that of `F.batch_norm`.
         """
         if call.callable is torch.batch_norm:
             return None
@@ -87,13 +87,13 @@ class Recipes:
         statistics = [source for source in call.packed[1:] if not source.item.lossy][-2:]
         if len(statistics) < 2 or not given.get("training", True) or torch.is_autocast_enabled(result.device.type):
             return None
-        x, weight, bias = (self._had(given.get(name)) for name in ("input", "weight", "bias"))
+        x, weight, bias = (self._recoverable(given.get(name)) for name in ("input", "weight", "bias"))
         if any(isinstance(a, Tensor) for a in (x, weight, bias)):
             return None
         return normalised, (x, *statistics, weight, bias, call.function == "batch_norm"), {}
 
-    def _had(self, argument: Any) -> Any:
-        """Where a tensor can be had again: stored, by a recipe, or as a parameter. Itself if it cannot, or is none."""
+    def _recoverable(self, argument: Any) -> Any:
+        """The stored view, recipe or parameter that gives a tensor again; the argument itself if there is none."""
         if not isinstance(argument, Tensor):
             return argument
         origin = parameter_of(argument)
@@ -101,27 +101,27 @@ class Recipes:
             return Parameter(argument.detach(), argument._version) if origin.views_only else argument
         payload = self._stored(argument)
         if payload is not None:
-            return source_of(payload, argument)
+            return stored_view(payload, argument)
         recipe = self.find(argument)
         same = recipe is not None and (recipe.shape, recipe.stride) == (argument.shape, argument.stride())
         return recipe if same else argument
 
 
 def _is_whole(result: Tensor) -> bool:
-    """Whether a tensor fills its storage: then every view of the storage is a view of it."""
+    """Whether a tensor fills its storage, so that every view of the storage is a view of the tensor."""
     interval = interval_of(result)
     return interval.dense and interval.length * result.element_size() == result.untyped_storage().nbytes()
 
 
 def _depth_of(found: StoredView | Recipe) -> int:
-    """Functions between what an argument is and what is stored."""
+    """How many functions lie between the stored payloads and an argument."""
     if isinstance(found, Recipe):
         return found.depth
-    return found.item.encoding.recipe.depth if isinstance(found.item.encoding, Derived) else 0
+    return found.item.encoding.recipe.depth if isinstance(found.item.encoding, RecomputedFunction) else 0
 
 
 def _roots_of(found: StoredView | Recipe) -> tuple[Any, ...]:
-    """What an argument is made from in the end."""
+    """The payloads that an argument is computed from in the end."""
     if isinstance(found, Recipe):
         return found.roots
-    return found.item.encoding.recipe.roots if isinstance(found.item.encoding, Derived) else (found.item,)
+    return found.item.encoding.recipe.roots if isinstance(found.item.encoding, RecomputedFunction) else (found.item,)
