@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 
 from foveate.errors import SiteError
-from foveate.evaluate.floor import FLOOR, both_at_floor
+from foveate.evaluate.float32_floor import FLOAT32_FLOOR, both_at_floor
 from foveate.evaluate.verify import Outcome
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.precision.maps import PrecisionMap, uniform_of_bytes
@@ -60,7 +60,7 @@ def figure(value: float) -> str:
 def divergence_text(outcome: Outcome) -> str:
     """What was measured and its standard error; what float32 cannot tell from none is said to be that."""
     if outcome.divergence and both_at_floor(outcome.divergence):
-        return f"< {FLOOR:.1e}, the floor of float32"
+        return f"< {FLOAT32_FLOOR:.1e}, the floor of float32"
     error = f" ± {figure(outcome.standard_error)}" if outcome.standard_error else ""
     return f"{figure(outcome.divergence)}{error}"
 
