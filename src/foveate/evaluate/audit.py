@@ -45,7 +45,7 @@ class Perturbation:
 
     @property
     def ratio(self) -> float:
-        """The measured over the predicted divergence; NaN without a prediction, or with both at the floor of float32."""
+        """The measured over the predicted divergence; NaN without a prediction, or if both are at the floor."""
         return ratio(self.measured, self.predicted)
 
 

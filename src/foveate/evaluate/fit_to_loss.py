@@ -2,8 +2,8 @@
 
 `allocate` with `Budget(loss=...)` limits the *predicted* loss. The prediction can be off by a factor: it may be a fifth
 of the true loss, or exceed it. `fit_to_loss` therefore searches for the predicted limit at which the *measured* loss
-meets the limit that was asked for. Every map it tries is the best one for its predicted loss, so the search is along one
-number. It steps by the ratio of the wanted to the measured loss, and interpolates once the limit is bracketed.
+meets the limit that was asked for. Every map it tries is the best one for its predicted loss, so the search is along
+one number. It steps by the ratio of the wanted to the measured loss, and interpolates once the limit is bracketed.
 
 The limit holds for `Outcome.bound`: the mean on the held-out data plus twice its standard error. Other data of the same
 kind are then within the limit too, in 39 of 40 cases. The held-out data choose only this one number, so they stay

@@ -1,8 +1,8 @@
 """verify: the loss of a whole map on held-out data, beside the predicted loss and beside uniform precision.
 
-A profile predicts a map's loss as a sum over tiles; only a run of the whole map measures it. `measure` runs several maps
-over the same data. Each batch is compared with the same reference outputs, so that only one batch is in memory, and the
-differences between maps are paired. `verify` measures one map and uniform precision at the same bytes.
+A profile predicts a map's loss as a sum over tiles; only a run of the whole map measures it. `measure` runs several
+maps over the same data. Each batch is compared with the same reference outputs, so that only one batch is in memory,
+and the differences between maps are paired. `verify` measures one map and uniform precision at the same bytes.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Verification:
 
     @property
     def ratio(self) -> float:
-        """The measured over the predicted divergence; NaN without a prediction, or with both at the floor of float32."""
+        """The measured over the predicted divergence; NaN without a prediction, or if both are at the floor."""
         return ratio(self.measured.divergence, self.predicted)
 
     @property
@@ -96,7 +96,7 @@ class Verification:
 
     @property
     def holds(self) -> bool:
-        """Whether the map diverges no more than uniform precision does; divergences at the floor of float32 are equal."""
+        """Whether the map diverges no more than uniform precision; divergences at the floor of float32 are equal."""
         return no_worse(self.measured.divergence, self.uniform.divergence)
 
     @property
