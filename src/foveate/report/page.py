@@ -267,8 +267,8 @@ def _outcome_section(measured: Sequence[Measured], name: str, metric: str) -> st
     samples = max(entry.outcome.samples for entry in measured)
     return (
         "<section><h2>What was measured</h2>"
-        f'<p class="soft">Each map was run on the same {samples:,} samples and compared with the reference, '
-        "whose decision it makes as often as the last column says; ± is one standard error.</p>"
+        f'<p class="soft">Each map was run on the same {samples:,} samples and compared with the reference. '
+        "Agreement is the share of decisions that equal the reference's; ± is one standard error.</p>"
         f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )

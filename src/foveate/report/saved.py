@@ -56,7 +56,7 @@ def bytes_by_layer(report: SavedReport) -> dict[str, tuple[int, dict[str, int]]]
 
 
 def saved_plot(report: SavedReport) -> str:
-    """The plot as the text of an SVG file. Layers with less than a thousandth of the largest layer's bytes are left out."""
+    """The plot as an SVG file. Layers with less than a thousandth of the largest layer's bytes are left out."""
     layers = bytes_by_layer(report)
     most = max((max(before, sum(after.values())) for before, after in layers.values()), default=0)
     shown = {name: sizes for name, sizes in layers.items() if max(sizes[0], sum(sizes[1].values())) * 1000 >= most > 0}
