@@ -1,4 +1,4 @@
-"""The developers' benchmarks as commands: `python -m benchmarks NAME --out FILE`; `--help` lists them."""
+"""The developers' benchmarks as commands: `python -m benchmarks NAME --out FILE`. `--help` lists the names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 
 from benchmarks import MODULES, run
 from benchmarks.peers.speed.plot import speed_plot
-from foveate.cli.app import Commands, speak_on_stderr
+from foveate.cli.app import Commands, log_to_stderr
 from foveate.cli.bench import Out, check_folder_of, show_result
 from foveate.cli.shared.options import Json
 
@@ -25,13 +25,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Every benchmark: those that are installed with foveate, and those that only developers run.",
 )
-#: Benchmarks with options of their own have a command of their own below.
-_OF_THEIR_OWN = ("activations", "architectures", "peers")
+#: These benchmarks have further options, so each has a command of its own below.
+_WITH_OPTIONS = ("activations", "architectures", "peers")
 
 
 @app.callback()
 def _prepare() -> None:
-    speak_on_stderr(logging.INFO)
+    log_to_stderr(logging.INFO)
 
 
 def _headline(module: str) -> str:
@@ -51,7 +51,7 @@ def _register(name: str) -> None:
 
 
 for _name in MODULES:
-    if _name not in _OF_THEIR_OWN:
+    if _name not in _WITH_OPTIONS:
         _register(_name)
 
 
@@ -60,12 +60,12 @@ def activations(
     out: Out = None,
     part: Annotated[
         list[str] | None,
-        typer.Option(help="training, bounds, budgets or times; may be repeated. All without it."),
+        typer.Option(help="training, bounds, budgets or times; repeatable. Default: all."),
     ] = None,
-    share: Annotated[float | None, typer.Option(help="The share of its steps and data to run, 0 to 1.")] = None,
+    share: Annotated[float | None, typer.Option(help="The share of the steps and data to run, 0 to 1.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Run all parts, or some of them."""
+    """Run all parts of the benchmark, or the named ones."""
     check_folder_of(out)
     options = {**({"parts": part} if part else {}), **({"share": share} if share is not None else {})}
     show_result(run("activations", **options), out, json_output)
@@ -74,10 +74,10 @@ def activations(
 @app.command(help=_headline(MODULES["architectures"]))
 def architectures(
     out: Out = None,
-    table: Annotated[Path | None, typer.Option(help="Also write the table, a Markdown file.")] = None,
+    table: Annotated[Path | None, typer.Option(help="Also write the table to this Markdown file.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Try every family, and write what came of it."""
+    """Try every family, and write the outcomes as JSON and as a table."""
     for file in (out, table):
         check_folder_of(file)
     found = run("architectures")
@@ -91,10 +91,10 @@ def architectures(
 @app.command(help=_headline(MODULES["peers"]))
 def peers(
     out: Out = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw time against bits, an SVG file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw time against bits into this SVG file.")] = None,
     json_output: Json = False,
 ) -> None:
-    """Run it, and draw it where `plot` says to."""
+    """Run the benchmark, and write its plot to the file `plot` if one is given."""
     check_folder_of(out)
     check_folder_of(plot)
     found = run("peers")

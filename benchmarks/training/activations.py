@@ -2,10 +2,10 @@
 
 Four parts, each of which can be run alone:
 
-    training  the same training plainly and compressed: held-out loss, saved bytes, peak  (activation_training.py)
-    bounds    the true error of the gradient against the stated one                        (activation_bounds.py)
-    budgets   peaks that were asked for, and the peaks that came about                     (activation_budgets.py)
-    times     a step against a plain one, and against recomputation at equal memory        (activation_times.py)
+    training  the same training plainly and compressed: held-out loss, saved bytes, peak  (paired.py)
+    bounds    the true error of the gradient against the stated one                        (bounds.py)
+    budgets   peaks that were asked for, and the peaks that came about                     (budgets.py)
+    times     a step against a plain one, and against recomputation at equal memory        (times.py)
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ that training went on with. Audits come every second step here, far more often t
 were measured, which run at the default level, are in the rounds and not in the figures.
 
 A model from random weights takes some plain steps first: its gradient halves within a few dozen steps, and a batch with
-a byte that was never seen can have one several times as large, which nothing foretells.
+a byte that was never seen can have one several times as large, which nothing predicts.
 
 `bound_held` is the share of audits under the bound, `bound_used` the mean of true error over bound.
 """

@@ -51,7 +51,7 @@ def peak_of_backward(task: Task, model: nn.Module, batch: Any, store: Activation
 
 
 def _compressed(task: Task, batch: Any, budget: int) -> tuple[int, float]:
-    """The peak of an ordinary step under a budget, and the relative error that is foretold for it.
+    """The peak of an ordinary step under a budget, and the relative error that is predicted for it.
 
     Raises:
         BudgetError: no levels keep the peak within the budget.

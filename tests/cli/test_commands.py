@@ -75,7 +75,7 @@ def test_a_level_that_is_set_counts_in_the_budget(run: Run, folder: Path, budget
     [
         (("--bits", 99), "a budget of 99 bits is more than every weight at 8 bits takes, which is "),
         (("--bytes", "1GiB", "--levels", "2,4"), "a budget of 1.00 GiB is more than every weight at 4 bits takes"),
-        (("--loss", 1000), "a loss of 1000 is more than every weight at 2 bits, the least to choose, loses"),
+        (("--loss", 1000), "a loss of 1000 is more than every weight loses at 2 bits, the lowest level allowed"),
         (("--bits", 5), ""),
     ],
 )
@@ -96,7 +96,7 @@ def test_set_alone_changes_the_default_map(run: Run, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "what may the map cost"),
+        ((), "there is no budget"),
         (("--bits", 1), "the least possible is"),
         (("--bits", 4, "--bytes", "1MiB"), "exactly one"),
         (("--bits", 4, "--levels", "4,5"), "level (=5) is not one of"),

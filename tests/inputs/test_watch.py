@@ -137,7 +137,7 @@ def test_every_so_many_calls() -> None:
         assert watch.changes
 
 
-def test_a_language_model_with_siblings() -> None:
+def test_a_language_model_with_shared_inputs() -> None:
     model, profile = quantized_llama()
     fv.apply(model, profile.uniform(8, 8))
     with fv.watch_inputs(model, tolerance=Tolerance(near=1e9, far=1e9, beyond=1.0)) as watch, torch.no_grad():

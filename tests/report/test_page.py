@@ -104,7 +104,7 @@ def test_a_map_alone_is_enough() -> None:
     page = html(uniform(model(2), 4))
     checked = Checked(page)
     assert "Where the bits are" in checked.text
-    assert "What a bit buys" not in checked.text
+    assert "Loss against size" not in checked.text
     assert "heats" not in [value for key, value in checked.attributes if key == "class"]
     assert "nan" not in page.lower()
 

@@ -1,4 +1,4 @@
-"""From a profile and a budget to a precision map, and to the whole frontier of maps. Numbers in, numbers out."""
+"""Allocation: from a profile and a budget to a precision map or a frontier of maps. It takes numbers, not models."""
 
 from foveate.allocate.constraints import Constraints as Constraints
 from foveate.allocate.frontier import frontier as frontier

@@ -1,4 +1,4 @@
-"""Constraints: what a map must keep to beside its budget. One value for `allocate`, `frontier` and `fit_to_loss`."""
+"""Constraints: what a map must keep to besides its budget, as one value for `allocate`, `frontier`, `fit_to_loss`."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ INPUT_CHOICE = (4, 8, 16)
 
 @dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """What a map must keep to beside its budget. Frozen; levels are kept in ascending order.
+    """What a map must keep to besides its budget. The value is frozen; its levels are in ascending order.
 
         plan = fv.allocate(profile, fv.Budget(bits=4.25), fv.Constraints(levels=(2, 4, 8), input_bits=6.0))
 
     Attributes:
-        levels: the levels of weights to choose among; add 0 to let tiles be dropped.
-        per_tile: whether tiles may differ within a weight, each strip of 16 rows with a level of its own.
-        tie: groups of shell patterns; the weights a group names get one level. `[("*.q_proj:weight",
+        levels: the levels of weights to choose among; with level 0, tiles may be dropped.
+        per_tile: whether levels may differ within a weight: each tile, or each strip of 16 rows, has its own.
+        tie: groups of shell patterns; the weights that match a group share one level. `[("*.q_proj:weight",
             "*.k_proj:weight")]`.
-        input_level: the level of every input, 4, 8, 16 or 32; chosen by its weight's level if not given.
-        input_bits: the most bits that inputs average, over the values products read; each gets the level that loses
-            least within that, by what the profile measured (or see `foveate.variance_proxy`). On a CPU, levels under 8
+        input_level: the level of every input, 4, 8, 16 or 32; by default it follows from the weight's level.
+        input_bits: the largest average of input bits, over the values that products read. Each input gets a level so
+            that the loss measured in the profile is least (or see `foveate.variance_proxy`). On a CPU, levels below 8
             save no time.
         input_levels: the levels to choose among for `input_bits`.
 
     Raises:
-        BudgetError: no levels, `input_bits` that are no positive number or stand beside `input_level`, or
-            `input_levels` without `input_bits`.
-        LevelError: a level that weights or inputs cannot have.
-        SiteError: `tie` is not groups of patterns.
+        BudgetError: there are no levels; `input_bits` is not a positive number, or is given with `input_level`;
+            `input_levels` are given without `input_bits`.
+        LevelError: weights or inputs cannot have one of the levels.
+        SiteError: `tie` is not a sequence of groups of patterns.
     """
 
     levels: Sequence[int] = NESTED_LEVELS
@@ -86,7 +86,7 @@ def _is_positive(value: Any) -> bool:
 
 
 def _groups(tie: Any) -> tuple[tuple[str, ...], ...]:
-    """A pattern in place of a group would be taken for the patterns of its letters."""
+    """The groups as tuples. A string in place of a group is refused: each letter would count as a pattern."""
     groups = tie if isinstance(tie, (list, tuple)) else None
     if groups is None or not all(
         isinstance(group, (list, tuple)) and all(isinstance(pattern, str) for pattern in group) for group in groups
@@ -95,5 +95,5 @@ def _groups(tie: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, groups))
 
 
-#: Every level that planes give, each strip of rows its own, inputs by their weights.
+#: All nested levels, levels that differ within a weight, and input levels that follow from the weights.
 DEFAULT_CONSTRAINTS = Constraints()

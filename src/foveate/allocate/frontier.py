@@ -1,5 +1,6 @@
-"""The frontier: one chain of maps from the best to the cheapest, each step the one that loses least for the bytes it
-frees.
+"""The frontier: a chain of maps from the best to the cheapest.
+
+Each step along the chain is the one that adds the least loss for each byte that it saves.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from foveate.precision.profiles import Profile
 
 
 def frontier(profile: Profile, points: int = 16, constraints: Constraints = DEFAULT_CONSTRAINTS) -> Frontier:
-    """A chain of at most `points` maps, evenly spread over bytes. Being prefixes of one order of steps they are nested:
-    a cheaper map is nowhere above a dearer one.
+    """A chain of at most `points` maps, evenly spread over bytes.
+
+    The maps are prefixes of one sequence of steps, so they are nested: no tile has a higher level in a cheaper map.
 
         chain = fv.frontier(profile, 8, fv.Constraints(input_bits=6.0))
 
     Args:
         profile: what `foveate.quantize` measured.
-        points: the most maps, at least 2.
+        points: the largest number of maps, at least 2.
         constraints: what every map must keep to, as for `foveate.allocate`.
 
     Raises:
-        BudgetError: too few points, `constraints` are no `Constraints`, or the profile does not say what inputs cost.
+        BudgetError: there are too few points, `constraints` are no `Constraints`, or the profile has no losses of
+            inputs.
         SiteError: a pattern of `constraints.tie` names no weight.
     """
     if points < 2:

@@ -1,4 +1,4 @@
-"""allocate: the budget, the solver, the map."""
+"""allocate: solve the allocation problem for a budget, and return the precision map."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from foveate.precision.maps import PrecisionMap
 from foveate.precision.profiles import Profile
 from foveate.sizes import format_bytes
 
-_ROUNDS = 8  # in practice two: inputs lose little beside weights
+_MAX_ROUNDS = 8  # two rounds are usual, since inputs lose little compared with weights
 
 
 def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAULT_CONSTRAINTS) -> PrecisionMap:
-    """Choose the level of every weight, or of every strip of its tiles, under a budget.
+    """Choose the level of every tile, strip of tiles or weight under a budget.
 
         plan = fv.allocate(profile, fv.Budget(bits=4.25))
         plan = fv.allocate(profile, fv.Budget(bytes="800MiB"), fv.Constraints(levels=(2, 4, 8)))
@@ -28,14 +28,15 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
     Args:
         profile: what `foveate.quantize` measured.
         budget: bytes, bits or loss.
-        constraints: what the map must keep to beside it: levels to choose among, weights that share one, inputs.
+        constraints: what else the map must keep to: levels to choose among, weights that share a level, inputs.
 
     Returns:
-        A map within the budget: everything is counted, scales, embeddings, index and what is not quantized.
+        A map within the budget. Everything counts: planes, scales, embeddings, the tile index and unquantized
+        parameters.
 
     Raises:
-        BudgetError: no map meets the budget; the message says the least possible. Or the profile does not say what
-            inputs cost, or an argument is not of its class.
+        BudgetError: no map meets the budget, and the message names the least possible; or the profile has no losses of
+            inputs; or an argument has the wrong class.
         SiteError: a pattern of `constraints.tie` names no weight, or a weight is in two groups.
     """
     if not isinstance(budget, Budget):
@@ -54,7 +55,7 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
     else:
         assert budget.bits is not None
         weights = sum(s.weights for s in profile.weight_sites())
-        # bytes are whole: a map's own bits, given back as a budget, must not fail by the last place of a float
+        # the bits of an existing map, given as a budget, must not fail by a rounding error; bytes are whole numbers
         fixed = lowest.bytes_stored - lowest.other_bytes - tiles_at_least
         room = math.floor(budget.bits * weights / 8 + 1e-6) - fixed
         note = (
@@ -67,14 +68,14 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
 def _within_loss(problem: Problem, limit: float) -> PrecisionMap:
     """The cheapest map whose weights and inputs together lose at most `limit`.
 
-    What inputs lose may hang on their weights' levels, so it is taken from the limit as the last map has it, until a
-    map is within.
+    The loss of inputs can depend on the levels of weights. Each round therefore reserves the inputs' loss of the last
+    map, until a map is within the limit.
     """
     best = problem.to_map(torch.full((len(problem.loss_UL),), len(problem.levels) - 1))
     inputs = problem.profile.predict_inputs(best.levels)
     if inputs > limit:
         raise BudgetError(f"no map loses as little as {limit:g}: inputs at these levels alone lose {inputs:g}")
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         plan = problem.to_map(solve_loss(problem, limit, inputs))
         if plan.predicted_loss <= limit * (1 + 1e-6):
             return plan

@@ -1,9 +1,9 @@
-"""The allocation problem as frozen numbers: units to choose for, what each choice costs and loses.
+"""The allocation problem as numbers: the units that get a level, and the cost and loss of each unit at each level.
 
-A unit is what gets one level: a tile, a strip of 16 rows, a whole weight, or several weights that are tied (q, k and v,
-say). A weight whose codes were chosen by descent is cut into strips: the errors of a row's groups cancel each other,
-level by level. Where neighbours are read at different levels that is lost, and with it more than levels of their own
-gain (docs/decisions.md). A unit's cost is bytes of planes and scales; the bytes that no choice changes are `fixed`.
+A unit is whatever has one level: a tile, a strip of 16 rows, a whole weight, or several tied weights such as q, k and
+v. A weight whose codes were chosen by coordinate descent is cut into strips. Descent makes the errors of a row's groups
+cancel at each level, and the cancellation is lost where neighbouring tiles are read at different levels. That costs
+more than levels for single tiles gain (docs/decisions.md). The cost of a unit is its bytes of planes and scales.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from foveate.precision.profiles import FITTED, Profile
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """Choose one of L levels for each of U units: all that the solver sees.
+    """A choice of one of L levels for each of U units. This is all that the solver needs.
 
     Attributes:
         levels: the levels allowed, ascending.
@@ -36,18 +36,18 @@ class Choices:
 
     @property
     def predicted_UL(self) -> Tensor:
-        """What the choices are said to lose, where that is not what they are compared by."""
+        """The predicted losses, which in a subclass may differ from the losses that choices are compared by."""
         return self.loss_UL
 
 
 @dataclass(frozen=True, eq=False)
 class Problem(Choices):
-    """The choice of a map's levels.
+    """The choice of the levels of a precision map.
 
     Attributes:
         unit_of: for each weight site, int64 [tiles]: the unit of each tile.
-        profile: where the numbers come from.
-        input_levels: the level of each input; None: each what `input_level_for` says of its weight.
+        profile: the source of the numbers.
+        input_levels: the level of each input; if None, `input_level_for` derives it from the weight's level.
     """
 
     unit_of: dict[str, Tensor]
@@ -56,7 +56,7 @@ class Problem(Choices):
 
     @property
     def predicted_UL(self) -> Tensor:
-        """The losses as `Profile.predict` has them: times what was measured of each level over what was summed."""
+        """The losses as `Profile.predict` counts them: each level is scaled by its ratio of measured to summed loss."""
         known = dict(zip(WEIGHT_LEVELS, self.profile.measured_over_summed, strict=True))
         return self.loss_UL * torch.tensor([known[level] for level in self.levels], dtype=torch.float64)
 
@@ -82,9 +82,9 @@ def build(profile: Profile, constraints: Constraints, input_levels: Mapping[str,
     """Lay out the problem.
 
     Args:
-        profile: what was measured.
-        constraints: see `foveate.allocate`.
-        input_levels: the level of each input; None: each what its weight's level says.
+        profile: what `foveate.quantize` measured.
+        constraints: as for `foveate.allocate`.
+        input_levels: the level of each input; if None, it follows from the weight's level.
     """
     levels = tuple(constraints.levels)
     columns = torch.tensor([WEIGHT_LEVELS.index(level) for level in levels])
@@ -99,7 +99,7 @@ def build(profile: Profile, constraints: Constraints, input_levels: Mapping[str,
     count = 0
     for site in profile.weight_sites():
         table = profile.losses[site.name].double()[:, columns]
-        # a level may not look worse than a lower one: more planes can always be left unread
+        # a level may not count as worse than a lower one, since the lower planes can be left unread
         losses.append(table.cummin(1).values)
         costs.append(torch.tensor(site.tile_costs(), dtype=torch.float64)[columns].expand(site.tiles, -1))
         if constraints.per_tile and site.name not in owner:

@@ -1,9 +1,9 @@
 """The solver: a Lagrangian over convex hulls, then the rest of the budget spent greedily.
 
-Every unit's levels are first reduced to the lower convex hull of (bytes, loss): its steps then have falling gain per
-byte, so taking all units' steps in order of gain per byte gives the optimum of every budget that the sorted order hits
-exactly (Everett 1963; Shoham and Gersho 1988 for bit allocation). What is left below the budget is spent on the best
-steps that still fit.
+Each unit's levels are first reduced to the lower convex hull of (bytes, loss), so that the gain per byte falls from
+step to step. Taking the steps of all units in the order of gain per byte is then optimal for every budget that a prefix
+of this order meets exactly (Everett 1963; Shoham and Gersho 1988 for bit allocation). The rest of the budget is spent
+on the best single steps that still fit.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from foveate.errors import BudgetError
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """Upgrades in the order in which they are worth taking, the best gain per byte first.
+    """Steps of units to higher levels, sorted by gain per byte, the best first.
 
     Attributes:
-        unit, level: int64 [S], which unit moves to which index of `Choices.levels`.
-        cost, gain: float64 [S], bytes added and loss taken away.
+        unit, level: int64 [S], the unit and the index in `Choices.levels` that it moves to.
+        cost, gain: float64 [S], the bytes added and the loss removed.
     """
 
     unit: Tensor
@@ -33,16 +33,16 @@ class Steps:
 
 
 def ordered_steps(problem: Choices) -> Steps:
-    """All units' hull steps from their cheapest level up, sorted by gain per byte."""
+    """The steps of all units along their convex hulls, from the cheapest level up, sorted by gain per byte."""
     loss, cost = problem.loss_UL, problem.cost_UL
     units, count = loss.shape
     at = torch.zeros(units, dtype=torch.long)
-    everyone = torch.arange(units)
+    all_units = torch.arange(units)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for _ in range(count - 1):
-        # the next hull vertex is the level with the best gain per byte from here; of equals the farthest
-        gain = loss[everyone, at][:, None] - loss
-        added = cost - cost[everyone, at][:, None]
+        # the next hull vertex is the level with the best gain per byte; among equals the highest
+        gain = loss[all_units, at][:, None] - loss
+        added = cost - cost[all_units, at][:, None]
         ahead = torch.arange(count) > at[:, None]
         rate = torch.where(ahead & (gain > 0), gain / added.clamp_min(1e-9), -1.0)
         best, _ = rate.max(1)
@@ -50,14 +50,14 @@ def ordered_steps(problem: Choices) -> Steps:
         moving = best > 0
         if not bool(moving.any()):
             break
-        who = everyone[moving]
+        who = all_units[moving]
         parts.append((who, level[moving], added[who, level[moving]], gain[who, level[moving]]))
         at = torch.where(moving, level, at)
     if not parts:
         empty = torch.empty(0, dtype=torch.long)
         return Steps(empty, empty, empty.double(), empty.double())
     unit, level, added, gain = (torch.cat(column) for column in zip(*parts, strict=True))
-    # along a unit's hull the rate falls, so a stable sort keeps its steps in order
+    # the gain per byte falls along a unit's hull, so a stable sort keeps its steps in order
     order = torch.sort(gain / added, descending=True, stable=True).indices
     return Steps(unit[order], level[order], added[order], gain[order])
 
@@ -69,12 +69,12 @@ def take(problem: Choices, steps: Steps, count: int) -> Tensor:
 
 
 def _spend(problem: Choices, choice: Tensor, room: float) -> Tensor:
-    """Use what is left of a byte budget: single upgrades that fit, the best gain per byte first."""
+    """Spend the rest of a byte budget on single steps that fit, the best gain per byte first."""
     loss, cost = problem.loss_UL, problem.cost_UL
-    everyone = torch.arange(len(loss))
+    all_units = torch.arange(len(loss))
     while True:
-        gain = loss[everyone, choice][:, None] - loss
-        added = cost - cost[everyone, choice][:, None]
+        gain = loss[all_units, choice][:, None] - loss
+        added = cost - cost[all_units, choice][:, None]
         fits = (added > 0) & (added <= room) & (gain > 0)
         if not bool(fits.any()):
             return choice
@@ -98,13 +98,13 @@ def solve_bytes(problem: Choices, room: float, least_note: str) -> Tensor:
     count = int((steps.cost.cumsum(0) <= room - base).sum())
     choice = take(problem, steps, count)
     spent = _spend(problem, choice, room - base - float(steps.cost[:count].sum()))
-    # of a handful of units, all at one level may use the room better than the hull and what is left over
+    # with few units, one level for all may use the budget better than the steps along the hull
     uniform = [torch.full_like(spent, i) for i, cost in enumerate(problem.cost_UL.sum(0).tolist()) if cost <= room]
     return min([spent, *uniform], key=lambda c: float(problem.loss_UL.gather(1, c[:, None]).sum()))
 
 
 def _predicted_gain(predicted_UL: Tensor, steps: Steps) -> Tensor:
-    """What each step takes away of what is predicted, float64 [S]."""
+    """The predicted loss that each step removes, float64 [S]."""
     order = torch.sort(steps.unit, stable=True).indices
     unit, level = steps.unit[order], steps.level[order]
     before = torch.cat([level.new_zeros(1), level[:-1]])[: len(level)]
@@ -116,12 +116,12 @@ def _predicted_gain(predicted_UL: Tensor, steps: Steps) -> Tensor:
 
 
 def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
-    """The fewest bytes whose loss, with what inputs lose, is at most `limit`."""
+    """The fewest bytes whose predicted loss, together with the loss `inputs` of all inputs, is at most `limit`."""
     steps = ordered_steps(problem)
     predicted = problem.predicted_UL
     start = float(predicted[:, 0].sum())
     least = float(predicted.min(1).values.sum())
-    limit *= 1 + 1e-9  # a map's own loss, given back as a limit, must not fail by the last place of a float
+    limit *= 1 + 1e-9  # the loss of an existing map, given as a limit, must not fail by rounding
     limit -= inputs
     if least > limit:
         total = limit + inputs
@@ -130,20 +130,20 @@ def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
         return take(problem, steps, 0)
     end = take(problem, steps, len(steps.unit))
     reached = float(predicted.gather(1, end[:, None]).sum())
-    if reached > limit:  # no step leads to levels that lose as much as lower ones, but less may be predicted of them
+    if reached > limit:  # steps skip levels without gain, but their predicted loss may be lower
         choice, taken = predicted.argmin(1), least
     else:
         gain = _predicted_gain(predicted, steps)
-        left = reached + gain.flip(0).cumsum(0).flip(0) - gain  # added up from the end, where it is least
+        left = reached + gain.flip(0).cumsum(0).flip(0) - gain  # summed from the end, where the loss is least
         count = int((left > limit).nonzero().max()) + 2 if bool((left > limit).any()) else 1
         choice, taken = take(problem, steps, count), float(left[count - 1])
-    # the last step may have overshot: give back what is not needed, the most bytes first
+    # the last step may have overshot: undo steps that are not needed, the most bytes for their loss first
     slack = limit - taken
     loss, cost = predicted, problem.cost_UL
-    everyone = torch.arange(len(loss))
+    all_units = torch.arange(len(loss))
     below = (choice - 1).clamp_min(0)
-    rise = loss[everyone, below] - loss[everyone, choice]
-    saved = cost[everyone, choice] - cost[everyone, below]
+    rise = loss[all_units, below] - loss[all_units, choice]
+    saved = cost[all_units, choice] - cost[all_units, below]
     for unit in torch.sort(saved / rise.clamp_min(1e-30), descending=True, stable=True).indices[:4096].tolist():
         if saved[unit] > 0 and float(rise[unit]) <= slack:
             choice[unit] = below[unit]

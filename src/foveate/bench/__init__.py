@@ -1,19 +1,19 @@
-"""The benchmarks that judge a machine: they need no data, no other library and no training.
+"""The benchmarks that measure a machine. They need no data, no training and no library to compare with.
 
-    kernels  one layer's product, beside the memory's bandwidth and torch's dense layers
-    switch   another precision for every layer of a model while it runs
-    load     bytes read and memory taken by loading at a precision
+    kernels  the product of one layer, compared with the memory's bandwidth and with torch's dense layers
+    switch   a change of precision of every layer of a model while it runs
+    load     the bytes read and the memory taken by loading a model at a precision
     decode   a whole model, token by token
-    saved    packing and unpacking what autograd saves
+    saved    packing and unpacking the tensors that autograd saves
 
-Each measures one promise and gives one JSON-able object.
+Each benchmark returns one object that can be written as JSON:
 
     {"name", "figures": {name: number}, "machine", "versions", "date", "rounds": raw data, "notes": [sentences]}
 
-Every figure that compares times is a ratio of two things measured in the same rounds, one after the other, so that a
-machine that is slow today is slow for both. Benchmarks are imported when they run: what they need beyond torch is
-asked for then. Quality on real models, training, and comparisons with other libraries are in the repository's folder
-`benchmarks/`, outside of what is installed.
+A figure that compares two times is a ratio of measurements from the same round, one right after the other, so that a
+slow period of the machine affects both. A benchmark is imported when it runs, and only then are its further packages
+needed. Quality on real models, training, and comparisons with other libraries are in the folder `benchmarks/` of the
+repository, which is not installed.
 """
 
 from __future__ import annotations

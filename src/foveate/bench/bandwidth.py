@@ -1,10 +1,10 @@
-"""The machine's own read bandwidth: what a kernel that only waits for memory would reach.
+"""The read bandwidth of the machine: the upper limit for a kernel that waits only for memory.
 
-Measured by a loop in C++ (`read.cpp`) that adds up memory on huge pages and does nothing else, with torch's threads.
-Torch's own reductions read at half that speed or less, so there is no substitute where nothing can be compiled.
+A loop in C++ (`read.cpp`) sums memory on huge pages with torch's number of threads. Torch's own reductions read at half
+that speed or less, so the measurement needs a C++ compiler.
 
-How best to write the loop depends on the machine, so several are tried and the fastest is the yardstick. Each takes its
-turn in every round and the medians are compared: a machine whose bandwidth changes in between changes it for all.
+The fastest form of the loop depends on the machine. Several forms are timed, and the fastest one is the reference. The
+forms take turns in every round and their medians are compared, so that a change of bandwidth affects all of them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ FLAGS = ("-O3", "-fopenmp", "-Wno-psabi")
 
 
 class Loop(NamedTuple):
-    """One way to write the loop.
+    """One form of the loop.
 
     Attributes:
-        streams: places that a thread reads from in turn.
-        ahead: cache lines that are prefetched ahead of each; 0 for none.
-        cache: which cache they are prefetched into, 1 or 2.
+        streams: the number of places that a thread reads from in turn.
+        ahead: how many cache lines ahead of each place are prefetched; 0 for no prefetch.
+        cache: the level of the cache that they are prefetched into, 1 or 2.
     """
 
     streams: int
@@ -66,7 +66,7 @@ def _library() -> ctypes.CDLL:
 
 
 class Blocks:
-    """Blocks of memory, each from a cache line on, that are read one after the other in one call."""
+    """Blocks of memory, each aligned to a cache line, that one call reads one after the other."""
 
     def __init__(self, blocks: Sequence[Tensor]) -> None:
         self._kept = tuple(blocks)
@@ -75,12 +75,12 @@ class Blocks:
         self._read = _library().foveate_read
 
     def sum(self, loop: Loop) -> int:
-        """The sum of the 64-bit words modulo 2^64 (what does not fill 4 cache lines of every stream is left out)."""
+        """The sum of the 64-bit words modulo 2^64, without a rest that does not fill 4 cache lines of every stream."""
         total: int = self._read(self._starts, self._bytes, len(self._kept), *loop)
         return total
 
     def bandwidth(self, loop: Loop) -> float:
-        """Bytes a second of reading them once."""
+        """The bytes per second of reading the blocks once."""
         started = time.perf_counter()
         self.sum(loop)
         return sum(self._bytes) / (time.perf_counter() - started)

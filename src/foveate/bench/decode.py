@@ -1,25 +1,25 @@
 """A whole model, token by token: a Llama of 0.6 B random weights on planes.
 
-It chooses the likeliest token after a short prompt and goes on, as a user calls it: transformers' `generate` with a
-static cache and a compiled forward, and one model for all levels, switched by `foveate.apply`.
+The model decodes greedily after a short prompt, as a user would run it: transformers' `generate` with a static cache
+and a compiled forward. One model serves all levels, switched by `foveate.apply`.
 
-`tokens_per_second_b4` is what comes out of it, and `read_share_b4` the bytes that a token reads over its time, over the
-read bandwidth of memory in the same round.
+`tokens_per_second_b4` is the speed at 4 bits. `read_share_b4` is the share of the memory's bandwidth that decoding
+reaches: the bytes that a token reads, over its time, over the read bandwidth in the same round.
 
-`non_kernel_share` is 1 - (time of foveate's ops / time of a token), at 4 bits. The calls that one pass of the model
-makes are recorded, with their arguments, and made again on their own, one after the other: what the ops themselves
-take, with their call from Python, and without what comes between them. The time of a token is of the same round.
+`non_kernel_share` is 1 - (time of foveate's ops / time of a token), at 4 bits. The ops' calls in one pass of the model
+are recorded with their arguments. Repeated one after the other, they give the time of the ops with their calls from
+Python, and without the work between them. The time of a token is from the same round.
 
-`peak_memory_over_computed` is of a fresh process that loads the model at 4 bits and decodes, not compiled (a compiler's
-own memory is no part of a model): its highest resident size beyond that before loading, over the bytes of the map, the
-cache, and what one token computes.
+`peak_memory_over_computed` is measured in a fresh process that loads the model at 4 bits and decodes. It is the growth
+of the highest resident size since before loading, over the computed bytes of the map, the cache and one token's
+activations. The process does not compile, since a compiler's memory is no part of a model.
 
-Another implementation of the model can take its turn in every round (`Peer`). A level and its nearest type have
-different bytes, so
+Another implementation of the model can take its turn in every round (`Peer`). A level and the nearest type of a peer
+have different bytes, so
 
     tokens_ratio_b4 = (our tokens/s over theirs) x (our bytes a token over theirs)
 
-and the bytes of both are figures too. `prefill512_ratio_b4` is not scaled: a long prompt waits for arithmetic.
+and the bytes of both are figures too. `prefill512_ratio_b4` is not scaled, since a long prompt is bound by arithmetic.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
 from foveate.progress import track
 
-#: The level of prefill, of the kernels' share and of memory.
+#: The level at which prefill, the share of the ops and the memory are measured.
 MIDDLE = 4
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model; 0.59 B weights that a token reads."""
+    """The shape of the model, with 0.59 B weights that a token reads."""
 
     width: int = 2048
     intermediate: int = 5632
@@ -67,7 +67,7 @@ class Shape:
     vocabulary: int = 32000
 
     def config(self, positions: int) -> dict[str, Any]:
-        """As `transformers.LlamaConfig` takes it."""
+        """The arguments of `transformers.LlamaConfig`."""
         return {
             "hidden_size": self.width,
             "intermediate_size": self.intermediate,
@@ -85,13 +85,13 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        shape: of the model.
-        threads: for both sides.
-        prompt, tokens: read before, and decoded in, each turn.
-        prefill: tokens of the long prompt.
-        rounds: interleaved; figures are medians.
-        compiled: whether ours runs under `torch.compile`.
-        read_bytes: of memory that the bandwidth is measured on.
+        shape: the shape of the model.
+        threads: the number of threads, for both sides.
+        prompt, tokens: the tokens of the prompt and the tokens decoded in each turn.
+        prefill: the tokens of the long prompt.
+        rounds: the number of interleaved rounds; figures are medians over them.
+        compiled: whether the model on planes runs under `torch.compile`.
+        read_bytes: the bytes of memory that the bandwidth is measured on.
     """
 
     shape: Shape = Shape()
@@ -105,35 +105,35 @@ class Sizes:
 
     @property
     def positions(self) -> int:
-        """What the caches hold."""
+        """The number of positions that the caches hold."""
         return self.prefill + self.prompt + self.tokens
 
 
 class Clock:
-    """A streamer for `generate`: when each token was there, the prompt being the first."""
+    """A streamer for `generate` that records the time of the prompt and of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        """Called with the prompt, then with every token."""
+        """Record the time; `generate` calls it with the prompt and then with every token."""
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Called after the last."""
+        """Do nothing; `generate` calls it after the last token."""
 
 
 def generate(model: Any, prompt: int, tokens: int, *, static: bool = True, compiled: bool = False) -> list[float]:
     """Decode greedily after a prompt of so many tokens.
 
     Args:
-        model: of transformers.
-        prompt, tokens: how many.
-        static: whether the cache has its size from the start. It keeps the greatest so far from call to call.
-        compiled: whether the pass of one token is compiled, which takes a static cache.
+        model: a model of transformers.
+        prompt, tokens: the number of tokens of the prompt, and to decode.
+        static: whether the cache has a fixed size. transformers keeps the largest size so far from call to call.
+        compiled: whether the pass of one token is compiled, which needs a static cache.
 
     Returns:
-        The times at which the prompt and each token were there.
+        The times at which the prompt and each token were ready.
     """
     ids = (torch.arange(prompt)[None] * 7919 + 1) % model.config.vocab_size
     clock = Clock()
@@ -156,7 +156,7 @@ def generate(model: Any, prompt: int, tokens: int, *, static: bool = True, compi
 
 
 class _Recorder(TorchDispatchMode):
-    """Keeps the calls of foveate's ops: their levels are tensors, so made again they read what is then in force."""
+    """Records the calls of foveate's ops. Levels are tensors, so a repeated call reads at the levels then in force."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -169,7 +169,7 @@ class _Recorder(TorchDispatchMode):
 
 
 class Ours:
-    """The model on planes."""
+    """The model on planes, timed at any level."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.sizes = sizes
@@ -181,7 +181,7 @@ class Ours:
         self._calls = recorder.calls
 
     def decode(self, level: int, prompt: int | None = None) -> float:
-        """Seconds a token, after the first."""
+        """Seconds per token, after the first."""
         apply(self.model, self.maps[level])
         times = generate(self.model, prompt or self.sizes.prompt, self.sizes.tokens + 1, compiled=self.sizes.compiled)
         return (times[-1] - times[1]) / self.sizes.tokens
@@ -193,7 +193,7 @@ class Ours:
         return generate(self.model, self.sizes.prefill, 1, static=False)[1] - started
 
     def kernels(self, level: int) -> float:
-        """Seconds a token of foveate's ops alone."""
+        """Seconds per token of foveate's ops alone."""
         apply(self.model, self.maps[level])
         with torch.inference_mode():
             started = time.perf_counter()
@@ -203,7 +203,7 @@ class Ours:
             return (time.perf_counter() - started) / self.sizes.tokens
 
     def memory(self, level: int) -> dict[str, int]:
-        """Bytes that a process of its own takes to decode, and what it should."""
+        """The bytes that a fresh process takes to decode, and the computed bytes."""
         with tempfile.TemporaryDirectory() as folder:
             save(self.model, Path(folder) / "model", keep=self.maps[level])
             sizes = (self.sizes.threads, self.sizes.prompt, self.sizes.tokens)
@@ -216,9 +216,9 @@ class Peer(Protocol):
     """The same model in another library, ready to decode.
 
     Attributes:
-        types: what figures call its nearest type to each level.
-        bytes: by type, what a token reads.
-        notes: things a reader of the figures should know of it.
+        types: for each level, the name in figures of the nearest type.
+        bytes: for each type, the bytes that a token reads.
+        notes: sentences about the peer for a reader of the figures.
     """
 
     types: Mapping[int, str]
@@ -233,11 +233,11 @@ class Peer(Protocol):
 
 
 def measure(sizes: Sizes | None = None, peer: Peer | None = None) -> Measured:
-    """Measure ours, alone or in turns with a peer.
+    """Measure the model on planes, alone or in turns with a peer.
 
     Args:
         sizes: how much is measured.
-        peer: what is measured beside ours in every round.
+        peer: another implementation, which is measured in every round.
 
     Raises:
         MissingExtraError: transformers is not installed.
@@ -253,7 +253,7 @@ def measure(sizes: Sizes | None = None, peer: Peer | None = None) -> Measured:
             before = block.bandwidth(loop)
             found = {"round": number, **_round(ours, peer)}
             found["bandwidth"] = (before + block.bandwidth(loop)) / 2
-            if number:  # the first compiles, and wakes everything up
+            if number:  # the first round compiles and warms up
                 rounds.append(found)
     sizes_read = {f"b{level}": plan.bytes_read for level, plan in ours.maps.items()} | dict(peer.bytes if peer else {})
     note = f"memory of the fresh process, bytes: {', '.join(f'{k} {v}' for k, v in memory.items())}"
@@ -262,7 +262,7 @@ def measure(sizes: Sizes | None = None, peer: Peer | None = None) -> Measured:
 
 
 def _round(ours: Ours, peer: Peer | None) -> dict[str, float]:
-    """Seconds of everything once."""
+    """One round: the seconds of each measurement, by name."""
     found = {}
     for level in NESTED_LEVELS:
         found[f"b{level}"] = ours.decode(level)

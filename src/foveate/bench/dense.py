@@ -1,14 +1,14 @@
-"""Products with planes beside the linear layers that torch has: float32, bf16 and dynamic int8.
+"""Products with planes compared with torch's linear layers: float32, bf16 and dynamic int8.
 
-For every shape and every number of rows of x, all contenders compute in turn, round after round. Each goes through
-copies of its weight that no cache holds, its own number of times, so that a round of each takes a few milliseconds. A
-ratio is of two times of one round; what is reported is the median over rounds.
+For every shape and every number of rows of x, all contenders compute in turn, round after round. Each contender goes
+through copies of its weight that exceed the caches, as often as takes a few milliseconds. A ratio compares two times of
+one round, and the median over rounds is reported.
 
-`worst_vs_dense` is the greatest such ratio, of planes at any level over the faster of `nn.Linear` in float32 (with
-float32 x) and in bf16 (with bf16 x); planes are given float32 x. `m256_vs_int8` is that of the slowest level over
-torch's dynamic int8 layer.
+`worst_vs_dense` is the greatest of these ratios: planes with float32 x at any level, over the faster of `nn.Linear` in
+float32 (with float32 x) and in bf16 (with bf16 x). `m256_vs_int8` is the ratio of the slowest level over torch's
+dynamic int8 layer, for 256 rows of x.
 
-Shapes are (rows of the weight, columns); M is rows of x.
+Shapes are (rows, columns) of the weight; M is the number of rows of x.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.progress import track
 
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-#: A dense layer that takes so many times what the other does is left out after the warm-up.
+#: A dense layer slower than the other by more than this factor is left out after the warm-up.
 TOO_SLOW = 2.0
 Layer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared.
+    """The shapes and sizes that are compared.
 
     Attributes:
-        shapes: rows and columns of weights.
-        rows_of_x: values of M.
+        shapes: rows and columns of the weights.
+        rows_of_x: the values of M.
         int8_at: the shape and the M at which dynamic int8 is compared too.
-        cold_bytes: bytes of each contender's copies, beyond the last cache.
-        least_seconds: a contender computes for so long in a round, or once.
-        rounds: interleaved rounds, of which the median is reported.
-        group: inputs a group.
+        cold_bytes: the bytes of each contender's copies, which exceed the last cache.
+        least_seconds: a contender computes at least this long in a round, or once.
+        rounds: the number of interleaved rounds, of which the median is reported.
+        group: the number of inputs in a group.
     """
 
     shapes: tuple[tuple[int, int], ...] = ((4096, 4096), (4096, 11008), (11008, 4096), (768, 3072), (3072, 768))
@@ -62,7 +62,7 @@ class Grid:
 
 
 def random_planes(shape: tuple[int, int], group: int) -> PlaneTensor:
-    """A weight of random codes, every plane of it."""
+    """A weight of random codes with every plane."""
     generator = torch.Generator().manual_seed(0)
     rows, columns = shape
 
@@ -76,14 +76,14 @@ def random_planes(shape: tuple[int, int], group: int) -> PlaneTensor:
 
 
 class Contender:
-    """Copies of one layer, which it computes with one after the other."""
+    """Copies of one layer, which are used one after the other."""
 
     def __init__(self, layers: Sequence[Layer], x_MK: Tensor) -> None:
         self._layers: Iterator[Layer] = cycle(layers)
         self._x_MK = x_MK
 
     def seconds(self, rows: int, calls: int) -> float:
-        """Mean time of a call with the first rows of x."""
+        """The mean time of a call with the first `rows` rows of x."""
         x_MK = self._x_MK[:rows]
         layers = [next(self._layers) for _ in range(calls)]
         started = time.perf_counter()
@@ -112,7 +112,7 @@ def _int8_layers(shape: tuple[int, int], grid: Grid) -> list[Layer]:
     rows, columns = shape
     dense = nn.Sequential(nn.Linear(columns, rows, bias=False))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is deprecated
+        warnings.simplefilter("ignore")  # quantize_dynamic is deprecated
         return [
             torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, dtype=torch.qint8)[0]
             for _ in range(_copies(rows * columns, grid))
@@ -131,7 +131,7 @@ def _contenders(shape: tuple[int, int], grid: Grid) -> dict[str, Contender]:
 
 
 def _calls(contenders: dict[str, Contender], rows: int, grid: Grid) -> dict[str, int]:
-    """Who computes at this M, and how many times a round."""
+    """The contenders at this M, and the number of calls of each in a round."""
     names = [n for n in contenders if n != "int8" or rows == grid.int8_at[1]]
     warm = {name: min(contenders[name].seconds(rows, 1) for _ in range(3)) for name in names}
     best = min(warm[name] for name in DENSE)
@@ -154,7 +154,7 @@ def _one_shape(shape: tuple[int, int], grid: Grid) -> list[dict[str, Any]]:
 
 
 def entry(shape: tuple[int, int], rows: int, times: dict[str, list[float]]) -> dict[str, Any]:
-    """What was found at one shape and M: the times by contender and round, and the median ratios."""
+    """The result at one shape and M: the times by contender and round, and the median ratios."""
     dense = [min(pair) for pair in zip(*(times[name] for name in DENSE if name in times), strict=True)]
 
     def over(base: Sequence[float]) -> dict[str, float]:
@@ -170,7 +170,7 @@ def entry(shape: tuple[int, int], rows: int, times: dict[str, list[float]]) -> d
 
 
 def measure(grid: Grid | None = None) -> Measured:
-    """Compare at every shape and M."""
+    """Compare the contenders at every shape and M."""
     grid = grid or Grid()
     with torch.inference_mode():
         entries = [entry for shape in grid.shapes for entry in _one_shape(shape, grid)]
@@ -184,7 +184,7 @@ def measure(grid: Grid | None = None) -> Measured:
 
 
 def table(entries: Sequence[dict[str, Any]]) -> str:
-    """Ratios over dense, a line for each shape and level."""
+    """The ratios over dense layers as text, with a line for each shape and level."""
     lines = []
     for shape in dict.fromkeys(tuple(e["shape"]) for e in entries):
         here = [e for e in entries if tuple(e["shape"]) == shape]

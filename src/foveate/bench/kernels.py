@@ -1,17 +1,19 @@
-"""How close products with few rows of x come to the memory's own speed, and how they compare with dense layers.
+"""How close products with few rows of x come to the memory's bandwidth, and how they compare with dense layers.
 
-A set of equal weights far larger than the caches is multiplied with x, one weight after the other, so that every weight
-comes from memory. Bytes of planes and scales over time, over the read bandwidth of the same memory measured just before
-and just after, is the share of the machine's bandwidth that the product reaches: `bandwidth_ratio_b<level>` for one row
-of x, `m<rows>_b<level>` for more, `bandwidth_ratio_b4_avx2` with the kernels forced to AVX2. Two reads and the product
-between them take some twenty milliseconds, and a ratio is made of each such three.
+x is multiplied with a set of equal weights far larger than the caches, one weight after the other, so that every weight
+comes from memory. The share of the bandwidth that a product reaches is its bytes of planes and scales, over its time,
+over the read bandwidth of the same memory just before and after. Two reads and the product between them take about 20
+ms, and each such triple gives one ratio. The figures are `bandwidth_ratio_b<level>` for one row of x,
+`m<rows>_b<level>` for more rows, and `bandwidth_ratio_b4_avx2` with the kernels forced to AVX2.
 
-The rest are ratios of times, for one row of x: 2 bits over 8; a random mix of levels over the mean of the pure levels,
-weighted as the mix has them; and 4 bits with a random half of the tiles zero over 4 bits with none, where zero tiles
-are either not stored, as in a model that was saved or loaded by its map (`zero_tiles_ratio`), or stored and only tagged
-as zero, as in a live model after a switch (`zero_tags_ratio`).
+The other figures are ratios of times for one row of x:
 
-`dense.py` has the comparison with torch's own layers.
+    time_ratio_b2_over_b8  2 bits over 8 bits
+    mixed_tiles_overhead   a random mix of levels, over the mean of the pure levels, weighted by their shares
+    zero_tiles_ratio       4 bits with a random half of the tiles at level 0 and not stored, over 4 bits everywhere
+    zero_tags_ratio        the same with every tile stored at 4 bits, as in a live model after a switch
+
+`foveate.bench.dense` has the comparison with torch's own layers.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from foveate.planes import PlaneTensor, gathered, linear
 from foveate.progress import track
 
 _NO_BIAS = torch.empty(0)
-#: Rows of x for every level, and more for 4 bits.
+#: The numbers of rows of x for every level, and further numbers for 4 bits.
 ROWS_OF_X = (1, 4)
 MORE_ROWS_OF_X = (2, 8)
 
@@ -48,12 +50,12 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        width: rows and columns of the weights.
-        group: inputs a group.
-        threads: for kernels and bandwidth alike.
-        set_bytes: bytes of each set of weights, far beyond the last cache; less where memory is short.
-        rounds: interleaved rounds, of which the median is reported.
-        grid: what is compared with dense layers.
+        width: the rows and the columns of the weights.
+        group: the number of inputs in a group.
+        threads: the number of threads, for kernels and bandwidth alike.
+        set_bytes: the bytes of each set of weights, far beyond the last cache; less where memory is short.
+        rounds: the number of interleaved rounds, of which the median is reported.
+        grid: the comparison with dense layers.
     """
 
     width: int = 4096
@@ -69,8 +71,8 @@ class Copies:
     """Equal weights side by side in memory.
 
     Attributes:
-        weights: on blocks of memory that no other set shares.
-        bytes_each: bytes of planes and scales of one.
+        weights: the weights, in blocks of memory that no other set shares.
+        bytes_each: the bytes of planes and scales of one weight.
     """
 
     weights: list[PlaneTensor]
@@ -82,19 +84,19 @@ class Copies:
         each = sum(p.numel() for p in weight.planes) + weight.scales.numel()
         return cls(gathered([weight] * max(2, -(-set_bytes // each))), each)
 
-    def tagged(self, level_tiles: Tensor) -> Copies:
-        """The same memory, read at other levels (uint8 [NT, G]); `bytes_each` stays that of what is stored."""
+    def read_at(self, level_tiles: Tensor) -> Copies:
+        """The same memory, read at other active levels (uint8 [NT, G]); `bytes_each` still counts what is stored."""
         active_levels = level_tiles.expand(2, -1, -1).clone()
         return replace(self, weights=[replace(w, active_levels=active_levels) for w in self.weights])
 
     def blocks(self) -> list[Tensor]:
-        """The memory that the weights lie in: the scales, and each plane."""
+        """The memory of the weights: one block of scales, and one block for each plane."""
         parts = [[w.scales.view(torch.uint8) for w in self.weights]]
         parts += [list(planes) for planes in zip(*(w.planes for w in self.weights), strict=True)]
         return [_span(p) for p in parts if p[0].numel()]
 
     def seconds(self, x_MK: Tensor) -> float:
-        """Mean time of a product."""
+        """The mean time of a product."""
         level = torch.tensor([8, 8], dtype=torch.uint8)
         started = time.perf_counter()
         for weight in self.weights:
@@ -109,12 +111,12 @@ def _span(parts: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One thing that is timed in every round.
+    """One product that is timed in every round.
 
     Attributes:
-        name: of its figures.
+        name: the name in its figures.
         copies: the weights.
-        rows_of_x: M.
+        rows_of_x: the number of rows of x.
         isa: the instruction set that is forced; empty for the one in use.
     """
 
@@ -124,7 +126,7 @@ class Run:
     isa: str = ""
 
     def seconds(self, x_MK: Tensor) -> float:
-        """Mean time of a product."""
+        """The mean time of a product."""
         with instructions(self.isa):
             return self.copies.seconds(x_MK[: self.rows_of_x])
 
@@ -134,7 +136,7 @@ def instructions(isa: str) -> Iterator[None]:
     """Force an instruction set on the kernels for the length of a block; an empty name leaves them as they are.
 
     Raises:
-        RuntimeError: this machine does not have it.
+        RuntimeError: this machine does not have the instruction set.
     """
     before = torch.ops.foveate._cpu_isa("")
     torch.ops.foveate._cpu_isa(isa)
@@ -148,12 +150,12 @@ def _has_avx2() -> bool:
     try:
         with instructions("avx2"):
             return True
-    except RuntimeError:  # what the library says of instructions that this machine does not have
+    except RuntimeError:  # this machine does not have AVX2
         return False
 
 
 def _runs(sizes: Sizes) -> list[list[Run]]:
-    """What is timed, memory by memory; what is compared stands close together."""
+    """The products that are timed, grouped by their memory; products that are compared are close together."""
     shape = (sizes.width, sizes.width)
     weight = dense.random_planes(shape, sizes.group)
     grid = tile_grid(*shape, sizes.group)
@@ -170,7 +172,7 @@ def _runs(sizes: Sizes) -> list[list[Run]]:
 
     four = level(4)
     copies = four[0].copies
-    four.insert(1, Run("zero_tags", copies.tagged(half)))
+    four.insert(1, Run("zero_tags", copies.read_at(half)))
     four += [Run(f"m{m}_b4", copies, m) for m in MORE_ROWS_OF_X]
     if _has_avx2():
         four.append(Run("b4_avx2", copies, isa="avx2"))
@@ -180,7 +182,7 @@ def _runs(sizes: Sizes) -> list[list[Run]]:
 
 
 def measure(sizes: Sizes | None = None) -> Measured:
-    """Measure every level, and mixes of them, in interleaved rounds; then beside dense layers."""
+    """Measure every level and mixes of levels in interleaved rounds; then compare with dense layers."""
     sizes = sizes or Sizes()
     ensure_loaded()
     with BackgroundLoad() as background, threads(sizes.threads), torch.inference_mode():
@@ -214,7 +216,7 @@ def _listed(numbers: dict[str, int]) -> str:
 
 
 def _round(sets: Sequence[Sequence[Run]], x_MK: Tensor, loop: Loop) -> dict[str, Any]:
-    """For each run its time, and the bandwidth between the reads before and after it."""
+    """The time of each run, and the harmonic mean of the bandwidths just before and after it."""
     found: dict[str, Any] = {}
     for runs in sets:
         blocks = Blocks(runs[0].copies.blocks())

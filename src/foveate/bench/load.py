@@ -1,8 +1,8 @@
-"""What loading costs: bytes read from disk, peak memory, and what stays resident, each in a fresh process.
+"""The cost of loading: bytes read from disk, peak memory and resident memory, each in a fresh process.
 
-A Llama of random codes is written once with every plane and loaded at uniform 4 bits, at uniform 8 bits, and at a map
-of half its tiles at 2 bits and half at 8. Files are dropped from the page cache before each load, so what a process
-reads from the disk is what the load asked for (and what the system read ahead).
+A Llama of random codes is saved once with every plane. It is loaded at uniform 4 bits, at uniform 8 bits, and by a map
+with half of the tiles at 2 bits and half at 8 bits. The files are dropped from the page cache before each load, so that
+the process reads from disk what the load asks for, and what the system reads ahead.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _asked_for(path: Path, head: Head, plan: PrecisionMap) -> int:
 
 
 def _drop_from_cache(path: Path) -> bool:
-    """Make the system forget the files' contents; whether it can be asked to."""
+    """Drop the files from the page cache; returns whether the system offers this."""
     if not hasattr(os, "posix_fadvise"):
         return False
     for file in path.iterdir():
@@ -72,9 +72,9 @@ def measure(width: int = 1024, layers: int = 16, times: int = 3) -> Measured:
     """Load a model in fresh processes; figures are medians.
 
     Args:
-        width: of the model; at least 512, so that groups are of 128.
-        layers: of the model.
-        times: loads of each map, taken in turns.
+        width: the width of the model; at least 512, so that groups have 128 inputs.
+        layers: the number of layers of the model.
+        times: the number of loads of each map, taken in turns.
     """
     ensure_loaded()
     rounds: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ def _figures(rounds: list[dict[str, Any]], plans: dict[str, PrecisionMap], dropp
     def middle(name: str, what: str) -> float:
         return float(median(r[what] for r in rounds if r["map"] == name))
 
-    # the disk was really read if every load read at least what its planes take
+    # the loads read from the disk if each read at least 90 % of what it asked for
     seen = dropped and all(r["read"] is not None and r["read"] >= 0.9 * r["asked_for"] for r in rounds)
     read = "read" if seen else "asked_for"
     figures = {
@@ -116,7 +116,7 @@ def _figures(rounds: list[dict[str, Any]], plans: dict[str, PrecisionMap], dropp
     how = (
         "bytes read from the disk by the process, after its files were dropped from the page cache"
         if seen
-        else "bytes of the files that the load opens, for this system does not say what was read from the disk"
+        else "bytes of the files that the load opens, since this system does not report what was read from the disk"
     )
     computed = ", ".join(f"{name} {plan.bytes_resident}" for name, plan in plans.items())
     notes = (

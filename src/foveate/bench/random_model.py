@@ -1,7 +1,7 @@
-"""Models on planes whose weights are random codes: what loading and decoding cost does not depend on their values.
+"""Models on planes with random codes, since the cost of loading and decoding does not depend on the values.
 
-Nothing is quantized: planes are made directly, so a model of a billion weights takes seconds. Weights of one shape have
-the same codes, each in memory of its own.
+Nothing is quantized. The planes are made directly, so that a model of a billion weights takes seconds. Weights of one
+shape have the same codes, each in memory of its own.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def _with_its_own_index(planes: PlaneTensor) -> PlaneTensor:
 
 
 def on_random_planes(model: nn.Module) -> nn.Module:
-    """Put a model without weights, on the meta device, on every plane of random codes, read at 8 bits.
+    """Give a model on the meta device planes of random codes, all of them, read at 8 bits.
 
-    What is no weight becomes ones. The model is changed in place and handed back.
+    All other tensors become ones. The model is changed in place and returned.
     """
     ensure_loaded()
     found = find_weights(model)
@@ -72,7 +72,7 @@ def random_llama(**config: Any) -> nn.Module:
     """A Llama on random planes.
 
     Args:
-        config: of `transformers.LlamaConfig`.
+        config: the arguments of `transformers.LlamaConfig`.
 
     Raises:
         MissingExtraError: transformers is not installed.

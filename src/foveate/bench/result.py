@@ -1,4 +1,4 @@
-"""What a benchmark hands back: its figures, and where, when and with what they were measured."""
+"""The result of a benchmark: its figures, and the machine, the date and the versions of the measurement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from foveate.kernels.backends.table import backends
 
-#: Instructions that decide which kernels run and how fast.
+#: The processor features that decide which kernels run and how fast.
 FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 
 
@@ -27,7 +27,7 @@ class Measured:
     Attributes:
         figures: name -> number.
         rounds: the raw data the figures come from, one dictionary a round.
-        notes: things a reader of the figures should know, a sentence each.
+        notes: sentences that a reader of the figures should know.
     """
 
     figures: Mapping[str, float]
@@ -36,11 +36,11 @@ class Measured:
 
 
 class BackgroundLoad:
-    """How much of the processors' time went elsewhere during a `with` block.
+    """The share of the processors' time that other work took during a `with` block.
 
     Attributes:
-        others: the share that other processes had, 0 to 1.
-        stolen: the share that the host of a virtual machine kept back.
+        others: the share that other processes took, 0 to 1.
+        stolen: the share that the host of a virtual machine took (steal time).
     """
 
     others = 0.0
@@ -58,14 +58,14 @@ class BackgroundLoad:
 
     @staticmethod
     def _times() -> tuple[float, float, float, float]:
-        """Seconds since some past: of this process and its finished children, of all processes, of the host, of all."""
+        """Accumulated seconds: this process with its finished children, all processes, steal time, all states."""
         machine, process = psutil.cpu_times(), psutil.Process().cpu_times()
         own = process.user + process.system + process.children_user + process.children_system
         used, stolen = machine.user + machine.system, getattr(machine, "steal", 0.0)
         return own, used, stolen, used + stolen + machine.idle + getattr(machine, "iowait", 0.0)
 
     def note(self) -> str:
-        """A sentence for the reader of figures."""
+        """The shares in a sentence."""
         return f"other processes had {self.others:.1%} of the processors' time, the host kept {self.stolen:.1%} back"
 
 
@@ -83,7 +83,7 @@ def finished(name: str, measured: Measured) -> dict[str, Any]:
 
 
 def _line_of(path: str, key: str) -> str | None:
-    """The value of the first `key : value` line of a file of the kernel's, or None where there is none."""
+    """The value of the first line `key : value` in a file of the operating system's kernel, or None."""
     file = Path(path)
     if not file.exists():
         return None
@@ -112,7 +112,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Python, the packages that matter, and the kernels in use."""
+    """The versions of Python, torch, transformers and foveate, and the name of the kernels in use."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("transformers", "foveate"):
         try:

@@ -1,13 +1,14 @@
-"""How fast tensors that autograd saves are packed and unpacked, beside what memory and torch do with the same bytes.
+"""The speed of packing and unpacking saved tensors, compared with reading the same memory and with torch's copies.
 
 A set of equal float32 tensors far larger than the caches is packed, one tensor after the other. In every round each op
-has its turn, with a read of the same memory (`bench.bandwidth`) and torch's copy and bfloat16 conversion among them:
+takes its turn, and so do a read of the same memory (`foveate.bench.bandwidth`), a copy and a conversion to bfloat16:
 
-- `read_share_<op>`: the time of reading the tensors over the time of the op: 1 is the memory's own speed.
-- `over_copy_<op>`: the op's time over that of a float32 copy (`clone`), which like an op allocates what it returns.
-- `over_bfloat16_<op>`: over that of a conversion to bfloat16, or, for what unpacks, of one back to float32.
+- `read_share_<op>`: the time of reading the tensors over the time of the op; 1 is the speed of the memory.
+- `over_copy_<op>`: the time of the op over that of a float32 copy (`clone`), which also allocates its result.
+- `over_bfloat16_<op>`: the same over a conversion to bfloat16, or back to float32 for ops that unpack.
 
-Names end in the tensor's size and the threads: `_16mb_t1`. A figure is the median of the rounds' ratios.
+The names end in the size of a tensor and the number of threads: `_16mb_t1`. A figure is the median of the ratios of all
+rounds.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        tensors: sizes in MiB of the tensors.
-        threads: numbers of threads.
-        group: elements a group.
-        set_bytes: bytes of all tensors of a size together.
-        rounds: interleaved rounds, of which the median is reported.
+        tensors: the sizes of the tensors in MiB.
+        threads: the numbers of threads.
+        group: the number of elements in a group.
+        set_bytes: the bytes of all tensors of one size together.
+        rounds: the number of interleaved rounds, of which the median is reported.
     """
 
     tensors: tuple[int, ...] = (1, 16)
@@ -53,13 +54,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Turn:
-    """What is timed: a function of each of some inputs, which gives a result that is let go at once."""
+    """One timed operation: a function that is called on each input; its results are freed at once."""
 
     call: Callable[..., Any]
     inputs: Sequence[tuple[Any, ...]]
 
     def seconds(self) -> float:
-        """Time of all inputs, one after the other."""
+        """The time for all inputs, one after the other."""
         started = time.perf_counter()
         for each in self.inputs:
             self.call(*each)

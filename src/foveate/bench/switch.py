@@ -1,7 +1,7 @@
-"""What it takes to change the precision of every layer of a model while it runs.
+"""The cost of changing the precision of every layer of a model while it runs.
 
-Three promises of the stored form: a switch is quick, for it writes one byte a tile; it moves nothing, for planes stay
-where they are; and what is read at level b is what a model loaded at level b reads, bit for bit.
+It checks three properties of the stored form. A switch is fast, since it writes one byte for each tile. It moves no
+planes. A model that is switched to level b has the same outputs, bit for bit, as a model that was loaded at level b.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _layers(count: int, width: int) -> nn.Sequential:
 
 
 def _maps(profile: Profile, count: int, generator: torch.Generator) -> list[PrecisionMap]:
-    """Maps of random levels, one a tile, no two alike; inputs at 8 or 16 bits."""
+    """Maps with a random level for each tile, all different; inputs have 8 or 16 bits."""
     choices = torch.tensor(NESTED_LEVELS, dtype=torch.uint8)
     maps = []
     for _ in range(count):
@@ -58,7 +58,7 @@ def _planes(registry: Registry) -> list[tuple[str, Tensor]]:
 
 
 def _state(planes: Sequence[tuple[str, Tensor]]) -> dict[str, tuple[int, bytes]]:
-    """Where each plane lies, and the SHA-256 of what it holds."""
+    """The address of each plane, and the SHA-256 of its contents."""
     state = {}
     for name, tensor in planes:
         size = tensor.numel() * tensor.element_size()
@@ -84,12 +84,12 @@ def _identical_levels(model: nn.Module, profile: Profile, layers: int, width: in
 
 
 def measure(layers: int = 150, width: int = 512, switches: int = 400) -> Measured:
-    """Switch a model of linear layers through maps it has never had, and compare it with itself loaded at each level.
+    """Switch a model of linear layers through new maps, and compare it with the same model loaded at each level.
 
     Args:
-        layers: how many.
-        width: inputs and outputs of each.
-        switches: how many are timed.
+        layers: the number of layers.
+        width: the inputs and the outputs of each layer.
+        switches: the number of switches that are timed.
     """
     generator = torch.Generator().manual_seed(0)
     model = _layers(layers, width).eval()
@@ -109,7 +109,7 @@ def measure(layers: int = 150, width: int = 512, switches: int = 400) -> Measure
             apply(model, plan)
             rounds.append({"switch": number, "microseconds": (time.perf_counter() - started) * 1e6})
             if number % 16 == 0:
-                model(x_BK)  # the model runs meanwhile, and throws the registry out of the caches
+                model(x_BK)  # the model runs between switches, which evicts the registry from the caches
         after = _state(_planes(registry_of(model)))
         moved = sum(t.numel() * t.element_size() for name, t in planes if before[name] != after.get(name))
         same = _identical_levels(model, profile, layers, width, x_BK)

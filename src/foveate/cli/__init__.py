@@ -1,7 +1,11 @@
-"""The command `foveate`: quantize, allocate, inspect, eval, generate, report, demo, bench.
+"""The command `foveate`: quantize, allocate, inspect, eval, audit, generate, report, bench, demo.
 
-Results on stdout, everything else on stderr. Exit code 0: done; 1: `--check` found a map worse than uniform precision;
-2: bad input, with one line that says what is wrong; 130: interrupted.
+Results go to stdout and everything else to stderr. The exit codes are
+
+    0    the work is done
+    1    `--check` found a map that is worse than uniform precision, or that exceeds its loss limit
+    2    the input is wrong; one line on stderr says what is wrong
+    130  the user interrupted the command
 """
 
 from __future__ import annotations

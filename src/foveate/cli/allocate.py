@@ -1,4 +1,4 @@
-"""`foveate allocate`: another map for a folder, from what was measured when it was quantized."""
+"""`foveate allocate`: choose another default map for a folder, from the profile that quantizing it measured."""
 
 from __future__ import annotations
 
@@ -32,13 +32,15 @@ def allocate(
     tie: options.Tie = None,
     input_bits: Annotated[
         float | None,
-        typer.Option(help="Choose inputs' levels too, so many bits on average; under 8 saves no time on a CPU."),
+        typer.Option(
+            help="Also choose levels of inputs with this average of bits; less than 8 saves no time on a CPU."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PATTERN=LEVEL", help="Fix a level within the budget; repeatable."),
+        typer.Option("--set", metavar="PATTERN=LEVEL", help="Fix the level of some weights or inputs; repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the map and store nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the map without storing it.")] = False,
     json_output: options.Json = False,
 ) -> None:
     """Choose the precision of every tile under a budget, and make that the folder's default map.
@@ -49,9 +51,9 @@ def allocate(
     fixed = options.settings_of(settings)
     head = fv.read_head(out)
     if budget is None and not fixed:
-        raise BudgetError("what may the map cost? give --bits, --bytes or --loss, or levels with --set PATTERN=LEVEL")
+        raise BudgetError("there is no budget: give --bits, --bytes or --loss, or levels with --set PATTERN=LEVEL")
     if budget is None and input_bits is not None:
-        raise BudgetError("--input-bits goes with a budget: give --bits, --bytes or --loss")
+        raise BudgetError("--input-bits needs a budget: give --bits, --bytes or --loss")
     profile = fv.load_profile(out)
     weights, inputs = _settings(head.sites, fixed)
     if budget is None:
@@ -60,27 +62,36 @@ def allocate(
         constraints = options.constraints_of(levels, per_weight, tie, input_bits)
         plan = within(profile, budget, weights, constraints)
         if not weights:
-            options.say_unused(budget, plan, constraints.levels)
+            options.warn_if_budget_is_unused(budget, plan, constraints.levels)
     plan = replace(plan, levels={**plan.levels, **inputs})
     plan = replace(plan, predicted_loss=profile.predict(plan))
-    even = fv.uniform_of_bytes(plan)
-    even = replace(even, predicted_loss=profile.predict(even))
+    uniform_plan = fv.uniform_of_bytes(plan)
+    uniform_plan = replace(uniform_plan, predicted_loss=profile.predict(uniform_plan))
     if not dry_run:
         fv.save_map(out, plan)
     if json_output:
-        print(emit({"folder": str(out), "stored": not dry_run, "map": map_figures(plan), "uniform": map_figures(even)}))
+        print(
+            emit(
+                {
+                    "folder": str(out),
+                    "stored": not dry_run,
+                    "map": map_figures(plan),
+                    "uniform": map_figures(uniform_plan),
+                }
+            )
+        )
         return
-    show(legend(plan), _beside(plan, even, profile), sizes_table(plan))
+    show(legend(plan), _comparison_table(plan, uniform_plan, profile), sizes_table(plan))
     if budget is not None and budget.loss is not None:
         show(
-            f"predicted to lose {figure(plan.predicted_loss)}, at most {figure(budget.loss)}; what it does lose, "
-            "foveate eval measures, and foveate quantize --loss keeps within the limit"
+            f"predicted to lose {figure(plan.predicted_loss)}, at most {figure(budget.loss)}; foveate eval measures "
+            "the true loss, and foveate quantize --loss keeps it within the limit"
         )
     show("nothing stored: a dry run" if dry_run else f"stored as the default map of {out}")
 
 
 def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[dict[str, Levels], dict[str, Levels]]:
-    """(levels of weights, levels of inputs): a pattern means the weights it names, or inputs if it names no weight."""
+    """(levels of weights, levels of inputs). A pattern means weights, or inputs if it matches no weight."""
     weights: dict[str, Levels] = {}
     inputs: dict[str, Levels] = {}
     for pattern, text in fixed:
@@ -94,7 +105,7 @@ def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[
 
 
 def _with_inputs(sites: Sequence[Site], weights: Mapping[str, Levels]) -> dict[str, Levels]:
-    """Levels of weights, and the levels that their inputs then have."""
+    """The given levels of weights, and the levels of inputs that follow from them."""
     found = dict(weights)
     for site in sites:
         level = weights.get(site.name)
@@ -104,8 +115,8 @@ def _with_inputs(sites: Sequence[Site], weights: Mapping[str, Levels]) -> dict[s
     return found
 
 
-def _met(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> PrecisionMap:
-    """The map, if it is within the budget."""
+def _checked_budget(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> PrecisionMap:
+    """The map itself. Raises `BudgetError` if it exceeds the budget."""
     for name, limit, taken in (
         ("bytes", budget.bytes, plan.bytes_resident),
         ("bits", budget.bits, plan.bits),
@@ -119,13 +130,13 @@ def _met(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> PrecisionMa
 def within(
     profile: Profile, budget: fv.Budget, weights: Mapping[str, Levels], constraints: fv.Constraints
 ) -> PrecisionMap:
-    """The best map whose `weights` have the levels given: the rest is solved for what these leave of the budget.
+    """The best map with fixed levels of some weights: the other weights share what is left of the budget.
 
     Args:
         profile: what was measured.
         budget: for the whole map.
-        weights: levels that are fixed, by site.
-        constraints: what the rest must keep to.
+        weights: the fixed levels, by site.
+        constraints: what the other weights must keep to.
 
     Raises:
         BudgetError: the fixed weights alone exceed the budget, or the rest does not fit beside them.
@@ -133,19 +144,21 @@ def within(
     if not weights:
         return fv.allocate(profile, budget, constraints)
     levels = _with_inputs(profile.sites, weights)
-    own = [s for s in profile.sites if s.name in levels]
+    fixed_sites = [s for s in profile.sites if s.name in levels]
     rest = tuple(s for s in profile.sites if s.name not in levels)
-    pinned = PrecisionMap(tuple(own), levels)
+    fixed_map = PrecisionMap(tuple(fixed_sites), levels)
     if not any(s.kind == "weight" for s in rest):
-        return _met(budget, profile, replace(profile.uniform(0), levels=levels))
+        return _checked_budget(budget, profile, replace(profile.uniform(0), levels=levels))
     losses = {s.name: profile.losses[s.name] for s in rest if s.name in profile.losses}
-    part = replace(profile, sites=rest, losses=losses, other_bytes=profile.other_bytes + pinned.bytes_resident)
+    part = replace(profile, sites=rest, losses=losses, other_bytes=profile.other_bytes + fixed_map.bytes_resident)
     if budget.bits is not None:
         total = sum(s.weights for s in profile.weight_sites())
         left = sum(s.weights for s in part.weight_sites())
-        budget = _left(fv.Budget, bits=(budget.bits * total - 8 * pinned.bytes_stored) / left)
+        budget = _remaining_budget(fv.Budget, bits=(budget.bits * total - 8 * fixed_map.bytes_stored) / left)
     elif budget.loss is not None:
-        budget = _left(fv.Budget, loss=budget.loss - replace(profile, sites=tuple(own)).predict(pinned))
+        budget = _remaining_budget(
+            fv.Budget, loss=budget.loss - replace(profile, sites=tuple(fixed_sites)).predict(fixed_map)
+        )
     try:
         plan = fv.allocate(part, budget, constraints)
     except BudgetError as error:
@@ -153,15 +166,15 @@ def within(
     return replace(profile.uniform(0), levels={**plan.levels, **levels}, predicted_loss=math.nan)
 
 
-def _left(make: Callable[..., fv.Budget], **room: float) -> fv.Budget:
+def _remaining_budget(make: Callable[..., fv.Budget], **room: float) -> fv.Budget:
     if min(room.values()) <= 0:
         raise BudgetError("the levels given with --set leave nothing of the budget for the other weights")
     return make(**room)
 
 
-def _beside(plan: PrecisionMap, even: PrecisionMap, profile: Profile) -> Table:
+def _comparison_table(plan: PrecisionMap, uniform_plan: PrecisionMap, profile: Profile) -> Table:
     table = plain_table(f"predicted: {loss_name(profile.objective)}", "loss", "bits", "stored", "in memory", "read")
-    for label, one in (("this map", plan), ("uniform at equal bytes", even)):
+    for label, one in (("this map", plan), ("uniform at equal bytes", uniform_plan)):
         sizes = (format_bytes(n) for n in (one.bytes_stored, one.bytes_resident, one.bytes_read))
         table.add_row(label, figure(one.predicted_loss), f"{one.bits:.2f}", *sizes)
     return table

@@ -1,4 +1,4 @@
-"""The commands put together, and the one place where an error becomes a line on stderr and an exit code."""
+"""The Typer application: all commands, and the one place that turns an error into a line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -17,38 +17,36 @@ from foveate.cli.shared.options import Json
 from foveate.errors import FoveateError
 from foveate.version import __version__
 
-#: What typer raises for an option or an argument that is wrong; typer does not export it by name.
+#: The base of what typer raises for a wrong option or argument; typer does not export the class by name.
 _ClickException: type[Exception] = typer.BadParameter.__mro__[2]
-
-
 _PACKAGE = Path(foveate.__file__).parent
 _DEPRECATIONS = (DeprecationWarning, PendingDeprecationWarning, FutureWarning)
 
 
 class Commands(TyperGroup):
-    """The group of commands, with foveate's exit codes in place of tracebacks."""
+    """The group of commands, which answers an error with an exit code and one line instead of a traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Run, say what is wrong in one line, and exit."""
+        """Run the command, print an error in one line, and exit."""
         kwargs["standalone_mode"] = False
         try:
             code = super().main(*args, **kwargs)
         except (KeyboardInterrupt, typer.Abort):
             code = 130
         except _ClickException as error:
-            code = _refuse(getattr(error, "format_message", error.__str__)())
+            code = _print_error(getattr(error, "format_message", error.__str__)())
         except (FoveateError, OSError) as error:
-            code = _refuse(str(error) or type(error).__name__)
+            code = _print_error(str(error) or type(error).__name__)
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _refuse(message: str) -> int:
+def _print_error(message: str) -> int:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
-class _ToStderr(logging.Handler):
-    """Log lines as they are, on whatever stderr is at the time."""
+class _StderrHandler(logging.Handler):
+    """A log handler that prints the bare message on the stderr of the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(record.getMessage(), file=sys.stderr)
@@ -68,31 +66,29 @@ app = typer.Typer(
 @app.callback()
 def _prepare(
     context: typer.Context,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but warnings and errors.")
-    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors on stderr.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         print(__version__)
         raise typer.Exit
-    speak_on_stderr(logging.WARNING if quiet else logging.INFO)
+    log_to_stderr(logging.WARNING if quiet else logging.INFO)
     if context.invoked_subcommand is None:
         print(context.get_help())
 
 
-def speak_on_stderr(level: int) -> None:
-    """Send the package's log lines from `level` up, and all warnings, to stderr, a line each."""
+def log_to_stderr(level: int) -> None:
+    """Print the package's log messages of at least `level`, and its warnings, on stderr, one line each."""
     log = logging.getLogger("foveate")
-    log.handlers[:] = [_ToStderr()]
+    log.handlers[:] = [_StderrHandler()]
     log.setLevel(level)
     warnings.showwarning = _warn
 
 
 def _warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any) -> None:
-    """A warning of foveate's as one line, without the line of code it comes from.
+    """Print a warning of foveate in one line, without its line of code.
 
-    What other libraries say, and what will change in them one day, is for developers: `python -W default -m foveate`.
+    Warnings of other libraries, and deprecations, are for developers: `python -W default -m foveate` shows them.
     """
     is_own = Path(filename).is_relative_to(_PACKAGE) and not issubclass(category, _DEPRECATIONS)
     if is_own or sys.warnoptions:
@@ -111,13 +107,13 @@ app.command("bench")(bench.bench)
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the model and the report.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write the model and the report into.")] = Path(
         "foveate-demo"
     ),
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the trained model for the next time.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the trained model for the next run.")] = None,
     json_output: Json = False,
 ) -> None:
-    """All of foveate in three minutes: train a small model, quantize it, and change its precision as it writes."""
+    """Show all of foveate in three minutes: train a small model, quantize it, and switch its precision as it writes."""
     from foveate.cli.demo import run
 
     run(out=out, cache=cache, json_output=json_output)

@@ -1,4 +1,4 @@
-"""`foveate audit`: what single weights truly cost at single levels, beside what the profile predicted."""
+"""`foveate audit`: what single weights lose at single levels, measured and compared with the profile."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from foveate.cli.shared.console import emit, log, plain_table, show
 from foveate.cli.shared.data import Request, batches, describe, windows
 from foveate.cli.shared.models import config_of, load_planes
 from foveate.errors import CheckpointError, LevelError
-from foveate.evaluate.floor import ratio_text
+from foveate.evaluate.float32_floor import ratio_text
 from foveate.formats.levels import TOP_LEVEL
 from foveate.precision.maps import find_sites
 from foveate.report.page import figure
 
 Sites = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="Sites to lower, each alone; repeatable. All weights.")
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Sites to lower one at a time; repeatable. Default: all weights."),
 ]
 
 
@@ -32,12 +33,12 @@ def audit(
     length: options.Length = None,
     batch: options.Batch = 4,
     sites: Sites = None,
-    levels: Annotated[str, typer.Option(help="Levels to lower each to, as 2,3,4.")] = "3",
+    levels: Annotated[str, typer.Option(help="Levels to lower each site to, such as 2,3,4.")] = "3",
     json_output: options.Json = False,
 ) -> None:
-    """Lower one weight at a time, measure what that costs, and compare it with what the profile predicted.
+    """Lower one weight at a time, measure the loss, and compare it with the profile's prediction.
 
-    It takes a pass over the data for each weight and level: name some weights where there are many.
+    Each weight and level takes one pass over the data: in a large model, name some weights with --sites.
     """
     head = fv.read_head(out)
     patterns = [options.weight_pattern(p) for p in sites] if sites else ["*:weight"]

@@ -1,4 +1,4 @@
-"""`foveate bench`: judge this machine, and what a model on planes can do on it."""
+"""`foveate bench`: measure this machine, and how fast models on planes run on it."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from foveate.cli.shared.console import check_writable, emit, figures_table, show
 from foveate.cli.shared.options import Json
 from foveate.errors import CheckpointError
 
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the object to this file.")]
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JSON object to this file.")]
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="Which benchmark; a wrong name lists them.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode or saved.")],
     out: Out = None,
     json_output: Json = False,
 ) -> None:
-    """Run a benchmark and print its figures, the machine and the raw rounds."""
+    """Run a benchmark and print its figures; with --json also the machine and the raw rounds."""
     from foveate import bench as benchmarks
 
     check_folder_of(out)
@@ -28,7 +28,7 @@ def bench(
 
 
 def check_folder_of(file: Path | None) -> None:
-    """Raise `CheckpointError` where a file, if one is given, cannot be written: before the work, not after it."""
+    """Raise `CheckpointError` before the work if a file is given and cannot be written."""
     if file is None:
         return
     if not file.absolute().parent.is_dir():
@@ -37,7 +37,7 @@ def check_folder_of(file: Path | None) -> None:
 
 
 def show_result(found: Mapping[str, Any], out: Path | None, json_output: bool) -> None:
-    """What a benchmark gave back: to a file if one is given, and to stdout as one object or as a table of figures."""
+    """Print a benchmark's result as a JSON object or as a table, and write it to a file if one is given."""
     text = emit(found, out)
     if json_output:
         print(text)

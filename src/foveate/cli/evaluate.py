@@ -1,4 +1,4 @@
-"""`foveate eval`: what each precision truly costs, on data of the user's."""
+"""`foveate eval`: what each precision loses, measured on the user's data."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from foveate.report import Measured
 from foveate.report.layers import dense_bytes
 from foveate.report.page import loss_name
 
-#: What `next_token_loss` is.
+#: The heading of `next_token_loss` in tables.
 METRIC = "loss, nats a token"
-Reference = Annotated[str | None, typer.Option(help="The original model; if not given, this one with every plane.")]
+Reference = Annotated[str | None, typer.Option(help="The original model to compare with. Default: every plane.")]
 
 
 def evaluate(
@@ -34,10 +34,10 @@ def evaluate(
     length: options.Length = None,
     batch: options.Batch = 4,
     reference: Reference = None,
-    levels: Annotated[str | None, typer.Option(help="Levels to measure, as 8,4,2; all that are stored.")] = None,
+    levels: Annotated[str | None, typer.Option(help="Levels to measure, such as 8,4,2. Default: all stored.")] = None,
     json_output: options.Json = False,
 ) -> None:
-    """Measure loss, divergence and agreement at every level and at the default map, beside the reference."""
+    """Measure loss, divergence and agreement at each level and with the default map, compared with a reference."""
     head = fv.read_head(out)
     wanted = None if levels is None else options.levels_of(levels)
     measured = run(out, Request(data, tokens, samples, length, batch), reference, wanted)
@@ -50,13 +50,13 @@ def evaluate(
 
 
 def run(out: Path, request: Request, reference: str | None, levels: list[int] | None) -> list[Measured]:
-    """Measure uniform levels and the default map of a folder; the last entry is the reference.
+    """Measure a folder's uniform levels and its default map; the last entry is the reference.
 
     Args:
         out: the folder.
         request: the data.
-        reference: the original model's name; the folder's own model with every plane if None.
-        levels: uniform levels to measure; all that the folder stores if None.
+        reference: the name of the original model, or None for the folder's own model with every plane.
+        levels: the uniform levels to measure, or None for all that the folder stores.
     """
     config = config_of(str(out))
     if reference is not None:
@@ -79,7 +79,7 @@ def run(out: Path, request: Request, reference: str | None, levels: list[int] | 
 def _plans(
     model: nn.Module, default: fv.PrecisionMap, levels: list[int] | None, profile: fv.Profile | None
 ) -> dict[str, fv.PrecisionMap]:
-    """The uniform maps that the folder's planes can read, and the default one."""
+    """The uniform maps that the folder's planes allow, and the default map, by label."""
     plans = {}
     for level in sorted(levels or NESTED_LEVELS, reverse=True):
         plan = uniform(default.sites, level, default.other_bytes) if profile is None else profile.uniform(level)

@@ -1,4 +1,4 @@
-"""`foveate generate`: text from a model on planes, at one precision or at one that changes as it writes."""
+"""`foveate generate`: text from a model on planes, at one precision or at one that changes between tokens."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from foveate.precision.maps import uniform
 
 @dataclass(frozen=True)
 class Switch:
-    """A change of precision: before which token, to what level, and the microseconds it took."""
+    """A change of precision: the index of the next token, the new level, and the microseconds of the change."""
 
     at: int
     level: int
@@ -32,23 +32,23 @@ class Switch:
 
 def generate(
     out: options.Folder,
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
-    level: Annotated[int | None, typer.Option(help="Read every weight at this level, and load no more.")] = None,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to write.")] = 64,
+    level: Annotated[int | None, typer.Option(help="Load and read every weight at this level.")] = None,
     bits: options.Bits = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    schedule: Annotated[str | None, typer.Option(help="Levels to go through in turn, as 8,4,2.")] = None,
-    every: Annotated[int, typer.Option(min=1, help="Tokens at each level of the schedule.")] = 16,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Temperature of sampling; 0 takes the likeliest.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    schedule: Annotated[str | None, typer.Option(help="Levels to use in turn, such as 8,4,2.")] = None,
+    every: Annotated[int, typer.Option(min=1, help="Tokens written at each level of the schedule.")] = 16,
     json_output: options.Json = False,
 ) -> None:
-    """Write on from a prompt. Without --level, --bits or --schedule, at the folder's default map."""
+    """Continue a prompt. Without --level, --bits or --schedule the model is read by the folder's default map."""
     head = fv.read_head(out)
     if sum(choice is not None for choice in (level, bits, schedule)) > 1:
         raise LevelError("give at most one of --level, --bits and --schedule")
     config = config_of(str(out))
     if not is_causal(config):
-        raise DataError(f"{out} is no model that predicts the next token")
+        raise DataError(f"{out} holds no model that predicts the next token")
     levels = [] if schedule is None else options.levels_of(schedule)
     keep: fv.PrecisionMap | int | None = head.plan
     if level is not None:
@@ -110,7 +110,7 @@ def _switch(model: nn.Module, level: int, index: int) -> Switch:
 
 
 def _ends(model: nn.Module) -> frozenset[int]:
-    """Tokens that end a text."""
+    """The ids of the tokens that end a text."""
     for holder in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         end = getattr(holder, "eos_token_id", None)
         if end is not None:
@@ -127,7 +127,7 @@ def _sampled(
     ends: frozenset[int],
     before: Callable[[int], None],
 ) -> Iterator[int]:
-    """Token after token; `before(index)` is called before each is computed."""
+    """Yield one sampled token after another; `before(index)` is called before each is computed."""
     generator = torch.Generator().manual_seed(seed)
     cache: Any = None
     with torch.no_grad():
@@ -147,7 +147,7 @@ def _sampled(
 
 
 def _pieces(tokenizer: Any, sampled: Iterator[int], ids: list[int]) -> Iterator[str]:
-    """What each token adds to the text; half a character waits for its other half. Tokens are appended to `ids`."""
+    """Yield what each token adds to the text, in whole characters. The tokens are appended to `ids`."""
     said = ""
     for token in sampled:
         ids.append(token)

@@ -1,4 +1,4 @@
-"""`foveate inspect`: where a folder's bits are, from its head alone."""
+"""`foveate inspect`: where a folder's bits are, read from its head without loading the model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from foveate.report.layers import dense_bytes, layers_of, mean_level, module_pat
 
 def inspect(
     out: options.Folder,
-    each: Annotated[bool, typer.Option("--all", help="A row a weight, not a layer.")] = False,
+    each: Annotated[bool, typer.Option("--all", help="Show a row for each weight instead of each layer.")] = False,
     json_output: options.Json = False,
 ) -> None:
-    """Show where a model's bits are: a row a layer, with its tiles at each level, and what it all takes."""
+    """Show where a model's bits are: for each layer the share of its tiles at each level, and the bytes in total."""
     with opened(out) as folder:
         plan, size = folder.head.plan, folder.bytes
     if json_output:

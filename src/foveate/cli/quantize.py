@@ -1,4 +1,4 @@
-"""`foveate quantize`: a transformers model onto planes, measured, and with a budget allocated and verified."""
+"""`foveate quantize`: put a transformers model on planes and measure it; with a budget, choose and verify a map."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from foveate.cli.shared.data import HELD_OUT, Request, Window, batches, describe
 from foveate.cli.shared.models import load_original, load_tokenizer, original_config
 from foveate.cli.shared.tables import bits_line, legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
-from foveate.evaluate.floor import ratio_text
+from foveate.evaluate.float32_floor import ratio_text
 from foveate.formats.packing import check_group
 from foveate.report.layers import dense_bytes
 from foveate.report.page import divergence_text, figure, loss_name
@@ -25,30 +25,33 @@ from foveate.sizes import format_bytes, parse_bytes
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A local transformers folder, or a hub name.")],
+    model: Annotated[str, typer.Argument(help="A transformers model: a local folder or a hub name.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     data: options.Data = None,
     tokens: options.Tokens = None,
     samples: options.Samples = 128,
     length: options.Length = None,
     batch: options.Batch = 4,
-    group: Annotated[int | None, typer.Option(help="Inputs a group: 32, 64 or 128; by width if not given.")] = None,
-    skip: Annotated[list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave; repeatable.")] = None,
+    group: Annotated[int | None, typer.Option(help="Inputs in a group: 32, 64 or 128. Default: by width.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave as they are; repeatable.")
+    ] = None,
     bits: options.Bits = None,
     bytes_: options.Bytes = None,
     loss: options.Loss = None,
-    keep_map: Annotated[bool, typer.Option("--keep-map", help="Keep only the planes that the map reads.")] = False,
+    keep_map: Annotated[bool, typer.Option("--keep-map", help="Store only the planes that the map reads.")] = False,
     memory: options.Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that OUT holds.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where an interrupted run stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")] = False,
     check: options.Check = False,
     json_output: options.Json = False,
 ) -> None:
-    """Store a model as bit planes and measure what each is worth; with a budget, choose its precision and verify it.
+    """Store a model as bit planes, measure what each tile loses at each level, and choose a precision for a budget.
 
-    Without a budget every plane is kept and read, and `foveate allocate` can choose later. With one, part of the data
-    is held out, the map is measured on it against the original, and stored as the folder's default. With --loss the
-    map is the smallest whose measured loss on the held-out data, and twice its standard error, are within it.
+    Without a budget every plane is stored and read, and `foveate allocate` can choose a precision later. With a
+    budget, part of the data is held out: the chosen map is compared with the original model on it, and becomes the
+    folder's default map. With --loss the map is the smallest one whose measured loss, plus twice its standard error,
+    is within the limit.
     """
     budget = options.budget_of(bits, bytes_, loss)
     for option, given in (("--keep-map", keep_map), ("--check", check)):
@@ -82,20 +85,20 @@ def quantize(
     plan = fv.current_map(net)
     verification: fv.Verification | None = None
     if budget is not None:
-        plan, verification = _choose(net, profile, budget, model, batches(held_out, batch))
+        plan, verification = _choose_map(net, profile, budget, model, batches(held_out, batch))
         fv.apply(net, plan)
     fv.save(net, out, keep=plan if keep_map else None)
     _save_tokenizer(model, out)
     if json_output:
         print(emit(_figures(model, out, profile, plan, verification)))
     else:
-        _tell(out, profile, plan, verification)
+        _show_results(out, profile, plan, verification)
     if check and verification is not None and not (verification.holds and verification.within):
         raise typer.Exit(1)
 
 
 def _check_target(out: Path, model: str, force: bool) -> None:
-    """Refuse early what could only fail after all the work."""
+    """Refuse, before the work, a target that could not be written after it."""
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"{out} is a file: give a folder to write")
     if out.is_dir():
@@ -108,10 +111,10 @@ def _check_target(out: Path, model: str, force: bool) -> None:
     check_writable(out)
 
 
-def _choose(
+def _choose_map(
     net: nn.Module, profile: fv.Profile, budget: fv.Budget, model: str, held_out: list[Window]
 ) -> tuple[fv.PrecisionMap, fv.Verification]:
-    """The map for a budget, or uniform precision at its bytes where that measured better."""
+    """The map for a budget, or uniform precision at the same bytes where that one measures better."""
     original = load_original(model)
     if budget.loss is not None:
         verification = fv.fit_to_loss(net, budget, held_out, reference=original)
@@ -121,9 +124,11 @@ def _choose(
     else:
         plan = fv.allocate(profile, budget)
         verification = fv.verify(net, plan, held_out, reference=original)
-    options.say_unused(budget, verification.plan)
+    options.warn_if_budget_is_unused(budget, verification.plan)
     if not verification.holds:
-        log.warning("warning: on the held-out data uniform precision at the same bytes is better, and so it is kept")
+        log.warning(
+            "warning: on the held-out data uniform precision at the same bytes is better, so it becomes the default"
+        )
     return verification.best, verification
 
 
@@ -131,10 +136,10 @@ def _save_tokenizer(model: str, out: Path) -> None:
     try:
         load_tokenizer(model).save_pretrained(out)
     except DataError:
-        log.info("%s has no tokenizer to save along", model)
+        log.info("%s has no tokenizer, so none is saved", model)
 
 
-def _tell(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: fv.Verification | None) -> None:
+def _show_results(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: fv.Verification | None) -> None:
     show(
         f"{out}: {len(profile.weight_sites())} weights on planes, measured on {profile.samples:,} samples",
         bits_line(plan),

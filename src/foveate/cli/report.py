@@ -1,4 +1,4 @@
-"""`foveate report`: one HTML file on a folder's map."""
+"""`foveate report`: one HTML file about the default map of a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from foveate.cli.shared.data import Request
 from foveate.errors import CheckpointError, DataError
 from foveate.report import Measured, html
 
-_POINTS = 32
+_FRONTIER_POINTS = 32
 
 
 def report(
     out: options.Folder,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
     data: options.Data = None,
     tokens: options.Tokens = None,
     samples: options.Samples = 32,
@@ -29,7 +29,10 @@ def report(
     reference: Reference = None,
     json_output: options.Json = False,
 ) -> None:
-    """Write a page that shows where the bits are and what they buy; with data, what was measured too."""
+    """Write an HTML page about a folder's default map: where its bits are, its size and its predicted loss.
+
+    With --data or --tokens the page also shows what each precision measures on them.
+    """
     head = fv.read_head(out)
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise CheckpointError(f"cannot write {output}: give a file in a folder that exists")
@@ -39,7 +42,7 @@ def report(
         raise DataError("--reference needs data to compare on: give --data or --tokens")
     profile = None
     if head.profile is None:
-        log.info("%s holds no profile: the report will not show sensitivity, nor the frontier", out)
+        log.info("%s holds no profile: the report shows neither sensitivity nor the frontier", out)
     else:
         profile = fv.load_profile(out)
     measured: list[Measured] = run(out, request, reference, None) if request.given else []
@@ -47,7 +50,7 @@ def report(
         head.plan,
         title=out.absolute().name,
         profile=profile,
-        frontier=() if profile is None else fv.frontier(profile, _POINTS),
+        frontier=() if profile is None else fv.frontier(profile, _FRONTIER_POINTS),
         measured=measured,
         metric=METRIC,
     )

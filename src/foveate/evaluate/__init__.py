@@ -1,1 +1,1 @@
-"""What a map truly costs, measured on data."""
+"""The loss of precision maps, measured on data."""

@@ -1,9 +1,10 @@
-"""audit: the second method of measuring sensitivity, and the check of the first.
+"""audit: sensitivity measured by perturbation, as a check of the losses in a profile.
 
-A profile's losses are computed from one pass of gradients. Perturbation needs no theory: lower one site to one level,
-leave everything else as high as it is stored, and see how far the output moves. It costs a pass over the data for each
-site and level, so it is for auditing some sites, or for models small enough to measure all of them. `Audit.corrected`
-gives a profile whose sites cost what was measured, each tile keeping its share.
+A profile computes its losses from gradients (`foveate.sensitivity.fisher`). Perturbation needs no such model: it lowers
+one site to one level, leaves every other site at its highest stored level, and measures how far the output moves. Each
+site and level takes one pass over the data. Perturbation is therefore for some sites, or for small models.
+`Audit.corrected` returns a profile in which the measured loss of a site replaces the computed one; the shares of the
+site's tiles stay as they were.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from foveate.collect.objectives import Objective, named
 from foveate.errors import FoveateError, LevelError
-from foveate.evaluate.floor import ratio, ratio_text
+from foveate.evaluate.float32_floor import ratio, ratio_text
 from foveate.evaluate.verify import highest_map, measure
 from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS, check_weight_level
 from foveate.nn.registry import profile_of, registry_of
@@ -27,13 +28,13 @@ from foveate.precision.profiles import Profile
 
 @dataclass(frozen=True)
 class Perturbation:
-    """One site at one level, everything else at its highest.
+    """The effect of one site at one level, with every other site at its highest level.
 
     Attributes:
-        site, level: which.
-        predicted: the divergence that the profile says it adds.
-        measured: the divergence from the model at its highest.
-        standard_error: of `measured`, taking samples as independent.
+        site, level: the site that was lowered, and the level.
+        predicted: the divergence that the profile predicts for this change.
+        measured: the divergence from the model with every site at its highest level.
+        standard_error: the standard error of `measured`, with samples taken as independent.
     """
 
     site: str
@@ -44,18 +45,18 @@ class Perturbation:
 
     @property
     def ratio(self) -> float:
-        """Measured over predicted; NaN where nothing was predicted, or both are at the floor of float32 (1.2e-7)."""
+        """The measured over the predicted divergence; NaN without a prediction, or if both are at the floor."""
         return ratio(self.measured, self.predicted)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """What `audit` found.
+    """The result of `audit`.
 
     Attributes:
-        entries: one a site and level, in the model's order.
-        samples: how many samples were measured.
-        unit: of the divergence.
+        entries: one entry for each site and level, in the order of the model.
+        samples: the number of samples that were measured.
+        unit: the unit of the divergences.
     """
 
     entries: tuple[Perturbation, ...]
@@ -64,13 +65,13 @@ class Audit:
 
     @property
     def ratio(self) -> float:
-        """The geometric mean of measured over predicted, of the entries that have both; NaN if none has."""
+        """The geometric mean of the entries' ratios; NaN if no entry has a ratio."""
         logs = [math.log(e.ratio) for e in self.entries if e.ratio > 0]
         return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
     @property
     def summary(self) -> str:
-        """The ratio in words."""
+        """The mean ratio as text."""
         said = f"{self.ratio:.2f}" if math.isfinite(self.ratio) else "not known"
         return f"measured / predicted, geometric mean: {said}"
 
@@ -86,10 +87,10 @@ class Audit:
         return "\n".join(lines)
 
     def corrected(self, profile: Profile) -> Profile:
-        """A profile whose sites cost what was measured; tiles keep their shares of it.
+        """A profile in which the audited sites lose what was measured; the shares of their tiles stay the same.
 
-        At the levels of a site that were not measured, its losses are scaled as at the nearest that were (the mean of
-        the logarithms where two are). Sites that were not audited stay as they are.
+        Levels that were not measured are scaled like the nearest measured level of the same site. Where two levels are
+        equally near, the factor is their geometric mean. Sites that were not audited stay as they are.
 
         Raises:
             SiteError: the profile is of another model.
@@ -110,7 +111,7 @@ def _levels_of(site: Site) -> tuple[int, ...]:
 
 
 def _scaled(table: Tensor, levels: Sequence[int], measured: Mapping[int, float]) -> Tensor:
-    """Losses [T, levels] with the sums of some columns given."""
+    """Losses [T, levels], scaled so that the columns of measured levels have the measured sums."""
     sums = dict(zip(levels, table.double().sum(0).tolist(), strict=True))
     made = table.clone()
     logs = {level: math.log(value / sums[level]) for level, value in measured.items() if value > 0 < sums[level]}
@@ -135,24 +136,24 @@ def audit(
     objective: Objective | None = None,
     progress: bool = True,
 ) -> Audit:
-    """Measure what single sites cost at single levels, beside what the profile predicted.
+    """Measure what single sites lose at single levels, and compare the losses with the profile's predictions.
 
-    Every batch is run once for each site and level, and once for the reference, which is the model itself with
-    everything at the highest level that is loaded. The map in force is put back at the end. Run it in float32:
-    outputs in bfloat16 are rounded so coarsely that any change at all measures as some 1e-4 nats.
+    Every batch runs once for each site and level, and once for the reference: the model itself with every site at the
+    highest level that is loaded. The map in force is applied again at the end. The model should run in float32:
+    outputs in bfloat16 are rounded so coarsely that any change measures as about 1e-4 nats.
 
     Args:
         model: a quantized model with its profile.
-        batches: data, as for `foveate.quantize`; best not what it was calibrated on.
+        batches: data, as for `foveate.quantize`, preferably other data than those of the calibration.
         sites: shell patterns of sites, weights or inputs.
-        levels: levels to lower each to; those that a site does not have are left out.
-        objective: as for `foveate.quantize`; the one that the profile was made with if not given.
-        progress: whether to show how far it is.
+        levels: levels to lower each site to; levels that a site cannot have are left out.
+        objective: as for `foveate.quantize`; by default that of the profile.
+        progress: whether to show a progress bar.
 
     Raises:
         SiteError: a pattern names no site.
         LevelError: no site named has any of the levels below its highest.
-        DataError: no batches, or outputs of the reference that are not finite.
+        DataError: there are no batches, or outputs of the reference are not finite.
         FoveateError: the model was loaded without its profile.
     """
     profile, top = profile_of(model), highest_map(model)
@@ -177,11 +178,11 @@ def audit(
         registry_of(model).check(plan)
     objective = objective or named(profile.objective)
     outcomes = measure(model, list(plans.values()), batches, objective=objective, progress=progress)
-    # of one site alone: what all sites together lose beyond the sum does not come into it
-    alone = replace(profile, measured_over_summed=(1.0,) * len(profile.measured_over_summed))
-    base = alone.predict(top)
+    # one site is lowered at a time, so the correction for many sites lowered together does not apply
+    uncorrected = replace(profile, measured_over_summed=(1.0,) * len(profile.measured_over_summed))
+    base = uncorrected.predict(top)
     entries = tuple(
-        Perturbation(name, level, alone.predict(plan) - base, got.divergence, got.standard_error)
+        Perturbation(name, level, uncorrected.predict(plan) - base, got.divergence, got.standard_error)
         for ((name, level), plan), got in zip(plans.items(), outcomes, strict=False)
     )
     return Audit(entries, outcomes[-1].samples, "divergence" if objective is None else objective.unit)

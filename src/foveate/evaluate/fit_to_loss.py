@@ -1,14 +1,13 @@
-"""fit_to_loss: the fewest bits whose loss, measured on held-out data, stays within a limit.
+"""fit_to_loss: the smallest map whose loss, measured on held-out data, stays within a limit.
 
-`allocate` with `Budget(loss=...)` promises what it can know: that the profile predicts no more. What is predicted may
-be a fifth of the truth, or more than it. So the limit that is given to `allocate` is moved until the *measured* loss
-meets the one that was asked for: where it is over, tiles are raised in the order of loss taken away per byte, and where
-it is far under, they are lowered in the opposite order. Every map on that way is the best for its predicted loss, and
-the search is along one number, in steps of the ratio of measured to predicted.
+`allocate` with `Budget(loss=...)` limits the *predicted* loss. The prediction can be off by a factor: it may be a fifth
+of the true loss, or exceed it. `fit_to_loss` therefore searches for the predicted limit at which the *measured* loss
+meets the limit that was asked for. Every map it tries is the best one for its predicted loss, so the search is along
+one number. It steps by the ratio of the wanted to the measured loss, and interpolates once the limit is bracketed.
 
-What is promised is `Outcome.bound`: the mean on the held-out data plus twice its standard error, so that other data of
-the same kind are within the limit too, 39 times of 40. Choosing one number on these data takes hardly anything from
-that; data that were calibrated on must not be used.
+The limit holds for `Outcome.bound`: the mean on the held-out data plus twice its standard error. Other data of the same
+kind are then within the limit too, in 39 of 40 cases. The held-out data choose only this one number, so they stay
+almost unbiased; data of the calibration must not be used.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from foveate.nn.registry import profile_of
 from foveate.precision.budgets import Budget
 from foveate.precision.maps import PrecisionMap
 
-#: A bound of so much of the limit is near enough.
-_ENOUGH = 0.93
+#: The search ends with a bound of at least this share of the limit.
+_CLOSE_ENOUGH = 0.93
 _MEASUREMENTS = 8
 
 
 @dataclass(frozen=True)
-class _Tried:
+class _Trial:
     plan: PrecisionMap
     outcome: Outcome
 
@@ -54,7 +53,7 @@ def fit_to_loss(
     constraints: Constraints = DEFAULT_CONSTRAINTS,
     progress: bool = True,
 ) -> Verification:
-    """Find the cheapest map whose measured loss keeps a budget of loss. The map in force is put back at the end.
+    """Find the smallest map whose measured loss is within a budget. The map in force is applied again at the end.
 
         found = fv.fit_to_loss(model, fv.Budget(loss=0.01), held_out, reference=original)
         fv.apply(model, found.plan)
@@ -62,16 +61,16 @@ def fit_to_loss(
     Args:
         model: a quantized model, with its profile.
         budget: `Budget(loss=...)`, in the objective's unit.
-        held_out: data that were not calibrated on; gone through up to ten times.
+        held_out: data that were not used for calibration. They are read up to ten times.
         reference, objective, progress: as for `foveate.measure`.
         constraints: what the map must keep to, as for `foveate.allocate`.
 
     Returns:
-        The map, measured beside uniform precision at its bytes; `within` is true.
+        The map and its outcome, beside that of uniform precision at the same bytes; `within` is true.
 
     Raises:
-        BudgetError: the budget is not one of loss, or no map keeps it; the message says what the best one measures.
-            Or the profile does not say what inputs cost, or `constraints` are no `Constraints`.
+        BudgetError: the budget is not a budget of loss; or no map meets it, and the message says what the best map
+            measures; or the profile has no losses of inputs; or `constraints` are no `Constraints`.
         SiteError: a pattern of `constraints.tie` names no weight.
         FoveateError: the model was loaded without its profile.
     """
@@ -80,16 +79,16 @@ def fit_to_loss(
     profile, limit, data = profile_of(model), budget.loss, list(held_out)
     best = allocate(profile, Budget(bits=64), constraints)
 
-    def attempt(target: float) -> _Tried:
+    def attempt(target: float) -> _Trial:
         plan = best
         if target > best.predicted_loss * (1 + 1e-6):
             plan = allocate(profile, Budget(loss=target), constraints)
         found = measure(model, [plan], data, reference=reference, objective=objective, progress=progress)
-        return _Tried(plan, found[0])
+        return _Trial(plan, found[0])
 
     tried = [attempt(limit)]
     while len(tried) < _MEASUREMENTS:
-        target = _next(tried, limit)
+        target = _next_target(tried, limit)
         if target is None:
             break
         tried.append(attempt(target))
@@ -108,20 +107,20 @@ def fit_to_loss(
     return verify(model, plan, data, reference=reference, objective=objective, limit=limit, progress=progress)
 
 
-def _next(tried: Sequence[_Tried], limit: float) -> float | None:
-    """The predicted loss to allocate for next; None if what was tried is near enough."""
+def _next_target(tried: Sequence[_Trial], limit: float) -> float | None:
+    """The next predicted loss to allocate for; None if a map that was tried is close enough to the limit."""
     under = max((t for t in tried if t.outcome.bound <= limit), key=lambda t: t.predicted, default=None)
     over = min((t for t in tried if t.outcome.bound > limit), key=lambda t: t.predicted, default=None)
-    if under is not None and under.outcome.bound >= _ENOUGH * limit:
+    if under is not None and under.outcome.bound >= _CLOSE_ENOUGH * limit:
         return None
-    wanted = limit * (1 + _ENOUGH) / 2
+    wanted = limit * (1 + _CLOSE_ENOUGH) / 2
     if under is None or over is None:
         (only,) = [t for t in (under, over) if t is not None]
         factor = wanted / max(only.outcome.bound, 1e-12)
         return only.predicted * min(max(factor, 1 / 32), 8.0)
     if over.predicted < under.predicted * 1.02:
-        return None  # not of one mind about which is better, or as near as maps lie
-    # between the two, on a line through both in logarithms, and well inside
+        return None  # measured and predicted order disagree, or no map lies between the two
+    # interpolate linearly in logarithms, and stay well inside the bracket
     low, high = math.log(under.predicted), math.log(over.predicted)
     slope = math.log(over.outcome.bound / max(under.outcome.bound, 1e-12)) / (high - low)
     at = low + math.log(wanted / max(under.outcome.bound, 1e-12)) / max(slope, 1e-6)

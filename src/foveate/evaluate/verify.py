@@ -1,8 +1,8 @@
-"""verify: what a map truly costs, on data it was not chosen on, beside what was predicted and beside uniform precision
-at the same bytes.
+"""verify: the loss of a whole map on held-out data, beside the predicted loss and beside uniform precision.
 
-A profile adds up per-tile losses; only running the whole map tells. Maps are compared batch by batch against the same
-reference outputs, so memory stays that of one batch and the differences between maps are paired.
+A profile predicts a map's loss as a sum over tiles; only a run of the whole map measures it. `measure` runs several
+maps over the same data. Each batch is compared with the same reference outputs, so that only one batch is in memory,
+and the differences between maps are paired. `verify` measures one map and uniform precision at the same bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Objective, check_batches, infer, named, run
 from foveate.errors import DataError
-from foveate.evaluate.floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
+from foveate.evaluate.float32_floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
 from foveate.formats.levels import TOP_LEVEL
 from foveate.nn.levels import apply
 from foveate.nn.registry import registry_of
@@ -28,16 +28,16 @@ from foveate.progress import track
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one map does to a data set.
+    """The outcome of running one map over a data set.
 
     Attributes:
-        divergence: mean KL in nats (or 1 - cosine) from the reference.
-        standard_error: of that mean, taking samples as independent.
-        agreement: share of samples whose decision is the reference's.
-        metric: the mean of the caller's metric, if one was given.
-        samples: how many.
-        batch_error: standard error of the mean divergence from how it differs between batches, which samples of one
-            text do not understate; NaN for a single batch.
+        divergence: the mean divergence from the reference: KL in nats, or 1 - cosine.
+        standard_error: the standard error of `divergence`, with samples taken as independent.
+        agreement: the share of samples for which the decision equals the reference's.
+        metric: the mean of the caller's metric, or None without one.
+        samples: the number of samples.
+        batch_error: the standard error of `divergence` from its spread between batches. It is not too small where
+            the samples of a batch depend on each other, as tokens of a text do; NaN for a single batch.
     """
 
     divergence: float
@@ -49,8 +49,9 @@ class Outcome:
 
     @property
     def bound(self) -> float:
-        """The mean divergence on other data of the same kind is at most this, 39 times of 40: the mean and twice its
-        standard error, the greater of the two that are known. Infinite for a single sample: it says nothing of others.
+        """An upper bound on the mean divergence on other data of the same kind, which holds in 39 of 40 cases.
+
+        It is the mean plus twice the greater of the two standard errors. It is infinite for a single sample.
         """
         if self.samples < 2:
             return math.inf
@@ -60,14 +61,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. `holds` says whether the map was no worse than uniform precision at its bytes.
+    """The result of `verify`. `holds` says whether the map is no worse than uniform precision at the same bytes.
 
     Attributes:
-        plan, uniform_plan: the map, and uniform precision at its bytes.
-        measured, uniform: what they do to the data.
-        reference: what they were compared with.
-        unit: of the divergence.
-        limit: the most divergence that was asked for, if a limit was.
+        plan, uniform_plan: the map, and uniform precision at the same bytes.
+        measured, uniform: the outcomes of these two maps.
+        reference: a description of the reference.
+        unit: the unit of the divergences.
+        limit: the largest divergence that was asked for, or None without a limit.
     """
 
     plan: PrecisionMap
@@ -85,21 +86,17 @@ class Verification:
 
     @property
     def ratio(self) -> float:
-        """The measured divergence over the predicted; NaN where both are at the floor of float32 (1.2e-7), or nothing
-        was predicted.
-        """
+        """The measured over the predicted divergence; NaN without a prediction, or if both are at the floor."""
         return ratio(self.measured.divergence, self.predicted)
 
     @property
     def predicted(self) -> float:
-        """What the profile predicted of the map."""
+        """The divergence that the profile predicted for the map."""
         return self.plan.predicted_loss
 
     @property
     def holds(self) -> bool:
-        """Whether the map diverges no more than uniform precision at the same bytes; two divergences at the floor of
-        float32 are equal.
-        """
+        """Whether the map diverges no more than uniform precision; divergences at the floor of float32 are equal."""
         return no_worse(self.measured.divergence, self.uniform.divergence)
 
     @property
@@ -127,7 +124,7 @@ class _Sums:
         self.divergence = self.squares = self.agreed = self.metric = 0.0
         self.samples = 0
         self.metric_samples = 0
-        self.batches: list[tuple[int, float]] = []  # samples and their divergence, summed
+        self.batches: list[tuple[int, float]] = []  # of each batch: its samples, and the sum of their divergences
 
     def add(self, divergence: Tensor, agreed: Tensor, metric: Tensor | None) -> None:
         self.divergence += float(divergence.double().sum())
@@ -161,22 +158,22 @@ def measure(
     metric: Callable[[Any, Any], Tensor] | None = None,
     progress: bool = True,
 ) -> list[Outcome]:
-    """Run several maps over the same data. The map in force is put back at the end.
+    """Run several maps over the same data. The map in force is applied again at the end.
 
     Args:
         model: a quantized model.
         plans: the maps.
         batches: held-out data, as for `foveate.quantize`.
-        reference: the original model; if not given, the model itself with every plane it has.
-        objective: as for `foveate.quantize`; the one that the profile was made with if not given.
-        metric: `metric(output, batch)`, one number a sample, averaged over all.
-        progress: whether to show how far it is.
+        reference: the original model; by default the model itself with every plane that it holds.
+        objective: as for `foveate.quantize`; by default that of the profile.
+        metric: `metric(output, batch)` gives one number for each sample; the outcome has their mean.
+        progress: whether to show a progress bar.
 
     Returns:
-        One outcome a map, and last that of the reference itself.
+        One outcome for each map, and last the outcome of the reference itself.
 
     Raises:
-        DataError: no batches, outputs of the reference that are not finite, or a reference that is the model itself.
+        DataError: there are no batches, outputs of the reference are not finite, or `reference` is `model`.
     """
     registry = registry_of(model)
     if reference is model:
@@ -205,11 +202,11 @@ def measure(
                 sums[-1].add(
                     torch.zeros(len(wanted)), torch.ones(len(wanted)), None if metric is None else metric(output, batch)
                 )
-                for plan, tally in zip(plans, sums, strict=False):
+                for plan, outcome_sums in zip(plans, sums, strict=False):
                     apply(model, plan)
                     output = run(model, batch)
                     got = objective.outcome(output, batch)
-                    tally.add(
+                    outcome_sums.add(
                         objective.divergence(wanted, got),
                         objective.agreement(wanted, got),
                         None if metric is None else metric(output, batch),
@@ -219,7 +216,7 @@ def measure(
             apply(model, *before)
     if not sums[-1].samples:
         raise DataError("there are no batches to measure on")
-    return [tally.outcome() for tally in sums]
+    return [outcome_sums.outcome() for outcome_sums in sums]
 
 
 def verify(
@@ -232,32 +229,38 @@ def verify(
     limit: float | None = None,
     progress: bool = True,
 ) -> Verification:
-    """Measure a map on held-out data, beside uniform precision at the same bytes; arguments as for `measure`.
+    """Measure a map and uniform precision at the same bytes on held-out data. Other arguments are those of `measure`.
 
     Args:
-        limit: the most divergence that is wanted; `Verification.within` says whether it is kept, and
-            `foveate.evaluate.fit_to_loss` finds a map that keeps it.
+        limit: the largest divergence allowed. `Verification.within` says whether the map stays within it;
+            `foveate.fit_to_loss` finds a map that does.
 
     Raises:
         PlaneNotResidentError: the model was loaded without planes that the map, or the uniform one, reads.
     """
     registry_of(model).check(plan)
-    even = uniform_of_bytes(plan)
-    registry_of(model).check(even)
+    uniform_plan = uniform_of_bytes(plan)
+    registry_of(model).check(uniform_plan)
     measured, uniform_measured, _ = measure(
-        model, [plan, even], held_out, reference=reference, objective=objective, progress=progress
+        model, [plan, uniform_plan], held_out, reference=reference, objective=objective, progress=progress
     )
     name = "the original model" if reference is not None else "this model with every plane it has"
     if objective is None:
         profile = registry_of(model).profile
         objective = named(profile.objective) if profile is not None else None
     return Verification(
-        plan, even, measured, uniform_measured, name, "divergence" if objective is None else objective.unit, limit
+        plan,
+        uniform_plan,
+        measured,
+        uniform_measured,
+        name,
+        "divergence" if objective is None else objective.unit,
+        limit,
     )
 
 
 def highest_map(model: nn.Module) -> PrecisionMap:
-    """Every tile at the level it is loaded for."""
+    """The map in which every tile has the highest level that is loaded."""
     registry = registry_of(model)
     plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
     levels = {name: bytes(w.value.stored_levels.flatten().tolist()) for name, w in registry.weights.items()}

@@ -1,4 +1,4 @@
-"""Inputs while a model runs: whether they are still what calibration saw, and the precision they get."""
+"""Inputs of a live model: detection of drift from the calibration data, and a higher precision where they drift."""
 
 from foveate.inputs.drift import Tolerance as Tolerance
 from foveate.inputs.watch import Change as Change

@@ -1,13 +1,13 @@
-"""The control unit of one node, as a pure function: (state, observation) -> (state, decision).
+"""The controller of one input, a pure function: (state, observation) -> (state, decision).
 
-It keeps a running estimate of the mean and variance of the node's input and holds it against what calibration saw: not
-against one number, for batches differ, but against the least and the greatest that any batch of calibration had. How
-far the estimate lies outside is the *drift*, a factor: 1 at the edge, less inside. Far enough outside, the input is
-read one level more precisely, and very far outside two. Going back takes more than going up: the drift must stay below
-a lower threshold for a while, and longer each time that going back turns out to have been too early.
+It keeps running estimates of the mean and variance of an input and compares them with the calibration data. Batches
+differ, so the reference is an interval: the least and the greatest mean and variance of any calibration batch. The
+*drift* is the factor by which the estimates lie outside of that interval: 1 at its edge, and less inside. An input that
+drifts is read one level higher, and an input that drifts far two levels higher. Returning has hysteresis: the drift
+must stay below a lower threshold for several observations, and this dwell doubles after each return that was too early.
 
-The running estimate forgets by values seen, not by calls, so that calls of one token are judged as calmly as calls of a
-thousand; and nothing is decided before as many values were seen as a batch of calibration had.
+The running estimates decay by the number of values seen, not by calls, so that calls of one token and of a thousand
+tokens are judged alike. Nothing is decided before as many values were seen as a calibration batch had.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much a node's input may differ from calibration, and how quickly the unit answers.
+    """How much an input may differ from the calibration data, and how quickly the controller responds.
 
     Attributes:
-        near: drift from which on an input is read one level higher.
-        far: drift from which on it is read two levels higher.
-        beyond: the share of values outside the calibrated range that counts as `near`; ten times it counts as `far`.
-        release: an input goes back where its drift is below 1 + release * (threshold - 1), and values beyond the range
-            below `release` times their threshold.
-        dwell: observations for which it must be so.
-        patience: `dwell` doubles at each return that had to be taken back, up to this many observations.
-        memory: after how many batches of calibration's size an observation counts half.
+        near: the drift above which an input is read one level higher.
+        far: the drift above which an input is read two levels higher.
+        beyond: the share of values outside the calibrated range that counts as `near`; ten times the share is `far`.
+        release: an input returns when its drift is below 1 + release * (threshold - 1), and its share of values
+            outside the range is below `release` times the threshold of that share.
+        dwell: the number of successive observations for which this must hold.
+        patience: `dwell` doubles after each return that was too early, up to this many observations.
+        memory: the half-life of an observation, in batches of the calibration's size.
     """
 
     near: float = 1.25
@@ -42,13 +42,13 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration saw of a node's input.
+    """The statistics of an input over the calibration data.
 
     Attributes:
-        deviation: the root of the variance.
-        means, variances: the least and the greatest of any batch.
+        deviation: the standard deviation of its values.
+        means, variances: the least and the greatest mean and variance of any batch.
         limits: the least and the greatest value.
-        batch: values a batch.
+        batch: the number of values in a batch.
     """
 
     deviation: float
@@ -60,7 +60,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class Observation:
-    """A call's input: how many values, their mean and variance, and the share of them beyond the calibrated range."""
+    """The input of one call: number of values, mean, variance, and share of values beyond the calibrated range."""
 
     values: int
     mean: float
@@ -70,11 +70,11 @@ class Observation:
 
 @dataclass(frozen=True)
 class Decision:
-    """How many levels above its map's an input is to be read (0, 1, 2), and why.
+    """How many levels above its map an input is read, and why.
 
     Attributes:
-        raised: levels above the map's.
-        drift: how far the running estimate lies outside of what calibration saw; 1 at its edge.
+        raised: 0, 1 or 2 levels above the level of the map.
+        drift: how far the running estimates lie outside of the calibrated interval; 1 at its edge.
         beyond: the running share of values beyond the calibrated range.
     """
 
@@ -85,15 +85,16 @@ class Decision:
 
 @dataclass(frozen=True)
 class State:
-    """What a unit remembers: decayed sums, the decision in force, and for how long it has been calm.
+    """The state of a controller: decayed sums, the decision in force, and the counters of its hysteresis.
 
     Attributes:
-        values, mean, square, beyond: decayed sums of values, of them times the mean, the mean square and the share
-            beyond.
-        raised: levels above the map's.
-        calm: observations in a row that asked for less.
-        dwell: how many it takes; 0 before the first return.
-        since_return: observations since the last return.
+        values: the decayed number of values.
+        mean, square, beyond: decayed sums over calls of the number of values times their mean, their mean square, and
+            their share beyond the range.
+        raised: levels above the level of the map.
+        calm: successive observations below the release threshold.
+        dwell: successive observations that a return takes; 0 before the first return.
+        since_return: observations since the last return, or None before it.
     """
 
     values: float = 0.0
@@ -107,7 +108,7 @@ class State:
 
 
 def step(tolerance: Tolerance, seen: Calibrated, state: State, now: Observation) -> tuple[State, Decision]:
-    """Take one observation. An observation that is not finite asks for two levels more and is not remembered."""
+    """Take one observation. One that is not finite raises the input by two levels and leaves the sums as they are."""
     if not all(map(math.isfinite, (now.mean, now.variance, now.beyond))):
         return replace(state, raised=2, calm=0), Decision(2, math.inf, math.nan)
     keep = 0.5 ** (now.values / max(tolerance.memory * seen.batch, 1.0))
@@ -141,14 +142,14 @@ def step(tolerance: Tolerance, seen: Calibrated, state: State, now: Observation)
 
 
 def _levels(tolerance: Tolerance, drift: float, beyond: float, ease: float) -> int:
-    """How many levels more a drift asks for, with thresholds eased towards none."""
+    """The levels to raise an input by, with the distance of all thresholds from no drift multiplied by `ease`."""
     if drift > 1 + ease * (tolerance.far - 1) or beyond > ease * 10 * tolerance.beyond:
         return 2
     return int(drift > 1 + ease * (tolerance.near - 1) or beyond > ease * tolerance.beyond)
 
 
 def _drift(seen: Calibrated, mean: float, variance: float) -> float:
-    """How far mean and variance lie outside of those of calibration's batches, as one factor."""
+    """How far the mean and variance lie outside of those of the calibration batches, as one factor."""
     tiny = 1e-30
     deviation = max(seen.deviation, tiny)
     wider = (variance + tiny) / (seen.variances[1] + tiny)

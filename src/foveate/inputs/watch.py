@@ -1,12 +1,12 @@
-"""watch_inputs: a control unit at every node of a live model (`foveate.inputs.drift`), and what they do about drift.
+"""watch_inputs: a controller for every input of a live model (`foveate.inputs.drift`), and its response to drift.
 
-A node that drifts is read one level higher, 4 to 8 to 16, or two. And as long as any node drifts, static scales are
-suspended in the whole model: a range that the data left would go on cutting them off at any level, and the ranges of
-all nodes come from the same data, which the model is evidently not reading any more. When the data come back, levels
-and ranges do too.
+An input that drifts is read one or two levels higher, along 4, 8 and 16 bits. While any input drifts, static scales are
+suspended in the whole model. A static range would clip the drifted values at every level. The ranges of all inputs come
+from the same calibration data, so drift at one input makes all ranges doubtful. When the data return to what
+calibration saw, the levels and ranges return too.
 
-What it costs: on each call that is looked at, a strided sample of every node's input is reduced to a mean, a variance
-and a count (some tens of microseconds a node); other calls pay for a Python hook.
+The cost: each observed call reduces a strided sample of every input to a mean, a variance and a count, which takes some
+tens of microseconds for each input. Other calls pay only for a Python hook.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from foveate.nn.registry import profile_of, quantized_part, registry_of
 from foveate.precision.maps import Levels, PrecisionMap
 from foveate.precision.profiles import Profile
 
-#: Values of an input that are looked at, at most.
-_SAMPLE = 1 << 14
-_LADDER = (4, 8, 16)
+#: At most this many values of an input are sampled.
+_MAX_SAMPLED_VALUES = 1 << 14
+_LEVELS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Change:
     """A change of one input's precision.
 
     Attributes:
-        call: which call of the model, counted from the start of the watch.
+        call: the call of the model, counted from the start of the watch.
         site: the input, as in `model.layers.3.mlp.up_proj:input`.
-        before, after: its levels.
-        drift: how far its mean and variance lay outside those of calibration's batches; 1 at the edge.
+        before, after: its levels before and after the change.
+        drift: how far its mean and variance lay outside those of the calibration batches; 1 at the edge.
         beyond: the share of its values beyond the calibrated range.
     """
 
@@ -58,11 +58,11 @@ class Change:
 
 
 class InputWatch:
-    """A watch over a model's inputs; use `watch_inputs`. A context manager: leaving it ends the watch.
+    """A watch over a model's inputs, made by `watch_inputs`. It is a context manager; leaving it ends the watch.
 
     Attributes:
-        changes: every change so far, in order.
-        calls: calls of the model so far.
+        changes: all changes so far, in order.
+        calls: the number of calls of the model so far.
     """
 
     def __init__(
@@ -72,19 +72,19 @@ class InputWatch:
         self.calls = 0
         self._registry = registry_of(model)
         self._tolerance, self._every, self._on_change = tolerance, every, on_change
-        self._nodes = _calibrated(profile_of(model))
-        self._nodes = {name: seen for name, seen in self._nodes.items() if name in self._registry.inputs}
-        if not self._nodes:
+        self._calibrated = _calibrated(profile_of(model))
+        self._calibrated = {name: seen for name, seen in self._calibrated.items() if name in self._registry.inputs}
+        if not self._calibrated:
             raise FoveateError("the profile has no statistics of inputs: quantize the original again")
-        self._states = dict.fromkeys(self._nodes, State())
+        self._states = dict.fromkeys(self._calibrated, State())
         self._decisions: dict[str, Decision] = {}
-        self._base = self._maps()
-        self._mine = self._base
-        self._ranges = self._set_ranges = self._registry.ranges
-        self._looking = False
+        self._base_maps = self._maps()
+        self._own_maps = self._base_maps
+        self._ranges = self._own_ranges = self._registry.ranges
+        self._observing = False
         root = quantized_part(model)
         self._hooks = [root.register_forward_pre_hook(self._begin), root.register_forward_hook(self._end)]
-        for name in self._nodes:
+        for name in self._calibrated:
             module = self._registry.inputs[name]
             self._hooks.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
 
@@ -93,41 +93,43 @@ class InputWatch:
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
-            return  # a graph has no room for decisions: calls that are not compiled are watched
-        self._looking = self.calls % self._every == 0
+            return  # a compiled graph cannot hold decisions: only eager calls are watched
+        self._observing = self.calls % self._every == 0
         self.calls += 1
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not torch.compiler.is_compiling() and self._looking:
-                now = _observed(args[0] if args else kwargs["input"], self._nodes[name].limits)
+        def observe(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not torch.compiler.is_compiling() and self._observing:
+                now = _observed(args[0] if args else kwargs["input"], self._calibrated[name].limits)
                 if now is not None:
-                    decided = step(self._tolerance, self._nodes[name], self._states[name], now)
+                    decided = step(self._tolerance, self._calibrated[name], self._states[name], now)
                     self._states[name], self._decisions[name] = decided
 
-        return look
+        return observe
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        self._looking = False
-        if self._registry.ranges != self._set_ranges:
-            self._ranges = self._registry.ranges  # someone chose other scales
-        if self._maps() is not self._mine:
-            self._base = self._unraised()  # someone applied another map: what is raised is raised above that one
+        self._observing = False
+        if self._registry.ranges != self._own_ranges:
+            self._ranges = self._registry.ranges  # the user set other scales meanwhile
+        if self._maps() is not self._own_maps:
+            self._base_maps = self._unraised()  # the user applied another map: raise above that map
             self._apply()
         elif self._decisions:
             self._apply()
 
     def _unraised(self) -> tuple[PrecisionMap, PrecisionMap]:
-        """The maps in force; for one of this watch's own, the one that it was raised from."""
-        known = {id(mine): base for mine, base in zip(self._mine, self._base, strict=True)}
+        """The maps in force; a map that this watch raised is replaced by the map that it was raised from."""
+        known = {id(own): base for own, base in zip(self._own_maps, self._base_maps, strict=True)}
         first, second = self._maps()
         return known.get(id(first), first), known.get(id(second), second)
 
     def _apply(self) -> None:
         now, decisions = self._maps(), dict(self._decisions)
-        wanted = [{name: _above(base, name, d.raised) for name, d in decisions.items()} for base in self._base]
+        wanted = [
+            {name: _raised_level(base, name, d.raised) for name, d in decisions.items()} for base in self._base_maps
+        ]
         differ = [
             [n for n, level in levels.items() if level != one.levels[n]]
             for levels, one in zip(wanted, now, strict=True)
@@ -135,14 +137,14 @@ class InputWatch:
         changed = [(name, wanted[0][name]) for name in differ[0]]
         ranges = {} if any(decision.raised for decision in decisions.values()) else self._ranges
         if not any(differ) and ranges == self._registry.ranges:
-            self._mine, self._set_ranges = now, self._registry.ranges
+            self._own_maps, self._own_ranges = now, self._registry.ranges
             return
         before = now[0].levels
-        first = _raised(self._base[0], self._decisions)
-        second = first if self._base[1] is self._base[0] else _raised(self._base[1], self._decisions)
+        first = _raised_map(self._base_maps[0], self._decisions)
+        second = first if self._base_maps[1] is self._base_maps[0] else _raised_map(self._base_maps[1], self._decisions)
         self._registry.apply(first, second)
         self._registry.set_ranges(ranges)
-        self._mine, self._set_ranges = self._maps(), self._registry.ranges
+        self._own_maps, self._own_ranges = self._maps(), self._registry.ranges
         for name, level in changed:
             why = self._decisions[name]
             change = Change(self.calls - 1, name, cast(int, before[name]), level, why.drift, why.beyond)
@@ -152,17 +154,17 @@ class InputWatch:
 
     @property
     def raised(self) -> dict[str, int]:
-        """The inputs that are read above their map's level now, and their levels."""
+        """The inputs that are now read above the level of their map, with their levels."""
         now = self._maps()[0].levels
         return {name: cast(int, now[name]) for name, state in self._states.items() if state.raised}
 
     @property
     def drift(self) -> dict[str, float]:
-        """The drift of every input, as of the last call that was looked at; 1 at the edge of what calibration saw."""
+        """The drift of every input in the last observed call; 1 at the edge of the calibrated interval."""
         return {name: decision.drift for name, decision in self._decisions.items()}
 
     def close(self) -> None:
-        """End the watch: the map and the scales are what they would be without it."""
+        """End the watch, and restore the map and the scales that would be in force without it."""
         if not self._hooks:
             return
         for hook in self._hooks:
@@ -170,7 +172,7 @@ class InputWatch:
         self._hooks.clear()
         if any(one is not base for one, base in zip(self._maps(), self._unraised(), strict=True)):
             self._registry.apply(*self._unraised())
-        if self._registry.ranges == self._set_ranges:
+        if self._registry.ranges == self._own_ranges:
             self._registry.set_ranges(self._ranges)
         self._decisions.clear()
 
@@ -194,24 +196,24 @@ def watch_inputs(
     every: int = 1,
     on_change: Callable[[Change], None] | None = None,
 ) -> InputWatch:
-    """Watch every input of a live model, and read those at more bits whose data drift from calibration.
+    """Watch every input of a live model, and read an input at more bits while its data drift from the calibration data.
 
-    Each node keeps a running mean and variance of its input. Where these leave what calibration's batches had, the
-    input is read one level higher than the map in force says, or two; and while any is, static scales
-    (`use_static_scales`, to be called before) are suspended everywhere. When the data come back, so do levels and
-    scales. Levels change after the call that showed the drift. With data like calibration's nothing changes.
+    The watch keeps a running mean and variance of each input. When they leave the interval of the calibration batches,
+    the input is read one or two levels above the map in force. While any input is raised, static scales are suspended
+    in the whole model (call `use_static_scales` before the watch). When the data return, the levels and scales return.
+    Levels change after the call that showed the drift. Data like those of the calibration change nothing.
 
     Args:
-        model: a quantized model, with its profile. Eager: a model that is compiled is compiled again with the hooks.
-        tolerance: thresholds, see `foveate.inputs.Tolerance`.
-        every: look at every so many calls of the model.
-        on_change: called with each `foveate.inputs.Change`.
+        model: a quantized model with its profile. It runs eagerly; a compiled model is compiled again with the hooks.
+        tolerance: the thresholds, see `foveate.inputs.Tolerance`.
+        every: observe one call of the model in this many.
+        on_change: a function that is called with each `foveate.inputs.Change`.
 
     Returns:
-        The watch, a context manager; `changes` says which node changed when and why, `close()` ends it.
+        The watch, a context manager. `changes` lists which input changed, when and why; `close()` ends the watch.
 
     Raises:
-        FoveateError: the model is not quantized, or its profile has no statistics of inputs; or every is not positive.
+        FoveateError: the model is not quantized, its profile has no statistics of inputs, or `every` is not positive.
     """
     if every < 1:
         raise FoveateError(f"every (={every}) must be at least 1")
@@ -240,26 +242,26 @@ def _observed(x: Tensor, limits: tuple[float, float]) -> Observation | None:
     count = x.numel()
     if not count:
         return None
-    stride = -(-count // _SAMPLE)
-    while math.gcd(stride, count) > 1:  # else it would see some columns, and others never
+    stride = -(-count // _MAX_SAMPLED_VALUES)
+    while math.gcd(stride, count) > 1:  # a common divisor would leave out some columns in every row
         stride += 1
     sample = x.detach().reshape(-1)[::stride].float()
     variance, mean = torch.var_mean(sample, correction=0)
-    # beyond by more than rounding: what calibration saw itself is within
+    # the margin is more than rounding, so that the calibration data themselves are within the range
     room = 1e-4 * (limits[1] - limits[0])
     beyond = ((sample < limits[0] - room) | (sample > limits[1] + room)).float().mean()
     return Observation(count, float(mean), float(variance), float(beyond))
 
 
-def _above(plan: PrecisionMap, name: str, raised: int) -> int:
+def _raised_level(plan: PrecisionMap, name: str, raised: int) -> int:
     level = cast(int, plan.levels[name])
-    if level not in _LADDER:
+    if level not in _LEVELS:
         return level
-    return _LADDER[min(_LADDER.index(level) + raised, len(_LADDER) - 1)]
+    return _LEVELS[min(_LEVELS.index(level) + raised, len(_LEVELS) - 1)]
 
 
-def _raised(plan: PrecisionMap, decisions: dict[str, Decision]) -> PrecisionMap:
-    higher: dict[str, Levels] = {n: _above(plan, n, d.raised) for n, d in decisions.items() if d.raised}
+def _raised_map(plan: PrecisionMap, decisions: dict[str, Decision]) -> PrecisionMap:
+    higher: dict[str, Levels] = {n: _raised_level(plan, n, d.raised) for n, d in decisions.items() if d.raised}
     if not higher:
         return plan
     return replace(plan, levels={**plan.levels, **higher}, predicted_loss=float("nan"))

@@ -1,4 +1,4 @@
-"""The report on a map: one HTML file, and the layers and colours that the terminal shares with it."""
+"""The report on a precision map: one HTML file, and the layers and colours that it shares with the terminal."""
 
 from foveate.report.page import Measured as Measured
 from foveate.report.page import html as html

@@ -1,8 +1,8 @@
-"""Which weights belong together in a picture: the layers of a model, read from the names of its sites.
+"""The layers of a model, derived from the names of its sites.
 
-`model.layers.3.mlp.up_proj:weight` belongs to layer `model.layers.3` and is its weight `mlp.up_proj`; a weight without
-a number in its path is a layer by itself. Layers that hold the same weights stand under one another: a `Block` is a run
-of such layers, a table with a row a layer and a column a weight.
+`model.layers.3.mlp.up_proj:weight` is the weight `mlp.up_proj` of the layer `model.layers.3`. A weight without a number
+in its path is a layer by itself. A `Block` is a run of consecutive layers with the same weights; it is shown as a table
+with a row for each layer and a column for each weight.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Layer:
 
     Attributes:
         name: the path of the layer, `model.layers.3`.
-        parts: what each weight is called within it, `mlp.up_proj`; empty for a weight that is a layer by itself.
+        parts: the name of each weight within the layer, `mlp.up_proj`; empty for a weight that is a layer by itself.
         sites: the weights, in order.
     """
 
@@ -44,7 +44,7 @@ def module_path(site: Site) -> str:
 
 
 def split_name(path: str) -> tuple[str, str]:
-    """(layer, part): a path is cut after its first number, if something follows it."""
+    """(layer, part): the path, cut after its first number if more words follow."""
     words = path.split(".")
     for index, word in enumerate(words[:-1]):
         if word.isdigit():
@@ -63,12 +63,12 @@ def layers_of(sites: Iterable[Site]) -> tuple[Layer, ...]:
 
 
 def blocks_of(layers: Iterable[Layer]) -> tuple[Block, ...]:
-    """Runs of layers with the same parts."""
+    """The runs of consecutive layers with the same parts."""
     return tuple(Block(parts, tuple(run)) for parts, run in groupby(layers, key=lambda layer: layer.parts))
 
 
 def shares(plan: PrecisionMap, sites: Iterable[Site]) -> dict[int, float]:
-    """The share of the sites' tiles at each level, a tile counting by its inputs; the shares sum to 1."""
+    """The share of the sites' tiles at each level, each tile weighted by its group size; the shares sum to 1."""
     sums = dict.fromkeys(WEIGHT_LEVELS, 0)
     for site in sites:
         for level, tiles in plan.counts(site).items():
@@ -78,12 +78,12 @@ def shares(plan: PrecisionMap, sites: Iterable[Site]) -> dict[int, float]:
 
 
 def percent(share: float) -> str:
-    """`37%`, and `<1%` for little that is not nothing."""
+    """The share as `37%`, or `<1%` for a small share above 0."""
     return "<1%" if 0 < share < 0.005 else f"{share:.0%}"
 
 
 def mean_level(plan: PrecisionMap, sites: Iterable[Site]) -> float:
-    """The mean level of the sites' tiles: bits of planes alone, without scales."""
+    """The mean level of the sites' tiles, that is the bits of planes without scales."""
     return sum(level * share for level, share in shares(plan, sites).items())
 
 
@@ -93,5 +93,5 @@ def stored_bytes(plan: PrecisionMap, sites: Iterable[Site]) -> int:
 
 
 def dense_bytes(plan: PrecisionMap, width: int) -> int:
-    """Bytes of the model if its weights took `width` bytes each, 4 for float32; what is no site stays as it is."""
+    """Bytes of the model with `width` bytes for each weight of a site (4 for float32), and the rest as it is."""
     return width * sum(s.weights for s in plan.weight_sites()) + plan.other_bytes

@@ -1,9 +1,9 @@
-"""The report: one HTML file that says where a model's bits are and what that costs.
+"""The report: one HTML file that shows where a model's bits are and what they cost.
 
-No script, nothing fetched, light and dark by the reader's setting.
+The page has no script and fetches nothing. It is light or dark by the reader's setting.
 
-page = html(plan, title="my model", profile=profile, frontier=fv.frontier(profile))
-Path("report.html").write_text(page, encoding="utf-8")
+    page = html(plan, title="my model", profile=profile, frontier=fv.frontier(profile))
+    Path("report.html").write_text(page, encoding="utf-8")
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from html import escape
 
 from foveate.errors import SiteError
-from foveate.evaluate.floor import FLOOR, both_at_floor
+from foveate.evaluate.float32_floor import FLOAT32_FLOOR, both_at_floor
 from foveate.evaluate.verify import Outcome
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.precision.maps import PrecisionMap, uniform_of_bytes
@@ -28,13 +28,13 @@ from foveate.sizes import format_bytes
 
 @dataclass(frozen=True)
 class Measured:
-    """What a map was measured to do.
+    """A map and its measured outcome.
 
     Attributes:
-        label: what the map is called, `4 bits` or `chosen map`.
+        label: the name of the map, such as `4 bits` or `default map`.
         plan: the map; None for the reference itself.
-        outcome: what `foveate.measure` found.
-        is_default: whether it is the map that the report is about.
+        outcome: the result of `foveate.measure`.
+        is_default: whether the report is about this map.
     """
 
     label: str
@@ -44,23 +44,23 @@ class Measured:
 
 
 def loss_name(objective: str | None) -> str:
-    """What divergence and predicted loss are, from the objective's name."""
+    """The name of divergence and predicted loss in tables, for the name of an objective."""
     if objective is None:
         return "divergence from the original"
     return "1 - cosine to the original" if objective.endswith("embedding") else "KL to the original, nats"
 
 
 def figure(value: float) -> str:
-    """Three digits, or a dash where nothing is known."""
+    """The number with three or more digits, or a dash where it is not finite."""
     if not math.isfinite(value):
         return "–"
     return "0" if value == 0 else f"{value:.4f}" if 0.1 <= abs(value) < 100 else f"{value:.3g}"
 
 
 def divergence_text(outcome: Outcome) -> str:
-    """What was measured and its standard error; what float32 cannot tell from none is said to be that."""
+    """The divergence and its standard error; a divergence below the floor of float32 is shown as such."""
     if outcome.divergence and both_at_floor(outcome.divergence):
-        return f"< {FLOOR:.1e}, the floor of float32"
+        return f"< {FLOAT32_FLOOR:.1e}, the floor of float32"
     error = f" ± {figure(outcome.standard_error)}" if outcome.standard_error else ""
     return f"{figure(outcome.divergence)}{error}"
 
@@ -78,13 +78,13 @@ def html(
     """The report as one self-contained HTML page.
 
     Args:
-        plan: the map the report is about.
-        title: usually the model's name.
-        profile: what was measured of the model: adds sensitivity, and what is predicted of uniform precision.
-        frontier: maps from the best to the cheapest, as `foveate.frontier` gives them.
+        plan: the map that the report is about.
+        title: the title of the page, usually the model's name.
+        profile: the model's profile; it adds the sensitivity, and the predicted loss of uniform precision.
+        frontier: maps from the best to the cheapest, as `foveate.frontier` returns them.
         measured: maps that were run on held-out data.
-        metric: what `Outcome.metric` is, where it is given.
-        notes: sentences for the reader, besides those of the profile.
+        metric: the heading of `Outcome.metric`.
+        notes: sentences that are added to the profile's notes.
 
     Raises:
         SiteError: the profile is of another model than the map.
@@ -159,7 +159,7 @@ def _cards(plan: PrecisionMap, profile: Profile | None, measured: Sequence[Measu
 
 
 def predicted_loss(plan: PrecisionMap, profile: Profile | None) -> float:
-    """The map's own prediction, or the profile's of it; NaN if neither is known."""
+    """The predicted loss that the map carries, or else the profile's prediction; NaN without either."""
     if math.isfinite(plan.predicted_loss) or profile is None:
         return plan.predicted_loss
     return profile.predict(plan)
@@ -170,13 +170,13 @@ def _picture_section(plan: PrecisionMap, profile: Profile | None) -> str:
     if profile is not None:
         heat = (
             " The squares at the end of a row are its weights in the same order: "
-            f"the redder, the more that weight alone would lose at {HEAT_LEVEL} bits."
+            f"the redder a square, the more its weight alone would lose at {HEAT_LEVEL} bits."
         )
     return (
         "<section><h2>Where the bits are</h2>"
-        '<p class="soft">A row is a layer, a bar is one weight, and its colours are the share of its tiles at each '
-        f"level: the darker, the more bits. The figure after the bars is the mean level.{heat} "
-        f"Point at anything for its figures.</p>{picture(plan, profile)}</section>"
+        '<p class="soft">Each row is a layer and each bar a weight. The colours show the share of tiles at each '
+        f"level: the darker, the more bits. The number after the bars is the mean level.{heat} "
+        f"Point at a bar or a square to see its numbers.</p>{picture(plan, profile)}</section>"
     )
 
 
@@ -232,10 +232,10 @@ def _plot_section(
         for k in kinds
     )
     return (
-        "<section><h2>What a bit buys</h2>"
+        "<section><h2>Loss against size</h2>"
         '<p class="soft">Further left is smaller, lower is closer to the original; '
-        "each step down the axis is a factor. "
-        "A good map lies on the line, below the squares.</p>"
+        "the axis is logarithmic. "
+        "A good map lies on the line and below the squares.</p>"
         f'<div class="scroll">{drawn}</div><div class="legend">{keys}</div></section>'
     )
 
@@ -267,8 +267,8 @@ def _outcome_section(measured: Sequence[Measured], name: str, metric: str) -> st
     samples = max(entry.outcome.samples for entry in measured)
     return (
         "<section><h2>What was measured</h2>"
-        f'<p class="soft">Each map was run on the same {samples:,} samples and compared with the reference, '
-        "whose decision it makes as often as the last column says; ± is one standard error.</p>"
+        f'<p class="soft">Each map was run on the same {samples:,} samples and compared with the reference. '
+        "Agreement is the share of decisions that equal the reference's; ± is one standard error.</p>"
         f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )

@@ -1,7 +1,7 @@
-"""The layer x level picture: where a map's bits are, and beside it where the profile says they matter.
+"""The picture of a map: where its bits are, and beside them the sensitivity that the profile measured.
 
-A row a layer, a column a weight. Each cell is one stacked bar, the share of the weight's tiles at
-each level; the squares at the end of a row say what each of its weights would lose at two bits.
+Each layer has a row and each weight of a layer a column. A cell is a stacked bar of the share of the weight's tiles at
+each level. The coloured squares at the end of a row show what each of its weights would lose at 2 bits.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from foveate.report.layers import (
 from foveate.report.palette import LEVEL_COLOURS, heat_colour
 from foveate.sizes import format_bytes
 
-#: More parts than this are not columns any more: the layer is one bar, and each of its parts a row below it.
-MOST_COLUMNS = 9
-#: Characters of a layer's name.
-LONGEST_NAME = 27
+#: A layer with more parts has no columns: the layer is one bar, and each part has a row below it.
+MAX_COLUMNS = 9
+#: At most this many characters of a layer's name are shown.
+MAX_NAME_LENGTH = 27
 #: The level whose loss the heat map shows.
 HEAT_LEVEL = 2
 
 
 def bar(plan: PrecisionMap, sites: Sequence[Site], what: str) -> str:
-    """One stacked bar; `what` names it in its tooltip."""
+    """One stacked bar as HTML; `what` is its name in the tooltip."""
     found = shares(plan, sites)
     said = ", ".join(f"{percent(share)} at {level}" for level, share in reversed(found.items()) if share)
     tip = f"{what}: {said}; mean level {mean_level(plan, sites):.2f}, {format_bytes(stored_bytes(plan, sites))}"
@@ -56,7 +56,7 @@ class Heat:
         self.least, self.most = (min(positive), max(positive)) if positive else (1.0, 1.0)
 
     def strip(self, sites: Sequence[Site]) -> str:
-        """A square a weight, in the colour of its loss."""
+        """A table cell with one square for each weight, in the colour of its loss."""
         squares = []
         for site in sites:
             loss = self.losses[site.name]
@@ -71,7 +71,7 @@ class Heat:
         return heat_colour(math.log(loss / self.least) / spread if spread > 0 else 1.0)
 
     def legend(self) -> str:
-        """The scale, with its ends."""
+        """The colour scale, with the least and the greatest loss at its ends."""
         ramp = ", ".join(heat_colour(i / 8) for i in range(9))
         return (
             f'<div class="legend"><span class="key">loss at {HEAT_LEVEL} bits</span>'
@@ -82,7 +82,7 @@ class Heat:
 
 
 def level_legend(plan: PrecisionMap) -> str:
-    """The colours, with the share of all tiles at each level."""
+    """The colour of each level, with the share of all tiles at that level."""
     found = shares(plan, list(plan.weight_sites()))
     keys = []
     for level in reversed(LEVEL_COLOURS):
@@ -94,12 +94,12 @@ def level_legend(plan: PrecisionMap) -> str:
 
 
 def _row(plan: PrecisionMap, name: str, bars: str, sites: Sequence[Site], strip: str) -> str:
-    head = f'<th scope="row" title="{escape(name)}">{escape(_end_of(name))}</th>'
+    head = f'<th scope="row" title="{escape(name)}">{escape(_shortened(name))}</th>'
     return f'<tr>{head}{bars}<td class="mean">{mean_level(plan, sites):.2f}</td>{strip}</tr>'
 
 
 def _columns(plan: PrecisionMap, block: Block, heat: Heat | None) -> str:
-    """A table with a row a layer and a column a part."""
+    """A table with a row for each layer and a column for each part."""
     rows = []
     for layer in block.layers:
         bars = "".join(f"<td>{bar(plan, [s], module_path(s))}</td>" for s in layer.sites)
@@ -109,8 +109,8 @@ def _columns(plan: PrecisionMap, block: Block, heat: Heat | None) -> str:
     return _table(len(block.parts), f'<thead><tr><th></th>{heads}<th class="mean">mean</th>{strip}</tr></thead>', rows)
 
 
-def _single(plan: PrecisionMap, layers: Sequence[Layer], heat: Heat | None) -> str:
-    """Layers that are one weight each, or too many for columns: a wide bar a weight."""
+def _one_row_each(plan: PrecisionMap, layers: Sequence[Layer], heat: Heat | None) -> str:
+    """A table of layers with one weight or with too many for columns: each weight has a wide bar in its own row."""
     rows = []
     for layer in layers:
         if len(layer.sites) > 1:
@@ -123,9 +123,9 @@ def _single(plan: PrecisionMap, layers: Sequence[Layer], heat: Heat | None) -> s
     return _table(1, "", rows)
 
 
-def _end_of(name: str) -> str:
-    """The end of a name that is too long for its column: that is where names differ."""
-    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+def _shortened(name: str) -> str:
+    """The name, or the end of a name that is too long for its column: names differ at their ends."""
+    return name if len(name) <= MAX_NAME_LENGTH else f"…{name[1 - MAX_NAME_LENGTH :]}"
 
 
 def _table(columns: int, head: str, rows: Sequence[str]) -> str:
@@ -133,7 +133,7 @@ def _table(columns: int, head: str, rows: Sequence[str]) -> str:
 
 
 def _short(part: str) -> str:
-    """The last word of a part's path, and the one before where it says too little."""
+    """The last word of a part's path, with the word before it where the last word alone is ambiguous."""
     words = part.split(".")
     return (
         ".".join(words[-2:])
@@ -146,18 +146,18 @@ def picture(plan: PrecisionMap, profile: Profile | None) -> str:
     """The whole picture with its legends, as HTML."""
     heat = None if profile is None else Heat(profile)
     blocks = blocks_of(layers_of(plan.sites))
-    widest = max((len(b.parts) for b in blocks if len(b.parts) <= MOST_COLUMNS), default=1)
+    widest = max((len(b.parts) for b in blocks if len(b.parts) <= MAX_COLUMNS), default=1)
     parts = [f'<div class="legends">{level_legend(plan)}{"" if heat is None else heat.legend()}</div>']
     singles: list[Layer] = []
     for block in blocks:
-        if 1 < len(block.parts) <= MOST_COLUMNS:
+        if 1 < len(block.parts) <= MAX_COLUMNS:
             if singles:
-                parts.append(_single(plan, singles, heat))
+                parts.append(_one_row_each(plan, singles, heat))
                 singles = []
             parts.append(_columns(plan, block, heat))
         else:
             singles += block.layers
     if singles:
-        parts.append(_single(plan, singles, heat))
+        parts.append(_one_row_each(plan, singles, heat))
     style = f"--strip:{0 if heat is None else widest}"
     return f'<div class="picture" style="{style}">{"".join(parts)}</div>'

@@ -1,7 +1,8 @@
-"""The frontier plot, one SVG: loss, on a logarithmic axis, against average bits a weight.
+"""The plot of the frontier, one SVG: loss on a logarithmic axis against average bits per weight.
 
-The line is the best the profile knows for each size; squares are uniform precision; the diamond is the map that was
-chosen; circles, with whiskers of one standard error where there is room, are what was measured.
+The line is the least loss that the profile predicts for each size. Squares are uniform precision, and the diamond is
+the map of the report. Circles are measured losses, with whiskers of one standard error where they are long enough to
+see.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ class Mark:
     """A point of the plot.
 
     Attributes:
-        bits: average bits a weight.
-        loss: predicted or measured.
-        label: what stands beside it.
-        tip: its tooltip.
+        bits: average bits per weight.
+        loss: the predicted or measured loss.
+        label: the text beside the point.
+        tip: the tooltip.
         kind: the CSS class: `uniform`, `chosen` or `measured`.
-        error: a standard error, 0 if there is none.
+        error: the standard error, or 0 without one.
     """
 
     bits: float
@@ -42,7 +43,7 @@ def _drawable(mark: Mark) -> bool:
 
 
 class Axes:
-    """From (bits, value) to pixels, the value on a logarithmic scale."""
+    """The transformation from (bits, value) to pixels, with values on a logarithmic scale."""
 
     def __init__(self, bits: Sequence[float], values: Sequence[float]) -> None:
         self.left, self.right = math.floor(min(bits) - 0.2), math.ceil(max(bits) + 0.2)
@@ -51,16 +52,16 @@ class Axes:
         self.low, self.high = low - room, high + room
 
     def x(self, bits: float) -> float:
-        """Pixels from the left."""
+        """The distance from the left edge in pixels."""
         return LEFT + (bits - self.left) / (self.right - self.left) * (WIDTH - LEFT - RIGHT)
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """The distance from the top edge in pixels."""
         share = (math.log10(value) - self.low) / (self.high - self.low)
         return TOP + (1 - min(max(share, 0.0), 1.0)) * (HEIGHT - TOP - BOTTOM)
 
     def ticks(self) -> list[float]:
-        """Powers of ten; with 2 and 5 between where there are few."""
+        """The powers of ten in range, and their multiples by 2 and 5 where the range is short."""
         powers = range(math.floor(self.low), math.ceil(self.high) + 1)
         factors = (1, 2, 5) if self.high - self.low < 3 else (1,)
         ticks = [f * 10.0**p for p in powers for f in factors]
@@ -68,7 +69,7 @@ class Axes:
 
 
 def grid(axes: Axes, bits_name: str, value_name: str) -> str:
-    """The lines behind the plot, and what stands beside its axes."""
+    """The grid lines behind the plot, and the labels of its axes."""
     parts = []
     step = max(1, round((axes.right - axes.left) / 8))
     for bits in range(axes.left, axes.right + 1, step):
@@ -104,9 +105,9 @@ def _mark(mark: Mark, axes: Axes) -> str:
     whisker = ""
     if mark.error > 0:
         top, bottom = axes.y(mark.loss + mark.error), axes.y(max(mark.loss - mark.error, 1e-300))
-        if bottom - top > 2 * RADIUS:  # a shorter one would be a dot inside its circle
+        if bottom - top > 2 * RADIUS:  # a shorter whisker would be hidden inside its circle
             whisker = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-    # the line falls to the right: above it there is room for the label of a uniform level, below it for that of the map
+    # the line falls to the right, so labels of uniform levels fit above it, and the label of the map below it
     dx, dy, anchor = (-12, 16, "end") if mark.kind == "chosen" else (10, -8, "start")
     text = (
         f'<text x="{x + dx:.1f}" y="{y + dy:.1f}" text-anchor="{anchor}">{escape(mark.label)}</text>'
@@ -117,12 +118,12 @@ def _mark(mark: Mark, axes: Axes) -> str:
 
 
 def plot(line: Sequence[tuple[float, float]], marks: Sequence[Mark], loss_name: str) -> str:
-    """The SVG; empty if nothing has a loss above zero to draw.
+    """The plot as SVG; an empty string if no loss is positive.
 
     Args:
         line: (bits, predicted loss) along the frontier.
-        marks: points, drawn in order.
-        loss_name: what the loss is, with its unit.
+        marks: the points, drawn in order.
+        loss_name: the name of the loss, with its unit.
     """
     line = [(bits, loss) for bits, loss in line if loss > 0 and math.isfinite(loss)]
     marks = [mark for mark in marks if _drawable(mark)]

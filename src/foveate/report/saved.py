@@ -1,7 +1,7 @@
-"""The plot of what training keeps for backward, one SVG file: a row a layer, its bytes in plain training and now.
+"""The plot of saved tensors, one SVG file: for each layer the bytes that backward needs, before and after compression.
 
-The pale bar is what autograd would hold, the bar inside it what is held: darker the more bits a value has, as on the
-page; grey is without loss (masks, small integers, and what stays exact).
+The pale bar shows what autograd would hold, and the bar inside it what is held. Its colours show the bits of a value,
+the darker the more, as in the HTML report. Grey stands for lossless forms: masks, small integers and exact tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ WIDTH = 820
 _LEFT, _RIGHT, _TOP, _BOTTOM = 210, 178, 40, 12
 _ROW, _BAR, _INNER = 24, 18, 10
 _LETTERS = 32
-#: What bars are made of, in order: the name in the legend and the colour.
+#: The parts of a bar in order: the name in the legend, and the colour.
 _KINDS: Mapping[str, tuple[str, str]] = {
     "2": ("2 bits", LEVEL_COLOURS[2]),
     "4": ("4", LEVEL_COLOURS[4]),
@@ -42,10 +42,10 @@ class _Layer:
 
 
 def bytes_by_layer(report: SavedReport) -> dict[str, tuple[int, dict[str, int]]]:
-    """For each layer, in order: bytes as they came, and bytes held at `2`, `4`, `8` and `16` bits or `lossless`.
+    """For each layer in order: the bytes before compression, and the bytes held at each number of bits or `lossless`.
 
-    A layer is a path up to its first number, `model.layers.3`. What plain training would hold is counted by site; a
-    tensor that two sites save is counted at the first.
+    A layer is a path up to its first number, such as `model.layers.3`. A tensor that two sites save counts at the first
+    of them.
     """
     layers: dict[str, _Layer] = {}
     for row in report.rows:
@@ -56,7 +56,7 @@ def bytes_by_layer(report: SavedReport) -> dict[str, tuple[int, dict[str, int]]]
 
 
 def saved_plot(report: SavedReport) -> str:
-    """The SVG, a file of its own. Layers that keep less than a thousandth of the largest's bytes are left out."""
+    """The plot as an SVG file. Layers with less than a thousandth of the largest layer's bytes are left out."""
     layers = bytes_by_layer(report)
     most = max((max(before, sum(after.values())) for before, after in layers.values()), default=0)
     shown = {name: sizes for name, sizes in layers.items() if max(sizes[0], sum(sizes[1].values())) * 1000 >= most > 0}

@@ -1,4 +1,4 @@
-"""The page's style sheet: one column, system fonts, figures of equal width, light and dark by the reader's setting."""
+"""The style sheet of the report: one column, system fonts, digits of equal width, light or dark by preference."""
 
 from __future__ import annotations
 

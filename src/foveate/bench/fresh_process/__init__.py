@@ -1,1 +1,1 @@
-"""Work in a process of its own, so that what it takes of memory and of the disk is its own."""
+"""Measurements in a fresh process, so that its memory and its disk reads belong to the measured work alone."""

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own: what it took of memory, and what it should.
+"""Decoding in a fresh process: the memory that it takes, and the memory that is computed for it.
 
 python -m foveate.bench.fresh_process.decode FOLDER THREADS PROMPT TOKENS
 """
@@ -23,22 +23,22 @@ _FLOAT = 4
 
 
 def _cache_bytes(config: Any, positions: int) -> int:
-    """Of keys and values, float32."""
+    """The bytes of keys and values in float32."""
     width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
     return cast(int, 2 * config.num_hidden_layers * width * positions * _FLOAT)
 
 
 def _activation_bytes(config: Any, rows: int) -> int:
-    """Of the prompt at its widest: inputs, outputs and residuals of a feed-forward block; and a row of logits twice."""
+    """The bytes of one feed-forward block (inputs, outputs, residuals) for the prompt, and of two rows of logits."""
     wide = 3 * config.intermediate_size + 4 * config.hidden_size
     return cast(int, (rows * wide + 2 * config.vocab_size) * _FLOAT)
 
 
 def measure(folder: Path, threads: int, prompt: int, tokens: int) -> dict[str, int]:
-    """Load, decode, and look."""
+    """Load and decode, and return the measured peak of memory with the computed bytes."""
     torch.set_num_threads(threads)
     tiny = random_llama(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, vocab_size=64)
-    generate(tiny, prompt, tokens)  # what any decoding imports and starts
+    generate(tiny, prompt, tokens)  # imports and starts what any decoding needs
     gc.collect()
     before = psutil.Process().memory_info().rss
     model = foveate.load(folder)

@@ -1,4 +1,4 @@
-"""One load in a process of its own: its seconds, the bytes that it read, and its memory.
+"""One load in a fresh process: its seconds, the bytes that it reads, and its memory.
 
 python -m foveate.bench.fresh_process.load FOLDER MAP.json
 """
@@ -22,13 +22,13 @@ from foveate.kernels.backends.table import ensure_loaded
 
 
 def _io() -> int | None:
-    """Bytes this process has read from the disk so far, where the system says."""
+    """The bytes that this process has read from the disk so far, or None where the system does not report them."""
     process = psutil.Process()
     return int(process.io_counters().read_bytes) if hasattr(process, "io_counters") else None
 
 
 def measure(folder: Path, plan_file: Path) -> dict[str, Any]:
-    """Load the model of a folder at a map: seconds, bytes read, and memory beyond what was there before."""
+    """Load a folder's model by a map, and return the seconds, the bytes read, and the growth of memory."""
     head = foveate.read_head(folder)
     plan = foveate.PrecisionMap.from_json(json.loads(plan_file.read_text()), head.sites, head.other_bytes)
     ensure_loaded()

@@ -1,4 +1,4 @@
-"""Starting a fresh process and reading its answer; the highest memory of the process that asks."""
+"""Start a fresh process and read its answer; and the peak memory of the process that calls."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from foveate.errors import FoveateError
 
 
 def run_in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
-    """Run a module of ours in a fresh Python; the last line that it prints is its answer, a JSON object.
+    """Run a module of foveate in a fresh Python; the last line that it prints is its answer, a JSON object.
 
     Raises:
-        FoveateError: it failed; the message has its last words.
+        FoveateError: the process failed; the message has the last line of its stderr.
     """
     source = str(Path(foveate.__file__).parent.parent)
     paths = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -30,13 +30,13 @@ def run_in_fresh_process(module: str, *arguments: str) -> dict[str, Any]:
     )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        raise FoveateError(f"{module}, a process of its own, ended with {done.returncode}: {last}")
+        raise FoveateError(f"{module}, run in a fresh process, ended with {done.returncode}: {last}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def peak_memory() -> int:
-    """This process's highest resident size in bytes."""
+    """The highest resident size of this process, in bytes."""
     status = Path("/proc/self/status")
     if status.exists():
         line = next(v for v in status.read_text().splitlines() if v.startswith("VmHWM:"))
@@ -48,7 +48,7 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> bool:
-    """Let the highest size start from now; whether the system can."""
+    """Reset the highest resident size to the present one; returns whether the system can."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,4 +1,4 @@
-"""What the demo's model learns from: Python's own standard library, as bytes."""
+"""The training text of the demo's model: Python's own standard library, as bytes."""
 
 from __future__ import annotations
 

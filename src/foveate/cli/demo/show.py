@@ -2,8 +2,7 @@
 
     train -> quantize -> allocate -> verify -> save, load -> change precision in mid-sentence -> report
 
-Each step says in a sentence what happens and why it matters. Words for people go to stdout, or to stderr when stdout
-carries the JSON object; bars go to stderr.
+Each step says what it does and why: on stdout, or on stderr when stdout has the JSON object. Bars go to stderr.
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ _STEPS = {
     " (KL divergence). [bold]Same guess[/]: how often the likeliest next byte is float32's.",
     "Save and load": "One folder holds every precision, a file for each plane: a small machine reads only the first.",
     "Change precision in mid-sentence": f"The model continues a line of Python while its weights go {_ROUTE} bits. A"
-    " switch rewrites one tag a tile: no weight moves, and what the model has read so far is kept.",
+    " switch rewrites one level for each tile: no weight moves, and the model keeps its cache of the text.",
     "Report": "The map, what each part of the model is worth, and size against drift, on one page.",
 }
 
@@ -89,7 +88,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Switch:
-    """A change of precision in mid-sentence: the new level, its cost, and what of the stored weights it touched."""
+    """A change of precision in mid-sentence: the new level, its time, and the bytes of stored weights it changed."""
 
     level: int
     microseconds: float
@@ -120,7 +119,7 @@ def run(*, out: Path, cache: Path | None, json_output: bool, recipe: Recipe | No
     )
     text = corpus()
     made = _train(console, recipe, text, cache or default_cache())
-    with threads(min(made.threads, torch.get_num_threads())):  # what was found quickest on this machine
+    with threads(min(made.threads, torch.get_num_threads())):  # the number of threads that trained fastest
         model, reference = made.model, copy.deepcopy(made.model)
         held_out = _batches(text.held_out, _HELD_OUT_WINDOWS, recipe)
         profile = _quantize(console, model, _batches(text.train, _CALIBRATION_WINDOWS, recipe))
@@ -128,9 +127,9 @@ def run(*, out: Path, cache: Path | None, json_output: bool, recipe: Recipe | No
         rows, found = _verify(console, model, reference, profile, plan, held_out)
         plan = found.best
         loaded, identical = _round_trip(console, model, plan, out, held_out[0])
-        switches, written = _speak(console, loaded)
+        switches, written = _write_text(console, loaded)
         page = _report(console, out, plan, profile, rows)
-        _end(console, out, plan, rows, switches)
+        _finish(console, out, plan, rows, switches)
     if json_output:
         print(emit(_figures(made, recipe, rows, found, identical, switches, written, out, page)))
 
@@ -281,7 +280,7 @@ def _round_trip(
     return loaded, identical
 
 
-def _speak(console: Console, model: nn.Module) -> tuple[list[Switch], str]:
+def _write_text(console: Console, model: nn.Module) -> tuple[list[Switch], str]:
     _step(console, "Change precision in mid-sentence")
     switches: list[Switch] = []
     written = ""
@@ -349,7 +348,7 @@ def _report(console: Console, out: Path, plan: PrecisionMap, profile: Profile, r
     return page
 
 
-def _end(console: Console, out: Path, plan: PrecisionMap, rows: Sequence[Row], switches: Sequence[Switch]) -> None:
+def _finish(console: Console, out: Path, plan: PrecisionMap, rows: Sequence[Row], switches: Sequence[Switch]) -> None:
     kept = next(row for row in rows if row.plan is plan)
     share = kept.size / next(row.size for row in rows if row.plan is None)
     slowest = max(s.microseconds for s in switches)

@@ -1,10 +1,10 @@
 """The demo's own model: a byte-level Llama that learns Python from the standard library of the Python it runs in.
 
-Nothing is downloaded. The recipe is made for minutes on two cores, so every choice serves loss per second: short steps,
-matrices updated by Muon (Jordan 2024, orthogonalised momentum) and the rest by AdamW, output projections that start at
-zero, a learning rate that falls linearly to nothing. The schedule follows the steps on a fast machine and the clock on
-a slow one, whichever is further, so training always ends in time, and always at a learning rate of nothing. Before it
-starts, a few steps are timed to choose the number of threads, and float32 or bfloat16 products.
+Nothing is downloaded. The recipe is made for minutes on two cores, so every choice serves the loss per second: short
+steps, matrices updated by Muon (Jordan 2024, orthogonalised momentum) and the rest by AdamW, output projections that
+start at zero, and a learning rate that falls linearly to zero. The schedule follows the steps on a fast machine and the
+clock on a slow one, whichever is further, so training always ends in time, and always at a learning rate of zero.
+Before it starts, a few steps are timed to choose the number of threads, and float32 or bfloat16 products.
 
 Shapes: B windows a step, S bytes a window, V = 256 byte values; a stack of equal matrices is [L, N, K].
 """

@@ -1,1 +1,1 @@
-"""What several commands share: options, data, models, tables, and where words go."""
+"""What several commands share: options, data, models, tables and output."""

@@ -1,4 +1,4 @@
-"""Where words go: results to stdout, as tables or as one JSON object; everything else to stderr."""
+"""Output of the commands: results on stdout, as tables or as one JSON object; everything else on stderr."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rich.table import Table
 
 from foveate.errors import CheckpointError
 
-#: Columns of text where stdout is no terminal.
+#: Width of tables in characters where stdout is no terminal.
 _WIDTH = 120
 log = logging.getLogger("foveate")
 
 
 def show(*things: RenderableType) -> None:
-    """Print results for a person."""
+    """Print results on stdout for a human reader."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else _WIDTH)
     for thing in things:
         console.print(thing)
 
 
 def emit(result: Mapping[str, Any], file: Path | None = None) -> str:
-    """The one JSON object of a command, NaN as null; also written to `file` if one is given."""
+    """The text of a command's JSON object, with null for NaN; it is also written to `file` if one is given."""
     text = json.dumps(_plain(result), indent=2, allow_nan=False)
     if file is not None:
         file.write_text(text + "\n", encoding="utf-8")
@@ -38,7 +38,7 @@ def emit(result: Mapping[str, Any], file: Path | None = None) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse, before any work, a file or a folder to write that the nearest folder above it will not take.
+    """Refuse a path that cannot be written, before any work, by a test in the nearest folder that exists.
 
     Raises:
         CheckpointError: nothing can be written there.
@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
 
 
 def plain_table(*heads: str) -> Table:
-    """An empty table whose first column is text and whose others are figures."""
+    """An empty table whose first column holds text and whose other columns hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
     table.add_column(heads[0])
     for head in heads[1:]:
@@ -71,7 +71,7 @@ def plain_table(*heads: str) -> Table:
 
 
 def figures_table(title: str, figures: Mapping[str, float]) -> Table:
-    """Names and numbers."""
+    """A table of names and numbers."""
     table = plain_table(title, "")
     for name, value in figures.items():
         table.add_row(name, f"{value:.4g}")

@@ -1,7 +1,7 @@
-"""Data for calibration and measurement: a text or token ids, cut into windows, a part of them held out.
+"""Data for calibration and measurement: a text or token ids, cut into windows, of which a part can be held out.
 
-A model of next tokens sees windows of one length, cut from the whole text and spread evenly over it. An embedding model
-sees lines: each is a sample of its own, padded and masked.
+A model that predicts the next token gets windows of one length, spread evenly over the whole text. An embedding model
+gets lines of the text: each line is one sample, padded and masked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from foveate.cli.shared.console import log
 from foveate.cli.shared.models import is_causal, load_tokenizer
 from foveate.errors import DataError
 
-#: One window in so many is held out.
+#: For this many windows of calibration, one more window is held out.
 HELD_OUT = 8
 _LENGTH = 512
 Window = dict[str, Tensor]
@@ -31,7 +31,7 @@ Window = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Request:
-    """What the options ask for. Exactly one of `text` and `tokens` is needed."""
+    """The data that the options ask for. Exactly one of `text` and `tokens` is needed."""
 
     text: Path | None
     tokens: Path | None
@@ -41,12 +41,12 @@ class Request:
 
     @property
     def given(self) -> bool:
-        """Whether there are data at all."""
+        """Whether the options name any data."""
         return self.text is not None or self.tokens is not None
 
 
 def next_token_loss(output: Any, batch: Window) -> Tensor:
-    """Nats of each next token: [n]."""
+    """The negative log-likelihood of each next token in nats: [n]."""
     logits_BSV, ids_BS = output.logits, batch["input_ids"]
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten(), reduction="none")
 
@@ -58,7 +58,7 @@ def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> l
         request: the options.
         name: folder or hub name of the model whose tokenizer is used.
         config: its configuration.
-        more: windows beyond `request.samples`, as a share of them.
+        more: how many windows to add to `request.samples`, as a share of that number.
 
     Raises:
         DataError: no data, or data that do not fit the model; the message says what to give.
@@ -89,7 +89,7 @@ def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> l
 
 
 def split(found: Sequence[Window]) -> tuple[list[Window], list[Window]]:
-    """(to calibrate on, held out): every eighth or so window is held out, at least one.
+    """(calibration, held out): about one window in nine is held out, and at least one.
 
     Raises:
         DataError: fewer than two windows.
@@ -102,7 +102,7 @@ def split(found: Sequence[Window]) -> tuple[list[Window], list[Window]]:
 
 
 def batches(found: Sequence[Window], size: int) -> list[Window]:
-    """Windows of one length stacked, lines padded: `size` a batch."""
+    """Batches of `size` windows; lines of different lengths are padded."""
     made = []
     for start in range(0, len(found), size):
         part = found[start : start + size]
@@ -120,7 +120,7 @@ def describe(found: Sequence[Window]) -> str:
 
 
 def digest(found: Sequence[Window]) -> str:
-    """A short name for exactly these data."""
+    """The first 12 hex digits of the SHA-256 of these data."""
     sha = hashlib.sha256()
     for window in found:
         sha.update(str(window["input_ids"].tolist()).encode())
@@ -137,7 +137,7 @@ def _window_length(length: int | None, config: Any) -> int:
 
 
 def _cut(ids: Tensor, length: int) -> list[Tensor]:
-    """Windows of a stream; rows that are shorter already are windows as they are."""
+    """Windows of a stream of tokens; rows that are no longer than a window are used as they are."""
     if ids.dim() == 2 and ids.shape[1] <= length:
         return list(ids)
     rows = ids if ids.dim() == 2 else ids[None]
@@ -150,10 +150,10 @@ def _cut(ids: Tensor, length: int) -> list[Tensor]:
 
 
 def _spread(found: Sequence[Any], wanted: int) -> list[Any]:
-    """`wanted` of them, evenly spread; all if there are fewer."""
+    """`wanted` items, evenly spread; all items if there are fewer."""
     if len(found) <= wanted:
         if len(found) < wanted:
-            log.info("the data give %d of the %d samples asked for", len(found), wanted)
+            log.info("the data give only %d of the %d samples asked for", len(found), wanted)
         return list(found)
     return [found[i * len(found) // wanted] for i in range(wanted)]
 
@@ -161,7 +161,7 @@ def _spread(found: Sequence[Any], wanted: int) -> list[Any]:
 def _checked(found: list[Window], config: Any, file: Path) -> list[Window]:
     vocabulary = getattr(config, "vocab_size", None)
     if not found:
-        raise DataError(f"{file} holds nothing to use")
+        raise DataError(f"{file} holds no usable data")
     ids = torch.cat([w["input_ids"].flatten() for w in found])
     if int(ids.min()) < 0 or (isinstance(vocabulary, int) and int(ids.max()) >= vocabulary):
         raise DataError(f"{file} holds token {int(ids.max())}, and the model knows 0 to {(vocabulary or 0) - 1}")

@@ -1,4 +1,4 @@
-"""Models and tokenizers by folder or hub name, through transformers, and never with code from a repository."""
+"""Models and tokenizers by folder or hub name. transformers loads them and never runs code of a repository."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TOKENIZER_FILES = (
 
 
 def transformers() -> Any:
-    """The package, its own chatter kept from the reader."""
+    """The package transformers, with its log messages and progress bars switched off."""
     try:
         package: Any = import_module("transformers")
     except ImportError as error:
@@ -61,28 +61,28 @@ def config_of(name: str) -> Any:
     try:
         return transformers().AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        what = "" if folder.is_dir() else "there is no such folder here, and the hub gave: "
+        what = "" if folder.is_dir() else "there is no such folder here, and the hub answered: "
         raise CheckpointError(f"cannot read the model {name}: {what}{_first_line(error)}") from error
 
 
 def original_config(name: str) -> Any:
-    """As `config_of`, of a model that has its own weights; raises `CheckpointError` for a folder of foveate's."""
+    """As `config_of`, for an original model; raises `CheckpointError` for a folder that foveate wrote."""
     if (Path(name) / HEAD).is_file():
         raise CheckpointError(f"{name} was written by foveate: give the original model")
     return config_of(name)
 
 
 def is_causal(config: Any) -> bool:
-    """Whether the model predicts the next token: by the architectures its configuration names."""
+    """Whether the model predicts the next token, judged by the architectures that its configuration names."""
     return any("CausalLM" in name or "LMHead" in name for name in config.architectures or ())
 
 
 def load_original(name: str) -> nn.Module:
-    """The model in float32, head included: of the class that its configuration names, or else `AutoModel`.
+    """The model in float32 with its head, of the class that its configuration names, or else of `AutoModel`.
 
     Raises:
-        CheckpointError: no such model, or no weights.
-        DataError: it takes something else than token ids.
+        CheckpointError: there is no such model, or it has no weights.
+        DataError: the model needs other inputs than token ids.
     """
     config = original_config(name)
     package = transformers()
@@ -106,7 +106,7 @@ def load_original(name: str) -> nn.Module:
 
 
 def load_planes(path: Path, keep: fv.PrecisionMap | int | None = None) -> nn.Module:
-    """A model that `foveate quantize` wrote; arguments as for `foveate.load`."""
+    """Load a model that `foveate quantize` wrote; the arguments are those of `foveate.load`."""
     fv.read_head(path)
     transformers()
     return fv.load(path, keep=keep)
@@ -116,7 +116,7 @@ def load_tokenizer(name: str, instead: str = "give token ids with --tokens FILE.
     """The model's tokenizer.
 
     Raises:
-        DataError: there is none; the message says what to do `instead`.
+        DataError: there is no tokenizer; the message says what to do `instead`.
     """
     folder = Path(name)
     if folder.is_dir() and not any((folder / file).is_file() for file in _TOKENIZER_FILES):

@@ -17,48 +17,53 @@ from foveate.precision.maps import PrecisionMap
 from foveate.sizes import format_bytes
 
 Folder = Annotated[Path, typer.Argument(metavar="OUT", help="A folder that `foveate quantize` wrote.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, and nothing else.")]
-Data = Annotated[Path | None, typer.Option("--data", help="A text file, tokenized with the model's tokenizer.")]
-Tokens = Annotated[Path | None, typer.Option("--tokens", help="Token ids instead: .npy or .safetensors.")]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of text to use (for an embedding model: lines).")]
-Length = Annotated[int | None, typer.Option(min=2, help="Tokens a window; 512, or what the model allows if less.")]
-Batch = Annotated[int, typer.Option(min=1, help="Windows that run at once.")]
-Bits = Annotated[float | None, typer.Option(help="Budget: average bits a weight, scales counted.")]
-Bytes = Annotated[str | None, typer.Option("--bytes", help="Budget: memory, as 800MiB or 6GB or 123456.")]
-Loss = Annotated[float | None, typer.Option(help="Budget: the most loss, in nats a token for a language model.")]
-Memory = Annotated[
-    str | None, typer.Option(help="The most memory to take meanwhile, as 6GiB; three quarters of what is free.")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+Data = Annotated[Path | None, typer.Option("--data", help="Text file, tokenized with the model's own tokenizer.")]
+Tokens = Annotated[
+    Path | None, typer.Option("--tokens", help="File of token ids (.npy, .safetensors) in place of --data.")
 ]
-Levels = Annotated[str, typer.Option(help="Levels to choose among; with 0 a tile may be dropped.")]
-Tie = Annotated[list[str] | None, typer.Option(metavar="PATTERN,...", help="Weights that get one level; repeatable.")]
-PerWeight = Annotated[bool, typer.Option("--per-weight", help="One level a weight, not one a tile.")]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of text to use; lines for an embedding model.")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window. Default: 512, or the model's limit.")]
+Batch = Annotated[int, typer.Option(min=1, help="Windows in a batch.")]
+Bits = Annotated[float | None, typer.Option(help="Budget: average bits per weight, scales included.")]
+Bytes = Annotated[str | None, typer.Option("--bytes", help="Budget: bytes in memory, such as 800MiB, 6GB or 123456.")]
+Loss = Annotated[float | None, typer.Option(help="Budget: largest loss; nats per token for a language model.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(help="Memory that calibration may use, such as 6GiB. Default: three quarters of the free memory."),
+]
+Levels = Annotated[str, typer.Option(help="Levels to choose among. With 0 among them, tiles may be dropped.")]
+Tie = Annotated[list[str] | None, typer.Option(metavar="PATTERN,...", help="Weights that share one level; repeatable.")]
+PerWeight = Annotated[bool, typer.Option("--per-weight", help="Choose one level for each weight, not for each tile.")]
 Check = Annotated[
-    bool, typer.Option("--check", help="Exit with 1 if the map is worse than uniform precision, or over --loss.")
+    bool, typer.Option("--check", help="Exit with code 1 if the map is worse than uniform precision or exceeds --loss.")
 ]
 
 ALL_LEVELS = "2,3,4,6,8"
 
 
 def budget_of(bits: float | None, bytes_: str | None, loss: float | None) -> Budget | None:
-    """The budget given; None if none was. Raises `BudgetError` for several."""
+    """The budget that the options give, or None without one. Raises `BudgetError` for several."""
     if bits is None and bytes_ is None and loss is None:
         return None
     return Budget(bits=bits, bytes=bytes_, loss=loss)
 
 
 def constraints_of(levels: str, per_weight: bool, tie: Sequence[str] | None, input_bits: float | None) -> Constraints:
-    """What a map must keep to beside its budget."""
+    """The constraints that the options put on a map besides its budget."""
     return Constraints(levels=levels_of(levels), per_tile=not per_weight, tie=ties_of(tie), input_bits=input_bits)
 
 
-def say_unused(budget: Budget, plan: PrecisionMap, levels: Sequence[int] = NESTED_LEVELS) -> None:
-    """Warn where a budget decides nothing: all of it is more than the largest map takes, or than the smallest loses."""
-    there = {level for site in plan.weight_sites() for level, tiles in plan.counts(site).items() if tiles}
+def warn_if_budget_is_unused(budget: Budget, plan: PrecisionMap, levels: Sequence[int] = NESTED_LEVELS) -> None:
+    """Warn about a budget that decides nothing, since the largest map costs less, or the smallest map loses less."""
+    used = {level for site in plan.weight_sites() for level, tiles in plan.counts(site).items() if tiles}
     end = min(levels) if budget.loss is not None else max(levels)
-    if there != {end}:
+    if used != {end}:
         return
     if budget.loss is not None:
-        log.warning("a loss of %g is more than every weight at %d bits, the least to choose, loses", budget.loss, end)
+        log.warning(
+            "a loss of %g is more than every weight loses at %d bits, the lowest level allowed", budget.loss, end
+        )
         return
     limit, takes = (
         (f"{budget.bits:g} bits", f"{plan.bits:.4g}")
@@ -69,7 +74,7 @@ def say_unused(budget: Budget, plan: PrecisionMap, levels: Sequence[int] = NESTE
 
 
 def level_of(text: str) -> int:
-    """A level that weights can have."""
+    """The level of weights that a text names."""
     try:
         level = int(text)
     except ValueError:
@@ -83,7 +88,7 @@ def levels_of(text: str) -> list[int]:
 
 
 def input_levels_of(text: str) -> list[int]:
-    """`8,4` -> [8, 4], levels that inputs can have."""
+    """`8,4` -> [8, 4], as levels of inputs."""
     return [check_input_level(int(word)) if word.isdigit() else level_of(word) for word in text.split(",")]
 
 
@@ -93,7 +98,7 @@ def ties_of(texts: Sequence[str] | None) -> list[tuple[str, ...]]:
 
 
 def weight_pattern(text: str) -> str:
-    """A pattern of modules means their weights."""
+    """The pattern of weight sites that a pattern of modules stands for."""
     return text if ":" in text or text.endswith("*") else f"{text}:weight"
 
 

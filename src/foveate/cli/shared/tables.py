@@ -1,4 +1,4 @@
-"""Rich tables of a map: what the terminal shows of it. The colours are those of the HTML report."""
+"""Tables of a precision map for the terminal, made with Rich. The colours are those of the HTML report."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _style(level: int) -> str:
 
 
 def level_bar(found: Mapping[int, float], width: int = 32) -> Text:
-    """A bar whose cells each show their level's digit, the highest first: readable without colours too.
+    """A bar whose cells show the digits of their levels, the highest level first, so that it needs no colours.
 
     Args:
         found: the share of tiles at each level.
-        width: cells.
+        width: the number of cells.
     """
     bar = Text()
     exact = {level: found.get(level, 0.0) * width for level in reversed(WEIGHT_LEVELS)}
@@ -42,7 +42,7 @@ def level_bar(found: Mapping[int, float], width: int = 32) -> Text:
 
 
 def legend(plan: PrecisionMap) -> Text:
-    """The colours, with the share of all tiles at each level."""
+    """The colour of each level, with the share of all tiles at that level."""
     text = Text()
     for level, share in reversed(shares(plan, plan.weight_sites()).items()):
         if share:
@@ -52,12 +52,12 @@ def legend(plan: PrecisionMap) -> Text:
 
 
 def map_table(plan: PrecisionMap, *, each_site: bool = False, width: int = 32) -> Table:
-    """Where a map's bits are: a row a layer, or a row a weight.
+    """Where a map's bits are: a row for each layer, or for each weight.
 
     Args:
         plan: the map.
-        each_site: a row a weight.
-        width: cells of the bars.
+        each_site: whether each weight has a row of its own.
+        width: the number of cells of a bar.
     """
     table = plain_table("weight" if each_site else "layer", "weights")
     table.add_column("tiles at each level", no_wrap=True)
@@ -83,11 +83,11 @@ def map_table(plan: PrecisionMap, *, each_site: bool = False, width: int = 32) -
 
 
 def sizes_table(plan: PrecisionMap, on_disk: int | None = None) -> Table:
-    """A map's totals, against the same model in float32 and float16.
+    """A map's total bytes, beside those of the same model in float32 and float16.
 
     Args:
         plan: the map.
-        on_disk: bytes of the folder it is stored in, which may hold more planes than the map reads.
+        on_disk: bytes of the folder, which may hold more planes than the map reads.
     """
     table = plain_table("total", "bytes", "of float32", "of float16")
     single, half = dense_bytes(plan, 4), dense_bytes(plan, 2)
@@ -100,7 +100,7 @@ def sizes_table(plan: PrecisionMap, on_disk: int | None = None) -> Table:
 
 
 def bits_line(plan: PrecisionMap) -> str:
-    """A map's average bits, of weights on planes and of all parameters, and what stays float."""
+    """A map's average bits, over weights on planes and over all parameters, and what stays in floating point."""
     text = f"{plan.bits:.2f} bits a weight on planes, scales included"
     if plan.other_parameters is not None:
         text += f"; {plan.bits_of_model:.2f} bits a parameter of the whole model"
@@ -108,13 +108,13 @@ def bits_line(plan: PrecisionMap) -> str:
 
 
 def outcomes_table(measured: Sequence[Measured], reference_bytes: int | None, metric: str, divergence: str) -> Table:
-    """What maps were measured to do, a row each; the default map is bold.
+    """The measured outcome of each map, in a row of its own; the default map is bold.
 
     Args:
-        measured: the maps, the reference last.
-        reference_bytes: bytes of the reference in memory, if it is the original model.
-        metric: what `Outcome.metric` is; not shown where no outcome has one.
-        divergence: what `Outcome.divergence` is.
+        measured: the maps and their outcomes, the reference last.
+        reference_bytes: bytes of the reference in memory, or None if it is not the original model.
+        metric: the heading of `Outcome.metric`; the column is left out where no outcome has a metric.
+        divergence: the heading of `Outcome.divergence`.
     """
     with_metric = any(entry.outcome.metric is not None for entry in measured)
     table = plain_table(
@@ -135,7 +135,7 @@ def outcomes_table(measured: Sequence[Measured], reference_bytes: int | None, me
 
 
 def map_figures(plan: PrecisionMap) -> dict[str, Any]:
-    """A map's totals for machines."""
+    """A map's totals, as they are printed in JSON."""
     return {
         "bits": plan.bits,
         "bits_of_model": plan.bits_of_model,
@@ -148,7 +148,7 @@ def map_figures(plan: PrecisionMap) -> dict[str, Any]:
 
 
 def outcome_figures(entry: Measured) -> dict[str, Any]:
-    """A measured map for machines."""
+    """A measured map, as it is printed in JSON."""
     got = entry.outcome
     return {
         "label": entry.label,
