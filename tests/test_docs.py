@@ -130,7 +130,9 @@ def _check_foveate(words: list[str]) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_commands_of_a_page_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    quoted = [(0, shlex.split(c)) for c in re.findall(r"`((?:foveate|make|python -m benchmarks) [^`<>|]+)`", page.read_text())]
+    quoted = [
+        (0, shlex.split(c)) for c in re.findall(r"`((?:foveate|make|python -m benchmarks) [^`<>|]+)`", page.read_text())
+    ]
     for line, words in [*_commands(page), *quoted]:
         program = Path(words[0]).name
         where = f"{_name(page)}:{line}: {' '.join(words)}"
