@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch import nn
 
 import benchmarks
 import foveate as fv
-from tiny import llama, tokens
+from tiny import llama, mlp, rows, tokens
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -161,6 +162,16 @@ def test_what_a_page_points_to_exists(page: Path) -> None:
     for path in MODULE.findall(text):
         places = (ROOT / path, ROOT / "src" / "foveate" / path)
         assert any(place.exists() for place in places), f"{_name(page)} names {path}, which is not there"
+
+
+def test_the_picture_of_the_frontier_is_drawn_for_any_model() -> None:
+    from examples.frontier import draw
+
+    svg = draw(mlp(), rows(64), rows(64, seed=2), bits=4.5, levels=(3, 4), points=4)
+    drawn = ElementTree.fromstring(svg)
+    marks = [g.attrib["class"] for g in drawn.iter("{http://www.w3.org/2000/svg}g")]
+    assert marks == ["uniform", "uniform", "chosen"]
+    assert "polyline" in svg
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
