@@ -63,12 +63,11 @@ def draw(
     outcomes = fv.measure(model, [*chain, *even, chosen], held_out, reference=original)
     losses = [outcome.divergence for outcome in outcomes[:-1]]  # the last is the original, beside itself
     line = [(plan.bits, loss) for plan, loss in zip(chain, losses, strict=False)]
-    marks = [
-        Mark(
-            plan.bits, loss, f"uniform, {level} bits", f"uniform precision, {plan.bits:.2f} bits: {loss:.3g}", "uniform"
-        )
-        for level, plan, loss in zip(levels, even, losses[len(chain) :], strict=False)
-    ]
+    marks: list[Mark] = []
+    for level, plan, loss in zip(levels, even, losses[len(chain) :], strict=False):
+        label = f"{level} bits" if marks else f"uniform, {level} bits"
+        tip = f"uniform precision, {plan.bits:.2f} bits: {loss:.3g}"
+        marks.append(Mark(plan.bits, loss, label, tip, "uniform"))
     tip = f"chosen for a budget of {bits:g} bits: {losses[-1]:.3g}"
     marks.append(Mark(chosen.bits, losses[-1], f"chosen by foveate, {bits:g} bits", tip, "chosen"))
     svg = plot(line, marks, loss_name).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
