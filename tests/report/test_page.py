@@ -25,20 +25,20 @@ class Checked(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.text: list[str] = []
-        self.active_levels: list[str] = []
+        self.tags: list[str] = []
         self.attributes: list[tuple[str, str | None]] = []
         self.feed(page)
         self.close()
         assert not self.open, f"left open: {self.open}"
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.active_levels.append(tag)
+        self.tags.append(tag)
         self.attributes += attrs
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.active_levels.append(tag)
+        self.tags.append(tag)
         self.attributes += attrs
 
     def handle_endtag(self, tag: str) -> None:
@@ -80,7 +80,7 @@ def test_it_fetches_and_runs_nothing() -> None:
     profile = profile_of(model(2))
     page = html(profile.uniform(4), profile=profile, frontier=fv.frontier(profile, 4))
     checked = Checked(page)
-    assert not {"script", "link", "img", "iframe", "object", "form"} & set(checked.active_levels)
+    assert not {"script", "link", "img", "iframe", "object", "form"} & set(checked.tags)
     assert not {"src", "href", "action"} & {key for key, _ in checked.attributes}
     assert "http" not in page
     assert "@import" not in page
@@ -94,7 +94,7 @@ def test_hostile_names_are_text(layers: int) -> None:
     measured = [Measured(HOSTILE, plan, fv.Outcome(0.1, 0.0, 1.0, 0.5, 9), True)]
     page = html(plan, title=HOSTILE, profile=profile, measured=measured, metric=HOSTILE, notes=[HOSTILE])
     checked = Checked(page)
-    assert not {"script", "img"} & set(checked.active_levels)
+    assert not {"script", "img"} & set(checked.tags)
     assert "<script" not in page
     assert HOSTILE in checked.text
     assert any(HOSTILE in (value or "") for key, value in checked.attributes if key == "title")

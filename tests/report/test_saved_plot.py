@@ -34,7 +34,7 @@ def test_bytes_are_those_of_the_rows() -> None:
 
 def test_the_plot_is_one_well_formed_file() -> None:
     checked = Checked(saved_plot(REPORT))
-    assert checked.active_levels.count("g") == 3  # the last keeps next to nothing
+    assert checked.tags.count("g") == 3  # the last keeps next to nothing
     assert {"model.layers.0", "109.38 KiB → 10.74 KiB", "244.14 KiB → 58.60 KiB, 4.2x less"} <= set(checked.text)
     assert ("xmlns", "http://www.w3.org/2000/svg") in checked.attributes
 
@@ -58,5 +58,5 @@ def test_long_names_are_cut_and_kept_in_the_tip() -> None:
 
 def test_nothing_to_draw() -> None:
     empty = Checked(saved_plot(SavedReport(0, (), 0, 0, None, ())))
-    assert empty.active_levels.count("g") == 0
+    assert empty.tags.count("g") == 0
     assert "0 B → 0 B, 1.0x less" in empty.text
