@@ -18,7 +18,8 @@ None is differentiable: what they return never requires a gradient, whatever com
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from torch import Tensor
 from foveate.kernels.library import LIBRARY, define
 from foveate.kernels.saved import reference as reference
 
-_SCHEMAS = {
+_SCHEMAS: dict[str, Callable[..., Any]] = {
     "group_pack(Tensor x, int bits, int group, int? seed=None) -> (Tensor, Tensor)": reference.group_pack,
     "group_unpack(Tensor codes, Tensor ranges, int bits, int group, SymInt n, ScalarType dtype) -> Tensor": (
         reference.group_unpack
