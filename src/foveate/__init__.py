@@ -30,6 +30,7 @@ from foveate.collect.objectives import Objective as Objective
 from foveate.errors import BudgetError as BudgetError
 from foveate.errors import CheckpointError as CheckpointError
 from foveate.errors import DataError as DataError
+from foveate.errors import DeviceError as DeviceError
 from foveate.errors import FoveateError as FoveateError
 from foveate.errors import LevelError as LevelError
 from foveate.errors import MissingExtraError as MissingExtraError
