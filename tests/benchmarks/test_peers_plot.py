@@ -37,8 +37,8 @@ def test_the_plot_is_one_well_formed_file() -> None:
     turns = [*OURS, turn("peer <4>", 4, 1.0), turn("another 4", 4, 1.01), turn("torch bfloat16", 16, 2.0)]
     drawn = speed_plot(turns)
     checked = Checked(drawn)
-    assert checked.active_levels.count("circle") == len(OURS)
-    assert checked.active_levels.count("rect") == 2
+    assert checked.tags.count("circle") == len(OURS)
+    assert checked.tags.count("rect") == 2
     assert {"peer <4>", "another 4", "torch bfloat16", "foveate", "what the memory needs"} <= set(checked.text)
     assert ("xmlns", "http://www.w3.org/2000/svg") in checked.attributes
 
