@@ -1,4 +1,4 @@
-"""Sizes in bytes, as people write them: reading and printing them."""
+"""Sizes in bytes and times, as people write them: reading and printing them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ _UNITS = {
     "M": 1 << 20,
     "G": 1 << 30,
 }
+_SECONDS = {"": 1.0, "S": 1.0, "MS": 1e-3, "US": 1e-6}
 
 
 def parse_bytes(size: int | str) -> int:
@@ -29,6 +30,24 @@ def parse_bytes(size: int | str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise BudgetError(f"size (={size!r}) is not a number of bytes like 800MiB, 6GB or 123456")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_seconds(time: float | str) -> float:
+    """Seconds of `0.03`, `"30ms"`, `"200us"` or `"1.5s"`; raises `BudgetError` for anything else."""
+    if isinstance(time, (int, float)) and not isinstance(time, bool):
+        return float(time)
+    match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([A-Za-z]*)\s*", time) if isinstance(time, str) else None
+    if not match or match[2].upper() not in _SECONDS:
+        raise BudgetError(f"time (={time!r}) is not a number of seconds like 30ms, 200us or 0.03")
+    return float(match[1]) * _SECONDS[match[2].upper()]
+
+
+def format_seconds(seconds: float) -> str:
+    """`0.0312` -> `31.2 ms`."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if abs(seconds) >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
 
 
 def format_bytes(count: float) -> str:

@@ -192,6 +192,7 @@ def fewest_bits(limit: float) -> float:
         (fv.Budget(bytes=100), {}, r"tokens \(=None\)"),
         (fv.Budget(bytes=100), {"tokens": 0}, r"tokens \(=0\)"),
         (4, {}, r"budget \(=4\) is not a Budget"),
+        (fv.Budget(latency="1s"), {}, "latency cannot be a budget of a cache"),
         (fv.Budget(loss=1e-30), {"levels": (2, 4)}, "no map loses as little"),
     ],
 )

@@ -81,6 +81,8 @@ class CacheProfile:
         """
         if not isinstance(budget, Budget):
             raise BudgetError(f"budget (={budget!r}) is not a Budget, such as Budget(bits=4.0)")
+        if budget.latency is not None:
+            raise BudgetError("latency cannot be a budget of a cache: give bytes, bits or loss")
         chosen = tuple(sorted({check_cache_level(level) for level in levels}))
         if not chosen:
             raise BudgetError("levels is empty: give at least one of 2, 4, 8, 16, 32")
