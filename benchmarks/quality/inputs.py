@@ -37,7 +37,7 @@ from foveate.calibrate.quantize import quantize
 from foveate.collect.objectives import run
 from foveate.evaluate.verify import measure as measure_maps
 from foveate.inputs import watch_inputs
-from foveate.nn.levels import apply, use_static_scales
+from foveate.nn.levels import apply, use_static_scales, withdraw
 from foveate.nn.modules import PlaneLinear
 from foveate.nn.registry import registry_of
 from foveate.precision.budgets import Budget
@@ -143,14 +143,12 @@ def _levels(case: Case, reference: nn.Module, profile: Profile) -> list[dict[str
 
         *found, exact = outcomes(list(plans.values()))
         measured = dict(zip(plans, found, strict=True))
-        before = registry_of(case.model).applied
-        apply(case.model, plans["uniform 32"])
+        apply(case.model, plans["uniform 32"], decider="benchmark")
         for zero_point in (False, True):
             with rounded_inputs(case.model, AVERAGE, zero_point):
                 name = f"uniform {AVERAGE}" + (" with zero point" if zero_point else "")
                 measured[name] = outcomes([plans["uniform 32"]])[0]
-        if before is not None:
-            apply(case.model, *before)
+        withdraw(case.model, "benchmark")
         for name, outcome in measured.items():
             plan = plans.get(name)
             rows.append(

@@ -31,6 +31,7 @@ from foveate.errors import BudgetError as BudgetError
 from foveate.errors import CheckpointError as CheckpointError
 from foveate.errors import DataError as DataError
 from foveate.errors import DeviceError as DeviceError
+from foveate.errors import FloorError as FloorError
 from foveate.errors import FoveateError as FoveateError
 from foveate.errors import LevelError as LevelError
 from foveate.errors import MissingExtraError as MissingExtraError
@@ -55,7 +56,12 @@ from foveate.kvcache.calibrate import calibrate_cache as calibrate_cache
 from foveate.kvcache.profile import CacheProfile as CacheProfile
 from foveate.nn.levels import apply as apply
 from foveate.nn.levels import current_map as current_map
+from foveate.nn.levels import floor as floor
+from foveate.nn.levels import row_precision as row_precision
+from foveate.nn.levels import set_index as set_index
+from foveate.nn.levels import state_of as state_of
 from foveate.nn.levels import use_static_scales as use_static_scales
+from foveate.nn.levels import withdraw as withdraw
 from foveate.nn.registry import profile_of as profile_of
 from foveate.precision.budgets import Budget as Budget
 from foveate.precision.frontiers import Frontier as Frontier
@@ -63,6 +69,9 @@ from foveate.precision.maps import PrecisionMap as PrecisionMap
 from foveate.precision.maps import Site as Site
 from foveate.precision.maps import uniform_of_bytes as uniform_of_bytes
 from foveate.precision.profiles import Profile as Profile
+from foveate.precision.state import Floor as Floor
+from foveate.precision.state import LevelState as LevelState
+from foveate.precision.state import Request as Request
 from foveate.prepare.fold import fold_batchnorm as fold_batchnorm
 from foveate.prepare.smooth import Smoothed as Smoothed
 from foveate.prepare.smooth import smooth as smooth

@@ -31,6 +31,10 @@ class BudgetError(FoveateError, ValueError):
     """A budget that is malformed, or that no map can meet; the message says the least possible."""
 
 
+class FloorError(BudgetError):
+    """A floor that cannot be met, or that a change would undercut; the message names it."""
+
+
 class WeightError(FoveateError, ValueError):
     """Weights that cannot be quantized: NaN, Inf, or beyond the range of the stored scales."""
 

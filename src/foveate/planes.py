@@ -5,7 +5,7 @@ level, at most the stored one, says how many of them are read.
 
 The value is frozen: `from_codes` makes it, `kept` gives a copy that stores fewer planes, and `gathered` gives copies
 whose planes lie in shared blocks of memory. The only bytes that change in place are those of `active_levels`; in a
-quantized model `foveate.nn.registry` alone writes them. docs/format.md has the layout.
+quantized model they show what `foveate.nn.generations` published last. docs/format.md has the layout.
 
 Shapes: N rows, K inputs; NT strips of 16 rows, G groups of inputs, so NT x G tiles.
 """
@@ -46,7 +46,7 @@ class PlaneTensor:
         gain: float16 [2, 1] or [2, NT * 16], near 1: factors of the scales at levels 2 and 3.
         stored_levels: uint8 [NT, G], the highest level at which each tile can be read.
         tile_offsets: int64 [NT, 6], where each strip's tiles begin (`foveate.formats.packing.tile_offsets_of`).
-        active_levels: uint8 [2, NT, G], the level at which each tile is read, for each of two maps.
+        active_levels: uint8 [n, NT, G], the level at which each tile is read, for each of 1 to 8 maps.
         rows, columns, group, reach: N, K, the inputs in a group, and the reach of the residual planes (0, 1 or 2).
         exponent: the scales are multiplied by 2 to this power.
         tensors: all the tensors above, in the order in which the ops take them (`foveate.kernels.planes.reference`).
@@ -84,11 +84,11 @@ class PlaneTensor:
         return tile_grid(self.rows, self.columns, self.group)
 
     def nbytes(self) -> int:
-        """Bytes of all its tensors: planes, scales, gains, and the tile index with its two maps."""
+        """Bytes of all its tensors: planes, scales, gains, and the tile index with its active levels."""
         return sum(t.numel() * t.element_size() for t in self.tensors)
 
     def dequantize(self, which: int = 0) -> Tensor:
-        """The dense weight, float32 [rows, columns], at the active levels of map `which` (0 or 1)."""
+        """The dense weight, float32 [rows, columns], at the active levels of map `which`."""
         dense: Tensor = torch.ops.foveate.plane_unpack(self.tensors, self.geometry, which)
         return dense
 
@@ -143,7 +143,7 @@ def from_codes(
         gain=F.pad(gain, (0, -rows % TILE_ROWS)) if gain.shape[1] > 1 else gain,
         stored_levels=stored_levels,
         tile_offsets=tile_offsets_of(stored_levels),
-        active_levels=stored_levels.expand(2, -1, -1).clone(),
+        active_levels=stored_levels[None].clone(),
         rows=rows,
         columns=columns,
         group=group,
@@ -157,7 +157,7 @@ def linear(
     weights: Sequence[PlaneTensor],
     biases: Sequence[Tensor],
     input_level: Tensor,
-    choice: Tensor | None = None,
+    maps: Tensor | None = None,
     order: Tensor | None = None,
     input_range: Tensor | None = None,
 ) -> list[Tensor]:
@@ -166,17 +166,30 @@ def linear(
     Raises:
         FoveateError: x does not have K columns.
     """
-    tensors, geometries = weights[0].tensors, weights[0].geometry
-    for w in weights[1:]:
-        tensors, geometries = tensors + w.tensors, geometries + w.geometry  # type: ignore[assignment]
+    tensors = [t for w in weights for t in w.tensors]
+    geometries = [n for w in weights for n in w.geometry]
+    return multiplied(x, tensors, geometries, biases, input_level, maps, order, input_range)
+
+
+def multiplied(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    geometries: Sequence[int],
+    biases: Sequence[Tensor],
+    input_level: Tensor,
+    maps: Tensor | None = None,
+    order: Tensor | None = None,
+    input_range: Tensor | None = None,
+) -> list[Tensor]:
+    """`linear` on the tensors and geometries of weights, one after the other."""
     if x.shape[-1] != geometries[1]:
         raise FoveateError(f"x has {x.shape[-1]} columns, the weight {geometries[1]}")
     op = torch.ops.foveate.plane_linear_no_grad
     if torch.is_grad_enabled() and (x.requires_grad or any(b.requires_grad for b in biases)):
         op = torch.ops.foveate.plane_linear
     if x.dtype == torch.float64:
-        return [y.double() for y in op(x.float(), tensors, biases, geometries, input_level, choice, order, input_range)]
-    outputs: list[Tensor] = op(x, tensors, biases, geometries, input_level, choice, order, input_range)
+        return [y.double() for y in op(x.float(), tensors, biases, geometries, input_level, maps, order, input_range)]
+    outputs: list[Tensor] = op(x, tensors, biases, geometries, input_level, maps, order, input_range)
     return outputs
 
 

@@ -126,8 +126,7 @@ def test_an_interruption_leaves_a_model_at_8_bits_with_its_profile() -> None:
     registry = registry_of(model)
     assert registry.profile is not None
     assert registry.profile.measured_over_summed == (1.0,) * 6
-    assert registry.applied is not None
-    assert registry.applied[0] == registry.profile.uniform(8)
+    assert registry.plan == registry.profile.uniform(8)
     assert model.training
     assert model(torch.randn(2, 70)).isfinite().all()
 

@@ -106,8 +106,8 @@ def test_two_divergences_at_the_floor_are_equal_and_have_no_ratio() -> None:
 def test_the_map_in_force_and_the_modes_are_put_back() -> None:
     model, profile = quantized_mlp()
     reference = mlp().train()
-    high, low = profile.uniform(8), profile.uniform(3)
-    fv.apply(model, high, low)
+    high = profile.uniform(8)
+    fv.apply(model, high)
     model.train()
     model[0].eval()
     levels = [t.clone() for t in (model[0].weight.active_levels, model[0].input_level)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foveate.formats.packing import tile_grid
 from foveate.planes import PlaneTensor
-from tiny import coded, generator, random_levels
+from tiny import LEVELS, coded, generator, random_levels
 
 #: What an op may answer instead of a result.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, OverflowError, MemoryError, NotImplementedError)
@@ -57,9 +57,8 @@ def _weight(rows: int, columns: int, group: int, kind: int) -> PlaneTensor:
     w = coded(rows, columns, group=group, reach=kind % 3, row_gains=kind % 2 == 1, seed=kind).planes
     if kind >= 3:
         w = w.kept(random_levels(w, kind))
-    w.active_levels[0].copy_(torch.minimum(random_levels(w, kind + 7), w.stored_levels))
-    w.active_levels[1].copy_(torch.minimum(random_levels(w, kind + 8), w.stored_levels))
-    return w
+    levels = [torch.minimum(random_levels(w, kind + seed), w.stored_levels) for seed in (7, 8)]
+    return replace(w, active_levels=torch.stack(levels))
 
 
 def _whole(t: Tensor) -> bool:
@@ -223,18 +222,16 @@ class _Maker:
         same = [first] + [self.weight(first.columns, first.group) for _ in range(self.one((0, 0, 1, 2)))]
         shape = self.leading()
         count = torch.Size(shape).numel()
-        choice = torch.randint(0, 2, shape, generator=self.g).bool() if self.chance(0.3) else None
+        maps = self.pairs(count) if self.chance(0.3) else None
         order = torch.randperm(first.columns, generator=self.g) if self.chance(0.3) else None
         level = torch.tensor([self.one((4, 8, 8, 16, 32)) for _ in range(2)], dtype=torch.uint8)
-        if choice is not None and count and self.chance(0.3):
-            choice = choice.to(torch.uint8)
         args: list[Any] = [
             self.floats(*shape, first.columns),
             [t for w in same for t in w.tensors],
             [self.floats(w.rows).float() if self.chance(0.5) else torch.empty(0) for w in same],
             [n for w in same for n in w.geometry],
             level,
-            choice,
+            maps,
             order,
             torch.tensor([-1.0, 2.0]) * self.one((0.0, 1.0, 1e30)) if self.chance(0.4) else None,
         ]
@@ -246,7 +243,10 @@ class _Maker:
         tensors = [t.clone() for w in same for t in w.tensors]
         levels = [torch.full((2,), self.one((4, 8, 16, 32)), dtype=torch.uint8) for _ in same]
         ranges = [torch.tensor([-1.0, 1.0]) * self.one((0.0, 1.0)) for _ in same] if self.chance(0.7) else []
-        made = [tensors, [n for w in same for n in w.geometry], levels, ranges]
+        placed = self.chance(0.5)
+        places = [self.one((i, i, i, 3, 10**6)) for i in range(len(same))] if placed else []
+        inputs = [self.one((0, 0, 1, 5)) for _ in same] if placed else []
+        made = [tensors, [n for w in same for n in w.geometry], levels, ranges, places, inputs]
         if self.chance(0.15):
             return self.done("plane_handle", made)
         handle = torch.ops.foveate.plane_handle(*made)
@@ -260,7 +260,10 @@ class _Maker:
             handle = handle.clone()
             self.wrongs.append("a copy of a handle that is gone")
         biases = [self.floats(w.rows).float() for w in same] if self.chance(0.5) else []
-        args = [self.floats(*self.leading(), first.columns), handle, biases, [w.rows for w in same]]
+        x = self.floats(*self.leading(), first.columns)
+        reads = self.reads([w.stored_levels.numel() for w in same]) if placed and self.chance(0.8) else None
+        owners = self.owners(x.shape[:-1].numel()) if self.chance(0.2) else None
+        args = [x, handle, reads, owners, biases, [w.rows for w in same]]
         if self.chance(0.5):
             args = self.wrong(args)
         return self.done("plane_linear_by_handle", args, wrong=False)
@@ -295,7 +298,64 @@ class _Maker:
         shape = self.leading()
         indices = torch.randint(0, max(w.rows, 1), shape, generator=self.g)
         indices = indices.to(self.one((torch.int64, torch.int32)))
-        return self.done("plane_embedding", [indices, list(w.tensors), list(w.geometry), self.one((0, 1))])
+        return self.done(
+            "plane_embedding",
+            [indices, list(w.tensors), list(w.geometry), self.pairs(indices.numel()) if self.chance(0.4) else None],
+        )
+
+    def backward(self) -> OpCall:
+        w = self.weight()
+        count = self.one((0, 1, 5))
+        maps = self.pairs(count) if self.chance(0.5) else None
+        return self.done(
+            "plane_linear_backward", [self.floats(count, w.rows).float(), list(w.tensors), list(w.geometry), maps]
+        )
+
+    # --- generations -----------------------------------------------------------------------------------------------
+
+    def pairs(self, count: int) -> Tensor:
+        """The maps of rows, the same twice."""
+        return torch.randint(0, 2, (count, 1), generator=self.g, dtype=torch.uint8).repeat(1, 2)
+
+    def owners(self, count: int) -> Tensor:
+        return torch.randint(-1, 2, (count,), generator=self.g)
+
+    def published(self, tiles: Sequence[int] = (8, 0, 16), maps: int = 2) -> tuple[Tensor, list[Any]]:
+        """A book of weights with so many tiles and two inputs, and the arguments that published its generation."""
+        book = torch.ops.foveate.generation_book(torch.empty(0), tiles, 2)
+        codes = torch.randint(0, len(LEVELS), (maps, sum(tiles)), generator=self.g)
+        levels = torch.tensor(LEVELS, dtype=torch.uint8)[codes]
+        inputs = torch.tensor([4, 8, 16, 32], dtype=torch.uint8)[torch.randint(0, 4, (maps, 2), generator=self.g)]
+        args = [book, levels, inputs, torch.tensor([0.0, 0.0, -1.0, 1.0]), self.pairs(2)]
+        if maps == 2:
+            torch.ops.foveate.publish(*args)
+        return book, args
+
+    def reads(self, tiles: Sequence[int] = (8, 0, 16)) -> Tensor:
+        """A book, mostly with a pass that is open; its rows have classes of their own, one time in two."""
+        book, _ = self.published(tiles)
+        if self.chance(0.5):
+            torch.ops.foveate.rows_of_passes(book, torch.tensor([0, 1], dtype=torch.uint8))
+        if self.chance(0.7):
+            torch.ops.foveate.begin_pass(book, self.one((0, 1, 3)))
+        return book
+
+    def generation(self) -> OpCall:
+        reads, x = self.reads(), self.floats(*self.leading(), 4)
+        calls: dict[str, Callable[[], list[Any]]] = {
+            "generation_book": lambda: [torch.empty(0), self.one(([], [0], [5, 1000])), self.one((0, 1, 5))],
+            "publish": lambda: self.published((8, 0, 16), self.one((1, 3, 8)))[1],
+            "rows_of_passes": lambda: [self.published()[0], self.pairs(3)[:, 0].contiguous()],
+            "begin_pass": lambda: [self.published()[0], self.one((0, 1, 7))],
+            "end_pass": lambda: [reads],
+            "pass_levels": lambda: [reads, self.one((0, 0, 1)), self.one((2, 4)), self.one((2, 4))],
+            "pass_input": lambda: [reads, self.one((0, 1))],
+            "pass_rows": lambda: [reads, x, self.one((0, 1)), None],
+            "pass_owners": lambda: [reads, self.one((0, 2, 6))],
+            "pass_generation": lambda: [reads],
+        }
+        op = self.one(list(calls))
+        return self.done(op, calls[op]())
 
     def rounding(self) -> OpCall:
         rows, columns, groups = self.one((0, 1, 5, 16, 70)), self.one((0, 1, 3, 64, 65, 100)), self.one((1, 2, 3))
@@ -376,6 +436,9 @@ def op_call(seed: int, number: int) -> OpCall:
         make.by_handle,
         make.unpack,
         make.embedding,
+        make.backward,
+        make.generation,
+        make.generation,
         make.rounding,
         make.group,
         make.mask,

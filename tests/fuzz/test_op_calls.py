@@ -13,7 +13,10 @@ from kernels.cases import forced, isas
 
 OPS = {
     "plane_linear", "plane_linear_no_grad", "plane_linear_by_handle", "plane_handle", "plane_unpack",
-    "plane_embedding", "codes_feed", "codes_descend", "group_pack", "group_unpack", "group_variance", "mask_pack",
+    "plane_linear_backward", "generation_book", "publish", "rows_of_passes", "begin_pass", "end_pass",
+    "pass_levels", "pass_input",
+    "pass_rows", "pass_owners", "pass_generation", "plane_embedding",
+    "codes_feed", "codes_descend", "group_pack", "group_unpack", "group_variance", "mask_pack",
     "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
 }  # fmt: skip
 
@@ -24,7 +27,7 @@ def test_random_calls_are_answered_or_refused() -> None:
     refused: Counter[str] = Counter()
     for isa in isas():
         with forced(isa):
-            for number in range(300):
+            for number in range(700):
                 call = op_call(1, number)
                 (answered if run(call) else refused)[call.op] += 1
     assert set(answered) == set(answered | refused) == OPS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,23 +47,33 @@ def forced(isa: str) -> Iterator[None]:
         torch.ops.foveate._cpu_isa(before)
 
 
+def pairs(map_of_row: Tensor) -> Tensor:
+    """The maps of each row, low and high, uint8 [M, 2]."""
+    return map_of_row.to(torch.uint8).view(-1, 1).repeat(1, 2)
+
+
 @dataclass
 class Call:
     x: Tensor
     weights: list[PlaneTensor]
     biases: list[Tensor]
     input_level: Tensor
-    choice: Tensor | None = None
+    map_of_row: Tensor | None = None
     order: Tensor | None = None
     input_range: Tensor | None = None
+
+    @property
+    def maps(self) -> Tensor | None:
+        """The map of each row as pairs, uint8 [M, 2]."""
+        return None if self.map_of_row is None else pairs(self.map_of_row)
 
     def op_args(self) -> tuple[Any, ...]:
         tensors = [t for w in self.weights for t in w.tensors]
         geometries = [number for w in self.weights for number in w.geometry]
-        return self.x, tensors, self.biases, geometries, self.input_level, self.choice, self.order, self.input_range
+        return self.x, tensors, self.biases, geometries, self.input_level, self.maps, self.order, self.input_range
 
     def run(self) -> list[Tensor]:
-        return linear(self.x, self.weights, self.biases, self.input_level, self.choice, self.order, self.input_range)
+        return linear(self.x, self.weights, self.biases, self.input_level, self.maps, self.order, self.input_range)
 
     def by_reference(self) -> list[Tensor]:
         return reference.plane_linear(*self.op_args())
@@ -95,6 +105,7 @@ def calls(draw: st.DrawFn) -> Call:
     columns = draw(COLUMNS)
     rows_of_x = draw(ROWS_OF_X)
     group = draw(st.sampled_from((32, 64, 128)))
+    maps = draw(st.sampled_from((1, 2, 2, 3, 8)))
     weights, biases = [], []
     for i in range(draw(st.integers(1, 3))):
         n = draw(ROWS)
@@ -102,9 +113,8 @@ def calls(draw: st.DrawFn) -> Call:
         w = coded(n, columns, group=group, reach=reach, row_gains=draw(st.booleans()), seed=seed + i).planes
         if draw(st.booleans()):
             w = w.kept(_levels(draw, w, seed + 10 + i))
-        for which in (0, 1):
-            w.active_levels[which].copy_(_levels(draw, w, seed + 20 + i + which))
-        weights.append(w)
+        levels = torch.stack([_levels(draw, w, seed + 20 + i + which) for which in range(maps)])
+        weights.append(replace(w, active_levels=levels))
         biases.append(torch.randn(n, generator=generator(seed + 30 + i)) if draw(st.booleans()) else torch.empty(0))
     g = generator(seed + 40)
     x = torch.randn(rows_of_x, columns, generator=g) * 10 ** draw(st.sampled_from((-3, 0, 2)))
@@ -117,18 +127,15 @@ def calls(draw: st.DrawFn) -> Call:
     elif layout == "three":
         x = x.unsqueeze(1).expand(-1, 2, -1)
     count = x.shape[:-1].numel()
-    choice = torch.randint(0, 2, x.shape[:-1], generator=g).bool() if draw(st.booleans()) else None
-    if choice is not None and draw(st.booleans()):
-        choice = choice.to(torch.uint8)
+    map_of_row = torch.randint(0, maps, (count,), generator=g, dtype=torch.uint8) if draw(st.booleans()) else None
     order = torch.randperm(columns, generator=g) if draw(st.booleans()) else None
-    level = torch.tensor([draw(st.sampled_from((4, 8, 16))) for _ in range(2)], dtype=torch.uint8)
-    assert choice is None or choice.numel() == count
+    level = torch.tensor([draw(st.sampled_from((4, 8, 16))) for _ in range(maps)], dtype=torch.uint8)
     size = 10.0 ** draw(st.sampled_from((-3, 0, 2)))
     bounds = draw(
         st.sampled_from((None, (-1.0, 2.0), (0.0, 3.0), (-2.5, 0.0), (1.0, 2.0), (0.0, 0.0), (float("nan"), 1.0)))
     )
     input_range = None if bounds is None else torch.tensor(bounds) * size
-    return Call(x, weights, biases, level, choice, order, input_range)
+    return Call(x, weights, biases, level, map_of_row, order, input_range)
 
 
 def simple(
@@ -143,8 +150,7 @@ def simple(
 ) -> Call:
     """One weight of mixed levels, with a bias."""
     w = coded(rows, columns, group=group, row_gains=True, seed=seed).planes
-    w.active_levels[0].copy_(random_levels(w, seed))
-    w.active_levels[1].copy_(random_levels(w, seed + 1))
+    w = replace(w, active_levels=torch.stack([random_levels(w, seed), random_levels(w, seed + 1)]))
     x = torch.randn(m, columns, generator=generator(seed)).to(dtype)
     bias = torch.randn(rows, generator=generator(seed + 1))
     return Call(x, [w], [bias], torch.full((2,), level, dtype=torch.uint8))

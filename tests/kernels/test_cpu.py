@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from foveate.errors import FoveateError
 from foveate.formats.levels import PLANES
 from foveate.kernels.planes import reference
 from foveate.planes import linear
-from kernels.cases import COLUMNS, KNOWN_ISAS, ROWS, Call, calls, forced, isas, simple
+from kernels.cases import COLUMNS, KNOWN_ISAS, ROWS, Call, calls, forced, isas, pairs, simple
 from tiny import coded, generator, random_levels
 
 ISAS = isas()
@@ -101,8 +102,10 @@ def test_unpack_and_embedding(rows: int, columns: int, group: int, reach: int, r
             with forced(isa):
                 assert _same(w.dequantize(which), expected)
                 for kind in (torch.int64, torch.int32):
-                    got = torch.ops.foveate.plane_embedding(indices.to(kind), w.tensors, w.geometry, which)
+                    maps = torch.full((15, 2), which, dtype=torch.uint8)
+                    got = torch.ops.foveate.plane_embedding(indices.to(kind), w.tensors, w.geometry, maps)
                     assert _same(got, expected[indices])
+                    assert which or _same(torch.ops.foveate.plane_embedding(indices, w.tensors, w.geometry, None), got)
 
 
 @pytest.mark.parametrize("level", [4, 8, 16])
@@ -135,13 +138,13 @@ def test_a_row_does_not_depend_on_hundreds_of_others(level: int) -> None:
 def test_a_row_does_not_depend_on_what_shares_its_call() -> None:
     call = simple(64, 130, 12)
     other = coded(50, 130, seed=9).planes
-    choice = torch.arange(12) % 3 == 0
+    other = replace(other, active_levels=other.stored_levels.expand(2, -1, -1).clone())
+    chosen = torch.arange(12) % 3 == 0
     first, second = (
-        Call(call.x, call.weights, call.biases, call.input_level, c).run()[0]
-        for c in (torch.zeros(12, dtype=torch.bool), torch.ones(12, dtype=torch.bool))
+        Call(call.x, call.weights, call.biases, call.input_level, c).run()[0] for c in (torch.zeros(12), torch.ones(12))
     )
-    mixed, _ = linear(call.x, [*call.weights, other], [*call.biases, torch.empty(0)], call.input_level, choice)
-    assert torch.equal(mixed, torch.where(choice[:, None], second, first))
+    mixed, _ = linear(call.x, [*call.weights, other], [*call.biases, torch.empty(0)], call.input_level, pairs(chosen))
+    assert torch.equal(mixed, torch.where(chosen[:, None], second, first))
     assert not torch.equal(first, second)
 
 
@@ -247,7 +250,8 @@ MALFORMED = {
     "resident of a level that does not exist": _at(RESIDENT, lambda t: torch.full_like(t, 5)),
     "resident of another grid": _at(RESIDENT, lambda t: t[:, 1:]),
     "tags of a level that does not exist": _at(TAGS, lambda t: torch.full_like(t, 7)),
-    "tags of one map": _at(TAGS, lambda t: t[:1]),
+    "tags of no map": _at(TAGS, lambda t: t[:0]),
+    "tags of nine maps": _at(TAGS, lambda t: t[:1].expand(9, -1, -1).clone()),
     "a bias of another length": _replace(2, lambda v: [v[0][1:]]),  # type: ignore[index]
     "a bias in bfloat16": _replace(2, lambda v: [v[0].bfloat16()]),  # type: ignore[index]
     "no biases": _replace(2, lambda v: []),
@@ -262,10 +266,13 @@ MALFORMED = {
     "a reach that does not exist": _replace(3, lambda v: [*v[:3], 3, v[4]]),  # type: ignore[index]
     "an exponent that does not exist": _replace(3, lambda v: [*v[:4], 33]),  # type: ignore[index]
     "an input level that does not exist": _replace(4, lambda t: torch.full((2,), 5, dtype=torch.uint8)),
-    "one input level": _replace(4, lambda t: t[:1]),  # type: ignore[index]
+    "no input level": _replace(4, lambda t: t[:0]),  # type: ignore[index]
     "input levels in int64": _replace(4, lambda t: t.long()),  # type: ignore[attr-defined]
-    "a choice of another length": _replace(5, lambda v: torch.zeros(3, dtype=torch.bool)),
-    "a choice in float": _replace(5, lambda v: torch.zeros(5)),
+    "maps of another number of rows": _replace(5, lambda v: torch.zeros(3, 2, dtype=torch.uint8)),
+    "maps in float": _replace(5, lambda v: torch.zeros(5, 2)),
+    "a map that is not there": _replace(5, lambda v: torch.full((5, 2), 2, dtype=torch.uint8)),
+    "a map beyond all tables": _replace(5, lambda v: torch.full((5, 2), 200, dtype=torch.uint8)),
+    "two maps for a row": _replace(5, lambda v: torch.tensor([[0, 1]] * 5, dtype=torch.uint8)),
     "an order of another length": _replace(6, lambda v: torch.arange(7)),
     "an order in int32": _replace(6, lambda v: torch.arange(100, dtype=torch.int32)),
     "an order outside": _replace(6, lambda v: torch.arange(100) + 1),

@@ -124,7 +124,7 @@ def test_halves_round_to_even(value: float, expected: float) -> None:
 def test_linear_is_codes_times_weight(level: int) -> None:
     w = coded(37, 150, group=64, row_gains=True, seed=5)
     levels = random_levels(w.planes, 5)
-    w.planes.active_levels.copy_(levels.expand(2, -1, -1))
+    w.planes.active_levels.copy_(levels[None])
     x = torch.randn(9, 150, generator=generator(4))
     bias = torch.randn(37, generator=generator(5))
     input_level = torch.full((2,), level, dtype=torch.uint8)

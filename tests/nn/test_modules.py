@@ -42,19 +42,6 @@ def test_a_map_of_mixed_tiles_is_applied_tile_by_tile() -> None:
         tiles = bytes([levels]) * site.tiles if isinstance(levels, int) else levels
         weight = model.get_submodule(site.name.removesuffix(":weight")).weight
         assert bytes(weight.value.active_levels[0].flatten().tolist()) == tiles
-        assert bytes(weight.active_levels[1].flatten().tolist()) == tiles
-
-
-def test_two_maps() -> None:
-    model, profile = quantized_mlp()
-    high, low = profile.uniform(8), profile.uniform(2)
-    fv.apply(model, high, low)
-    assert fv.current_map(model) == high
-    assert model[0].weight.value.active_levels.unique(dim=0).shape[0] == 2
-    assert model[0].input_level.tolist() == [16, 8]
-    y = model(X)
-    fv.apply(model, high)
-    assert torch.equal(model(X), y)
 
 
 def test_errors_of_apply_change_nothing() -> None:
@@ -67,8 +54,8 @@ def test_errors_of_apply_change_nothing() -> None:
         fv.apply(model, other_profile.uniform(4))
     with pytest.raises(SiteError, match="shapes or groups differ"):
         fv.apply(model, fv.quantize(mlp(), rows(), group=64, progress=False).uniform(4))
-    with pytest.raises(SiteError):
-        fv.apply(model, plan, other_profile.uniform(4))
+    with pytest.raises(SiteError, match="is not a PrecisionMap"):
+        fv.apply(model, "4")  # type: ignore[arg-type]
     with pytest.raises(LevelError):
         fv.apply(model, plan.with_level("*:weight", 5))
     assert fv.current_map(model) == plan
@@ -91,8 +78,6 @@ def test_levels_that_are_not_resident() -> None:
             PlaneNotResidentError, match=r"at level [68]: some of its tiles are stored up to 4 bits only"
         ):
             fv.apply(loaded, plan)
-        with pytest.raises(PlaneNotResidentError):
-            fv.apply(loaded, profile.uniform(2), plan)
     assert torch.equal(loaded(X), before)
     fv.apply(loaded, profile.uniform(3))
 
@@ -279,7 +264,8 @@ def test_bytes_resident_are_the_bytes_of_the_model() -> None:
     for model, profile in (quantized_mlp(), quantized_llama(), quantized_llama(tie_word_embeddings=True)):
         tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
         true = sum(t.numel() * t.element_size() for t in tensors.values())
-        assert profile.uniform(8).bytes_resident == true
+        generation = sum(s.tiles for s in profile.weight_sites())
+        assert profile.uniform(8).bytes_resident == true + generation
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from foveate.collect.kinds import Kind
 from foveate.errors import BudgetError
 from foveate.memory.available import free_memory
-from foveate.nn.derived import join_derived
 from foveate.nn.experts import DOWN, PlaneExperts, is_transposed
+from foveate.nn.foreign.derived import join_derived
 from foveate.nn.modules import PlaneConv, take_hooks
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import detach, quantized_part, registry_of

@@ -156,7 +156,7 @@ def _losses(
 
         def at_level(level: int, rows: Tensor = rows) -> Tensor:
             planes.active_levels.fill_(level)
-            dense: Tensor = torch.ops.foveate.plane_embedding(rows, planes.tensors, planes.geometry, 0)
+            dense: Tensor = torch.ops.foveate.plane_embedding(rows, planes.tensors, planes.geometry, None)
             return dense
 
         here = [

@@ -30,8 +30,8 @@ from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.allocator import given_back
-from foveate.nn.derived import split_derived
 from foveate.nn.experts import left_notes, merged, taken_apart
+from foveate.nn.foreign.derived import split_derived
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.replace import install
 from foveate.nn.weight import PlaneWeight
@@ -158,7 +158,7 @@ def _quantized(
         finally:  # an interruption leaves a model that is read at 8 bits and has its profile
             registry.profile = profile
             top = profile.uniform(TOP_LEVEL)
-            registry.apply(top, top)
+            registry.apply(top)
     calibration.finish()
     return profile
 

@@ -140,7 +140,7 @@ def _measured(
     factors: dict[int, float] = {}
     for level in track(NESTED_LEVELS, "measuring", show=progress):
         plan = profile.uniform(level, _INPUT_LEVEL)
-        registry.apply(plan, plan)
+        registry.apply(plan)
         measured = reference_outputs.divergence(model)
         if not math.isfinite(measured):
             return {}

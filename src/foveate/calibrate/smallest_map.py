@@ -11,8 +11,8 @@ from foveate.calibrate.quantize import chosen
 from foveate.collect.kinds import weight_matrix_shape
 from foveate.errors import BudgetError
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.nn.derived import split_derived
 from foveate.nn.experts import taken_apart
+from foveate.nn.foreign.derived import split_derived
 from foveate.precision.budgets import Budget
 from foveate.precision.maps import PrecisionMap, Site, uniform
 from foveate.sizes import format_bytes

@@ -193,7 +193,7 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
                 gain=gain,
                 stored_levels=stored_levels,
                 tile_offsets=tile_offsets_of(stored_levels),
-                active_levels=stored_levels.expand(2, -1, -1).clone(),
+                active_levels=stored_levels[None].clone(),
                 rows=site.rows,
                 columns=site.columns,
                 group=site.group,

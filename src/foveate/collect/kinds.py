@@ -28,7 +28,7 @@ class Kind(Enum):
 
 
 #: What the part of a module that holds its weight is called, where the module has a forward of its own
-#: (`foveate.nn.derived`).
+#: (`foveate.nn.foreign.derived`).
 PRODUCT = "product"
 _BASES = (nn.Linear, nn.Embedding, nn.Conv2d, nn.Conv1d)
 

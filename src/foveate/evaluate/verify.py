@@ -20,10 +20,13 @@ from foveate.collect.objectives import Objective, check_batches, infer, named, r
 from foveate.errors import DataError
 from foveate.evaluate.float32_floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
 from foveate.formats.levels import TOP_LEVEL
-from foveate.nn.levels import apply
+from foveate.nn.levels import apply, withdraw
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
 from foveate.progress import track
+
+#: Its maps are in force while it measures, and are withdrawn.
+_DECIDER = "measure"
 
 
 @dataclass(frozen=True)
@@ -180,7 +183,6 @@ def measure(
         raise DataError(
             "the reference is the quantized model itself: keep a copy.deepcopy of the original from before quantize"
         )
-    before = registry.applied
     if objective is None and registry.profile is not None:
         objective = named(registry.profile.objective)
     highest = highest_map(model)
@@ -190,7 +192,7 @@ def measure(
         with evaluating(model, reference_model), torch.no_grad():
             for index, batch in enumerate(track(check_batches(batches), "measuring", show=progress)):
                 if reference is None:
-                    apply(model, highest)
+                    apply(model, highest, decider=_DECIDER)
                 output = run(reference_model, batch)
                 if objective is None:
                     objective = infer(output)
@@ -203,7 +205,7 @@ def measure(
                     torch.zeros(len(wanted)), torch.ones(len(wanted)), None if metric is None else metric(output, batch)
                 )
                 for plan, outcome_sums in zip(plans, sums, strict=False):
-                    apply(model, plan)
+                    apply(model, plan, decider=_DECIDER)
                     output = run(model, batch)
                     got = objective.outcome(output, batch)
                     outcome_sums.add(
@@ -212,8 +214,7 @@ def measure(
                         None if metric is None else metric(output, batch),
                     )
     finally:
-        if before is not None:
-            apply(model, *before)
+        withdraw(model, _DECIDER)
     if not sums[-1].samples:
         raise DataError("there are no batches to measure on")
     return [outcome_sums.outcome() for outcome_sums in sums]

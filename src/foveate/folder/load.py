@@ -24,9 +24,9 @@ from foveate.folder.save import _rest, is_finite
 from foveate.folder.skeleton import skeleton
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.derived import split_derived
 from foveate.nn.experts import taken_apart
-from foveate.nn.folded import fold_skeleton
+from foveate.nn.foreign.derived import split_derived
+from foveate.nn.foreign.folded import fold_skeleton
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry
 from foveate.nn.replace import install
@@ -90,11 +90,11 @@ def _load(
     if registry.sites != head.sites:
         raise CheckpointError(f"{path} is not of this model: its sites differ")
     registry.other_bytes = head.other_bytes
-    registry.set_ranges(_ranges(path, head, registry))
     if head.profile is not None:
         registry.profile_source = checkpoint.profile_later(folder)
     plan = head.plan if keep is None else keep
-    registry.apply(plan, plan)
+    registry.apply(plan)
+    registry.set_ranges(_ranges(path, head, registry))
     return model.eval()
 
 

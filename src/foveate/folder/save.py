@@ -20,7 +20,8 @@ from foveate.checkpoint import PathLike
 from foveate.collect.kinds import PRODUCT, parts_of_adapters
 from foveate.errors import CheckpointError
 from foveate.folder import sentence_transformer
-from foveate.nn.folded import folded_of
+from foveate.nn.foreign.folded import folded_of
+from foveate.nn.levels import current_map, state_of
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, quantized_part, registry_of
 from foveate.nn.weight import PlaneWeight
@@ -59,7 +60,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
     """
     model = quantized_part(model)
     registry = registry_of(model)
-    plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", registry.applied)[0]
+    plan = keep if keep is not None else current_map(model)
     registry.check(plan)
     _check_in_place(model, registry)
     rest = _rest(model)
@@ -80,7 +81,7 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
         model={
             **about,
             **({"folded": folded_of(model)} if folded_of(model) else {}),
-            **({"ranges": registry.ranges} if registry.ranges else {}),
+            **({"ranges": dict(ranges)} if (ranges := state_of(model).ranges) else {}),
         },
         extra_files=companions,
     )

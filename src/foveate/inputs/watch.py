@@ -11,9 +11,10 @@ tens of microseconds for each input. Other calls pay only for a Python hook.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 from foveate.inputs.drift import Calibrated, Decision, Observation, State, Tolerance, step
+from foveate.nn.levels import current_map, set_raises, withdraw
 from foveate.nn.registry import profile_of, quantized_part, registry_of
-from foveate.precision.maps import Levels, PrecisionMap
 from foveate.precision.profiles import Profile
 
 #: At most this many values of an input are sampled.
 _MAX_SAMPLED_VALUES = 1 << 14
-_LEVELS = (4, 8, 16)
+_NUMBERS = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -78,18 +79,14 @@ class InputWatch:
             raise FoveateError("the profile has no statistics of inputs: quantize the original again")
         self._states = dict.fromkeys(self._calibrated, State())
         self._decisions: dict[str, Decision] = {}
-        self._base_maps = self._maps()
-        self._own_maps = self._base_maps
-        self._ranges = self._own_ranges = self._registry.ranges
+        self._model, self._decider = model, f"watch_inputs {next(_NUMBERS)}"
+        self._raises: dict[str, int] = {}
         self._observing = False
         root = quantized_part(model)
         self._hooks = [root.register_forward_pre_hook(self._begin), root.register_forward_hook(self._end)]
         for name in self._calibrated:
             module = self._registry.inputs[name]
             self._hooks.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
-
-    def _maps(self) -> tuple[PrecisionMap, PrecisionMap]:
-        return cast("tuple[PrecisionMap, PrecisionMap]", self._registry.applied)
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -111,52 +108,33 @@ class InputWatch:
         if torch.compiler.is_compiling():
             return
         self._observing = False
-        if self._registry.ranges != self._own_ranges:
-            self._ranges = self._registry.ranges  # the user set other scales meanwhile
-        if self._maps() is not self._own_maps:
-            self._base_maps = self._unraised()  # the user applied another map: raise above that map
-            self._apply()
-        elif self._decisions:
-            self._apply()
+        if self._decisions:
+            self._decide()
 
-    def _unraised(self) -> tuple[PrecisionMap, PrecisionMap]:
-        """The maps in force; a map that this watch raised is replaced by the map that it was raised from."""
-        known = {id(own): base for own, base in zip(self._own_maps, self._base_maps, strict=True)}
-        first, second = self._maps()
-        return known.get(id(first), first), known.get(id(second), second)
-
-    def _apply(self) -> None:
-        now, decisions = self._maps(), dict(self._decisions)
-        wanted = [
-            {name: _raised_level(base, name, d.raised) for name, d in decisions.items()} for base in self._base_maps
-        ]
-        differ = [
-            [n for n, level in levels.items() if level != one.levels[n]]
-            for levels, one in zip(wanted, now, strict=True)
-        ]
-        changed = [(name, wanted[0][name]) for name in differ[0]]
-        ranges = {} if any(decision.raised for decision in decisions.values()) else self._ranges
-        if not any(differ) and ranges == self._registry.ranges:
-            self._own_maps, self._own_ranges = now, self._registry.ranges
+    def _decide(self) -> None:
+        raises = {name: d.raised for name, d in self._decisions.items() if d.raised}
+        if raises == self._raises:
             return
-        before = now[0].levels
-        first = _raised_map(self._base_maps[0], self._decisions)
-        second = first if self._base_maps[1] is self._base_maps[0] else _raised_map(self._base_maps[1], self._decisions)
-        self._registry.apply(first, second)
-        self._registry.set_ranges(ranges)
-        self._own_maps, self._own_ranges = self._maps(), self._registry.ranges
-        for name, level in changed:
-            why = self._decisions[name]
-            change = Change(self.calls - 1, name, cast(int, before[name]), level, why.drift, why.beyond)
-            self.changes.append(change)
-            if self._on_change is not None:
-                self._on_change(change)
+        before = self._levels()
+        set_raises(self._model, raises, decider=self._decider)
+        self._raises, after = raises, self._levels()
+        for name, why in self._decisions.items():
+            if before[name] != after[name]:
+                change = Change(self.calls - 1, name, before[name], after[name], why.drift, why.beyond)
+                self.changes.append(change)
+                if self._on_change is not None:
+                    self._on_change(change)
+
+    def _levels(self) -> dict[str, int]:
+        """The present level of each input that is watched."""
+        levels = current_map(self._model).levels
+        return {name: cast(int, levels[name]) for name in self._calibrated}
 
     @property
     def raised(self) -> dict[str, int]:
         """The inputs that are now read above the level of their map, with their levels."""
-        now = self._maps()[0].levels
-        return {name: cast(int, now[name]) for name, state in self._states.items() if state.raised}
+        now = self._levels()
+        return {name: now[name] for name, state in self._states.items() if state.raised}
 
     @property
     def drift(self) -> dict[str, float]:
@@ -170,10 +148,7 @@ class InputWatch:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        if any(one is not base for one, base in zip(self._maps(), self._unraised(), strict=True)):
-            self._registry.apply(*self._unraised())
-        if self._registry.ranges == self._own_ranges:
-            self._registry.set_ranges(self._ranges)
+        withdraw(self._model, self._decider)
         self._decisions.clear()
 
     def __enter__(self) -> InputWatch:
@@ -251,17 +226,3 @@ def _observed(x: Tensor, limits: tuple[float, float]) -> Observation | None:
     room = 1e-4 * (limits[1] - limits[0])
     beyond = ((sample < limits[0] - room) | (sample > limits[1] + room)).float().mean()
     return Observation(count, float(mean), float(variance), float(beyond))
-
-
-def _raised_level(plan: PrecisionMap, name: str, raised: int) -> int:
-    level = cast(int, plan.levels[name])
-    if level not in _LEVELS:
-        return level
-    return _LEVELS[min(_LEVELS.index(level) + raised, len(_LEVELS) - 1)]
-
-
-def _raised_map(plan: PrecisionMap, decisions: dict[str, Decision]) -> PrecisionMap:
-    higher: dict[str, Levels] = {n: _raised_level(plan, n, d.raised) for n, d in decisions.items() if d.raised}
-    if not higher:
-        return plan
-    return replace(plan, levels={**plan.levels, **higher}, predicted_loss=float("nan"))

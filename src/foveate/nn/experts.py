@@ -121,7 +121,9 @@ class PlaneExperts(nn.Module):
         counts = torch.bincount(ids_S.clamp(max=self.num_experts), minlength=self.num_experts + 1)
         counts_E = counts[: self.num_experts].tolist()
         order_S = ids_S.argsort(stable=True)[: sum(counts_E)]
-        y_SH = self._outputs(x_TH[order_S // each], counts_E)
+        owners_T = self._owners(len(x_TH))
+        owners_S = None if owners_T is None else owners_T[order_S // each]
+        y_SH = self._outputs(x_TH[order_S // each], counts_E, owners_S)
         y_SH = y_SH * top_k_weights.reshape(-1)[order_S, None]
         spread_SH = y_SH.new_zeros(len(ids_S), y_SH.shape[-1]).index_copy(0, order_S, y_SH)
         # the sum of each token is in the order of its experts' ranks, so it does not depend on the other tokens
@@ -134,18 +136,30 @@ class PlaneExperts(nn.Module):
         routed_ET = own.detach().ne(0).any(-1)
         counts_E = routed_ET.sum(1).tolist()
         self.routes = sum(counts_E) / max(own.shape[1], 1)
-        y = self._outputs(own[routed_ET], counts_E)
+        owners_T = self._owners(own.shape[1])
+        owners_S = None if owners_T is None else owners_T.expand(self.num_experts, -1)[routed_ET]
+        y = self._outputs(own[routed_ET], counts_E, owners_S)
         return y.new_zeros(x.shape).index_copy(0, routed_ET.reshape(-1).nonzero()[:, 0], y)
 
-    def _outputs(self, x_SH: Tensor, counts_E: list[int]) -> Tensor:
+    def _owners(self, tokens: int) -> Tensor | None:
+        """The row of the pass that each token belongs to; None where nothing was asked for rows."""
+        weight = next((m.weight for m in self.modules() if isinstance(m, PlaneModule)), None)
+        return None if weight is None or weight.passes is None else weight.passes.owners(tokens)
+
+    def _outputs(self, x_SH: Tensor, counts_E: list[int], owners_S: Tensor | None) -> Tensor:
         """Rows of x, those of the first expert first -> the output of each row's expert, [S, H]."""
-        parts = [self._output(i, x) for i, x in enumerate(x_SH.split(counts_E)) if len(x)]
+        owners = [None] * len(counts_E) if owners_S is None else owners_S.split(counts_E)
+        parts = [self._output(i, x, owners[i]) for i, x in enumerate(x_SH.split(counts_E)) if len(x)]
         return torch.cat(parts) if parts else x_SH
 
-    def _output(self, number: int, x: Tensor) -> Tensor:
+    def _output(self, number: int, x: Tensor, owners: Tensor | None) -> Tensor:
+        def projected(name: str, x: Tensor) -> Tensor:
+            layer = expert[name]
+            return cast(Tensor, layer(x, owners) if owners is not None and isinstance(layer, PlaneModule) else layer(x))
+
         expert = cast(nn.ModuleDict, self._modules[str(number)])
         origin: Any = self.origin
-        y = expert[self.up](x)
+        y = projected(self.up, x)
         if self.up != _UP[0]:
             y = origin.act_fn(y)
         elif hasattr(origin, "_apply_gate"):
@@ -153,7 +167,7 @@ class PlaneExperts(nn.Module):
         else:
             gate, up = y.chunk(2, dim=-1)
             y = up * origin.act_fn(gate)
-        y = cast(Tensor, expert[DOWN](y))
+        y = projected(DOWN, y)
         return cast(Tensor, origin.post_expert_norm(y)) if getattr(origin, "has_post_expert_norm", False) else y
 
     def extra_repr(self) -> str:

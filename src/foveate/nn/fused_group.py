@@ -12,7 +12,7 @@ A pending result is used only if all of this is as it was when the result was co
 
 - the input is the very same tensor object;
 - its version counter, which torch increments at every change in place, has not moved;
-- the levels have not been switched since (`LevelEpoch`).
+- it is of the same pass, and so of the same levels; outside of any pass, none were published since.
 
 Some changes move no version counter, and are not noticed between two layers of one call: a change through `.data` or
 `numpy()`. Tensors made in inference mode have no counter either. There, layers that have hooks, which might write to
@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from foveate.nn.linear_call import LinearCall
+from foveate.nn.passes import Passes
 from foveate.nn.plane_module import PlaneModule
 
 M = TypeVar("M", bound=PlaneModule)
@@ -110,17 +111,10 @@ class _Calls(threading.local):
 _CALLS = _Calls()
 
 
-def begin_pass(module: nn.Module, args: Any) -> None:
+def drop_left_open(module: nn.Module, args: Any) -> None:
     """A forward pre-hook of the whole model: drops calls that an interruption left open, since it runs no hooks."""
     if not torch.compiler.is_dynamo_compiling():
         _CALLS.open.clear()
-
-
-class LevelEpoch:
-    """How often the levels or input ranges of a model were switched: results of an earlier epoch are not used."""
-
-    def __init__(self) -> None:
-        self.number = 0
 
 
 class FusedGroup:
@@ -128,17 +122,23 @@ class FusedGroup:
 
     Attributes:
         is_fused: whether the layers are computed in one call. A group that was dissolved is never fused again.
+
+    Args:
+        layers: the layers.
+        own_calls: the product of each alone.
+        scope: of the module that contains them.
+        now: gives the pass that is open, or what stands for the levels outside of any pass, as a value to compare.
     """
 
     def __init__(
-        self, layers: Sequence[PlaneModule], own_calls: Sequence[LinearCall], scope: CallScope, epoch: LevelEpoch
+        self, layers: Sequence[PlaneModule], own_calls: Sequence[LinearCall], scope: CallScope, now: Callable[[], Any]
     ) -> None:
         self.is_fused = True
         self._layers = tuple(weakref.ref(layer) for layer in layers)
         self._fused_call = LinearCall(layers)
         self._own_calls = tuple(own_calls)
         self._hooks = tuple(hooks for layer in layers for hooks in (layer._forward_pre_hooks, layer._forward_hooks))
-        self._scope, self._epoch = scope, epoch
+        self._scope, self._now = scope, now
         self._unused = 0
         for layer in layers:
             layer.weight.users.add(self)
@@ -161,7 +161,7 @@ class FusedGroup:
             version = x._version
         elif any(self._hooks):
             return self._own_calls[position].of(x)[0]
-        state = (version, self._epoch.number, torch.is_inference_mode_enabled())
+        state = (version, self._now(), torch.is_inference_mode_enabled())
         pending = calls[-1].pending.get(self)
         if pending is not None and pending.x is x and pending.state == state:
             y = pending.results.pop(position, None)
@@ -200,7 +200,7 @@ class _Pending:
 
     __slots__ = ("results", "state", "x")
 
-    def __init__(self, x: Tensor, state: tuple[int, int, bool], results: dict[int, Tensor]) -> None:
+    def __init__(self, x: Tensor, state: tuple[int, Any, bool], results: dict[int, Tensor]) -> None:
         self.x = x
         self.state = state
         self.results = results
@@ -241,15 +241,16 @@ def hooked_scopes(model: nn.Module, names: Mapping[str, PlaneModule]) -> dict[st
             module.register_forward_hook(scope.end, always_call=True)
         scopes[name] = made[id(module)]
     if scopes:
-        model.register_forward_pre_hook(begin_pass, prepend=True)
+        model.register_forward_pre_hook(drop_left_open, prepend=True)
     return scopes
 
 
 def unhook(model: nn.Module) -> None:
-    """Take every hook of `hooked_scopes` off a model."""
+    """Take every hook of `hooked_scopes` and `hooked_passes` off a model."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number, hook in list(hooks.items()):
-                if hook is begin_pass or isinstance(getattr(hook, "__self__", None), CallScope):
+                if hook is drop_left_open or isinstance(getattr(hook, "__self__", None), (CallScope, Passes)):
                     del hooks[number]
                     module._forward_hooks_always_called.pop(number, None)
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)

@@ -1,34 +1,158 @@
-"""What users call to change the levels of a live model: `apply`, `use_static_scales`, and `current_map` to see them.
+"""Where deciders move the levels of a live model: `apply`, `set_index`, `floor`, `row_precision`, `withdraw`.
 
-The levels themselves are written by `foveate.nn.registry.Registry.apply`, the only code that does.
+Each changes its decider's part of one frozen state (`foveate.precision.state.LevelState`), from which the levels are
+composed and published whole: every pass reads one generation from beginning to end (`foveate.nn.generations`). Nothing
+else writes the levels of a live model.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
 from torch import nn
 
-from foveate.errors import FoveateError
+from foveate.errors import BudgetError, FoveateError
 from foveate.nn.registry import profile_of, registry_of
+from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap
+from foveate.precision.state import Floor, LevelState, Request
+
+#: The decider that `apply`, and everything else that a user calls without a name, decides for.
+USER = "user"
+_NUMBERS = itertools.count(1)
 
 
-def apply(model: nn.Module, plan: PrecisionMap, second: PrecisionMap | None = None) -> None:
-    """Read the model at the levels of a map from the next call on.
+def apply(model: nn.Module, plan: PrecisionMap | Frontier, *, decider: str = USER) -> None:
+    """Read the model at the levels of a map, or of a chain of maps, from the next pass on.
 
     No plane is moved or repacked: one byte a tile is written, which takes microseconds, or milliseconds for billions of
-    weights. A call that runs in another thread meanwhile may read some tiles at the old level and some at the new.
+    weights. Passes that have begun, in this thread or another, go on with the levels that they began with.
+
+        fv.apply(model, profile.uniform(4))
+        fv.apply(model, fv.frontier(profile, 64))  # at its best map; `set_index` moves along it
 
     Args:
         model: a quantized model.
-        plan: the map.
-        second: the map for those rows of inputs that choose it; `plan` if not given.
+        plan: the map, or the frontier.
+        decider: who decides; a decider's frontier takes the place of the one it gave before.
 
     Raises:
         SiteError: the map is of another model.
         PlaneNotResidentError: the map reads planes that are not stored, for they were not loaded or not kept; nothing
             was changed.
+        FloorError: a floor that stands cannot be met.
     """
-    registry_of(model).apply(plan, plan if second is None else second)
+    registry_of(model).apply(plan, decider)
+
+
+def set_index(model: nn.Module, index: int, *, decider: str = USER) -> None:
+    """Demand an index of the frontier in force. The furthest that any decider demands counts, up to the floors.
+
+    Raises:
+        BudgetError: the frontier has no such index.
+    """
+    registry_of(model).change(lambda now: now.with_index(decider, index))
+
+
+def set_raises(model: nn.Module, raises: Mapping[str, int], *, decider: str) -> None:
+    """Read inputs by some steps of 4, 8 and 16 bits above the level of their map; while any is, no static range counts.
+
+    Args:
+        model: a quantized model.
+        raises: the steps of each input that is raised, by its site's name.
+        decider: who decides.
+    """
+    registry_of(model).change(lambda now: now.with_raises(decider, raises))
+
+
+def withdraw(model: nn.Module, decider: str) -> None:
+    """Take back all that a decider gave. What is left is what would have been without it."""
+    registry_of(model).change(lambda now: now.without(decider))
+
+
+def state_of(model: nn.Module) -> LevelState:
+    """What each decider gave, by its name.
+
+    >>> fv.state_of(model).index
+    """
+    state = registry_of(model).generations.state
+    if state is None:
+        raise FoveateError("the model has no levels yet: apply a map first")
+    return state
+
+
+@contextmanager
+def floor(
+    model: nn.Module, *, bits: float | None = None, index: int | None = None, decider: str | None = None
+) -> Iterator[None]:
+    """Within this context no index goes beyond a floor, whoever demands it.
+
+        with fv.floor(model, bits=6):
+            model.generate(**inputs)
+
+    Args:
+        model: a quantized model.
+        bits: the least average bits of the weights, scales included; or
+        index: the furthest index of the frontier in force.
+        decider: a name for the floor, as it shows in `state_of`; one is made if not given.
+
+    Raises:
+        FloorError: the frontier in force cannot meet it; or, from a later `apply`, the new frontier cannot.
+    """
+    name = decider or f"floor {next(_NUMBERS)}"
+    wanted = Floor(bits=bits, index=index)
+    registry_of(model).change(lambda now: now.with_floor(name, wanted))
+    try:
+        yield
+    finally:
+        withdraw(model, name)
+
+
+@contextmanager
+def row_precision(model: nn.Module, requests: Sequence[Request | None]) -> Iterator[None]:
+    """Within this context, and in this thread, the rows of every batch are read at precisions of their own.
+
+        with fv.row_precision(model, [None, fv.Request(tier=0), fv.Request(floor=fv.Floor(bits=4.25))]):
+            model(input_ids)  # three sequences
+
+    Products of planes give each row the bits that it has alone. A layer for whose rows it is not known which of the
+    batch they belong to reads the best of the maps in use: that is so where neither the first dimension is that of the
+    batch, nor all tokens of all sequences are there, sequence by sequence.
+
+    Args:
+        model: a quantized model.
+        requests: for each row of the batch what it asks for; None follows the index in force. For packed sequences, one
+            for each token.
+
+    Raises:
+        FloorError: a floor cannot be met.
+        BudgetError: the requests need more than 8 different maps at once, or no requests are given.
+    """
+    if not requests:
+        raise BudgetError("no requests are given: one for each row of the batch, or None")
+    registry = registry_of(model)
+    names = {request: f"rows {next(_NUMBERS)}" for request in dict.fromkeys(requests) if request is not None}
+
+    def added(now: LevelState) -> LevelState:
+        for request, name in names.items():
+            now = now.with_request(name, request)
+        return now
+
+    def removed(now: LevelState) -> LevelState:
+        for name in names.values():
+            now = now.without(name)
+        return now
+
+    classes = registry.change(added).classes
+    passes = registry.generations.passes
+    before = passes.set_rows([0 if request is None else classes[names[request]] for request in requests])
+    try:
+        yield
+    finally:
+        passes.set_rows(before)
+        registry.change(removed)
 
 
 def use_static_scales(model: nn.Module, on: bool = True) -> None:
@@ -59,7 +183,7 @@ def use_static_scales(model: nn.Module, on: bool = True) -> None:
 
 
 def current_map(model: nn.Module) -> PrecisionMap:
-    """The map in force: the first of the two where rows choose between two."""
-    applied = registry_of(model).applied
-    assert applied is not None
-    return applied[0]
+    """The map in force, for rows for which nothing was asked; `state_of` says who decided what."""
+    plan = registry_of(model).plan
+    assert plan is not None
+    return plan

@@ -16,7 +16,7 @@ class LinearCall:
 
     Weights, input levels and ranges are passed by handle (see the op `plane_linear_by_handle`), because a compiled
     graph checks every tensor argument at every call. A new handle is needed, and `hold` makes it, when a layer's
-    planes, `input_level` or `input_range` are replaced by other tensors, or its weight gets another geometry.
+    planes, `input_level` or `input_range` are replaced by other tensors, or its weight gets another geometry or place.
     """
 
     def __init__(self, layers: Sequence[PlaneModule]) -> None:
@@ -30,24 +30,27 @@ class LinearCall:
     def hold(self, layers: Sequence[PlaneModule]) -> None:
         """Take the planes, input levels and ranges that the layers have now."""
         weights = [layer.weight.value for layer in layers]
+        self._passes = layers[0].weight.passes
+        places, inputs = ([layer.weight.place for layer in layers], [layer.input_place for layer in layers])
         tensors = [t for w in weights for t in w.tensors]
         geometries = [n for w in weights for n in w.geometry]
         levels, ranges = [layer.input_level for layer in layers], [layer.input_range for layer in layers]
-        self.handle: Tensor = torch.ops.foveate.plane_handle(tensors, geometries, levels, ranges)
+        self.handle: Tensor = torch.ops.foveate.plane_handle(tensors, geometries, levels, ranges, places, inputs)
         self.rows = tuple(w.rows for w in weights)
         self.columns = weights[0].columns
 
-    def of(self, x: Tensor) -> list[Tensor]:
-        """x [..., K] -> [..., N] for each layer, in the dtype of x; raises `FoveateError` if x does not fit."""
+    def of(self, x: Tensor, owners: Tensor | None = None) -> list[Tensor]:
+        """x [..., K] -> [..., N] for each layer, in the dtype of x; raises `FoveateError` if x does not fit.
+
+        `owners` says for each row of x which row of the pass it belongs to, where its shape does not.
+        """
         # not in a graph, where it would be one more check at every call; the op checks too
         if not torch.compiler.is_dynamo_compiling() and x.shape[-1] != self.columns:
             raise FoveateError(f"x has {x.shape[-1]} columns, the weight {self.columns}")
         biases = [NO_BIAS if bias is None else bias.float() for bias in (p.get("bias") for p in self._biases)]
-        if x.dtype == torch.float64:
-            return [y.double() for y in _multiplied(x.float(), self.handle, biases, self.rows)]
-        return _multiplied(x, self.handle, biases, self.rows)
-
-
-def _multiplied(x: Tensor, handle: Tensor, biases: list[Tensor], rows: tuple[int, ...]) -> list[Tensor]:
-    outputs: list[Tensor] = torch.ops.foveate.plane_linear_by_handle(x, handle, biases, rows)
-    return outputs
+        book = None if self._passes is None else self._passes.book
+        given = x.float() if x.dtype == torch.float64 else x
+        outputs: list[Tensor] = torch.ops.foveate.plane_linear_by_handle(
+            given, self.handle, book, owners, biases, self.rows
+        )
+        return outputs if given is x else [y.double() for y in outputs]

@@ -64,10 +64,15 @@ class PlaneLinear(PlaneModule):
         """Take the planes that the weight has now, after it was replaced."""
         self.own_call.hold((self,))
 
-    def forward(self, input: Tensor) -> Tensor:
-        """input [..., K] -> [..., N], in the dtype of the input."""
+    def forward(self, input: Tensor, owners: Tensor | None = None) -> Tensor:
+        """input [..., K] -> [..., N], in the dtype of the input.
+
+        `owners` says for each row of the input which row of the pass it belongs to, where its shape does not.
+        """
         if (torch.is_grad_enabled() and self._needs_gradient(input)) or torch.compiler.is_exporting():
-            return self._product(input)
+            return self._product(input, owners)
+        if owners is not None:
+            return self.own_call.of(input, owners)[0]
         fused_group = self.fused_group
         if fused_group is None or not fused_group.is_fused:
             return self.own_call.of(input)[0]
@@ -93,8 +98,8 @@ class PlaneEmbedding(PlaneModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """Indices [...] -> [..., K], in the dtype of the weight that was quantized."""
-        value = self.weight.value
-        rows: Tensor = torch.ops.foveate.plane_embedding(input, value.tensors, value.geometry, 0)
+        tensors, maps = self.weight.read(input, 0)
+        rows: Tensor = torch.ops.foveate.plane_embedding(input, tensors, self.weight.value.geometry, maps)
         return rows.to(self.weight.dtype)
 
 
@@ -120,12 +125,31 @@ class PlaneConv(PlaneModule):
         """input [B, C, ...] or [C, ...] -> [B, N, ...] or [N, ...]."""
         x = input
         if self.groups != 1:
-            dense = self.weight.dequantize().view(self.out_channels, -1, *self.kernel_size).to(x.dtype)
-            return self._dense_forward(self, x, dense, None if self.bias is None else self.bias.to(x.dtype))
+            return self._grouped(x)
         columns = patches(cast(nn.Conv2d, self), x)[:, 0]  # [B, K, P]
         y = self._product(columns.transpose(1, 2)).transpose(1, 2)
         spatial = self._output_sizes(x.shape[-len(self.kernel_size) :])
         return y.reshape(*x.shape[: x.dim() - 1 - len(spatial)], self.out_channels, *spatial)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        """The convolution with the unpacked weight: for each map in use, of those samples that read it."""
+        single = x.dim() == len(self.kernel_size) + 1
+        tensors, maps = self.weight.read(x[None] if single else x, len(self.kernel_size) + 1)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+
+        def of_map(which: int, some: Tensor) -> Tensor:
+            dense = torch.ops.foveate.plane_unpack(tensors, self.weight.value.geometry, which)
+            dense = dense.view(self.out_channels, -1, *self.kernel_size).to(x.dtype)
+            return self._dense_forward(self, some, dense, bias)
+
+        if maps is None or torch.compiler.is_dynamo_compiling():  # a graph cannot branch on which maps are in use
+            return of_map(0, x)
+        used = maps[:, 0].unique().tolist()
+        if len(used) <= 1:
+            return of_map(used[0] if used else 0, x)
+        rows = [(maps[:, 0] == which).nonzero()[:, 0] for which in used]
+        parts = [of_map(which, x[mine]) for which, mine in zip(used, rows, strict=True)]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
 
     def _output_sizes(self, sizes: torch.Size) -> list[int]:
         # (before, after) of each dimension, the first dimension first

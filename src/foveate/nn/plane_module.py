@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from foveate.collect.kinds import Kind
 from foveate.nn.weight import PlaneWeight
-from foveate.planes import linear
+from foveate.planes import multiplied
 
 NO_BIAS = torch.empty(0)
 
@@ -35,8 +35,9 @@ class PlaneModule(nn.Module):
 
     Attributes:
         weight: the weight on planes.
-        input_level: uint8 [2], the level of the input for each of two maps; the registry of the model writes it.
+        input_level: uint8 [1], the level of the input in the map that was published last.
         input_range: float32 [2], the range of a static scale of the input; zeros where each row has its own scale.
+        input_place: the number of its input in its model.
         origin: the module that this one replaced; set by `foveate.nn.modules.on_planes`.
     """
 
@@ -49,21 +50,26 @@ class PlaneModule(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = None if bias is None else _as_float32(bias)
-        self.register_buffer("input_level", torch.full((2,), 8, dtype=torch.uint8), persistent=False)
+        self.register_buffer("input_level", torch.full((1,), 8, dtype=torch.uint8), persistent=False)
         # zeros: each row of the input has a scale of its own
         self.register_buffer("input_range", torch.zeros(2), persistent=False)
+        self.input_place = 0
 
     def _needs_gradient(self, x: Tensor) -> bool:
         return x.requires_grad or (self.bias is not None and self.bias.requires_grad)
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, owners: Tensor | None = None) -> Tensor:
         bias = NO_BIAS if self.bias is None else self.bias.float()
-        return linear(x, [self.weight.value], [bias], self.input_level, input_range=self.input_range)[0]
+        tensors, maps = self.weight.read(x, 1, owners)
+        level, limits = self.input_level, self.input_range
+        if self.weight.passes is not None and maps is not None:
+            level, limits = torch.ops.foveate.pass_input(self.weight.passes.book, self.input_place)
+        return multiplied(x, tensors, self.weight.value.geometry, [bias], level, maps, input_range=limits)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
         level, limits = self.input_level, self.input_range
         nn.Module._apply(self, fn, recurse)
-        self.input_level, self.input_range = level, limits  # views of the blocks that the registry writes
+        self.input_level, self.input_range = level, limits  # views of blocks of the registry
         return self
 
 

@@ -1,17 +1,14 @@
-"""Registry: which sites a quantized model has, and the memory that holds their active levels.
+"""Registry: which sites a quantized model has, where each stands in its generations, and what its planes allow.
 
-The active levels of all tiles lie side by side in one block, the levels of all inputs in another. So applying a map is
-one check and two copies, however many layers the model has. A check compares the map with the *stored* levels: a level
-can only be active where its planes were loaded and kept.
-
-`Registry.apply` is the only code that writes the active levels of a live model, and `Registry.set_ranges` the only code
-that writes the ranges of its inputs. Users call them through `foveate.nn.levels`. Loading a folder, calibration and
-`foveate.watch_inputs` call them directly.
+The levels of all tiles of a generation lie side by side, and so do those of all inputs. So publishing a map is one
+check and one copy, however many layers the model has (`foveate.nn.generations`). The check compares the map with the
+*stored* levels: a level can only be active where its planes were loaded and kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,22 +16,38 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, PlaneNotResidentError, SiteError, StateError
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.fused_group import CallScope, FusedGroup, LevelEpoch, fused_groups, unhook
+from foveate.nn.foreign.pretrained import allow_saving, refuse_saving
+from foveate.nn.fused_group import CallScope, FusedGroup, fused_groups, unhook
+from foveate.nn.generations import Generations
 from foveate.nn.modules import PlaneLinear
+from foveate.nn.passes import Passes
 from foveate.nn.plane_module import PlaneModule
-from foveate.nn.pretrained import allow_saving, refuse_saving
 from foveate.nn.states import weight_in
 from foveate.nn.weight import PlaneWeight
 from foveate.planes import share_active_levels
+from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap, Site, tile_levels
 from foveate.precision.profiles import Profile
+from foveate.precision.state import Composed, LevelState
 
 _ATTRIBUTE = "_foveate"
-_NO_RANGE = (0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Hooks:
+    """The objects whose methods are hooks on a quantized model.
+
+    Attributes:
+        passes: where the passes of the model begin and end.
+        scopes: of the modules that contain fused groups, by their names.
+    """
+
+    passes: Passes
+    scopes: Mapping[str, CallScope]
 
 
 class Registry:
-    """The sites of one model, in order, and the blocks of memory that hold their levels.
+    """The sites of one model, in order, and its generations of levels.
 
     Attributes:
         sites: weights and inputs.
@@ -43,8 +56,7 @@ class Registry:
         other_bytes: bytes of everything that is not a site.
         other_parameters: how many parameters are not at a site, by the class of their module.
         profile_source: reads the profile of this model, if one was kept; None if not.
-        applied: the two maps in force. A row of x is computed at the first, or at the second if it chooses that one;
-            None before any map was applied.
+        generations: the state of the levels, and what publishes it.
     """
 
     def __init__(
@@ -52,7 +64,7 @@ class Registry:
         sites: Iterable[Site],
         weights: Mapping[str, PlaneWeight],
         inputs: Mapping[str, PlaneModule],
-        scopes: Mapping[str, CallScope],
+        hooks: Hooks,
         other_bytes: int,
         other_parameters: Mapping[str, int],
     ) -> None:
@@ -63,52 +75,54 @@ class Registry:
         self.other_parameters = other_parameters
         self.profile_source: Callable[[], Profile] | None = None
         self._profile: Profile | None = None
-        self.applied: tuple[PrecisionMap, PrecisionMap] | None = None
-        self._scopes = dict(scopes)
-        self._epoch = LevelEpoch()
+        self._hooks = hooks
         self._bind()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "generations"}
+        return {**state, "_state": self.generations.state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # plain pickle copies views one by one, and a process that unpickles may not have loaded its kernels yet
+        levels = state.pop("_state")
         self.__dict__.update(state)
         ensure_loaded()
         self._bind()
+        if levels is not None:
+            self.generations.change(lambda _: levels, self._check)
 
     def _bind(self) -> None:
-        """Put all levels side by side in blocks that `apply` writes and the modules read, and form the fused groups."""
+        """Put the levels that modules show side by side, give each site its place, and form the fused groups."""
         self._known_sites = self.sites
+        passes = self._hooks.passes
         values = share_active_levels([w.value for w in self.weights.values()])
-        for weight, value in zip(self.weights.values(), values, strict=True):
+        for place, (weight, value) in enumerate(zip(self.weights.values(), values, strict=True)):
             weight.set(value)
             weight.users.add(self)
-        self._active = _block([v.active_levels for v in values])
+            weight.passes, weight.place = passes, place
         self.renew()
-        levels = [m.input_level for m in self.inputs.values()]
-        self._input_levels = torch.cat(levels) if levels else torch.empty(0, dtype=torch.uint8)
-        for i, module in enumerate(self.inputs.values()):
-            module.input_level = self._input_levels[2 * i : 2 * i + 2]
-        ranges = [m.input_range for m in self.inputs.values()]
-        self._input_ranges = torch.cat(ranges) if ranges else torch.empty(0)
-        for i, module in enumerate(self.inputs.values()):
-            module.input_range = self._input_ranges[2 * i : 2 * i + 2]
+        modules = self.inputs.values()
+        levels = torch.cat([m.input_level for m in modules]) if self.inputs else torch.empty(0, dtype=torch.uint8)
+        ranges = torch.cat([m.input_range for m in modules]) if self.inputs else torch.empty(0)
+        for i, module in enumerate(modules):
+            module.input_level, module.input_range = levels[i : i + 1], ranges[2 * i : 2 * i + 2]
+            module.input_place = i
+        tiles = [v.stored_levels.numel() for v in values]
+        active = _block([v.active_levels for v in values])
+        self.generations = Generations(passes, tiles, tuple(self.inputs), (active, levels, ranges))
         linears = linear_layers(self.inputs)
         for layer in linears.values():
             layer.reset_calls()
         for container, layers in fused_groups(linears):
-            fused_group = FusedGroup(layers, [layer.own_call for layer in layers], self._scopes[container], self._epoch)
+            own_calls = [layer.own_call for layer in layers]
+            fused_group = FusedGroup(layers, own_calls, self._hooks.scopes[container], self.generations.now)
             for position, layer in enumerate(layers):
                 layer.fused_group, layer.position = fused_group, position
 
     def renew(self) -> None:
         """Take the stored levels that the weights have now, after one of them was replaced."""
-        stored = [w.value.stored_levels.expand(2, -1, -1).reshape(-1) for w in self.weights.values()]
-        self._stored = torch.cat(stored) if stored else self._active
-
-    def _begin_epoch(self) -> None:
-        """Levels or ranges were written: results that are pending in fused groups are of the old ones."""
-        self._epoch.number += 1
-        for scope in self._scopes.values():
-            scope.traced = None
+        stored = [w.value.stored_levels.reshape(-1) for w in self.weights.values()]
+        self._stored = torch.cat(stored) if stored else torch.empty(0, dtype=torch.uint8)
 
     @property
     def profile(self) -> Profile | None:
@@ -138,45 +152,60 @@ class Registry:
                 f"{shortfall}; load the model with the planes of this map (`foveate.load(..., keep=map)`)"
             )
 
-    def apply(self, plan: PrecisionMap, second: PrecisionMap) -> None:
-        """Write the levels of two maps, after checking both; no plane is moved. Errors as for `check`."""
-        active_levels = bytearray()
-        input_levels = bytearray()
-        for one in {id(m): m for m in (plan, second)}.values():
-            if not isinstance(one, PrecisionMap):
-                raise SiteError(f"{one!r} is not a PrecisionMap; profile.uniform(4) is one")
-            if one.sites is not self._known_sites:
-                self._check_sites(one)
-        for name, weight in self.weights.items():
-            for one in (plan, second):
-                active_levels += tile_levels(one.levels[name], weight.value.stored_levels.numel())
-        for name in self.inputs:
-            input_levels += bytes((cast(int, plan.levels[name]), cast(int, second.levels[name])))
-        if active_levels:
-            new = torch.frombuffer(active_levels, dtype=torch.uint8)
-            if bool((new > self._stored).any()):
+    def _check(self, composed: Composed, levels: Tensor) -> None:
+        """Raise unless the maps are of this model and what they read (uint8 [maps, tiles]) is stored."""
+        for plan in composed.maps:
+            if plan.sites is not self._known_sites:
+                self._check_sites(plan)
+        if bool((levels > self._stored).any()):
+            for plan in composed.maps:
                 self.check(plan)
-                self.check(second)
-            self._active.copy_(new)
-        if input_levels:
-            self._input_levels.copy_(torch.frombuffer(input_levels, dtype=torch.uint8))
-        self.applied = (plan, second)
-        self._begin_epoch()
+
+    def apply(self, plan: PrecisionMap | Frontier, decider: str = "user") -> None:
+        """Put a map, or a chain of maps, in force; errors as for `check`.
+
+        The map in force stands for the map of the frontier that it was raised from.
+        """
+        if not isinstance(plan, (PrecisionMap, Frontier)):
+            raise SiteError(f"{plan!r} is not a PrecisionMap; profile.uniform(4) is one")
+        state, composed = self.generations.state, self.generations.composed
+        if state is not None and composed is not None and plan is composed.plan:
+            plan = state.frontier[state.index]  # what is in force, but for raises
+        frontier = Frontier((plan,)) if isinstance(plan, PrecisionMap) else plan
+
+        def changed(now: LevelState | None) -> LevelState:
+            return now.with_frontier(decider, frontier) if now else LevelState(frontiers={decider: frontier})
+
+        self.generations.change(changed, self._check)
+
+    def change(self, changed: Callable[[LevelState], LevelState]) -> LevelState:
+        """Put a changed state of the levels in force, and return it; errors as for `apply`."""
+
+        def of_present(now: LevelState | None) -> LevelState:
+            if now is None:
+                raise FoveateError("the model has no levels yet: apply a map first")
+            return changed(now)
+
+        return self.generations.change(of_present, self._check)
 
     @property
-    def ranges(self) -> dict[str, tuple[float, float]]:
-        """The input sites whose rows share one scale, and the range of each."""
-        found = zip(self.inputs, self._input_ranges.view(-1, 2).tolist(), strict=True)
-        return {name: (low, high) for name, (low, high) in found if (low, high) != _NO_RANGE}
+    def plan(self) -> PrecisionMap | None:
+        """The map in force for rows for which nothing was asked; None before any was applied."""
+        composed = self.generations.composed
+        return None if composed is None else composed.plan
+
+    @property
+    def ranges(self) -> Mapping[str, tuple[float, float]]:
+        """The input sites whose rows share one scale, and the range of each, unless ranges are suspended."""
+        composed = self.generations.composed
+        return {} if composed is None else composed.ranges
 
     def set_ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
         """Give the inputs named one scale for all rows, and all others a scale for each."""
         unknown = set(ranges) - set(self.inputs)
         if unknown:
             raise SiteError(f"ranges name inputs that the model does not have: {', '.join(sorted(unknown)[:5])}")
-        if self.inputs:
-            self._input_ranges.copy_(torch.tensor([ranges.get(name, _NO_RANGE) for name in self.inputs]).view(-1))
-        self._begin_epoch()
+        self.change(lambda now: now.with_ranges(ranges))
 
     def _check_sites(self, plan: PrecisionMap) -> None:
         if plan.sites != self.sites:

@@ -12,8 +12,9 @@ from torch import nn
 from foveate.collect.kinds import Kind, QuantizableWeight, kind_of
 from foveate.nn.fused_group import hooked_scopes
 from foveate.nn.modules import on_planes
+from foveate.nn.passes import hooked_passes
 from foveate.nn.plane_module import PlaneModule
-from foveate.nn.registry import Registry, attach, linear_layers
+from foveate.nn.registry import Hooks, Registry, attach, linear_layers
 from foveate.nn.weight import PlaneWeight
 from foveate.planes import PlaneTensor
 from foveate.precision.maps import Site
@@ -64,8 +65,8 @@ def install(
             if kind_of(module) is not Kind.EMBEDDING:
                 inputs[f"{name}:input"] = new
                 all_sites.append(Site(f"{name}:input", "input", 0, site.columns))
-    scopes = hooked_scopes(model, linear_layers(inputs))
-    registry = Registry(all_sites, weights, inputs, scopes, _other_bytes(model, weights), _other_parameters(model))
+    hooks = Hooks(passes=hooked_passes(model), scopes=hooked_scopes(model, linear_layers(inputs)))
+    registry = Registry(all_sites, weights, inputs, hooks, _other_bytes(model, weights), _other_parameters(model))
     attach(model, registry)
     return registry
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.errors import FoveateError, StateError
+from foveate.nn.passes import Passes
 from foveate.nn.states import GEOMETRY, STORED, geometry_of, taken, weight_in
 from foveate.planes import PlaneTensor
 
@@ -51,6 +52,9 @@ class PlaneWeight(nn.Module):
     Attributes:
         value: the planes.
         users: objects to renew when the planes are replaced, held by weak references.
+        passes: the passes of the model that the weight belongs to; None outside of any, where it is read at its own
+            `active_levels`.
+        place: its number in that model.
     """
 
     def __init__(self, planes: PlaneTensor, dtype: torch.dtype) -> None:
@@ -60,6 +64,8 @@ class PlaneWeight(nn.Module):
         self.dtype = dtype
         #: The name of its site, for messages.
         self.name = ""
+        self.passes: Passes | None = None
+        self.place = 0
         self.set(planes)
 
     def set(self, planes: PlaneTensor) -> None:
@@ -82,8 +88,27 @@ class PlaneWeight(nn.Module):
         return self.value.scales.device
 
     def dequantize(self) -> Tensor:
-        """The dense weight at its active levels of the first map, float32 [rows, columns]."""
+        """The dense weight, float32 [rows, columns], at the levels of the map that was published last."""
         return self.value.dequantize()
+
+    def read(self, x: Tensor, trailing: int, owners: Tensor | None = None) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What the present pass reads of the weight.
+
+        Args:
+            x: the input.
+            trailing: how many dimensions at the end of x are not dimensions of rows.
+            owners: int64 [M], for each row of x the row of the pass; None if that follows from the shape of x.
+
+        Returns:
+            The tensors of the weight as ops take them, and the maps of each row of x, uint8 [M, 2]; None outside of any
+            model, and in programs that are exported.
+        """
+        if self.passes is None or torch.compiler.is_exporting():
+            return self.value.tensors, None
+        book = self.passes.book
+        levels: Tensor = torch.ops.foveate.pass_levels(book, self.place, *self.value.grid)
+        maps: Tensor = torch.ops.foveate.pass_rows(book, x, trailing, owners)
+        return (*self.value.tensors[:-1], levels), maps
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneWeight:
         # a cast to another dtype must not touch the stored form, and planes can only be on the CPU yet
@@ -124,11 +149,12 @@ class PlaneWeight(nn.Module):
             user.renew()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "users"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("users", "passes")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.users = WeakSet()  # the users of a copy are copies, which register themselves
+        self.passes = None  # and the registry of a copied model binds its weights
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -81,7 +81,9 @@ class Site:
         return self.tiles + 2 * len(GAINED_LEVELS) * gain_rows
 
     def resident_overhead(self) -> int:
-        """Bytes in memory besides planes and scales: gains, stored levels, tile offsets, two maps of active levels."""
+        """Bytes in memory besides planes and scales: gains, stored levels, tile offsets, and active levels twice, as
+        the newest generation has them and as modules show them.
+        """
         return self.stored_overhead() + 2 * self.tiles + 48 * self.grid[0]
 
 

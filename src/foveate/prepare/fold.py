@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from foveate.collect.kinds import Kind, kind_of
 from foveate.collect.objectives import run
 from foveate.errors import DataError, WeightError
-from foveate.nn.folded import _ATTRIBUTE, _is_norm, _remove_norms, folded_of
+from foveate.nn.foreign.folded import _ATTRIBUTE, _is_norm, _remove_norms, folded_of
 from foveate.nn.plane_module import PlaneModule
 
 

@@ -8,8 +8,10 @@ file the meaning of the arguments.
 Gradients: inputs get dy @ W at the levels that were read (straight through their own quantization), biases get the sum
 of dy, planes get none. `plane_linear_no_grad` is `plane_linear` for calls that need none: autograd's part of a custom
 op is Python and takes longer than a small product. `plane_linear_by_handle` is that for modules: weights that
-share an input, and the input level and range of each, are one small tensor, made by `plane_handle`. `input_range` [2]
-(least, greatest) gives all rows of x one scale at levels 4 and 8; zeros, NaN, or none give each its own.
+share an input are one small tensor, made by `plane_handle`, and the levels that it reads are those of a pass
+(`foveate.kernels.planes.generations`). `input_range` [2] (least, greatest) gives all rows of x one scale at levels 4
+and 8; zeros, NaN, or none give each its own. Each row of x reads one map of a table of at most 8; `maps` has a pair
+(low, high) for each row, whose two are the same.
 """
 
 from __future__ import annotations
@@ -24,17 +26,20 @@ from foveate.kernels.library import LIBRARY, define
 from foveate.kernels.planes import reference
 from foveate.kernels.planes.reference import GEOMETRY_NUMBERS, WEIGHT_TENSORS
 
-define("plane_unpack(Tensor[] weight, int[] form, int which) -> Tensor", reference.plane_unpack)
-define("plane_embedding(Tensor indices, Tensor[] weight, int[] form, int which) -> Tensor", reference.plane_embedding)
+define("plane_unpack(Tensor[] weight, int[] geometry, int map) -> Tensor", reference.plane_unpack)
+define(
+    "plane_embedding(Tensor indices, Tensor[] weight, int[] geometry, Tensor? maps) -> Tensor",
+    reference.plane_embedding,
+)
 
 
 @torch.library.register_fake("foveate::plane_unpack", lib=LIBRARY)
-def _unpack_fake(weight: Sequence[Tensor], geometry: Sequence[int], which: int) -> Tensor:
+def _unpack_fake(weight: Sequence[Tensor], geometry: Sequence[int], map: int) -> Tensor:
     return weight[0].new_empty(geometry[0], geometry[1], dtype=torch.float32)
 
 
 @torch.library.register_fake("foveate::plane_embedding", lib=LIBRARY)
-def _embedding_fake(indices: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], which: int) -> Tensor:
+def _embedding_fake(indices: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], maps: Tensor | None) -> Tensor:
     return weight[0].new_empty(*indices.shape, geometry[1], dtype=torch.float32)
 
 
@@ -46,41 +51,60 @@ def _linear_fake(
 
 for _name in ("plane_linear", "plane_linear_no_grad"):
     define(
-        f"{_name}(Tensor x, Tensor[] weights, Tensor[] biases, int[] forms, Tensor input_level, Tensor? choice,"
+        f"{_name}(Tensor x, Tensor[] weights, Tensor[] biases, int[] geometries, Tensor input_level, Tensor? maps,"
         " Tensor? order, Tensor? input_range) -> Tensor[]",
         reference.plane_linear,
     )
     torch.library.register_fake(f"foveate::{_name}", _linear_fake, lib=LIBRARY)
 
 
+# A composite of `plane_unpack`: which maps the rows read is data, on which no graph can branch.
+define(
+    "plane_linear_backward(Tensor dy, Tensor[] weight, int[] geometry, Tensor? maps) -> Tensor",
+    reference.plane_linear_backward,
+)
+
+
+@torch.library.register_fake("foveate::plane_linear_backward", lib=LIBRARY)
+def _backward_fake(dy: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], maps: Tensor | None) -> Tensor:
+    return dy.new_empty(dy.shape[0], geometry[1])
+
+
 # Inference by handle: a compiled graph checks every tensor that goes into it, at each call, and a weight has ten.
 define(
-    "plane_handle(Tensor[] weights, int[] forms, Tensor[] input_levels, Tensor[] input_ranges) -> Tensor",
+    "plane_handle(Tensor[] weights, int[] geometries, Tensor[] input_levels, Tensor[] input_ranges, int[] places,"
+    " int[] inputs) -> Tensor",
     reference.plane_handle,
 )
 define(
-    "plane_linear_by_handle(Tensor x, Tensor handle, Tensor[] biases, int[] rows) -> Tensor[]",
+    "plane_linear_by_handle(Tensor x, Tensor handle, Tensor? book, Tensor? owners, Tensor[] biases, int[] rows)"
+    " -> Tensor[]",
     reference.plane_linear_by_handle,
 )
 
 
 @torch.library.register_fake("foveate::plane_linear_by_handle", lib=LIBRARY)
-def _by_handle_fake(x: Tensor, handle: Tensor, biases: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+def _by_handle_fake(
+    x: Tensor,
+    handle: Tensor,
+    book: Tensor | None,
+    owners: Tensor | None,
+    biases: Sequence[Tensor],
+    rows: Sequence[int],
+) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], n) for n in rows]
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weights, biases, geometries, _, choice, order, _ = inputs
-    # levels may be switched between forward and backward: backward must see the weight that forward used
-    active_levels = WEIGHT_TENSORS - 1
-    kept = [t.clone() if i % WEIGHT_TENSORS == active_levels else t for i, t in enumerate(weights)]
-    ctx.save_for_backward(choice, order, *kept)
+    x, weights, biases, geometries, _, maps, order, _ = inputs
+    # a generation never changes, and autograd refuses tensors that were changed in place since
+    ctx.save_for_backward(maps, order, *weights)
     ctx.static = (tuple(geometries), x.shape, x.dtype, tuple(b.numel() > 0 for b in biases))
 
 
 def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     geometries, x_shape, x_dtype, has_bias = ctx.static
-    choice, order, *weights = ctx.saved_tensors
+    maps, order, *weights = ctx.saved_tensors
     grad_x = None
     grad_biases: list[Tensor | None] = []
     for w, grad in enumerate(grads):
@@ -93,10 +117,7 @@ def _linear_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...
         if not ctx.needs_input_grad[0]:
             continue
         tensors = weights[w * WEIGHT_TENSORS : (w + 1) * WEIGHT_TENSORS]
-        part = grad_MN @ torch.ops.foveate.plane_unpack(tensors, geometry, 0)
-        if choice is not None:
-            second = grad_MN @ torch.ops.foveate.plane_unpack(tensors, geometry, 1)
-            part = torch.where(choice.reshape(-1, 1).bool(), second, part)
+        part = torch.ops.foveate.plane_linear_backward(grad_MN, tensors, geometry, maps)
         grad_x = part if grad_x is None else grad_x + part
     if grad_x is not None:
         if order is not None:

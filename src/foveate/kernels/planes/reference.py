@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,9 +131,40 @@ def _dense_tiles(w: Weight, which: int) -> Tensor:
     return (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
 
 
-def plane_embedding(indices: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], which: int = 0) -> Tensor:
-    """Rows of the dense weight, float32 [*indices.shape, columns]."""
-    return F.embedding(indices, plane_unpack(weight, geometry, which))
+def plane_embedding(
+    indices: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], maps: Tensor | None = None
+) -> Tensor:
+    """Rows of the dense weight, float32 [*indices.shape, columns], each at the levels of its own map."""
+    out = weight[0].new_empty(indices.numel(), geometry[1], dtype=torch.float32)
+    for which, mine in _rows_of_maps(maps, indices.numel()):
+        out[mine] = F.embedding(indices.reshape(-1)[mine], plane_unpack(weight, geometry, which))
+    return out.view(*indices.shape, geometry[1])
+
+
+def plane_linear_backward(
+    dy: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], maps: Tensor | None = None
+) -> Tensor:
+    """The gradient of x [M, columns] from that of y [M, rows], at the levels that each row of x read."""
+    if maps is None:
+        dense: Tensor = torch.ops.foveate.plane_unpack(weight, geometry, 0)
+        return dy @ dense
+    dx = dy.new_empty(len(dy), geometry[1])
+    for which, mine in _rows_of_maps(maps, len(dy)):
+        dx[mine] = dy[mine] @ torch.ops.foveate.plane_unpack(weight, geometry, which)
+    return dx
+
+
+def _rows_of_maps(maps: Tensor | None, count: int) -> Iterator[tuple[int, Tensor]]:
+    """Each map that rows read, and which rows those are (bool [count])."""
+    if maps is None:
+        yield 0, torch.ones(count, dtype=torch.bool)
+        return
+    if maps.shape != (count, 2) or maps.dtype != torch.uint8:
+        raise RuntimeError(f"maps are {maps.dtype} {list(maps.shape)}, not uint8 [{count}, 2]")
+    if not torch.equal(maps[:, 0], maps[:, 1]):
+        raise RuntimeError("a row reads one of two maps, and nothing says which")
+    for which in maps[:, 0].unique().tolist():
+        yield which, maps[:, 0] == which
 
 
 class Grid(NamedTuple):
@@ -250,7 +281,7 @@ def plane_linear(
     biases: Sequence[Tensor],
     geometries: Sequence[int],
     input_level: Tensor,
-    choice: Tensor | None = None,
+    maps: Tensor | None = None,
     order: Tensor | None = None,
     input_range: Tensor | None = None,
 ) -> list[Tensor]:
@@ -258,14 +289,10 @@ def plane_linear(
     x_MK = x.reshape(-1, x.shape[-1]).float()
     if order is not None:
         x_MK = x_MK[:, order]
-    chosen = torch.zeros(len(x_MK), dtype=torch.long) if choice is None else (choice.reshape(-1) != 0).long()
     outputs = []
     for w, bias in zip(weights_of(weights, geometries), biases, strict=True):
         y_MN = x_MK.new_empty(len(x_MK), w.stored_levels.shape[0] * TILE_ROWS)
-        for which in (0, 1):
-            mine = chosen == which
-            if which == 1 and not bool(mine.any()):
-                continue
+        for which, mine in _rows_of_maps(maps, len(x_MK)):
             level = check_input_level(int(input_level[which]))
             if level == 32:
                 dense = tiles_to_matrix(_dense_tiles(w, which), y_MN.shape[1], x_MK.shape[1])
@@ -282,7 +309,16 @@ def plane_linear(
     return outputs
 
 
-_HELD: dict[int, tuple[Sequence[Tensor], Sequence[int], Sequence[Tensor], Sequence[Tensor]]] = {}
+class _Held(NamedTuple):
+    tensors: Sequence[Tensor]
+    geometries: Sequence[int]
+    input_levels: Sequence[Tensor]
+    input_ranges: Sequence[Tensor]
+    places: Sequence[int]
+    inputs: Sequence[int]
+
+
+_HELD: dict[int, _Held] = {}
 _NUMBERS = itertools.count(1)
 
 
@@ -291,31 +327,62 @@ def plane_handle(
     geometries: Sequence[int],
     input_levels: Sequence[Tensor],
     input_ranges: Sequence[Tensor],
+    places: Sequence[int],
+    inputs: Sequence[int],
 ) -> Tensor:
-    """A tensor, int64 [1], that stands for weights which share an input, and the input level [2] and range [2] of each,
-    as long as it lives. Without ranges each row has its own.
+    """A tensor, int64 [1], that stands for weights which share an input, as long as it lives.
+
+    Args:
+        weights, geometries: of the weights.
+        input_levels, input_ranges: of the input of each, which count outside of any model. Without ranges each row has
+            its own.
+        places, inputs: the numbers of each weight and of each input in their model; empty outside of any.
     """
     number = next(_NUMBERS)
-    _HELD[number] = (tuple(weights), tuple(geometries), tuple(input_levels), tuple(input_ranges))
+    _HELD[number] = _Held(
+        tuple(weights), tuple(geometries), tuple(input_levels), tuple(input_ranges), tuple(places), tuple(inputs)
+    )
     handle = torch.tensor([number])
     weakref.finalize(handle, _HELD.pop, number)
     return handle
 
 
-def plane_linear_by_handle(x: Tensor, handle: Tensor, biases: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+def plane_linear_by_handle(
+    x: Tensor,
+    handle: Tensor,
+    book: Tensor | None,
+    owners: Tensor | None,
+    biases: Sequence[Tensor],
+    rows: Sequence[int],
+) -> list[Tensor]:
     """x [..., K] times each weight that a handle stands for, each with its own input level and range.
 
-    `biases` is empty, or has one for each weight, which may itself be empty; `rows` are those of the weights.
+    Args:
+        x: [..., K].
+        handle: of the weights.
+        book: of the model; None outside of any.
+        owners: int64, for each row of x the row of the pass that it belongs to; None if that follows from its shape.
+        biases: none, or one for each weight, which may itself be empty.
+        rows: those of the weights.
     """
     if int(handle) not in _HELD:
         raise RuntimeError(f"handle (={int(handle)}) stands for no weight of this process: its weight is gone")
-    tensors, geometries, levels, ranges = _HELD[int(handle)]
-    if list(rows) != list(geometries[::GEOMETRY_NUMBERS]):
-        raise RuntimeError(f"rows (={list(rows)}) are not those of the weights, {list(geometries[::GEOMETRY_NUMBERS])}")
+    held = _HELD[int(handle)]
+    if list(rows) != list(held.geometries[::GEOMETRY_NUMBERS]):
+        raise RuntimeError(
+            f"rows (={list(rows)}) are not those of the weights, {list(held.geometries[::GEOMETRY_NUMBERS])}"
+        )
+    ops = torch.ops.foveate
+    maps = None if book is None else ops.pass_rows(book, x, 1, owners)
     outputs = []
-    for i, level in enumerate(levels):
-        weight = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
-        geometry = geometries[i * GEOMETRY_NUMBERS : (i + 1) * GEOMETRY_NUMBERS]
+    for i, level in enumerate(held.input_levels):
+        weight = held.tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
+        geometry = held.geometries[i * GEOMETRY_NUMBERS : (i + 1) * GEOMETRY_NUMBERS]
+        limits = held.input_ranges[i] if held.input_ranges else None
+        if book is not None:
+            strips, groups = weight[-1].shape[1:]
+            weight = (*weight[:-1], ops.pass_levels(book, held.places[i], strips, groups))
+            level, limits = ops.pass_input(book, held.inputs[i])
         bias = biases[i] if biases else torch.empty(0)
-        outputs += plane_linear(x, weight, [bias], geometry, level, input_range=ranges[i] if ranges else None)
+        outputs += plane_linear(x, weight, [bias], geometry, level, maps, input_range=limits)
     return outputs

@@ -15,6 +15,7 @@ namespace foveate {
 constexpr int kPlanes = 5;
 constexpr int kTileRows = 16;
 constexpr int kMaxGroup = 128;
+constexpr int64_t kMaxMaps = 8;  // maps that are in use at once
 
 // Tiles of a plane are runs of 64-byte chunks: 16 columns a chunk at 2 bits, 32 at 1 bit.
 constexpr int kPlaneBits[kPlanes] = {2, 1, 1, 2, 2};
@@ -31,7 +32,8 @@ struct Weight {
   const uint16_t* gains;    // float16 [2, NT * 16] for levels 2 and 3, or null
   const int64_t* tile_offsets;   // [NT, 6], columns as in `tiles`
   const uint8_t* stored_levels;  // [NT, G]
-  const uint8_t* active_levels;  // [NT, G] of the map
+  const uint8_t* active_levels;  // [NT, G] of the map that is read
+  int64_t maps, map_stride;      // how many maps there are, and the bytes between two
   const float* bias;        // [N], or null
   int64_t rows, columns;    // N, K
   int64_t strips, groups;   // NT, G

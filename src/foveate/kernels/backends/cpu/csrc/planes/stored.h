@@ -19,7 +19,8 @@ using at::TensorList;
 
 void check_input_level(const Tensor& input_level) {
   check_vector(input_level, at::kByte, "input_level");
-  TORCH_CHECK(input_level.numel() == 2, "input_level has ", input_level.numel(), " values, not 2");
+  TORCH_CHECK(input_level.numel() >= 1 && input_level.numel() <= kMaxMaps, "input_level has ", input_level.numel(), " values, not 1..",
+              kMaxMaps, ", one a map");
 }
 
 void check_input_range(const Tensor& input_range) {
@@ -30,11 +31,23 @@ void check_input_range(const Tensor& input_range) {
 constexpr size_t kTensors = kPlanes + 5;   // planes, scales, gain, tile_offsets, stored_levels, active_levels
 constexpr size_t kGeometryNumbers = 5;     // rows, columns, inputs a group, reach, exponent of the scales
 
-// Weight number `i` of a list, checked; its active levels are those of `map`.
-Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i, int64_t map) {
+// The maps lie one after another, and need not be next to each other.
+void set_active_levels(Weight& w, const Tensor& levels) {
+  TORCH_CHECK(levels.scalar_type() == at::kByte, "active_levels has dtype (=", levels.scalar_type(), "), not Byte");
+  TORCH_CHECK(levels.device().is_cpu(), "active_levels is on device (=", levels.device(), "), not the CPU");
+  TORCH_CHECK(levels.dim() == 3 && levels.size(0) >= 1 && levels.size(0) <= kMaxMaps && levels.size(1) == w.strips && levels.size(2) == w.groups,
+              "active_levels have shape (=", levels.sizes(), "), not [1..", kMaxMaps, ", ", w.strips, ", ", w.groups, "]");
+  check_memory(levels, "active_levels");
+  TORCH_CHECK(levels.numel() == 0 || levels[0].is_contiguous(), "active_levels is not contiguous within a map");
+  w.active_levels = levels.const_data_ptr<uint8_t>();
+  w.maps = levels.size(0);
+  w.map_stride = levels.stride(0);
+}
+
+// Weight number `i` of a list, checked; its active levels are those of map 0.
+Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   TORCH_CHECK(weights.size() % kTensors == 0 && geometries.size() == weights.size() / kTensors * kGeometryNumbers,
               "a weight is ", kTensors, " tensors and ", kGeometryNumbers, " numbers, not ", weights.size(), " and ", geometries.size());
-  TORCH_CHECK(map == 0 || map == 1, "map (=", map, ") is not 0 or 1");
   const int64_t rows = geometries[i * kGeometryNumbers], columns = geometries[i * kGeometryNumbers + 1], group = geometries[i * kGeometryNumbers + 2], reach = geometries[i * kGeometryNumbers + 3],
                 exponent = geometries[i * kGeometryNumbers + 4];
   TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
@@ -82,10 +95,7 @@ Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i, int64
   TORCH_CHECK(stored_levels.dim() == 2 && stored_levels.size(0) == w.strips && stored_levels.size(1) == w.groups,
               "stored_levels has shape (=", stored_levels.sizes(), "), not [", w.strips, ", ", w.groups, "]");
   w.stored_levels = stored_levels.const_data_ptr<uint8_t>();
-  check_vector(active_levels, at::kByte, "active_levels");
-  TORCH_CHECK(active_levels.dim() == 3 && active_levels.size(0) == 2 && active_levels.size(1) == w.strips && active_levels.size(2) == w.groups,
-              "active_levels have shape (=", active_levels.sizes(), "), not [2, ", w.strips, ", ", w.groups, "]");
-  w.active_levels = active_levels.const_data_ptr<uint8_t>() + (map ? active_levels.numel() / 2 : 0);
+  set_active_levels(w, active_levels);
   return w;
 }
 

@@ -1,0 +1,175 @@
+// Products of x with weights that share it: for each map the rows that read it, quantized, then strips of the weights.
+//
+// The unit of work is a strip of one weight. Where strips are few, it is a strip times a chunk of the rows of x. The
+// threads take units from a queue (work_queue.h).
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/linear.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "planes/planes.h"
+#include "planes/stored.h"
+#include "simd/kernels.h"
+#include "work_queue.h"
+
+namespace foveate {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kRowChunk = 256;
+
+// What the threads of one call found wrong.
+struct Faults {
+  std::atomic<uint8_t> first{0};
+  void note(Fault fault) {
+    if (fault != Fault::kNone) first.store(static_cast<uint8_t>(fault), std::memory_order_relaxed);
+  }
+  bool any() const { return first.load(std::memory_order_relaxed) != 0; }
+  void raise() const {
+    const Fault fault = static_cast<Fault>(first.load());
+    TORCH_CHECK(fault != Fault::kOutside, "tile_offsets and stored_levels place a tile beyond the end of its plane or of the scales");
+    TORCH_CHECK(fault != Fault::kLevel, "a tile's level (the lesser of its active and its stored level) is not one of 0, 2, 3, 4, 6, 8");
+    TORCH_CHECK_INDEX(fault != Fault::kOrder, "order has an index outside the columns of x");
+  }
+};
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat: return Type::kFloat32;
+    case at::kBFloat16: return Type::kBFloat16;
+    case at::kHalf: return Type::kFloat16;
+    default: TORCH_CHECK(false, "x has dtype (=", x.scalar_type(), "), not float32, bfloat16 or float16");
+  }
+}
+
+// The rows of x that read one map, and the weights as that map reads them.
+struct MapRows {
+  int64_t rows;
+  const int64_t* row_of;  // null: all of them
+  int level;
+  const float* range;  // least and greatest of all rows of x, or null
+  std::vector<Weight> weights;
+};
+
+int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Quantized rows and the memory they lie in.
+class Quantized {
+ public:
+  Quantized(const MapRows& part, const Tensor& x, const int64_t* order)
+      : rows_{x.const_data_ptr(), x.stride(0), x.size(1), part.row_of, order, type_of(x)} {
+    const Weight& w = part.weights[0];
+    inputs.rows = part.rows;
+    inputs.wide = part.level == 16;
+    inputs.lanes = inputs.wide ? 2 * part.rows : part.rows;
+    inputs.groups = w.groups;
+    inputs.group = w.group;
+    inputs.level = part.level;
+    inputs.low = part.range ? part.range[0] : std::numeric_limits<float>::quiet_NaN();
+    inputs.high = part.range ? part.range[1] : inputs.low;
+    const int64_t code_bytes = in_lines(w.groups * inputs.lanes * w.group);
+    const int64_t sum_bytes = in_lines(w.groups * part.rows * 4);
+    memory_.reset(new char[static_cast<size_t>(code_bytes + sum_bytes + part.rows * 4 + 64)]);
+    char* const aligned = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
+    inputs.codes = reinterpret_cast<int8_t*>(aligned);
+    inputs.sums = reinterpret_cast<float*>(aligned + code_bytes);
+    inputs.scales = reinterpret_cast<float*>(aligned + code_bytes + sum_bytes);
+    Faults faults;
+    const bool parallel = part.rows > 1 && worth_threads(part.rows, w.groups, w.group);
+    share(part.rows, 1, parallel,
+          [&](int64_t row, int64_t row_end) { faults.note(kernels().quantize(rows_, inputs, row, row_end)); });
+    faults.raise();
+  }
+
+  Inputs inputs{};
+
+ private:
+  InputRows rows_;
+  std::unique_ptr<char[]> memory_;
+};
+
+// All parts go along the weights together: what one has read of a strip the next finds in the cache.
+void integer_products(const std::vector<MapRows>& parts, const Tensor& x, const int64_t* order, const std::vector<Tensor>& outputs) {
+  const Kernels& isa = kernels();
+  std::vector<Quantized> quantized;
+  int64_t rows = 0, lanes = 0;
+  for (const MapRows& part : parts) {
+    quantized.emplace_back(part, x, order);
+    rows = std::max(rows, part.rows);
+    lanes += quantized.back().inputs.lanes;
+  }
+  const std::vector<Weight>& weights = parts[0].weights;
+  int64_t strips = 0;
+  for (const Weight& w : weights) strips += w.strips;
+  if (strips == 0) return;
+  const bool parallel = worth_threads(strips, kTileRows, weights[0].groups, weights[0].group, lanes);
+  int64_t chunk = std::min(kRowChunk, rows);
+  while (parallel && chunk > 32 && (rows + chunk - 1) / chunk * strips < 4 * at::get_num_threads()) chunk = (chunk + 1) / 2;
+  const int64_t chunks = (rows + chunk - 1) / chunk;
+  const bool lean = lanes <= isa.lean_lanes;
+  Faults faults;
+  share(strips * chunks, lean ? 1 : 2, parallel, [&](int64_t begin, int64_t end) {
+    while (begin < end && !faults.any()) {
+      const int64_t c = begin / strips;
+      int64_t strip = begin % strips;
+      size_t w = 0;
+      while (strip >= weights[w].strips) strip -= weights[w++].strips;
+      int64_t strip_end = std::min(weights[w].strips, strip + end - begin);
+      if (parts.size() > 1) strip_end = std::min(strip_end, strip + (lean ? 1 : 2));
+      for (size_t i = 0; i < parts.size(); ++i) {
+        const Inputs& q = quantized[i].inputs;
+        const Output y{outputs[w].data_ptr(), weights[w].rows, parts[i].row_of, type_of(x)};
+        faults.note(isa.product(parts[i].weights[w], q, y, strip, strip_end, q.rows * c / chunks, q.rows * (c + 1) / chunks));
+      }
+      begin += strip_end - strip;
+    }
+  });
+  faults.raise();
+}
+
+void unpack_rows(const Weight& w, float* out, int64_t strip, int64_t strip_end) {
+  Faults faults;
+  share(strip_end - strip, 1, worth_threads(strip_end - strip, kTileRows, w.columns), [&](int64_t begin, int64_t end) {
+    faults.note(kernels().unpack(w, out + begin * kTileRows * w.columns, strip + begin, strip + end));
+  });
+  faults.raise();
+}
+
+// Inputs at 32 bits: the float32 product with the unpacked weight, a slab of rows at a time.
+void float_products(const MapRows& part, const Tensor& x, const Tensor* order, const std::vector<Tensor>& outputs) {
+  Tensor index;
+  if (part.row_of) {
+    index = at::empty({part.rows}, at::kLong);
+    std::copy_n(part.row_of, part.rows, index.data_ptr<int64_t>());
+  }
+  Tensor x_MK = (part.row_of ? x.index_select(0, index) : x).to(at::kFloat);
+  if (order) x_MK = x_MK.index_select(1, *order);
+  constexpr int64_t kSlab = 64;  // strips
+  for (size_t i = 0; i < part.weights.size(); ++i) {
+    const Weight& w = part.weights[i];
+    for (int64_t strip = 0; strip < w.strips; strip += kSlab) {
+      const int64_t strip_end = std::min(w.strips, strip + kSlab);
+      const int64_t first = strip * kTileRows, count = std::min(w.rows, strip_end * kTileRows) - first;
+      const Tensor slab = at::empty({count, w.columns}, x_MK.options());
+      unpack_rows(w, slab.data_ptr<float>(), strip, strip_end);
+      Tensor y = at::linear(x_MK, slab);
+      if (w.bias) y += at::from_blob(const_cast<float*>(w.bias) + first, {count}, at::kFloat);
+      Tensor target = outputs[i].narrow(1, first, count);
+      if (part.row_of) target.index_copy_(0, index, y.to(target.scalar_type()));
+      else target.copy_(y);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace foveate

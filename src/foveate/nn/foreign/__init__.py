@@ -1,0 +1,1 @@
+"""What models of other libraries need: forwards around a weight, folded norms, and their own way of saving."""

@@ -1,0 +1,97 @@
+"""Generations: the state of a live model's levels, and how a change of it is published whole.
+
+A change is composed on the thread of its writer (`foveate.precision.state.compose`) and given to the kernels as one
+block; passes that have begun go on with the generation that they pinned. The tensors that modules show,
+`active_levels`, `input_level` and `input_range`, are a copy of the newest generation's default map. Exported programs
+and `weight.dequantize()` read them, no product of a live model does.
+
+`foveate.nn.levels` has what users and deciders call.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from foveate.nn.passes import Passes
+from foveate.precision.state import Composed, LevelState, compose
+
+Check = Callable[[Composed, Tensor], None]
+
+
+class Generations:
+    """The generations of one model.
+
+    Args:
+        passes: the passes of the model, which are bound to these generations.
+        tiles: how many tiles each weight of the model has.
+        inputs: the names of its inputs, in order.
+        shown: the tensors that show the newest generation: levels of tiles [tiles] and of inputs [inputs], and ranges
+            [2 * inputs].
+    """
+
+    def __init__(
+        self,
+        passes: Passes,
+        tiles: Sequence[int],
+        inputs: tuple[str, ...],
+        shown: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        self.passes, self._inputs, self._shown = passes, inputs, shown
+        with torch.inference_mode(False):  # passes in any mode say that they change it
+            self.book: Tensor = torch.ops.foveate.generation_book(shown[2], list(tiles), len(inputs))
+        self._lock = threading.Lock()
+        self.state: LevelState | None = None
+        self.composed: Composed | None = None
+        self.number = 0
+        passes.bind(self.book)
+        self._publish(shown[0][None], shown[1][None], shown[2], torch.zeros(1, 2, dtype=torch.uint8))
+
+    def change(self, changed: Callable[[LevelState | None], LevelState], check: Check) -> LevelState:
+        """Put a changed state in force from the next pass on; if it is refused, nothing changes.
+
+        Args:
+            changed: makes the new state of the present one, which is None at first. One thread changes it at a time.
+            check: raises if levels (uint8 [maps, tiles]) cannot be read, or a map is of another model.
+
+        Returns:
+            The new state.
+        """
+        with self._lock:
+            state = changed(self.state)
+            composed = compose(state)
+            levels = _block([one.weights for one in composed.encoded])
+            check(composed, levels)
+            self._put(composed, levels)
+            self.state, self.composed = state, composed
+        return state
+
+    def now(self) -> tuple[int, int]:
+        """The pass of this thread that is open; outside of any, the newest generation."""
+        begun = self.passes.pinned()
+        return begun, 0 if begun else self.number
+
+    def _put(self, composed: Composed, levels: Tensor) -> None:
+        inputs = _block([one.inputs for one in composed.encoded])
+        if composed.ranges:
+            ranges = torch.tensor([composed.ranges.get(name, (0.0, 0.0)) for name in self._inputs]).view(-1)
+        else:
+            ranges = torch.zeros(2 * len(self._inputs))
+        self._publish(levels, inputs, ranges, torch.tensor(composed.pairs, dtype=torch.uint8))
+
+    def _publish(self, levels: Tensor, inputs: Tensor, ranges: Tensor, pairs: Tensor) -> None:
+        self.number = torch.ops.foveate.publish(self.book, levels, inputs, ranges, pairs)
+        first = int(pairs[0, 0])
+        for shown, now in zip(self._shown, (levels[first], inputs[first], ranges), strict=True):
+            shown.copy_(now)
+
+
+def _block(parts: list[bytes]) -> Tensor:
+    """Bytes of equal length, one part a row: uint8 [parts, bytes]."""
+    joined = bytearray().join(parts)
+    if not joined:
+        return torch.empty(len(parts), 0, dtype=torch.uint8)
+    return torch.frombuffer(joined, dtype=torch.uint8).view(len(parts), -1)
