@@ -42,6 +42,8 @@ from foveate.evaluate.audit import Audit as Audit
 from foveate.evaluate.audit import Perturbation as Perturbation
 from foveate.evaluate.audit import audit as audit
 from foveate.evaluate.fit_to_loss import fit_to_loss as fit_to_loss
+from foveate.evaluate.measured_frontier import measure_frontier as measure_frontier
+from foveate.evaluate.timings import measure_timings as measure_timings
 from foveate.evaluate.verify import Outcome as Outcome
 from foveate.evaluate.verify import Verification as Verification
 from foveate.evaluate.verify import measure as measure
@@ -59,10 +61,12 @@ from foveate.nn.levels import use_static_scales as use_static_scales
 from foveate.nn.registry import profile_of as profile_of
 from foveate.precision.budgets import Budget as Budget
 from foveate.precision.frontiers import Frontier as Frontier
+from foveate.precision.frontiers import Point as Point
 from foveate.precision.maps import PrecisionMap as PrecisionMap
 from foveate.precision.maps import Site as Site
 from foveate.precision.maps import uniform_of_bytes as uniform_of_bytes
 from foveate.precision.profiles import Profile as Profile
+from foveate.precision.timings import Timings as Timings
 from foveate.prepare.fold import fold_batchnorm as fold_batchnorm
 from foveate.prepare.smooth import Smoothed as Smoothed
 from foveate.prepare.smooth import smooth as smooth
