@@ -21,8 +21,10 @@ from foveate.allocate import variance_proxy as variance_proxy
 from foveate.calibrate.dequantize import dequantize as dequantize
 from foveate.calibrate.quantize import quantize as quantize
 from foveate.checkpoint import Head as Head
+from foveate.checkpoint import load_frontier as load_frontier
 from foveate.checkpoint import load_profile as load_profile
 from foveate.checkpoint import read_head as read_head
+from foveate.checkpoint import save_frontier as save_frontier
 from foveate.checkpoint import save_map as save_map
 from foveate.collect.objectives import Embedding as Embedding
 from foveate.collect.objectives import Logits as Logits
@@ -48,6 +50,7 @@ from foveate.evaluate.verify import Outcome as Outcome
 from foveate.evaluate.verify import Verification as Verification
 from foveate.evaluate.verify import measure as measure
 from foveate.evaluate.verify import verify as verify
+from foveate.folder.known_frontier import frontier_of as frontier_of
 from foveate.folder.load import load as load
 from foveate.folder.save import save as save
 from foveate.inputs import watch_inputs as watch_inputs

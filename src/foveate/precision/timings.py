@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 from foveate.errors import BudgetError, SiteError
 from foveate.formats.levels import WEIGHT_LEVELS
@@ -80,6 +81,26 @@ class Timings:
             raise BudgetError(f"level (={missing}) was not timed: the timings have {', '.join(map(str, self.levels))}")
         rising = dict(zip(self.levels, accumulate(times, max), strict=True))
         return [rising[level] for level in levels]
+
+    def to_json(self) -> dict[str, Any]:
+        """The timings as JSON."""
+        return {
+            "machine": self.machine,
+            "levels": list(self.levels),
+            "rest": self.rest,
+            "products": {name: list(times) for name, times in self.products.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Timings:
+        """The inverse of `to_json`; raises `BudgetError` for what is no timings."""
+        try:
+            products = {str(name): tuple(times) for name, times in data["products"].items()}
+            return cls(
+                machine=data["machine"], products=products, rest=data["rest"], levels=tuple(data["levels"])
+            )
+        except (TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise BudgetError(f"malformed timings: {error!r}") from error
 
     def _of_site(self, site: Site, levels: Levels) -> float:
         counts = level_counts(site, levels)
