@@ -26,6 +26,7 @@ PROMISED = {
     "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify",
     "watch_inputs",
     "Point", "Timings", "frontier_of", "load_frontier", "measure_frontier", "measure_timings", "save_frontier",
+    "save_timings",
 }  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from foveate.checkpoint import load_profile as load_profile
 from foveate.checkpoint import read_head as read_head
 from foveate.checkpoint import save_frontier as save_frontier
 from foveate.checkpoint import save_map as save_map
+from foveate.checkpoint import save_timings as save_timings
 from foveate.collect.objectives import Embedding as Embedding
 from foveate.collect.objectives import Logits as Logits
 from foveate.collect.objectives import Objective as Objective

@@ -31,4 +31,5 @@ from foveate.checkpoint.store import read_planes as read_planes
 from foveate.checkpoint.store import read_profile as read_profile
 from foveate.checkpoint.store import save_frontier as save_frontier
 from foveate.checkpoint.store import save_map as save_map
+from foveate.checkpoint.store import save_timings as save_timings
 from foveate.checkpoint.store import write as write

@@ -137,6 +137,28 @@ def save_frontier(path: PathLike, frontier: Frontier | None) -> None:
         writer.content(HEAD, encoded(write_frontier(writer, folder.head, frontier)))
 
 
+def save_timings(path: PathLike, timings: Timings | None) -> None:
+    """Store times with the profile of a checkpoint, in place of earlier ones. Only the head is rewritten.
+
+        fv.save_timings("out/", fv.measure_timings(fv.load("out/"), batch))
+
+    Raises:
+        CheckpointError: the folder is missing or damaged, cannot be written, or holds no profile.
+        SiteError: a weight of the folder was not timed.
+    """
+    read_head(path)  # nothing is made where no checkpoint is
+    with writing(Path(path)) as writer, opened(path) as folder:
+        head = folder.head
+        if head.profile is None:
+            raise CheckpointError(f"{path} holds no profile to store times with")
+        missing = {s.name for s in head.weight_sites()} - set(timings.products if timings else ())
+        if timings is not None and missing:
+            raise SiteError(f"the timings are of another model than {path}: {min(missing)} was not timed")
+        about = {key: value for key, value in head.profile.items() if key != "timings"}
+        about |= {} if timings is None else {"timings": timings.to_json()}
+        writer.content(HEAD, encoded(replace(head, profile=about)))
+
+
 def _stored_levels(folder: Folder) -> dict[str, Tensor]:
     """For each weight site the stored level of each tile, uint8 [NT, G]."""
     stored = {}
