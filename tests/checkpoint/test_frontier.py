@@ -106,7 +106,10 @@ def test_only_planes_that_are_stored(saved: tuple[Path, nn.Module, fv.Profile], 
     with pytest.raises(CheckpointError, match="holds no frontier"):
         fv.load_frontier(tmp_path / "c")
     other = fv.frontier(quantized_mlp(group=64)[1], 4)
-    for store in (lambda: fv.save(model, tmp_path / "b", frontier=other), lambda: fv.save_frontier(tmp_path / "b", other)):
+    for store in (
+        lambda: fv.save(model, tmp_path / "b", frontier=other),
+        lambda: fv.save_frontier(tmp_path / "b", other),
+    ):
         with pytest.raises(SiteError, match="of another model"):
             store()
     assert fv.load_frontier(tmp_path / "b") == chain
@@ -231,9 +234,7 @@ def test_descriptions_are_checked(
         (lambda t: {**t, "weights": torch.zeros(1 << 20, dtype=torch.uint8)}, "malformed: 1,048,576 bytes"),
     ],
 )
-def test_tables_are_checked(
-    stored: tuple[Path, Frontier], change: Callable[[Any], Any], message: str
-) -> None:
+def test_tables_are_checked(stored: tuple[Path, Frontier], change: Callable[[Any], Any], message: str) -> None:
     folder, _ = stored
     file = folder / fv.read_head(folder).files["frontier"]
     tensors = {key: t.contiguous() for key, t in change(load_file(file)).items()}

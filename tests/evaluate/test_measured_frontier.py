@@ -119,6 +119,13 @@ def _rows_of_x(model: nn.Module, batch: Any) -> dict[str, float]:
     return {name: sum(shape.rows_of_x * often for shape, often in products) for name, products in uses.items()}
 
 
+def _products_of(model: nn.Module, batch: Any) -> dict[str, float]:
+    """How many products of one row each weight has."""
+    with torch.no_grad():
+        uses = timing._uses(timing.registry_of(model), timing.one_at_a_time(model, batch))
+    return {name: sum(often for _, often in products) for name, products in uses.items()}
+
+
 def test_products_are_counted_as_a_sample_reads_them() -> None:
     model, _ = quantized_llama()
     found = _rows_of_x(model, tokens(4, 12)[0])
@@ -141,10 +148,16 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to() -> None:
     config = MixtralConfig(**TRANSFORMER, num_local_experts=4, num_experts_per_tok=2)
     model = MixtralForCausalLM(config).eval()
     profile = fv.quantize(model, tokens(), progress=False)
-    found = _rows_of_x(model, tokens()[0])
-    experts = [n for s in profile.weight_sites() if s.rows_read < s.rows and "experts" in (n := s.name)]
-    assert experts
-    assert all(found[name] == pytest.approx(0.5, abs=0.05) for name in experts)
+    found = _products_of(model, tokens()[0])
+    for last in ("gate_up_proj", "down_proj"):
+        stack = [
+            s for s in profile.weight_sites() if s.name.startswith("model.layers.0.mlp.experts") and last in s.name
+        ]
+        assert len(stack) == 4
+        # two of the four, by the shares that calibration found
+        assert sum(found[s.name] for s in stack) == pytest.approx(2.0)
+        shares = [found[s.name] * s.rows / s.rows_read for s in stack]
+        assert max(shares) == pytest.approx(min(shares))
 
 
 def test_samples_of_any_kind_of_batch() -> None:

@@ -48,12 +48,12 @@ def allocate(
         typer.Option(
             "--frontier",
             metavar="MAPS",
-            help="Store a chain of so many maps, from the best to the cheapest; with --data or --tokens it is measured.",
+            help="Store a chain of so many maps from the best to the cheapest; with --data or --tokens, measure it.",
         ),
     ] = None,
     point: Annotated[
         str | None,
-        typer.Option(help="Take the map of the stored frontier with this name, or at most so many bits, bytes or time."),
+        typer.Option(help="Take the stored frontier's map of this name, or of at most so many bits, bytes or time."),
     ] = None,
     data: options.Data = None,
     tokens: options.Tokens = None,

@@ -33,7 +33,7 @@ from foveate.memory.available import free_memory
 from foveate.nn.levels import apply
 from foveate.nn.registry import Registry, registry_of
 from foveate.planes import PlaneTensor, from_codes, gathered, linear
-from foveate.precision.maps import PrecisionMap, input_level_for, tile_levels, uniform
+from foveate.precision.maps import PrecisionMap, Site, input_level_for, tile_levels, uniform
 from foveate.precision.timings import Timings
 from foveate.progress import track
 
@@ -164,14 +164,36 @@ def _uses(registry: Registry, step: Callable[[], object]) -> dict[str, list[tupl
     finally:
         for hook in hooks:
             hook.remove()
+    spread = _spread_over_experts(weights, inputs, rows_of_x)
     found = {}
     for site in weights:
-        # the experts of a mixture are no modules that are called: a step computes the share of them that it is routed to
-        share = site.rows_read / max(site.rows, 1)
-        each = [rows_of_x.get(name, share) for name in inputs[site.name] if name in registry.inputs]
+        each = [
+            spread.get(site.name, rows_of_x.get(name, 0.0)) for name in inputs[site.name] if name in registry.inputs
+        ]
         found[site.name] = [
             (_Shape(site.rows, site.columns, site.group, max(round(rows), 1)), min(rows, 1.0)) for rows in each
         ]
+    return found
+
+
+def _spread_over_experts(
+    weights: Sequence[Site], inputs: Mapping[str, Sequence[str]], rows_of_x: Mapping[str, float]
+) -> dict[str, float]:
+    """For each expert of a mixture the rows of x that it is given on average, as calibration routed them.
+
+    One token is routed to a few experts, and which ones is chance. So all rows that the experts of a stack were given
+    are spread by the shares of rows that calibration found (`Site.rows_read`).
+    """
+    stacks: dict[tuple[str, str], list[Site]] = {}
+    for site in weights:
+        if 1 < site.rows_read < site.rows:
+            path, _, last = site.name.rpartition(".")
+            stacks.setdefault((path.rpartition(".")[0], last), []).append(site)
+    found = {}
+    for stack in stacks.values():
+        given = sum(rows_of_x.get(name, 0.0) for site in stack for name in inputs[site.name])
+        total = sum(site.rows_read / site.rows for site in stack)
+        found.update({site.name: given * site.rows_read / site.rows / total for site in stack})
     return found
 
 
@@ -257,5 +279,8 @@ def time_maps(
 def _lowered(plan: PrecisionMap) -> PrecisionMap:
     """The map with no tile above the lowest nested level."""
     low = NESTED_LEVELS[0]
-    levels = {s.name: bytes(min(level, low) for level in tile_levels(plan.levels[s.name], s.tiles)) for s in plan.weight_sites()}
+    levels = {
+        s.name: bytes(min(level, low) for level in tile_levels(plan.levels[s.name], s.tiles))
+        for s in plan.weight_sites()
+    }
     return replace(plan, levels={**plan.levels, **levels})

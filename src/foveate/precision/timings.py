@@ -96,9 +96,7 @@ class Timings:
         """The inverse of `to_json`; raises `BudgetError` for what is no timings."""
         try:
             products = {str(name): tuple(times) for name, times in data["products"].items()}
-            return cls(
-                machine=data["machine"], products=products, rest=data["rest"], levels=tuple(data["levels"])
-            )
+            return cls(machine=data["machine"], products=products, rest=data["rest"], levels=tuple(data["levels"]))
         except (TypeError, KeyError, AttributeError, OverflowError) as error:
             raise BudgetError(f"malformed timings: {error!r}") from error
 

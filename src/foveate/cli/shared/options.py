@@ -45,9 +45,7 @@ Check = Annotated[
 ALL_LEVELS = "2,3,4,6,8"
 
 
-def budget_of(
-    bits: float | None, bytes_: str | None, loss: float | None, latency: str | None = None
-) -> Budget | None:
+def budget_of(bits: float | None, bytes_: str | None, loss: float | None, latency: str | None = None) -> Budget | None:
     """The budget that the options give, or None without one. Raises `BudgetError` for several."""
     if bits is None and bytes_ is None and loss is None and latency is None:
         return None
