@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -37,8 +38,7 @@ def test_points_are_what_measure_finds() -> None:
     chain = fv.measure_frontier(model, fv.frontier(profile, 20), HELD_OUT, points=5, reference=original, progress=False)
     assert fv.current_map(model) == before
     assert not any(hook for m in model.modules() for hook in (m._forward_hooks, m._forward_pre_hooks))
-    assert [p.index for p in chain.points][0] == 0
-    assert [p.index for p in chain.points][-1] == len(chain) - 1
+    assert (chain.points[0].index, chain.points[-1].index) == (0, len(chain) - 1)
     assert len(chain.points) == 5
     wanted = fv.measure(model, [chain[p.index] for p in chain.points], HELD_OUT, reference=original, progress=False)
     for point, outcome in zip(chain.points, wanted, strict=False):
@@ -48,7 +48,7 @@ def test_points_are_what_measure_finds() -> None:
         assert point.batch_seconds is not None
     assert (chain.unit, chain.machine) == ("KL, nats", machine_name())
     sizes = [chain[p.index].bytes_resident for p in chain.points]
-    gaps = [a - b for a, b in zip(sizes, sizes[1:], strict=False)]
+    gaps = [a - b for a, b in itertools.pairwise(sizes)]
     assert max(gaps) < 2 * min(gaps)
     assert chain.maps == fv.frontier(profile, 20).maps
 
@@ -107,9 +107,22 @@ def test_timings_of_a_decoder() -> None:
     assert found.levels == WEIGHT_LEVELS
     assert all(times[0] == 0.0 for times in found.products.values())
     assert set(found.products["model.embed_tokens:weight"]) == {0.0}  # it is looked up, not multiplied
-    assert found.rest > 0
     # equal shapes have equal times
     assert found.products["model.layers.0.mlp.up_proj:weight"] == found.products["model.layers.1.mlp.gate_proj:weight"]
+
+
+def test_the_rest_is_what_products_leave_of_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, profile = quantized_mlp()
+    weights = [s.name for s in profile.weight_sites()]
+    timings = Timings(machine="m", products=dict.fromkeys(weights, (0.0, 0.001, 0.002, 0.003, 0.004, 0.005)), rest=0.0)
+
+    def taken(_: Any, plans: Any, *__: Any) -> list[float]:
+        assert [plan.levels[weights[0]] for plan in plans] == [8, 2]
+        return [0.05, 0.04]
+
+    monkeypatch.setattr(timing, "time_maps", taken)
+    found = timing._rest(model, lambda: None, timings)
+    assert found == pytest.approx(((0.05 - 3 * 0.005) + (0.04 - 3 * 0.001)) / 2)
 
 
 def _rows_of_x(model: nn.Module, batch: Any) -> dict[str, float]:
@@ -150,9 +163,7 @@ def test_a_mixture_counts_the_experts_that_a_token_is_routed_to() -> None:
     profile = fv.quantize(model, tokens(), progress=False)
     found = _products_of(model, tokens()[0])
     for last in ("gate_up_proj", "down_proj"):
-        stack = [
-            s for s in profile.weight_sites() if s.name.startswith("model.layers.0.mlp.experts") and last in s.name
-        ]
+        stack = [s for s in profile.weight_sites() if ".0.mlp.experts." in s.name and last in s.name]
         assert len(stack) == 4
         # two of the four, by the shares that calibration found
         assert sum(found[s.name] for s in stack) == pytest.approx(2.0)
