@@ -52,8 +52,13 @@ def _counted(rows: Sequence[bytes], levels: Sequence[int]) -> Tensor:
     thresholds_L1 = torch.tensor(levels, dtype=torch.uint8)[:, None]
     found = torch.zeros(len(levels), len(rows[0]), dtype=torch.uint8)
     for row in rows:
-        found += torch.tensor(list(row), dtype=torch.uint8)[None] >= thresholds_L1
+        found += _tensor_of(row)[None] >= thresholds_L1
     return found
+
+
+def _tensor_of(levels: bytes) -> Tensor:
+    # frombuffer refuses an empty buffer
+    return torch.frombuffer(bytearray(levels), dtype=torch.uint8) if levels else torch.empty(0, dtype=torch.uint8)
 
 
 def description_of(frontier: Frontier) -> dict[str, Any]:
@@ -97,7 +102,7 @@ def check_stored(frontier: Frontier, stored: Mapping[str, Tensor]) -> None:
         stored: for each weight site the stored level of each tile, uint8.
     """
     have = torch.cat([stored[s.name].reshape(-1) for s in frontier[0].weight_sites()])
-    wanted = torch.tensor(list(frontier.encoded(0).weights), dtype=torch.uint8)
+    wanted = _tensor_of(frontier.encoded(0).weights)
     if bool((wanted > have).any()):
         raise PlaneNotResidentError(
             f"the best map of the frontier reads tiles at level {int(wanted[wanted > have].max())} that are stored up "
