@@ -26,6 +26,8 @@ PROMISED = {
     "current_map", "dequantize", "fit_to_loss", "frontier", "load", "load_profile", "measure", "profile_of", "quantize",
     "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify",
     "watch_inputs",
+    "Point", "Timings", "frontier_of", "load_frontier", "measure_frontier", "measure_timings", "save_frontier",
+    "save_timings",
 }  # fmt: skip
 
 

@@ -21,9 +21,12 @@ from foveate.allocate import variance_proxy as variance_proxy
 from foveate.calibrate.dequantize import dequantize as dequantize
 from foveate.calibrate.quantize import quantize as quantize
 from foveate.checkpoint import Head as Head
+from foveate.checkpoint import load_frontier as load_frontier
 from foveate.checkpoint import load_profile as load_profile
 from foveate.checkpoint import read_head as read_head
+from foveate.checkpoint import save_frontier as save_frontier
 from foveate.checkpoint import save_map as save_map
+from foveate.checkpoint import save_timings as save_timings
 from foveate.collect.objectives import Embedding as Embedding
 from foveate.collect.objectives import Logits as Logits
 from foveate.collect.objectives import Objective as Objective
@@ -43,10 +46,13 @@ from foveate.evaluate.audit import Audit as Audit
 from foveate.evaluate.audit import Perturbation as Perturbation
 from foveate.evaluate.audit import audit as audit
 from foveate.evaluate.fit_to_loss import fit_to_loss as fit_to_loss
+from foveate.evaluate.measured_frontier import measure_frontier as measure_frontier
+from foveate.evaluate.timings import measure_timings as measure_timings
 from foveate.evaluate.verify import Outcome as Outcome
 from foveate.evaluate.verify import Verification as Verification
 from foveate.evaluate.verify import measure as measure
 from foveate.evaluate.verify import verify as verify
+from foveate.folder.known_frontier import frontier_of as frontier_of
 from foveate.folder.load import load as load
 from foveate.folder.save import save as save
 from foveate.inputs import watch_inputs as watch_inputs
@@ -65,6 +71,7 @@ from foveate.nn.levels import withdraw as withdraw
 from foveate.nn.registry import profile_of as profile_of
 from foveate.precision.budgets import Budget as Budget
 from foveate.precision.frontiers import Frontier as Frontier
+from foveate.precision.frontiers import Point as Point
 from foveate.precision.maps import PrecisionMap as PrecisionMap
 from foveate.precision.maps import Site as Site
 from foveate.precision.maps import uniform_of_bytes as uniform_of_bytes
@@ -72,6 +79,7 @@ from foveate.precision.profiles import Profile as Profile
 from foveate.precision.state import Floor as Floor
 from foveate.precision.state import LevelState as LevelState
 from foveate.precision.state import Request as Request
+from foveate.precision.timings import Timings as Timings
 from foveate.prepare.fold import fold_batchnorm as fold_batchnorm
 from foveate.prepare.smooth import Smoothed as Smoothed
 from foveate.prepare.smooth import smooth as smooth

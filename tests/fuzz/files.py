@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python tests/fuzz/files.py [files] [seed]
 
-In turn: the tensors of a folder, the profile of a model in training, the file that a calibration is resumed from, and
-maps. Each gives an error of ours or something that works.
+In turn: the tensors of a folder, the profile of a model in training, the file that a calibration is resumed from, maps,
+and frontiers with times. Each gives an error of ours or something that works.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from foveate.checkpoint.head import head_checksum
 from foveate.collect.collector import Collector
 from foveate.collect.kinds import find_weights
 from foveate.files import checksum
+from foveate.nn.registry import registry_of
+from foveate.precision.timings import Timings
+from frontiers import measured
 from tiny import mlp, quantized_mlp, rows
 
 
@@ -194,12 +198,56 @@ class _Maps:
         return read
 
 
+class _Frontiers:
+    """Frontiers and times."""
+
+    def __init__(self, place: Path) -> None:
+        self.folder = place / "frontier"
+        model, profile = quantized_mlp()
+        products = {site.name: (0.0, 1e-6, 2e-6, 3e-6, 4e-6, 5e-6) for site in profile.weight_sites()}
+        timings = Timings(machine="a machine, 2 threads", products=products, rest=1e-5)
+        registry_of(model).profile = replace(profile, timings=timings)
+        fv.save(model, self.folder, frontier=measured(fv.frontier(profile, 12), 4, 0))
+        self.head = json.loads((self.folder / "foveate.json").read_bytes())
+        self.file = self.folder / self.head["files"]["frontier"]["file"]
+        self.content = self.file.read_bytes()
+
+    def case(self, choice: random.Random) -> Callable[[], object]:
+        head = json.loads(json.dumps(self.head))
+        self.file.write_bytes(self.content)
+        what = choice.random()
+        if what < 0.2:
+            _bytes_changed(self.file, choice)
+        elif what < 0.4:
+            tensors = load_file(self.file)
+            name = choice.choice(list(tensors))
+            tensors[name] = _changed(tensors[name], choice)
+            save_file(tensors, self.file)
+            head["files"]["frontier"]["sha256"] = {key: checksum(t) for key, t in tensors.items()}
+        elif what < 0.8:
+            head["frontier"] = mutated(head["frontier"], choice)
+        else:
+            head["profile"]["timings"] = mutated(head["profile"]["timings"], choice)
+        head["sha256"] = head_checksum(head)
+        (self.folder / "foveate.json").write_text(json.dumps(head))
+
+        def read() -> None:
+            profile, chain = fv.load_profile(self.folder), fv.load_frontier(self.folder)
+            if profile.timings is not None:
+                profile.timings.seconds_of(chain[-1])
+            assert 0 <= chain.find("6") < len(chain)
+            if chain.points:
+                assert chain.kl(0) <= chain.kl(len(chain) - 1)
+
+        return read
+
+
 def fuzz(count: int, seed: int = 0) -> dict[str, Watch]:
     """Read so many files."""
     choice = random.Random(seed)
     with tempfile.TemporaryDirectory() as place, no_network(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        kinds: list[Any] = [kind(Path(place)) for kind in (_Tensors, _Training, _Resumed, _Maps)]
+        kinds: list[Any] = [kind(Path(place)) for kind in (_Tensors, _Training, _Resumed, _Maps, _Frontiers)]
         watches = {(kind.__doc__ or "").rstrip("."): Watch() for kind in kinds}
         for number in range(count):
             if number % 1000 == 999:

@@ -14,7 +14,7 @@ from foveate.errors import BudgetError
 from foveate.precision.budgets import Budget
 from foveate.precision.maps import PrecisionMap
 from foveate.precision.profiles import Profile
-from foveate.sizes import format_bytes
+from foveate.sizes import format_bytes, format_seconds
 
 _MAX_ROUNDS = 8  # two rounds are usual, since inputs lose little compared with weights
 
@@ -24,10 +24,11 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
 
         plan = fv.allocate(profile, fv.Budget(bits=4.25))
         plan = fv.allocate(profile, fv.Budget(bytes="800MiB"), fv.Constraints(levels=(2, 4, 8)))
+        plan = fv.allocate(profile, fv.Budget(latency="30ms"))  # after fv.measure_timings(model, batch)
 
     Args:
         profile: what `foveate.quantize` measured.
-        budget: bytes, bits or loss.
+        budget: bytes, bits, loss or latency.
         constraints: what else the map must keep to: levels to choose among, weights that share a level, inputs.
 
     Returns:
@@ -36,12 +37,14 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
 
     Raises:
         BudgetError: no map meets the budget, and the message names the least possible; or the profile has no losses of
-            inputs; or an argument has the wrong class.
+            inputs, or no times for a budget of latency; or an argument has the wrong class.
         SiteError: a pattern of `constraints.tie` names no weight, or a weight is in two groups.
     """
     if not isinstance(budget, Budget):
         raise BudgetError(f"budget (={budget!r}) is not a Budget, such as Budget(bits=4.25)")
     check_constraints(constraints)
+    if budget.latency is not None:
+        return _within_latency(profile, float(budget.latency), constraints)
     problem = build(profile, constraints, levels_of_inputs(profile, constraints))
     lowest = problem.to_map(torch.zeros(len(problem.loss_UL), dtype=torch.long))
     tiles_at_least = float(problem.cost_UL[:, 0].sum())
@@ -63,6 +66,23 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
             f"the least possible is {lowest.bits:.4f} (scales and padding count)"
         )
     return problem.to_map(solve_bytes(problem, room, note))
+
+
+def _within_latency(profile: Profile, limit: float, constraints: Constraints) -> PrecisionMap:
+    """The map of least loss whose token or sample takes at most `limit` seconds by the profile's timings."""
+    timings = profile.timings
+    if timings is None:
+        raise BudgetError(
+            "the profile has no times: foveate.measure_timings(model, batch) measures them on this machine"
+        )
+    problem = build(profile, constraints, levels_of_inputs(profile, constraints), timings)
+    least = timings.rest + float(problem.cost_UL[:, 0].sum())
+    note = (
+        f"no map takes as little as {format_seconds(limit)}: the least is {format_seconds(least)}, of which "
+        f"{format_seconds(timings.rest)} are not products"
+    )
+    # the time of an existing map, given as a budget, must not fail by a rounding error
+    return problem.to_map(solve_bytes(problem, limit * (1 + 1e-9) - timings.rest, note))
 
 
 def _within_loss(problem: Problem, limit: float) -> PrecisionMap:

@@ -3,7 +3,8 @@
 A unit is whatever has one level: a tile, a strip of 16 rows, a whole weight, or several tied weights such as q, k and
 v. A weight whose codes were chosen by coordinate descent is cut into strips. Descent makes the errors of a row's groups
 cancel at each level, and the cancellation is lost where neighbouring tiles are read at different levels. That costs
-more than levels for single tiles gain (docs/decisions.md). The cost of a unit is its bytes of planes and scales.
+more than levels for single tiles gain (docs/decisions.md). The cost of a unit is its bytes of planes and scales, or the
+seconds that they add to a token.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 from foveate.allocate.constraints import Constraints
 from foveate.errors import BudgetError, SiteError
 from foveate.formats.levels import WEIGHT_LEVELS
-from foveate.precision.maps import PrecisionMap, find_sites, input_level_for
+from foveate.precision.maps import PrecisionMap, Site, find_sites, input_level_for
 from foveate.precision.profiles import FITTED, Profile
+from foveate.precision.timings import Timings
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +29,7 @@ class Choices:
 
     Attributes:
         levels: the levels allowed, ascending.
-        loss_UL, cost_UL: float64; cost in bytes, ascending along L.
+        loss_UL, cost_UL: float64; cost in bytes or in seconds, never falling along L.
     """
 
     levels: tuple[int, ...]
@@ -78,13 +80,26 @@ class Problem(Choices):
         return PrecisionMap(self.profile.sites, levels, self.profile.other_bytes, loss, self.profile.other_parameters)
 
 
-def build(profile: Profile, constraints: Constraints, input_levels: Mapping[str, int] | None) -> Problem:
+def _tile_costs(site: Site, levels: tuple[int, ...], timings: Timings | None) -> Tensor:
+    """What a tile of a site costs at each level, float64 [L]: bytes, or with timings seconds."""
+    if timings is not None:
+        return torch.tensor(timings.site_seconds(site, levels), dtype=torch.float64) / max(site.tiles, 1)
+    return torch.tensor([site.tile_costs()[WEIGHT_LEVELS.index(level)] for level in levels], dtype=torch.float64)
+
+
+def build(
+    profile: Profile,
+    constraints: Constraints,
+    input_levels: Mapping[str, int] | None,
+    timings: Timings | None = None,
+) -> Problem:
     """Lay out the problem.
 
     Args:
         profile: what `foveate.quantize` measured.
         constraints: as for `foveate.allocate`.
         input_levels: the level of each input; if None, it follows from the weight's level.
+        timings: the costs are seconds of these timings; bytes if not given.
     """
     levels = tuple(constraints.levels)
     columns = torch.tensor([WEIGHT_LEVELS.index(level) for level in levels])
@@ -101,7 +116,7 @@ def build(profile: Profile, constraints: Constraints, input_levels: Mapping[str,
         table = profile.losses[site.name].double()[:, columns]
         # a level may not count as worse than a lower one, since the lower planes can be left unread
         losses.append(table.cummin(1).values)
-        costs.append(torch.tensor(site.tile_costs(), dtype=torch.float64)[columns].expand(site.tiles, -1))
+        costs.append(_tile_costs(site, levels, timings).expand(site.tiles, -1))
         if constraints.per_tile and site.name not in owner:
             together = site.grid[1] if FITTED in profile.statistics.get(site.name, {}) else 1
             unit_of[site.name] = count + torch.arange(site.tiles) // together

@@ -7,6 +7,7 @@ A process that is killed while it writes loses nothing, and loading 4 bits reads
     foveate-plane<p>-<hash>.safetensors  plane p of every weight (p = 0 the most significant)
     foveate-rest-<hash>.safetensors      everything that is not on planes
     foveate-profile-<hash>.safetensors   the profile: what was measured
+    foveate-frontier-<hash>.safetensors  the frontier, if there is one: a nested chain of maps
 
 The head is the commit point. Data files have names made from their contents, and are complete before the head that
 names them replaces the old head. Afterwards the files that the head does not name are removed. One writer at a time
@@ -16,14 +17,19 @@ holds the lock of the folder (`foveate.files.lock`). A reader holds no lock, and
 
 from foveate.checkpoint.folder import Folder as Folder
 from foveate.checkpoint.folder import opened as opened
+from foveate.checkpoint.frontier import frontier_later as frontier_later
+from foveate.checkpoint.frontier import load_frontier as load_frontier
 from foveate.checkpoint.head import HEAD as HEAD
 from foveate.checkpoint.head import Head as Head
 from foveate.checkpoint.head import PathLike as PathLike
 from foveate.checkpoint.head import read_head as read_head
+from foveate.checkpoint.store import Measurements as Measurements
 from foveate.checkpoint.store import at_most_stored as at_most_stored
 from foveate.checkpoint.store import load_profile as load_profile
 from foveate.checkpoint.store import profile_later as profile_later
 from foveate.checkpoint.store import read_planes as read_planes
 from foveate.checkpoint.store import read_profile as read_profile
+from foveate.checkpoint.store import save_frontier as save_frontier
 from foveate.checkpoint.store import save_map as save_map
+from foveate.checkpoint.store import save_timings as save_timings
 from foveate.checkpoint.store import write as write

@@ -46,13 +46,14 @@ class Head:
         other_bytes: bytes of everything that is not a site.
         reach, exponent, dtype: for each weight site, the reach of its planes, the exponent of its scales, and the name
             of the dtype it was quantized from.
-        files: for each part (`scales`, `plane0` ... `plane4`, `rest`, `profile`) its file name.
+        files: for each part (`scales`, `plane0` ... `plane4`, `rest`, `profile`, `frontier`) its file name.
         checksums: for each part, the SHA-256 of each tensor in it.
         model: how to rebuild the model: for one of transformers its class name and configuration, else empty.
         profile: samples, objective and notes of the profile; None if the folder has no profile.
         written_by: the version of foveate.
         sha256: the checksum of the head itself; empty if it was not read from a file.
         other_parameters: as of `PrecisionMap`; None in folders of foveate 0.1.
+        frontier: the description of the frontier (`foveate.checkpoint.frontier`); None if the folder has none.
     """
 
     sites: tuple[Site, ...]
@@ -68,6 +69,7 @@ class Head:
     written_by: str = ""
     sha256: str = field(default="", compare=False)
     other_parameters: Mapping[str, int] | None = None
+    frontier: Mapping[str, Any] | None = None
 
     def of_weights(self) -> dict[str, Mapping[str, Any]]:
         """The tables that only weight sites have, by their keys in the file."""
@@ -94,6 +96,7 @@ def encoded(head: Head) -> bytes:
         ],
         "map": head.plan.to_json(),
         "profile": head.profile,
+        **({} if head.frontier is None else {"frontier": dict(head.frontier)}),
         "files": {part: {"file": name, "sha256": head.checksums[part]} for part, name in head.files.items()},
     }
     data = json.loads(json.dumps(data))
@@ -200,6 +203,7 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         written_by=str(data["written_by"]),
         sha256=data["sha256"],
         other_parameters=other_parameters,
+        frontier=None if data.get("frontier") is None else dict(data["frontier"]),
     )
     if type(head.other_bytes) is not int or head.other_bytes < 0:
         raise ValueError(f"other_bytes (={head.other_bytes!r}) is not a number of bytes")

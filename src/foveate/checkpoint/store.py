@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,27 @@ from torch import Tensor
 
 from foveate.checkpoint.files import dumped, writing
 from foveate.checkpoint.folder import Folder, opened
+from foveate.checkpoint.frontier import check_stored, write_frontier
 from foveate.checkpoint.head import HEAD, Head, PathLike, encoded, read_head
-from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
+from foveate.errors import BudgetError, CheckpointError, PlaneNotResidentError, SiteError
 from foveate.files import checksum
 from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_offsets_of
 from foveate.memory.arena import arena
 from foveate.planes import PlaneTensor, share_active_levels
+from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import Levels, PrecisionMap, Site, tile_levels
 from foveate.precision.profiles import FITTED, Profile
+from foveate.precision.timings import Timings
 from foveate.version import __version__
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What was measured of a model, as far as a folder holds it: the profile, and the frontier that was made of it."""
+
+    profile: Profile | None = None
+    frontier: Frontier | None = None
 
 
 def write(
@@ -36,7 +47,7 @@ def write(
     dtypes: Mapping[str, str],
     rest: Mapping[str, Tensor],
     plan: PrecisionMap,
-    profile: Profile | None,
+    measured: Measurements,
     model: Mapping[str, Any],
     extra_files: Mapping[str, bytes],
 ) -> None:
@@ -51,12 +62,14 @@ def write(
             if plane.numel():
                 parts[f"plane{p}"][name] = plane
     about: dict[str, Any] | None = None
+    profile = measured.profile
     if profile is not None:
         about = {
             "samples": profile.samples,
             "objective": profile.objective,
             "notes": list(profile.notes),
             "measured_over_summed": list(profile.measured_over_summed),
+            **({} if profile.timings is None else {"timings": profile.timings.to_json()}),
         }
         parts["profile"] = {f"{name}|losses": t for name, t in profile.losses.items()}
         parts["profile"].update(
@@ -85,7 +98,7 @@ def write(
             profile=about,
             written_by=f"foveate {__version__}",
         )
-        writer.content(HEAD, encoded(head))
+        writer.content(HEAD, encoded(write_frontier(writer, head, measured.frontier)))
 
 
 def save_map(path: PathLike, plan: PrecisionMap) -> None:
@@ -103,6 +116,47 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
         for site in folder.head.weight_sites():
             _wanted(site, stored[site.name], plan.levels[site.name])
         writer.content(HEAD, encoded(replace(folder.head, plan=plan)))
+
+
+def save_frontier(path: PathLike, frontier: Frontier | None) -> None:
+    """Make `frontier` the frontier of a checkpoint, or leave it without one. The planes stay as they are.
+
+        fv.save_frontier("out/", fv.frontier(fv.load_profile("out/"), 64))
+
+    Raises:
+        SiteError: the frontier is of another model.
+        PlaneNotResidentError: the folder does not hold the planes of its best map.
+        CheckpointError: the folder is missing or damaged, or cannot be written.
+    """
+    read_head(path)  # nothing is made where no checkpoint is
+    with writing(Path(path)) as writer, opened(path) as folder:
+        if frontier is not None:
+            if frontier[0].sites != folder.head.sites:
+                raise SiteError(f"the frontier is of another model than {path}")
+            check_stored(frontier, _stored_levels(folder))
+        writer.content(HEAD, encoded(write_frontier(writer, folder.head, frontier)))
+
+
+def save_timings(path: PathLike, timings: Timings | None) -> None:
+    """Store times with the profile of a checkpoint, in place of earlier ones. Only the head is rewritten.
+
+        fv.save_timings("out/", fv.measure_timings(fv.load("out/"), batch))
+
+    Raises:
+        CheckpointError: the folder is missing or damaged, cannot be written, or holds no profile.
+        SiteError: a weight of the folder was not timed.
+    """
+    read_head(path)  # nothing is made where no checkpoint is
+    with writing(Path(path)) as writer, opened(path) as folder:
+        head = folder.head
+        if head.profile is None:
+            raise CheckpointError(f"{path} holds no profile to store times with")
+        missing = {s.name for s in head.weight_sites()} - set(timings.products if timings else ())
+        if timings is not None and missing:
+            raise SiteError(f"the timings are of another model than {path}: {min(missing)} was not timed")
+        about = {key: value for key, value in head.profile.items() if key != "timings"}
+        about |= {} if timings is None else {"timings": timings.to_json()}
+        writer.content(HEAD, encoded(replace(head, profile=about)))
 
 
 def _stored_levels(folder: Folder) -> dict[str, Tensor]:
@@ -287,7 +341,15 @@ def read_profile(folder: Folder) -> Profile:
         tuple(about["notes"]),
         tuple(map(float, about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS)))),  # not in older folders
         head.other_parameters,
+        _timings(path, about.get("timings")),
     )
+
+
+def _timings(path: Path, found: Any) -> Timings | None:
+    try:
+        return None if found is None else Timings.from_json(found)
+    except BudgetError as error:
+        raise CheckpointError(f"{path}: the timings of the profile are malformed: {error}") from error
 
 
 def _check_statistic(path: Path, site: Site, what: str, tensor: Tensor) -> None:

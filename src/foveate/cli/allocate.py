@@ -11,8 +11,10 @@ import typer
 from rich.table import Table
 
 import foveate as fv
+from foveate.cli import frontier
 from foveate.cli.shared import options
 from foveate.cli.shared.console import emit, plain_table, show
+from foveate.cli.shared.data import Request
 from foveate.cli.shared.tables import legend, map_figures, sizes_table
 from foveate.errors import BudgetError
 from foveate.formats.levels import check_input_level
@@ -27,6 +29,7 @@ def allocate(
     bits: options.Bits = None,
     bytes_: options.Bytes = None,
     loss: options.Loss = None,
+    latency: options.Latency = None,
     levels: options.Levels = options.ALL_LEVELS,
     per_weight: options.PerWeight = False,
     tie: options.Tie = None,
@@ -40,20 +43,57 @@ def allocate(
         list[str] | None,
         typer.Option("--set", metavar="PATTERN=LEVEL", help="Fix the level of some weights or inputs; repeatable."),
     ] = None,
+    maps: Annotated[
+        int | None,
+        typer.Option(
+            "--frontier",
+            metavar="MAPS",
+            help="Store a chain of so many maps from the best to the cheapest; with --data or --tokens, measure it.",
+        ),
+    ] = None,
+    point: Annotated[
+        str | None,
+        typer.Option(help="Take the stored frontier's map of this name, or of at most so many bits, bytes or time."),
+    ] = None,
+    data: options.Data = None,
+    tokens: options.Tokens = None,
+    samples: options.Samples = 32,
+    length: options.Length = None,
+    batch: options.Batch = 4,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the map without storing it.")] = False,
     json_output: options.Json = False,
 ) -> None:
     """Choose the precision of every tile under a budget, and make that the folder's default map.
 
-    With --set and no budget, the folder's default map is changed only where --set says.
+    With --set and no budget, the folder's default map is changed only where --set says. With --frontier and nothing
+    else, the default map stays.
     """
-    budget = options.budget_of(bits, bytes_, loss)
+    budget = options.budget_of(bits, bytes_, loss, latency)
     fixed = options.settings_of(settings)
     head = fv.read_head(out)
-    if budget is None and not fixed:
-        raise BudgetError("there is no budget: give --bits, --bytes or --loss, or levels with --set PATTERN=LEVEL")
-    if budget is None and input_bits is not None:
-        raise BudgetError("--input-bits needs a budget: give --bits, --bytes or --loss")
+    if point is not None and budget is not None:
+        raise BudgetError("give --point or a budget, not both")
+    if point is not None and maps is None:
+        head = replace(head, plan=_at_point(fv.load_frontier(out), point))
+    if maps is not None:
+        if dry_run:
+            raise BudgetError("--frontier is stored: it cannot be a dry run")
+        request = None if data is None and tokens is None else Request(data, tokens, samples, length, batch)
+        chain = frontier.make(out, maps, options.constraints_of(levels, per_weight, tie, input_bits), request)
+        if point is not None:
+            head = replace(head, plan=_at_point(chain, point))
+        elif budget is None and not fixed:
+            if json_output:
+                print(emit({"folder": str(out), "frontier": frontier.figures(chain)}))
+            else:
+                show(frontier.table(chain), f"stored as the frontier of {out}")
+            return
+    if budget is None and not fixed and point is None:
+        raise BudgetError(
+            "there is no budget: give --bits, --bytes, --loss, --latency or --point, or levels with --set PATTERN=LEVEL"
+        )
+    if budget is None and input_bits is not None and maps is None:
+        raise BudgetError("--input-bits needs a budget: give --bits, --bytes, --loss or --latency")
     profile = fv.load_profile(out)
     weights, inputs = _settings(head.sites, fixed)
     if budget is None:
@@ -90,6 +130,11 @@ def allocate(
     show("nothing stored: a dry run" if dry_run else f"stored as the default map of {out}")
 
 
+def _at_point(chain: fv.Frontier, point: str) -> PrecisionMap:
+    """The map of a frontier that a text names."""
+    return chain[chain.find(point)]
+
+
 def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[dict[str, Levels], dict[str, Levels]]:
     """(levels of weights, levels of inputs). A pattern means weights, or inputs if it matches no weight."""
     weights: dict[str, Levels] = {}
@@ -121,10 +166,16 @@ def _checked_budget(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> 
         ("bytes", budget.bytes, plan.bytes_resident),
         ("bits", budget.bits, plan.bits),
         ("loss", budget.loss, profile.predict(plan)),
+        ("seconds a token", budget.latency, _seconds(budget, profile, plan)),
     ):
         if limit is not None and taken > float(limit):
             raise fv.BudgetError(f"--set fixes every weight, and that takes {taken:g} {name} of the {limit} allowed")
     return plan
+
+
+def _seconds(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> float:
+    """The time of a map by the profile's timings; NaN where the budget is of something else."""
+    return math.nan if budget.latency is None or profile.timings is None else profile.timings.seconds_of(plan)
 
 
 def within(
@@ -159,6 +210,9 @@ def within(
         budget = _remaining_budget(
             fv.Budget, loss=budget.loss - replace(profile, sites=tuple(fixed_sites)).predict(fixed_map)
         )
+    elif budget.latency is not None and profile.timings is not None:
+        spent = profile.timings.seconds_of(fixed_map) - profile.timings.rest
+        budget = _remaining_budget(fv.Budget, latency=float(budget.latency) - spent)
     try:
         plan = fv.allocate(part, budget, constraints)
     except BudgetError as error:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from foveate.checkpoint import opened
+from foveate.checkpoint.frontier import read_frontier
+from foveate.cli import frontier
 from foveate.cli.shared import options
 from foveate.cli.shared.console import emit, show
 from foveate.cli.shared.tables import bits_line, legend, map_figures, map_table, sizes_table
@@ -20,11 +22,15 @@ def inspect(
     each: Annotated[bool, typer.Option("--all", help="Show a row for each weight instead of each layer.")] = False,
     json_output: options.Json = False,
 ) -> None:
-    """Show where a model's bits are: for each layer the share of its tiles at each level, and the bytes in total."""
+    """Show where a model's bits are: for each layer the share of its tiles at each level, the bytes in total, and the
+    frontier where one is stored.
+    """
     with opened(out) as folder:
         plan, size = folder.head.plan, folder.bytes
+        chain = None if folder.head.frontier is None else read_frontier(folder)
     if json_output:
-        print(emit(_figures(out, plan, size, each)))
+        known = {} if chain is None else {"frontier": frontier.figures(chain)}
+        print(emit({**_figures(out, plan, size, each), **known}))
         return
     weights = sum(s.weights for s in plan.weight_sites())
     show(
@@ -32,6 +38,7 @@ def inspect(
         map_table(plan, each_site=each),
         legend(plan),
         sizes_table(plan, size),
+        *([] if chain is None else [frontier.table(chain)]),
     )
 
 

@@ -20,6 +20,7 @@ from foveate.checkpoint import Folder, Head, PathLike
 from foveate.checkpoint.head import DTYPES
 from foveate.collect.kinds import PRODUCT, QuantizableWeight, kind_of, weight_matrix_shape
 from foveate.errors import CheckpointError, SiteError
+from foveate.folder.known_frontier import keep_frontier
 from foveate.folder.save import _rest, is_finite
 from foveate.folder.skeleton import skeleton
 from foveate.formats.levels import TOP_LEVEL
@@ -92,6 +93,8 @@ def _load(
     registry.other_bytes = head.other_bytes
     if head.profile is not None:
         registry.profile_source = checkpoint.profile_later(folder)
+    if head.frontier is not None:
+        keep_frontier(model, checkpoint.frontier_later(folder))
     plan = head.plan if keep is None else keep
     registry.apply(plan)
     registry.set_ranges(_ranges(path, head, registry))

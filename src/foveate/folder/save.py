@@ -17,14 +17,17 @@ from torch import Tensor, nn
 
 from foveate import checkpoint
 from foveate.checkpoint import PathLike
+from foveate.checkpoint.frontier import check_stored
 from foveate.collect.kinds import PRODUCT, parts_of_adapters
-from foveate.errors import CheckpointError
+from foveate.errors import CheckpointError, PlaneNotResidentError
 from foveate.folder import sentence_transformer
+from foveate.folder.known_frontier import known_frontier
 from foveate.nn.foreign.folded import folded_of
 from foveate.nn.levels import current_map, state_of
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, quantized_part, registry_of
 from foveate.nn.weight import PlaneWeight
+from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap, tile_levels
 
 #: Files of a tokenizer or processor, copied from the folder that a model came from.
@@ -41,7 +44,9 @@ _COMPANIONS = (
 )
 
 
-def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) -> None:
+def save(
+    model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None, frontier: Frontier | None = None
+) -> None:
     """Write a quantized model to a folder.
 
     The default map in the folder is `keep`, or the map in force. An existing checkpoint is replaced as a whole or not
@@ -51,12 +56,16 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
         model: a quantized model.
         path: the folder; made if it does not exist.
         keep: store only the planes that this map reads; all that the model has if not given.
+        frontier: store this frontier beside the model; `foveate.frontier_of` gives it back after loading. If not given,
+            the frontier that the model was loaded with is stored again, unless `keep` leaves out planes that it reads.
 
     Raises:
         CheckpointError: the folder cannot be written (for example, the disk is full), a parameter holds NaN or Inf, or
             modules like adapters were put around layers of the model since it was quantized. A checkpoint that was
             there before is unchanged.
-        PlaneNotResidentError: the model does not store the planes of `keep`.
+        PlaneNotResidentError: the model does not store the planes of `keep`, or those that are stored are not all that
+            `frontier` reads.
+        SiteError: `keep` or `frontier` is of another model.
     """
     model = quantized_part(model)
     registry = registry_of(model)
@@ -71,13 +80,14 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
     if keep is not None:
         weights = {name: w.kept(_level_tiles(keep, name, w.stored_levels)) for name, w in weights.items()}
     about, companions = _about(model)
+    frontier = _frontier_to_store(model, registry, frontier, {name: w.stored_levels for name, w in weights.items()})
     checkpoint.write(
         path,
         weights=weights,
         dtypes={name: str(w.dtype).removeprefix("torch.") for name, w in registry.weights.items()},
         rest=rest,
         plan=replace(plan, other_parameters=registry.other_parameters),
-        profile=registry.profile,
+        measured=checkpoint.Measurements(profile=registry.profile, frontier=frontier),
         model={
             **about,
             **({"folded": folded_of(model)} if folded_of(model) else {}),
@@ -85,6 +95,23 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
         },
         extra_files=companions,
     )
+
+
+def _frontier_to_store(
+    model: nn.Module, registry: Registry, given: Frontier | None, stored: dict[str, Tensor]
+) -> Frontier | None:
+    """The frontier that a folder with these stored levels is to hold, checked; see `save`."""
+    if given is not None:
+        registry.check(given[0])
+        check_stored(given, stored)
+        return given
+    own = known_frontier(model)
+    try:
+        if own is not None:
+            check_stored(own, stored)
+    except PlaneNotResidentError:
+        return None
+    return own
 
 
 def _check_in_place(model: nn.Module, registry: Registry) -> None:

@@ -1,1 +1,1 @@
-"""Sites, maps, budgets, profiles and frontiers: the frozen values that the stages hand to each other."""
+"""Sites, maps, budgets, profiles, timings and frontiers: the frozen values that the stages hand to each other."""

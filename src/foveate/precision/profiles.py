@@ -18,6 +18,7 @@ from torch import Tensor
 from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS, input_bits_of
 from foveate.precision.maps import PrecisionMap, uniform
 from foveate.precision.sites import Levels, Site, stays_float
+from foveate.precision.timings import Timings
 
 #: The name of the statistic of a weight whose codes were fitted to its inputs by descent: see `Profile.statistics`.
 FITTED = "fitted"
@@ -48,6 +49,7 @@ class Profile:
         measured_over_summed: for each of WEIGHT_LEVELS, the loss that was measured with all weights at that level,
             divided by the sum of `losses`; 1 where it was not measured.
         other_parameters: as of `PrecisionMap`.
+        timings: how long products take on one machine; None if that was not measured (`foveate.measure_timings`).
     """
 
     sites: tuple[Site, ...]
@@ -59,6 +61,7 @@ class Profile:
     notes: tuple[str, ...] = ()
     measured_over_summed: tuple[float, ...] = (1.0,) * len(WEIGHT_LEVELS)
     other_parameters: Mapping[str, int] | None = None
+    timings: Timings | None = None
 
     def __repr__(self) -> str:
         sites = self.weight_sites()

@@ -28,6 +28,9 @@ Batch = Annotated[int, typer.Option(min=1, help="Windows in a batch.")]
 Bits = Annotated[float | None, typer.Option(help="Budget: average bits per weight, scales included.")]
 Bytes = Annotated[str | None, typer.Option("--bytes", help="Budget: bytes in memory, such as 800MiB, 6GB or 123456.")]
 Loss = Annotated[float | None, typer.Option(help="Budget: largest loss; nats per token for a language model.")]
+Latency = Annotated[
+    str | None, typer.Option(help="Budget: time a token, such as 30ms, by times that --frontier with --data measured.")
+]
 Memory = Annotated[
     str | None,
     typer.Option(help="Memory that calibration may use, such as 6GiB. Default: three quarters of the free memory."),
@@ -42,11 +45,11 @@ Check = Annotated[
 ALL_LEVELS = "2,3,4,6,8"
 
 
-def budget_of(bits: float | None, bytes_: str | None, loss: float | None) -> Budget | None:
+def budget_of(bits: float | None, bytes_: str | None, loss: float | None, latency: str | None = None) -> Budget | None:
     """The budget that the options give, or None without one. Raises `BudgetError` for several."""
-    if bits is None and bytes_ is None and loss is None:
+    if bits is None and bytes_ is None and loss is None and latency is None:
         return None
-    return Budget(bits=bits, bytes=bytes_, loss=loss)
+    return Budget(bits=bits, bytes=bytes_, loss=loss, latency=latency)
 
 
 def constraints_of(levels: str, per_weight: bool, tie: Sequence[str] | None, input_bits: float | None) -> Constraints:
@@ -64,6 +67,9 @@ def warn_if_budget_is_unused(budget: Budget, plan: PrecisionMap, levels: Sequenc
         log.warning(
             "a loss of %g is more than every weight loses at %d bits, the lowest level allowed", budget.loss, end
         )
+        return
+    if budget.latency is not None:
+        log.warning("a budget of %s a token is more than every weight at %d bits takes", budget.latency, end)
         return
     limit, takes = (
         (f"{budget.bits:g} bits", f"{plan.bits:.4g}")
