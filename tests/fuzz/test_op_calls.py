@@ -13,8 +13,8 @@ from kernels.cases import forced, isas
 
 OPS = {
     "plane_linear", "plane_linear_no_grad", "plane_linear_by_handle", "plane_handle", "plane_unpack",
-    "plane_embedding", "codes_feed", "codes_descend", "group_pack", "group_unpack", "group_variance", "mask_pack",
-    "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
+    "plane_embedding", "error_feedback", "coordinate_descent", "group_pack", "group_unpack", "group_variance",
+    "mask_pack", "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
 }  # fmt: skip
 
 

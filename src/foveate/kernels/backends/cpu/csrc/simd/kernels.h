@@ -20,9 +20,10 @@ struct Kernels {
   Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
   // Rows indices[i] of the dense weight, float32 [.., K].
   Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
-  // Codes of a block of columns: better ones for those there are; and the first, from what is wanted.
-  void (*descend)(const ColumnBlock&);
-  void (*feed)(const ColumnBlock&);
+  // The codes of a block of columns: each changed to the best with all others as they are; or chosen for the first time,
+  // each error passed on to the elements that follow.
+  void (*coordinate_descent)(const ColumnBlock&);
+  void (*error_feedback)(const ColumnBlock&);
   const SavedKernels* saved;
 };
 
