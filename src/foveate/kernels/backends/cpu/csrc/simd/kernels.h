@@ -27,9 +27,14 @@ struct Kernels {
   const SavedKernels* saved;
 };
 
-// Null where the machine or the compiler does not have the instructions.
+// Null where the machine does not have the instructions.
+#if defined(__x86_64__)
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
+#else
+inline const Kernels* avx512_kernels() { return nullptr; }
+inline const Kernels* avx2_kernels() { return nullptr; }
+#endif
 const Kernels* portable_kernels();
 
 // The kernels in use (planes/plane_ops.cpp).
