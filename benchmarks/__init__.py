@@ -1,4 +1,4 @@
-"""What only developers run: quality on real models, real trainings, and comparisons with other libraries.
+"""Benchmarks for developers: quality on real models, real trainings, and comparisons with other libraries.
 
     quality          models/ at every level, and allocated      quality/levels.py
     inputs           levels of inputs, and inputs that drift    quality/inputs.py
@@ -9,8 +9,8 @@
     architectures    families of models: works, partly, or refused   architectures/
     quality_peers    other libraries' rounding at equal bytes   peers/quality/
 
-`python -m benchmarks NAME --out FILE` runs one in the repository's environment, and those of the wheel
-(`foveate.bench`, which also says what a benchmark gives back) under their own names. None of this is installed.
+`python -m benchmarks NAME --out FILE` runs one of them in the repository's environment. It also runs the benchmarks of
+the wheel under their own names; `foveate.bench` has them, and says what a benchmark returns. None of this is installed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from foveate import bench
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-#: The modules of benchmarks, whose `measure` runs them; those of the wheel first.
+#: The module of each benchmark, whose `measure` runs it; those of the wheel come first.
 MODULES = {
     **{name: f"foveate.bench.{name}" for name in bench.NAMES},
     "quality": "benchmarks.quality.levels",
@@ -42,7 +42,7 @@ def run(name: str, **options: Any) -> dict[str, Any]:
 
     Args:
         name: one of `NAMES`.
-        options: of activations, `parts` and `share`; see its `measure`.
+        options: the arguments of the benchmark's `measure`: `parts` and `share` for activations.
 
     Returns:
         The object that `foveate.bench` describes.

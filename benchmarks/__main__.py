@@ -80,12 +80,12 @@ def architectures(
     """Try every family, and write the outcomes as JSON and as a table."""
     for file in (out, table):
         check_folder_of(file)
-    found = run("architectures")
+    result = run("architectures")
     if table is not None:
         from benchmarks.architectures import page
 
-        table.write_text(page(found), encoding="utf-8")
-    show_result(found, out, json_output)
+        table.write_text(page(result), encoding="utf-8")
+    show_result(result, out, json_output)
 
 
 @app.command(help=_headline(MODULES["peers"]))
@@ -97,10 +97,10 @@ def peers(
     """Run the benchmark, and write its plot to the file `plot` if one is given."""
     check_folder_of(out)
     check_folder_of(plot)
-    found = run("peers")
+    result = run("peers")
     if plot is not None:
-        plot.write_text(speed_plot(found["rounds"]), encoding="utf-8")
-    show_result(found, out, json_output)
+        plot.write_text(speed_plot(result["rounds"]), encoding="utf-8")
+    show_result(result, out, json_output)
 
 
 if __name__ == "__main__":

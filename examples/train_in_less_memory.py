@@ -64,7 +64,7 @@ def train(
             optimizer.zero_grad()
             losses.append(loss.item())
             if step % 20 == 0:
-                print(f"step {step}: loss {losses[-1]:.3f} nats a byte")
+                print(f"step {step}: loss {losses[-1]:.3f} nats per byte")
     print(store.report())
     return losses
 

@@ -1,8 +1,8 @@
-"""The table of architectures: which families of models foveate works on, which partly, and which it refuses.
+"""The table of architectures: which families of models foveate supports, which only partly, and which it refuses.
 
-Each family is a tiny model of random weights. They are tried in another process, one after the other, so that one which
-ends its process or never answers is a line of the table and not its end. `page` writes the table as
-docs/architectures.md has it.
+Each family is a tiny model of random weights. Families are tried in another process, one after the other. So a family
+that crashes its process, or never answers, becomes a line of the table and does not stop the others. `page` writes the
+table as docs/architectures.md has it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from foveate.progress import track
 
 FAMILIES = (*TRANSFORMERS, *LAYERS)
 STATUSES = ("works", "partly", "refused", "FAILED", "not tried")
-#: Seconds after which a family is given up.
+#: Seconds after which a family counts as failed.
 _PATIENCE = 300
 
 
@@ -36,7 +36,7 @@ def measure(only: Sequence[str] = (), progress: bool = True) -> Measured:
 
     Args:
         only: names of families, such as `"Llama"`.
-        progress: whether to show how far it is.
+        progress: whether to show a progress bar.
 
     Raises:
         FoveateError: there is no family of that name.
@@ -61,17 +61,17 @@ def measure(only: Sequence[str] = (), progress: bool = True) -> Measured:
 
 
 class _Worker:
-    """A process that tries one family after another; where one is its end, the next family gets a new one."""
+    """A process that tries one family after another. If a family ends the process, the next one gets a new process."""
 
     def __init__(self) -> None:
         self._process: Any = None
 
     def attempt(self, family: Family) -> Outcome:
-        """What became of a family, in that process."""
+        """The outcome of trying a family in that process."""
         if self._process is None:
             self._start()
         try:
-            self._ours.send(family.name)  # by name, for what makes a model cannot be sent
+            self._ours.send(family.name)  # by name, because the functions of a family cannot be pickled
             if self._ours.poll(_PATIENCE):
                 answer: Outcome = self._ours.recv()
                 return answer
@@ -83,7 +83,7 @@ class _Worker:
         return Outcome(name=family.name, kind=family.kind, status="FAILED", step="", says=says, errors={})
 
     def stop(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, whatever it is doing."""
         if self._process is not None:
             self._process.terminate()
             self._process.join()

@@ -1,7 +1,7 @@
-"""The families of models that are tried: how to make a tiny one of each, and what to feed it.
+"""The families of models that are tried: how to make a tiny model of each, and a batch of its inputs.
 
 Configurations are transformers' own, with a width of 32 and two layers. A family that the installed transformers does
-not have, or makes otherwise, is reported as not tried.
+not have, or whose configuration differs there, is reported as not tried.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ class Family:
     """A family of models.
 
     Attributes:
-        name: what readers call it.
-        kind: what it is for: the table has a part for each.
-        make: a model of random weights.
-        batch: a batch by the number of its seed, as `foveate.quantize` takes it.
+        name: its name in the table.
+        kind: its section of the table.
+        make: makes a model of random weights.
+        batch: seed -> a batch, as `foveate.quantize` takes it.
         generates: whether it writes text.
-        skeleton: whether loading needs a module to fill, which is so of all that are not transformers'.
+        skeleton: whether loading needs a module to fill, as for all models that are not transformers'.
     """
 
     name: str
@@ -93,7 +93,7 @@ def _spectra(seed: int) -> dict[str, Tensor]:
 
 
 def _sizes(settings: dict[str, Any]) -> dict[str, Any]:
-    """The common sizes with those of a family; None takes one away, where a configuration works it out itself."""
+    """The common sizes, updated with those of a family. None removes a size that the configuration computes itself."""
     return {key: value for key, value in {**_SIZES, **settings}.items() if value is not None}
 
 

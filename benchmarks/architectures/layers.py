@@ -13,7 +13,7 @@ from benchmarks.architectures.families import Family
 
 
 class _FirstOutput(nn.Module):
-    """A layer that answers with several things, of which the first goes on; then a linear layer."""
+    """A layer whose first output goes on to a linear layer; its other outputs are dropped."""
 
     def __init__(self, layer: nn.Module, width: int, repeat: int = 1) -> None:
         super().__init__()

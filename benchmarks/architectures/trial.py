@@ -1,11 +1,11 @@
-"""One family tried as a user would: quantize, run at several levels, save and load, write text, go back.
+"""Tries one family as a user would: quantize, run at several levels, save and load, generate, dequantize.
 
-What comes out is one of
+The status of the outcome is one of
 
     works      every weight matrix is on planes
-    partly     some stay float: which, and what share of the weights
-    refused    foveate said no, in a sentence
-    FAILED     anything else: an exception that is not foveate's, or an output that it should not be
+    partly     some weight matrices stay float: which, and what share of all weights
+    refused    foveate raised an error of its own
+    FAILED     anything else: an exception of another class, or a wrong output
     not tried  the installed transformers could not make or run the float model
 """
 
@@ -36,19 +36,19 @@ from foveate.precision.maps import PrecisionMap
 
 #: Levels that each model is run at, its inputs at 16 bits.
 LEVELS = (8, 6, 4, 3, 2)
-#: What a chain of roundings may make of outputs that are the same in exact arithmetic, relative to the outputs' size.
+#: The largest relative difference that rounding may make between outputs that are equal in exact arithmetic.
 _SAME = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What became of one family.
+    """The outcome of trying one family.
 
     Attributes:
         name, kind: of the family.
         status: `works`, `partly`, `refused`, `FAILED` or `not tried`.
         step: the last step that was begun.
-        says: the sentence of a refusal or a failure; what stays float; nothing where all is well.
+        says: the message of a refusal or a failure; which weights stay float; empty for `works`.
         float_share: the share of the weights (parameters of two dimensions or more) that stays float.
         errors: by level, the relative error of the output.
     """
@@ -63,13 +63,13 @@ class Outcome:
 
 
 def attempt(family: Family) -> Outcome:
-    """Try one family; nothing that happens to it is raised."""
+    """Try one family. No exception is raised: it becomes the outcome."""
     trial = _Trial(family)
     try:
         status, says = trial.run()
     except FoveateError as error:
         status, says = "refused", f"{trial.step}: {error}"
-    except Exception as error:  # what is not ours is what the table is for
+    except Exception as error:  # an exception that is not foveate's is a row of the table
         known = trial.step in ("making", "running the float model")
         status, says = "not tried" if known else "FAILED", f"{trial.step}: {type(error).__name__}: {error}"
     return Outcome(
@@ -84,7 +84,7 @@ def attempt(family: Family) -> Outcome:
 
 
 class _Trial:
-    """The steps, and how far they have come."""
+    """The steps of a trial; `step` is the one that was begun last."""
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -131,7 +131,7 @@ class _Trial:
         model = self.family.make().eval()
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if p.dim() in (2, 4) and "embed" not in name:  # what begins near nothing would hide every error
+                if p.dim() in (2, 4) and "embed" not in name:  # weights that start near 0 would hide every error
                     nn.init.normal_(p, std=p[0].numel() ** -0.5)
         return model
 
@@ -142,22 +142,22 @@ class _Trial:
         with tempfile.TemporaryDirectory() as folder:
             save(model, Path(folder) / "model")
             again = load(Path(folder) / "model", model=self._made() if self.family.skeleton else None)
-        found = _distance(_outputs(again, batch), expected)
-        if found:
-            raise RuntimeError(f"the loaded model's outputs differ by {found:.2g}")
+        difference = _distance(_outputs(again, batch), expected)
+        if difference:
+            raise RuntimeError(f"the loaded model's outputs differ by {difference:.2g}")
 
 
 def _outputs(model: nn.Module, batch: Any) -> list[Tensor]:
     with torch.no_grad():
         torch.manual_seed(0)
         output = run(model, batch)
-    found: list[Tensor] = []
-    _walk(output, found.append)
-    return [t.detach().clone() for t in found if t.is_floating_point()]
+    tensors: list[Tensor] = []
+    _walk(output, tensors.append)
+    return [t.detach().clone() for t in tensors if t.is_floating_point()]
 
 
 def _walk(value: Any, take: Callable[[Tensor], None]) -> None:
-    """Tensors of an output, in order; caches of keys and values are not outputs."""
+    """Pass the tensors of an output to `take`, in order. Caches of keys and values are not outputs."""
     if isinstance(value, Tensor):
         take(value)
     elif isinstance(value, dict):
@@ -168,9 +168,9 @@ def _walk(value: Any, take: Callable[[Tensor], None]) -> None:
             _walk(entry, take)
 
 
-def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The relative error of the first output, which is what the model is for."""
-    return float((found[0].float() - expected[0].float()).norm() / expected[0].float().norm().clamp_min(1e-20))
+def _distance(actual: list[Tensor], expected: list[Tensor]) -> float:
+    """The relative error of the first output."""
+    return float((actual[0].float() - expected[0].float()).norm() / expected[0].float().norm().clamp_min(1e-20))
 
 
 def _on_planes(model: nn.Module) -> int:
@@ -178,7 +178,7 @@ def _on_planes(model: nn.Module) -> int:
 
 
 def _left_float(model: nn.Module) -> Counter[str]:
-    """Values of the weights that are on no planes, by the module's class and the names with `*` for numbers."""
+    """How many values of weights are not on planes, by name (`*` for numbers) and class of module."""
     left: Counter[str] = Counter()
     seen: set[int] = set()
     for prefix, module in model.named_modules():

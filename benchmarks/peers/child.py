@@ -1,6 +1,6 @@
-"""A script in another environment's process, spoken to in lines of JSON (see `scripts/answers.py`).
+"""A script in a process of another environment. Requests and answers are lines of JSON (`scripts/answers.py`).
 
-A child stays alive with what it has loaded until it is closed, so that its work and ours can take turns.
+A child process keeps what it has loaded until it is closed, so that its work and ours can take turns.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ LIMIT_S = 1800.0
 
 
 class PeerError(FoveateError):
-    """A peer that ended, did not answer in time, or answered with something else than was asked for."""
+    """A peer ended, did not answer in time, or gave an answer of another kind than was asked for."""
 
 
 class Child:
     """A running script.
 
     Args:
-        name: of the peer, for messages.
+        name: the name of the peer, for messages.
         python: the interpreter that runs it.
         script: the file that it runs.
-        limit: seconds that an answer may take.
+        limit: the seconds that an answer may take.
 
     Raises:
         PeerError: there is no such interpreter.
@@ -55,17 +55,18 @@ class Child:
             raise PeerError(f"{name} could not be started: {error}") from error
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """One request and its answer.
+        """Send one request and wait for its answer.
 
         Raises:
-            PeerError: the process ended (the message has its last words), was too slow, or did not answer in JSON.
+            PeerError: the process ended (the message has its last line on stderr), was too slow, or did not answer in
+                JSON.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        late = threading.Event()
+        timed_out = threading.Event()
 
         def give_up() -> None:
-            late.set()
+            timed_out.set()
             self._process.kill()
 
         timer = threading.Timer(self.limit, give_up)
@@ -78,10 +79,10 @@ class Child:
             line = ""
         finally:
             timer.cancel()
-        if late.is_set():
+        if timed_out.is_set():
             raise PeerError(f"{self.name} did not answer {do!r} within {self.limit:g} s")
         if not line:
-            raise PeerError(f"{self.name} ended with {self._process.wait()} on {do!r}: {self._last_words()}")
+            raise PeerError(f"{self.name} ended with {self._process.wait()} on {do!r}: {self._last_line()}")
         try:
             answer = json.loads(line)
         except json.JSONDecodeError:
@@ -93,11 +94,11 @@ class Child:
     def close(self) -> None:
         """End the process."""
         self._process.kill()
-        with contextlib.suppress(ValueError):  # it is closed already
+        with contextlib.suppress(ValueError):  # the process is closed already
             self._process.communicate()
         self._said.close()
 
-    def _last_words(self) -> str:
+    def _last_line(self) -> str:
         self._said.seek(0)
         lines = [line for line in self._said.read().splitlines() if line.strip()]
         return lines[-1].strip() if lines else "nothing on stderr"

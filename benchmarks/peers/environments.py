@@ -1,8 +1,8 @@
 """A virtual environment for each peer, with pinned versions, built once and kept in the user's cache.
 
-An environment is named by what it was asked to hold, so a changed pin is a new one and nothing is ever stale. It is
-built under a name of its own and renamed when it is whole: a build that is killed leaves nothing that another run
-could take for an environment.
+The name of an environment is a hash of its requirements, so a changed pin gives a new environment and nothing is ever
+stale. It is built under a temporary name and renamed when it is complete. So a build that was killed leaves nothing
+that another run could mistake for an environment.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from foveate.kernels.backends.cpu.compiled import cache_folder
 
 log = logging.getLogger("foveate")
 ABANDONED_AFTER_S = 7200.0
-# Theirs is the release of torch that ours is: the comparison is of their kernels, not of torch's.
+# Peers use the same release of torch as we do: their kernels are compared, not releases of torch.
 _TORCH = f"torch=={torch.__version__.partition('+')[0]}"
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a peer needs.
+    """The packages that a peer needs.
 
     Attributes:
-        name: what figures and commands call it.
+        name: its name in figures and commands.
         requirements: pinned, as pip takes them.
         from_source: packages of `requirements` to compile here, so that they use this machine's instructions.
         without_dependencies: pinned, installed last and without what they ask for, which would be another torch, for
@@ -51,19 +51,19 @@ class Environment:
 
     @property
     def folder(self) -> Path:
-        """Where it is, or will be."""
+        """The folder of the environment, whether or not it exists yet."""
         asked = (self.requirements, self.from_source, self.variables, sys.version_info[:2])
         held = repr((*asked, self.without_dependencies) if self.without_dependencies else asked)
         return cache_folder() / "peers" / f"{self.name}-{hashlib.sha256(held.encode()).hexdigest()[:12]}"
 
     @property
     def python(self) -> Path:
-        """Its interpreter."""
+        """The path of its interpreter."""
         return self.folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
     @property
     def built(self) -> bool:
-        """Whether it is there."""
+        """Whether the environment exists."""
         return self.python.exists()
 
 

@@ -1,1 +1,1 @@
-"""What low precision costs real models: of weights, of inputs, of key/value caches."""
+"""The cost of low precision on real models: of weights, of inputs, and of key/value caches."""

@@ -1,16 +1,16 @@
-"""What a packed key/value cache loses and saves: `python -m benchmarks cache`.
+"""The loss and the memory of packed key/value caches: `python -m benchmarks cache`.
 
 Real Llamas read real text: the first half of each window as a prompt, the rest token by token, as if it had been
-generated. What comes out is compared with the model's own logits, which an exact cache gives: KL in nats a token.
+generated. The logits are compared with those that the model gives with an exact cache: KL in nats per token.
 
-Maps are calibrated on other text. `cache_kl_b4` is a map of 4 bits a number on average, ranges counted, recent tokens
-exact. Beside it stands transformers' own QuantizedCache (quanto and hqq, in an environment of its own), and ours at its
-bytes: codes, ranges or scales and zero points, and exact tokens, a mean over all steps, every number that is
-not a code counted as 16 bits on both sides.
+Maps are calibrated on other text. `cache_kl_b4` is of a map of 4 bits per number on average, with ranges counted and
+recent tokens exact. It is compared with transformers' own QuantizedCache (quanto and hqq, in an environment of its
+own), where our map takes the bytes of theirs. Bytes are a mean over all steps. They count codes, ranges or scales and
+zero points, and exact tokens; every number that is not a code counts as 16 bits on both sides.
 
-Memory is measured on a long cache of a 16-bit model, and of a 32-bit one, beside the exact cache of the same type.
+Memory is measured on a long cache of a 16-bit model and of a 32-bit model, beside the exact cache of the same dtype.
 
-Legend: n windows, T tokens, B of them at a time, V vocabulary, H heads, D channels a head.
+Legend: n windows, T tokens, B windows at a time, V vocabulary, H heads, D channels per head.
 """
 
 from __future__ import annotations
@@ -69,12 +69,12 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """In a few words."""
+        """The setting in a few words."""
         return f"{self.backend} {self.bits} bits, axes {self.axis_key} {self.axis_value}"
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Of `transformers.QuantizedCache`."""
+        """The arguments of `transformers.QuantizedCache`."""
         return {
             "backend": self.backend,
             "nbits": self.bits,
@@ -85,8 +85,9 @@ class Setting:
         }
 
     def bytes_at(self, prompt: int, steps: int) -> float:
-        """Bytes of all tokens held, for one number a token; the mean over all steps. Scales and zero points have 16
-        bits.
+        """The bytes of all tokens held, for one number per token, as the mean over all steps.
+
+        Scales and zero points count 16 bits each.
         """
         packed = (self.bits + 32 / PEER_GROUP) / 8
         totals, held, exact = [], prompt, 0
@@ -124,9 +125,9 @@ def measure_cases(chosen: Iterable[Case], settings: Sequence[Setting] = SETTINGS
             text = Text(case)
             profile = calibrate_cache(case.model, case.calibration, progress=False)
             rounds += own_rows(case, text, profile)
-            found, said = peer_rows(case, text, profile, settings, peers)
-            rounds += found
-            notes += said
+            peer_results, peer_notes = peer_rows(case, text, profile, settings, peers)
+            rounds += peer_results
+            notes += peer_notes
             rounds += [{"model": case.name, **row} for row in memory(case.model, profile)]
             rounds.append({"model": case.name, **step_times(case.model, profile, text)})
             log.info("%s: %.0f s", case.name, time.perf_counter() - started)
@@ -135,7 +136,7 @@ def measure_cases(chosen: Iterable[Case], settings: Sequence[Setting] = SETTINGS
 
 
 class Text:
-    """Held-out windows, and what the model says of their second halves with an exact cache.
+    """Held-out windows, and the model's logits of their second halves with an exact cache.
 
     Attributes:
         ids_nT: tokens.
@@ -158,23 +159,23 @@ class Text:
 
     @torch.inference_mode()
     def divergence(self, make: Callable[[], Any]) -> float:
-        """KL of the model with caches that `make` makes."""
+        """The KL divergence of the model with caches that `make` returns."""
         model: Any = self.case.model
-        found = []
+        logits = []
         for ids_BT in self.ids_nT.split(_BATCH):
             past = cache_argument(model, make())
             model(ids_BT[:, : self.prompt], **past)
             steps = [model(ids_B1, **past).logits for ids_B1 in ids_BT[:, self.prompt :].split(1, dim=1)]
-            found.append(torch.cat(steps, 1))
-        return self.divergence_of(torch.cat(found))
+            logits.append(torch.cat(steps, 1))
+        return self.divergence_of(torch.cat(logits))
 
     def divergence_of(self, logits_nTV: Tensor) -> float:
-        """KL of the exact logits from these."""
+        """The KL divergence of these logits from the exact ones."""
         apart = [Logits().divergence(a, b).double() for a, b in zip(self.wanted, logits_nTV, strict=True)]
         return float(torch.stack(apart).mean())
 
     def own_bytes_at(self, bits: float, block: int) -> float:
-        """As `Setting.bytes_at`, of ours, with numbers of `bits` bits."""
+        """The bytes of our cache with numbers of `bits` bits, counted as `Setting.bytes_at` does."""
         totals = []
         for held in range(self.prompt + 1, self.ids_nT.shape[1] + 1):
             packed = max(held - WINDOW, 0) // block * block
@@ -200,7 +201,7 @@ def own_rows(case: Case, text: Text, profile: CacheProfile) -> Iterator[dict[str
 def peer_rows(
     case: Case, text: Text, profile: CacheProfile, settings: Sequence[Setting], peers: _Transformers
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Every setting, and ours at its bytes; what could not be measured is noted."""
+    """The rows of every setting, with ours at its bytes, and notes on what could not be measured."""
     config: Any = case.model.config
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -215,7 +216,7 @@ def peer_rows(
             size = setting.bytes_at(text.prompt, text.steps)
             plan = _within(profile, text, size)
             if plan is None:
-                notes.append(f"{case.name}: {setting.name}: nothing of ours is as small")
+                notes.append(f"{case.name}: {setting.name}: no map of ours is as small")
                 continue
             if plan not in known:
                 known[plan] = text.divergence(lambda plan=plan: quantized_cache(config, plan))  # type: ignore[misc]
@@ -299,7 +300,7 @@ def memory(model: Any, profile: CacheProfile) -> Iterator[dict[str, Any]]:
 
 @torch.inference_mode()
 def step_times(model: Any, profile: CacheProfile, text: Text) -> dict[str, Any]:
-    """Seconds a token with our cache at 4 bits and with the exact one, turn by turn, one sequence."""
+    """Seconds per token with our cache at 4 bits and with the exact one, in turns, for one sequence."""
     transformers = require("transformers")
     plan = profile.plan(Budget(bits=4.0))
     ids = text.ids_nT[:1]
@@ -318,30 +319,30 @@ def step_times(model: Any, profile: CacheProfile, text: Text) -> dict[str, Any]:
 
 
 def figures(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The numbers that a reader wants first."""
-    found: dict[str, float] = {}
+    """The figures that summarize the rounds."""
+    result: dict[str, float] = {}
     own = [r for r in rounds if "map" in r]
     for r in own:
         name = r["map"].replace("uniform ", "uniform_b").replace(" bits", "").replace(".", "_")
         name = name if name.startswith("uniform") else f"b{name}"
-        found[f"cache_kl_{name}_{r['model']}"] = r["divergence"]
+        result[f"cache_kl_{name}_{r['model']}"] = r["divergence"]
     if own:
-        found["cache_kl_b4"] = max(r["divergence"] for r in own if r["map"] == "4 bits")
+        result["cache_kl_b4"] = max(r["divergence"] for r in own if r["map"] == "4 bits")
     for dtype, suffix in (("float16", ""), ("float32", "_float32")):
         ratios = [r["exact_bytes"] / r["bytes"] for r in rounds if r.get("dtype") == dtype]
         if ratios:
-            found[f"cache_memory_ratio_b4{suffix}"] = min(ratios)
+            result[f"cache_memory_ratio_b4{suffix}"] = min(ratios)
     reads = [r["exact_bytes"] / (r["bytes"] + r["one_layer"]) for r in rounds if r.get("dtype") == "float16"]
     if reads:
-        found["cache_memory_ratio_b4_while_read"] = min(reads)
+        result["cache_memory_ratio_b4_while_read"] = min(reads)
     for bits in PEER_BITS:
         beside = [r for r in rounds if r.get("peer_bits") == bits]
         name = "cache_kl_over_transformers" if bits == 4 else f"cache_kl_over_transformers_b{bits}"
         for model in dict.fromkeys(r["model"] for r in beside):
-            found[f"{name}_{model}"] = max(r["ratio"] for r in beside if r["model"] == model)
+            result[f"{name}_{model}"] = max(r["ratio"] for r in beside if r["model"] == model)
         if beside:
-            found[name] = max(r["ratio"] for r in beside)
+            result[name] = max(r["ratio"] for r in beside)
     for r in (r for r in rounds if "step_seconds" in r):
         ours, exact = (statistics.median(r["step_seconds"][name]) for name in ("ours", "exact"))
-        found[f"cache_step_time_ratio_{r['model']}"] = ours / exact
-    return found
+        result[f"cache_step_time_ratio_{r['model']}"] = ours / exact
+    return result

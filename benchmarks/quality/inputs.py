@@ -1,14 +1,15 @@
-"""What levels of inputs cost, and what a watch over them gives back when the data drift.
+"""The cost of low input levels, and how much `watch_inputs` recovers when the data drift.
 
-Two questions. With weights at 4 bits' bytes and inputs chosen for 6 bits on average: how close to float32 is that, and
-how does it compare with 6 bits everywhere, which no kernel of ours has and which is simulated (each row rounded to 6
-bits, symmetric as our 8 and 16 bits are; and also with a zero point, as our 4 bits have)? And with scales calibrated on
-clean data: how much of what static scales lose on shifted data does `watch_inputs` win back, and does it keep still
-where nothing shifted?
+**Levels.** Weights take the bytes of 4 bits, and inputs are chosen for 6 bits on average. The outputs are compared with
+those of float32, and with those of inputs at 6 bits everywhere. No kernel of ours has 6-bit inputs, so they are
+simulated: each row is rounded to 6 bits, once symmetric as our 8 and 16 bits are, and once with a zero point as our 4
+bits have.
 
-Shifts: images brightened, or through the rounding of a JPEG at low quality (Wallace, IEEE Trans. Consumer Electronics
-1992); a language model calibrated on English prose that reads C and Python. A watch answers after the batch that showed
-the drift, and that text is two batches long: `recovered_after_first_batch_*` leave the first one out.
+**Drift.** Scales are calibrated on clean data. Static scales lose quality on shifted data; the benchmark measures how
+much of that loss `watch_inputs` recovers, and that it changes nothing where nothing shifted. The shifts are images made
+brighter, images rounded as in a JPEG of low quality (Wallace, IEEE Trans. Consumer Electronics 1992), and a language
+model that was calibrated on English prose and reads C and Python. A watch reacts after the batch that showed the drift,
+and that text has only two batches: `recovered_after_first_batch_*` leave the first one out.
 
 Legend: B images, C channels, H and W sizes, K inputs, M rows, n samples, D width of what is compared.
 """
@@ -89,21 +90,22 @@ def measure_all(folder: Path, share: float = 1.0) -> Measured:
 
 def rounded_rows(x_MK: Tensor, bits: int, zero_point: bool) -> Tensor:
     """Each row rounded to `bits`, symmetric or with a zero point, in its own range."""
-    most = 2**bits - 1 if zero_point else 2 ** (bits - 1) - 1
+    largest = 2**bits - 1 if zero_point else 2 ** (bits - 1) - 1
     step: Tensor
     if zero_point:
         low, high = x_MK.amin(-1, keepdim=True).clamp_max(0), x_MK.amax(-1, keepdim=True).clamp_min(0)
-        step = ((high - low) / most).clamp_min(1e-30)
+        step = ((high - low) / largest).clamp_min(1e-30)
         zero = torch.round(-low / step)
-        return step * torch.minimum(torch.maximum(torch.round(x_MK / step), -zero), most - zero)
-    step = (x_MK.abs().amax(-1, keepdim=True) / most).clamp_min(1e-30)
+        return step * torch.minimum(torch.maximum(torch.round(x_MK / step), -zero), largest - zero)
+    step = (x_MK.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-30)
     return step * torch.round(x_MK / step)
 
 
 @contextmanager
 def rounded_inputs(model: nn.Module, bits: int, zero_point: bool) -> Iterator[None]:
-    """The model with every input rounded as `rounded_rows` does and multiplied in float32, its weights as they are read
-    when the block begins.
+    """Within the block every input is rounded by `rounded_rows` and multiplied in float32.
+
+    The weights are those that the model reads when the block begins.
     """
 
     def product(module: Any) -> Callable[[Tensor], Tensor]:
@@ -122,7 +124,7 @@ def rounded_inputs(model: nn.Module, bits: int, zero_point: bool) -> Iterator[No
 
 
 def _levels(case: Case, reference: nn.Module, profile: Profile) -> list[dict[str, Any]]:
-    """Weights at 4 bits' bytes, and at 8 bits, with every choice of inputs."""
+    """Rows for weights at the bytes of 4 bits, and at 8 bits, with every choice of inputs."""
     rows, constraints = [], Constraints(input_bits=AVERAGE)
     for weights, base in (
         ("4 bits", allocate(profile, Budget(bytes=profile.uniform(4).bytes_resident))),
@@ -141,8 +143,8 @@ def _levels(case: Case, reference: nn.Module, profile: Profile) -> list[dict[str
                 case.model, maps, case.evaluation, reference=reference, objective=case.objective, metric=case.metric
             )
 
-        *found, exact = outcomes(list(plans.values()))
-        measured = dict(zip(plans, found, strict=True))
+        *measured_outcomes, exact = outcomes(list(plans.values()))
+        measured = dict(zip(plans, measured_outcomes, strict=True))
         apply(case.model, plans["uniform 32"], decider="benchmark")
         for zero_point in (False, True):
             with rounded_inputs(case.model, AVERAGE, zero_point):
@@ -170,19 +172,19 @@ def _levels(case: Case, reference: nn.Module, profile: Profile) -> list[dict[str
 
 
 def _with_inputs(profile: Profile, base: PrecisionMap, levels: Any) -> PrecisionMap:
-    """A map with the inputs' levels of another one."""
+    """The map `base` with the given levels of inputs."""
     inputs: dict[str, Levels] = {s.name: levels[s.name] for s in profile.input_sites()}
     plan = replace(base, levels={**base.levels, **inputs})
     return replace(plan, predicted_loss=profile.predict(plan))
 
 
 def brighter(x_BCHW: Tensor) -> Tensor:
-    """Images half as bright again, and cut off at white."""
+    """Images 1.5 times as bright, clipped at white."""
     return _normalised((_pixels(x_BCHW) * 1.5 + 0.1).clamp(0, 1))
 
 
 def jpeg_like(x_BCHW: Tensor, quality: float = 4.0) -> Tensor:
-    """Images through the rounding of a JPEG, its table times `quality`, without subsampling colours."""
+    """Images rounded as in a JPEG whose table is multiplied by `quality`, without subsampling of colours."""
     n = torch.arange(8.0)
     dct = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2
     dct[0] /= 2**0.5
@@ -208,7 +210,7 @@ def _normalised(p_BCHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Run:
-    """What came of a run: the mean divergence, that of all batches but the first, and what the watch did."""
+    """The outcome of a run: mean divergence, that of all batches but the first, and what the watch changed."""
 
     divergence: float
     later: float
@@ -219,8 +221,9 @@ class _Run:
 def _drift(
     case: Case, reference: nn.Module, profile: Profile, shifts: Mapping[str, Sequence[Any]]
 ) -> list[dict[str, Any]]:
-    """Weights at 8 bits, inputs at 6 on average or at 8: static scales with and without a watch, on clean and shifted
-    data.
+    """Rows for static scales with and without a watch, on clean and on shifted data.
+
+    Weights have 8 bits, inputs 6 on average or 8.
     """
     bases = {AVERAGE: allocate(profile, Budget(bits=1e6), Constraints(input_bits=AVERAGE)), 8: profile.uniform(8, 8)}
     model, rows = case.model, []
@@ -229,11 +232,11 @@ def _drift(
         for label, static, watched in (("token", False, False), ("static", True, False), ("watched", True, True)):
             apply(model, base)
             use_static_scales(model, static)
-            found = _run(case, reference, batches, watched)
-            row[f"divergence_{label}"] = found.divergence
-            row[f"divergence_{label}_later"] = found.later
+            outcome = _run(case, reference, batches, watched)
+            row[f"divergence_{label}"] = outcome.divergence
+            row[f"divergence_{label}_later"] = outcome.later
             if watched:
-                row.update(changes=found.changes, raised=found.raised, inputs=len(profile.input_sites()))
+                row.update(changes=outcome.changes, raised=outcome.raised, inputs=len(profile.input_sites()))
         use_static_scales(model, False)
         rows.append(row)
     return rows
@@ -254,7 +257,7 @@ def _run(case: Case, reference: nn.Module, batches: Sequence[Any], watched: bool
 
 
 def _mean(parts: Sequence[tuple[float, int]]) -> float:
-    """Of all samples, from batches' sums and counts."""
+    """The mean over all samples, from the sums and counts of batches."""
     return sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1)
 
 

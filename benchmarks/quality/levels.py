@@ -1,8 +1,8 @@
-"""What precision costs real models: every level, and levels allocated at the bytes of uniform 3 and 4 bits.
+"""The cost of precision on real models: every level, and levels allocated at the bytes of uniform 3 and 4 bits.
 
-Each model's maps run on the same held-out data beside the float32 model. Divergence is KL in nats for a model with
-logits, 1 - cosine for one that embeds; agreement is the share of decisions (most likely token or class, nearest
-neighbour) that are float32's. Uniform and allocated are compared at equal bytes in memory and equal input levels.
+Each model's maps run on the same held-out data as the float32 model. Divergence is KL in nats for a model with logits,
+and 1 - cosine for one that embeds. Agreement is the share of decisions (most likely token or class, nearest neighbour)
+that are the same as in float32. Uniform and allocated maps are compared at equal resident bytes and equal input levels.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def measure_cases(chosen: Iterable[Case]) -> Measured:
 
 
 def _maps(profile: Profile) -> dict[str, PrecisionMap]:
-    """Uniform and allocated maps by name; what is compared has inputs of the same level."""
+    """Uniform and allocated maps by name; maps that are compared have inputs of the same level."""
     maps = {f"uniform {level}": profile.uniform(level) for level in NESTED_LEVELS}
     for level in ALLOCATED:
         budget = Budget(bytes=maps[f"uniform {level}"].bytes_resident)

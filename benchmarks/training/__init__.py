@@ -1,1 +1,1 @@
-"""Real trainings with compressed activations: where they end, what they save, and whether stated bounds hold."""
+"""Real trainings with compressed activations: their final loss, the memory saved, and whether stated bounds hold."""

@@ -1,10 +1,10 @@
 """Compressed activations in real training: what they save, what that costs, and whether the bound holds.
 
-Four parts, each of which can be run alone:
+There are four parts, and each can be run by itself:
 
     training  the same training plainly and compressed: held-out loss, saved bytes, peak  (paired.py)
     bounds    the true error of the gradient against the stated one                        (bounds.py)
-    budgets   peaks that were asked for, and the peaks that came about                     (budgets.py)
+    budgets   the peaks that were asked for, and the peaks that were measured              (budgets.py)
     times     a step against a plain one, and against recomputation at equal memory        (times.py)
 """
 
@@ -32,7 +32,7 @@ def measure(parts: Sequence[str] = PARTS, share: float = 1.0) -> Measured:
 
     Args:
         parts: of `PARTS`.
-        share: of the steps and the data, for a quick look; its figures say nothing.
+        share: the share of the steps and the data, for a quick look; figures below 1 mean nothing.
 
     Raises:
         FoveateError: there is no such part.
@@ -45,32 +45,32 @@ def measure(parts: Sequence[str] = PARTS, share: float = 1.0) -> Measured:
     if not 0 < share <= 1:
         raise BudgetError(f"share (={share}) must be above 0 and at most 1")
     folder = data_folder()
-    found: list[Measured] = []
+    results: list[Measured] = []
     skipped = [part for part in parts if part in _OF_TASKS and folder is None]
     if skipped:
         note = f"{', '.join(skipped)} skipped: {VARIABLE} is not set, and it names the folder with the data"
-        found.append(Measured({}, (), (note,)))
+        results.append(Measured({}, (), (note,)))
     with BackgroundLoad() as background:
         if folder is not None and "training" in parts:
-            found.append(measure_training(tasks(folder, share)))
+            results.append(measure_training(tasks(folder, share)))
         if folder is not None and "bounds" in parts:
-            found.append(measure_bounds(tasks(folder, share), steps=max(12, round(STEPS * share))))
+            results.append(measure_bounds(tasks(folder, share), steps=max(12, round(STEPS * share))))
         if folder is not None and "budgets" in parts:
-            found.append(measure_budgets(tasks(folder, share)))
+            results.append(measure_budgets(tasks(folder, share)))
         if "times" in parts:
             sizes = Sizes()
             few = replace(
                 sizes, tokens=max(32, round(sizes.tokens * share)), rounds=max(2, round(sizes.rounds * share))
             )
-            found.append(measure_times(few))
-    return _joined(found, background.note(), share)
+            results.append(measure_times(few))
+    return _joined(results, background.note(), share)
 
 
-def _joined(found: Sequence[Measured], machine: str, share: float) -> Measured:
-    notes = [note for measured in found for note in measured.notes]
+def _joined(results: Sequence[Measured], machine: str, share: float) -> Measured:
+    notes = [note for measured in results for note in measured.notes]
     notes += [machine, *([f"only a share of {share:g} of the steps and the data"] if share < 1 else [])]
     return Measured(
-        {name: value for measured in found for name, value in measured.figures.items()},
-        [row for measured in found for row in measured.rounds],
+        {name: value for measured in results for name, value in measured.figures.items()},
+        [row for measured in results for row in measured.rounds],
         notes,
     )

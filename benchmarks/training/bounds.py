@@ -1,13 +1,13 @@
-"""Is the gradient's true error under the bound that was stated, and is the bound not wasted?
+"""Whether the gradient's true error is under the stated bound, and how much of the bound is used.
 
-Every audit runs backward once more with the exact tensors of the same step, so it knows the true error of the gradient
-that training went on with. Audits come every second step here, far more often than by default; those before all sites
-were measured, which run at the default level, are in the rounds and not in the figures.
+Every audit runs backward once more with the exact tensors of the same step. So it measures the true error of the
+gradient that training continued with. Audits come every second step here, far more often than by default. Audits before
+all sites were measured run at the default level; they are in the rounds, but not in the figures.
 
-A model from random weights takes some plain steps first: its gradient halves within a few dozen steps, and a batch with
-a byte that was never seen can have one several times as large, which nothing predicts.
+A model from random weights takes some plain steps first. Its gradient halves within a few dozen steps, and a batch with
+a byte that was never seen can have a gradient several times as large, which nothing predicts.
 
-`bound_held` is the share of audits under the bound, `bound_used` the mean of true error over bound.
+`bound_held` is the share of audits under the bound. `bound_used` is the mean of true error over bound.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ BOUNDS = (0.003, 0.01, 0.03, 0.1)
 STEPS = 40
 
 
-def audited(task: Task, bounds: Sequence[float], steps: int) -> list[dict[str, Any]]:
-    """Train for some steps at each bound, from the same state; one row an audit."""
+def audit_task(task: Task, bounds: Sequence[float], steps: int) -> list[dict[str, Any]]:
+    """Train for some steps at each bound, from the same state, and return one row per audit."""
     torch.manual_seed(0)
     model = task.build(0)
     batches = task.batches(0)
@@ -55,7 +55,10 @@ def audited(task: Task, bounds: Sequence[float], steps: int) -> list[dict[str, A
                 train_step(task, model, optimizer, batch)
                 schedule.step()
         common = {"part": "bounds", "model": task.name, "bound": error}
-        rows += [common | {"step": step, "foretold": told, "error": found} for step, told, found in store.audits]
+        rows += [
+            common | {"step": step, "predicted": predicted, "error": audited}
+            for step, predicted, audited in store.audits
+        ]
         log.info("%s at %g: %d audits", task.name, error, len(store.audits))
     return rows
 
@@ -65,7 +68,7 @@ def measure_bounds(tasks: Iterable[Task], bounds: Sequence[float] = BOUNDS, step
     rounds: list[dict[str, Any]] = []
     notes: list[str] = []
     for task in tasks:
-        rounds += audited(task, bounds, steps)
+        rounds += audit_task(task, bounds, steps)
         notes.append(f"{task.name}: bounds from {task.start} after {task.settle} plain steps")
     return Measured(_figures(rounds), rounds, notes)
 
@@ -73,7 +76,7 @@ def measure_bounds(tasks: Iterable[Task], bounds: Sequence[float] = BOUNDS, step
 def _figures(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
     used: dict[tuple[str, float], list[float]] = {}
     for row in rounds:
-        if math.isfinite(row["foretold"]):
+        if math.isfinite(row["predicted"]):
             used.setdefault((row["model"], row["bound"]), []).append(row["error"] / row["bound"])
     figures: dict[str, float] = {}
     for (model, bound), shares in used.items():

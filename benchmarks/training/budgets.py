@@ -1,12 +1,12 @@
-"""Is a budget in bytes met?
+"""Whether budgets in bytes are met.
 
-A budget is a peak of one forward and backward: parameters, gradients, temporaries and what is stored; the optimizer's
-state, which no level changes, is left out. Each model is asked for less than is possible, which must be refused with
-the least that is; for that least; and for peaks between it and plain training's. Then the peak of an ordinary step is
-counted, storage by storage.
+A budget is the peak memory of one forward and backward: parameters, gradients, temporaries and stored tensors. The
+optimizer's state is left out, because no level changes it. Each model is given an impossible budget, which
+must be refused with a message that states the smallest possible peak. Then it is given that smallest peak, and peaks
+between it and plain training's. Each time the peak of an ordinary step is counted, storage by storage.
 
-`budget_met` is the share of budgets whose peak is at most 3 % above what was stated, `budget_peak_worst` the highest
-peak over its budget, and `budget_refused` whether what is impossible was refused everywhere.
+`budget_met` is the share of budgets whose peak is at most 3 % above the budget. `budget_peak_worst` is the highest
+ratio of peak to budget. `budget_refused` is 1 if every impossible budget was refused.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from foveate.bench.result import Measured
 from foveate.errors import BudgetError
 from foveate.progress import log
 
-#: Where between the least peak and plain training's the budgets are.
+#: Where the budgets are: 0 is the smallest possible peak, 1 the peak of plain training.
 PLACES = (0.0, 0.25, 0.5, 0.75)
 TOLERANCE = 1.03
-#: Steps after which everything must have been measured.
-_MOST_STEPS = 40
+#: The number of steps within which every site must have been measured.
+_MAX_STEPS = 40
 
 
 def _backward(task: Task, model: nn.Module, batch: Any) -> None:
@@ -42,7 +42,7 @@ def _backward(task: Task, model: nn.Module, batch: Any) -> None:
 
 
 def peak_of_backward(task: Task, model: nn.Module, batch: Any, store: ActivationStore | None = None) -> int:
-    """The most bytes of tensors alive during a forward and backward, the optimizer's left out."""
+    """The peak bytes of all tensors alive during a forward and backward, without the optimizer's state."""
     model.zero_grad()
     held = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     with store or nullcontext(), PeakTracker([*model.parameters(), *model.buffers(), *held]) as tracker:
@@ -60,19 +60,19 @@ def _compressed(task: Task, batch: Any, budget: int) -> tuple[int, float]:
     model = task.build(0)
     store = compress_activations(model, bytes=budget)
     with store:
-        for _ in range(_MOST_STEPS):
+        for _ in range(_MAX_STEPS):
             _backward(task, model, batch)
             if store.planner.levels:
                 break
     while True:
-        found = peak_of_backward(task, model, batch, store)
+        peak = peak_of_backward(task, model, batch, store)
         assert store.latest is not None
         if not (store.latest.profiled or store.latest.probed):
-            return found, store.latest.predicted
+            return peak, store.latest.predicted
 
 
-def _least(task: Task, batch: Any) -> int | None:
-    """The least peak, as the refusal of an impossible budget states it; None if that is not refused."""
+def _smallest_peak(task: Task, batch: Any) -> int | None:
+    """The smallest possible peak, as the refusal of an impossible budget states it; None if it is not refused."""
     try:
         _compressed(task, batch, 1)
     except BudgetError as refused:
@@ -86,24 +86,24 @@ def _least(task: Task, batch: Any) -> int | None:
 def _budgets(task: Task) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
     model, batch = task.build(0), next(task.batches(0))
-    plain, least = peak_of_backward(task, model, batch), _least(task, batch)
-    common: dict[str, Any] = {"part": "budgets", "model": task.name, "plain": plain, "least": least}
-    if least is None:
+    plain, smallest = peak_of_backward(task, model, batch), _smallest_peak(task, batch)
+    common: dict[str, Any] = {"part": "budgets", "model": task.name, "plain": plain, "least": smallest}
+    if smallest is None:
         yield common | {"budget": 1, "peak": None}
         return
     for place in PLACES:
-        row = common | {"budget": round(least + place * (plain - least))}
+        row = common | {"budget": round(smallest + place * (plain - smallest))}
         try:
             peak, predicted = _compressed(task, batch, row["budget"])
         except BudgetError as refused:
             yield row | {"peak": None, "refusal": str(refused)}
         else:
             log.info("%s: peak %d of %d bytes", task.name, peak, row["budget"])
-            yield row | {"peak": peak, "foretold": predicted}
+            yield row | {"peak": peak, "predicted": predicted}
 
 
 def measure_budgets(tasks: Iterable[Task]) -> Measured:
-    """Ask every task for peaks that are impossible, just possible, and easier."""
+    """Give every task budgets that are impossible, just possible, and larger."""
     rounds = [row for task in tasks for row in _budgets(task)]
     figures: dict[str, float] = {}
     if rounds:

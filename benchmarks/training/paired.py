@@ -1,12 +1,12 @@
-"""Does training with compressed activations end where plain training ends, and what does it save?
+"""Whether training with compressed activations ends where plain training ends, and how much memory it saves.
 
-For each seed the same training is run plainly and compressed: same start, order, crops and dropout. What is compared is
-the loss on held-out data, pair by pair, for differences between seeds are far larger than what is looked for. The gap
-counts as unseen if the 95 % interval of the mean difference (t distribution) lies within +-0.5 % of the loss. Error
-targets are tried from the largest down, as a user would, and the first whose gap is unseen is the model's; all that
-were tried are in the rounds.
+For each seed the same training is run plainly and compressed, with the same start, order, crops and dropout. The losses
+on held-out data are compared pair by pair, because differences between seeds are far larger than the gap in question.
+The gap counts as negligible if the 95 % interval of the mean difference (t distribution) lies within +-0.5 % of the
+loss. Error targets are tried from the largest down, as a user would. The first one whose gap is negligible is reported
+for the model; all targets that were tried are in the rounds.
 
-Saved bytes are those of the last step: storages that autograd would hold, parameters excluded, over what the store
+Saved bytes are those of the last step: the storages that autograd would hold, without parameters, over what the store
 holds. Peak bytes are of one whole step, with parameters, gradients and the optimizer's state.
 """
 
@@ -48,8 +48,8 @@ class Interval:
     high: float
 
     @property
-    def unseen(self) -> bool:
-        """Whether all of it is within +-`GAP`."""
+    def negligible(self) -> bool:
+        """Whether the whole interval is within +-`GAP`."""
         return self.low >= -GAP and self.high <= GAP
 
 
@@ -76,7 +76,7 @@ def train_step(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, b
 
 
 def peak_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, step: Callable[[], None]) -> int:
-    """The most bytes of tensors alive at any time of a step."""
+    """The peak bytes of all tensors alive during a step."""
     optimizer.zero_grad()
     held = [leaf for leaf in tree_leaves((list(optimizer.state.values()), batch)) if isinstance(leaf, Tensor)]
     with PeakTracker([*model.parameters(), *model.buffers(), *held]) as tracker:
@@ -124,7 +124,7 @@ def _saved(store: ActivationStore) -> dict[str, Any]:
 def _peak(
     task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any, store: ActivationStore | None
 ) -> int:
-    """Of an ordinary step, one that measures nothing."""
+    """The peak bytes of an ordinary step, one that measures nothing."""
     with store or nullcontext():
         while True:
             bytes = peak_of(model, optimizer, batch, lambda: train_step(task, model, optimizer, batch))
@@ -134,7 +134,7 @@ def _peak(
 
 
 def measure_training(tasks: Iterable[Task], targets: Sequence[float] = TARGETS) -> Measured:
-    """Train every task with its seeds, plainly and at the largest error target whose gap is unseen."""
+    """Train every task with its seeds, plainly and at the largest error target whose gap is negligible."""
     rounds: list[dict[str, Any]] = []
     figures: dict[str, float] = {}
     notes: list[str] = []
@@ -147,7 +147,7 @@ def measure_training(tasks: Iterable[Task], targets: Sequence[float] = TARGETS) 
             gap = paired(losses, [row["loss"] for row in ours])
             rounds += [row | {"gap_low": gap.low, "gap_high": gap.high} for row in ours]
             log.info("%s at %g: gap %+.4f to %+.4f", task.name, error, gap.low, gap.high)
-            if gap.unseen:
+            if gap.negligible:
                 break
         ratio = math.exp(sum(math.log(row["saved_ratio"]) for row in ours) / task.seeds)
         name = task.name.rstrip("0123456789")
@@ -156,7 +156,7 @@ def measure_training(tasks: Iterable[Task], targets: Sequence[float] = TARGETS) 
             f"loss_{name}": sum(losses) / task.seeds,
             f"gap_low_{name}": gap.low,
             f"gap_high_{name}": gap.high,
-            f"loss_gap_within_{name}": float(gap.unseen),
+            f"loss_gap_within_{name}": float(gap.negligible),
             f"saved_ratio_{name}": ratio,
             f"peak_ratio_{name}": plain[0]["peak"] / ours[0]["peak"],
         }
@@ -168,13 +168,13 @@ def measure_training(tasks: Iterable[Task], targets: Sequence[float] = TARGETS) 
 
 
 def _overall(figures: dict[str, float]) -> dict[str, float]:
-    """Geometric means of ratios over models; whether every gap is unseen."""
-    found: dict[str, float] = {}
+    """Geometric means of ratios over models, and whether every gap is negligible."""
+    result: dict[str, float] = {}
     for name in ("saved_ratio", "peak_ratio"):
         logs = [math.log(value) for key, value in figures.items() if key.startswith(f"{name}_")]
         if logs:
-            found[name] = math.exp(sum(logs) / len(logs))
+            result[name] = math.exp(sum(logs) / len(logs))
     within = [value for key, value in figures.items() if key.startswith("loss_gap_within_")]
     if within:
-        found["loss_gap_within"] = min(within)
-    return found
+        result["loss_gap_within"] = min(within)
+    return result

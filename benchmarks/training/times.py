@@ -1,13 +1,14 @@
-"""What compressed activations cost in time, beside plain training and beside recomputation.
+"""The time of a step with compressed activations, beside plain training and beside recomputation.
 
 A Llama of width 512 takes whole steps (forward, backward, AdamW) in rounds: plain, compressed, and with
 `torch.utils.checkpoint` (not reentrant) around its layers, one after the other in each round. Recomputation gets as
-much memory as compression takes: of the ways to checkpoint the first n layers, the one with the fewest whose peak is no
-higher, or all layers if none is.
+much memory as compression takes: the first n layers are checkpointed, with the smallest n whose peak is no higher, or
+all layers if no n suffices.
 
-`step_time_ratio` is of ordinary steps, which measure nothing; `step_time_ratio_amortised` has the share of profiles
-and audits that the default cadence has, one step in `EVERY` that does both. `vs_checkpoint` is the time of compressed
-steps over that of checkpointed ones, `vs_checkpoint_amortised` likewise, and the peaks of all three are figures.
+`step_time_ratio` is of ordinary steps, which measure nothing. `step_time_ratio_amortised` counts profiles and audits at
+their default cadence too, one step in `EVERY` that does both. `vs_checkpoint` is the time of compressed steps over that
+of checkpointed steps, and `vs_checkpoint_amortised` is the same with profiles and audits. The peaks of all three are
+figures too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from foveate.bench.result import BackgroundLoad, Measured
 from foveate.kernels.threads import threads
 from foveate.progress import log
 
-#: Steps between two that profile and audit, by default.
+#: The default number of steps from one profiled and audited step to the next.
 EVERY = ActivationOptions().audit_every
 
 
@@ -45,8 +46,8 @@ class Sizes:
         tokens, batch: of one step.
         error: the target.
         rounds: ordinary steps timed, interleaved; figures are medians.
-        measured: steps timed that profile and audit.
-        threads: of torch.
+        measured: how many profiled and audited steps are timed.
+        threads: the threads that torch uses.
     """
 
     width: int = 512
@@ -78,7 +79,7 @@ class Runner:
         self.optimizer.step()
 
     def seconds(self) -> float:
-        """Of one step."""
+        """The seconds of one step."""
         started = time.perf_counter()
         self.step()
         return time.perf_counter() - started
@@ -89,7 +90,7 @@ class Runner:
 
 
 def checkpointed(sizes: Sizes, layers: int) -> Runner:
-    """Training that computes the first so many layers again in backward."""
+    """Training that computes the first `layers` layers again in backward."""
     runner = Runner(sizes)
     for layer in runner.model.model.layers[:layers]:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -116,18 +117,20 @@ def compressed(sizes: Sizes, every: int) -> tuple[Runner, ActivationStore]:
             return runner, store
 
 
-def least_checkpointed(sizes: Sizes, peak: int) -> tuple[Runner, int, int]:
-    """Training with the fewest layers checkpointed whose peak is no higher than `peak`, all if none is: how, how many
-    and its peak.
+def fewest_checkpointed(sizes: Sizes, peak: int) -> tuple[Runner, int, int]:
+    """Training with the fewest checkpointed layers whose peak is no higher than `peak`, or with all of them.
+
+    Returns:
+        (the training, the number of layers, its peak in bytes).
     """
     for layers in range(1, sizes.layers + 1):
         runner = checkpointed(sizes, layers)
         runner.step()
-        found = runner.peak()
-        log.info("%d layers checkpointed: peak %d", layers, found)
-        if found <= peak:
+        layer_peak = runner.peak()
+        log.info("%d layers checkpointed: peak %d", layers, layer_peak)
+        if layer_peak <= peak:
             break
-    return runner, layers, found
+    return runner, layers, layer_peak
 
 
 def measure_times(sizes: Sizes = Sizes()) -> Measured:
@@ -138,7 +141,7 @@ def measure_times(sizes: Sizes = Sizes()) -> Measured:
         plain.step()
         ours, store = compressed(sizes, EVERY)
         peaks = {"plain": plain.peak(), "compressed": ours.peak()}
-        recomputed, layers, peaks["checkpoint"] = least_checkpointed(sizes, peaks["compressed"])
+        recomputed, layers, peaks["checkpoint"] = fewest_checkpointed(sizes, peaks["compressed"])
         assert store.latest is not None
         saved = store.latest.original / store.latest.held
         for _ in range(sizes.rounds):

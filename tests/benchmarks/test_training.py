@@ -41,9 +41,9 @@ def test_an_interval_of_paired_differences_is_that_of_a_t_test():
     wanted = stats.ttest_rel(other, plain).confidence_interval(0.95)
     scale = sum(plain) / 4
     assert (found.low, found.high) == pytest.approx((wanted.low / scale, wanted.high / scale))
-    assert not found.unseen
-    assert paired.paired(plain, [v * 1.001 for v in plain]).unseen
-    assert not paired.paired([1.0], [1.0]).unseen
+    assert not found.negligible
+    assert paired.paired(plain, [v * 1.001 for v in plain]).negligible
+    assert not paired.paired([1.0], [1.0]).negligible
 
 
 def test_training_is_compared_seed_by_seed():
@@ -78,7 +78,7 @@ def test_exact_storage_trains_to_the_same_loss(monkeypatch):
 
 def test_bounds_count_what_was_measured():
     measured = bounds.measure_bounds([tiny_task()], bounds=(0.03, 0.1), steps=14)
-    rows = [r for r in measured.rounds if math.isfinite(r["foretold"])]
+    rows = [r for r in measured.rounds if math.isfinite(r["predicted"])]
     assert measured.figures["audits"] == len(rows) > 4
     assert measured.figures["bound_held"] == sum(r["error"] <= r["bound"] for r in rows) / len(rows)
     assert 0 < measured.figures["bound_used_tiny8_0.03"] < 2

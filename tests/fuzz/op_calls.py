@@ -374,8 +374,8 @@ class _Maker:
             [0.2] * 5,
         ]
         if self.chance(0.5):
-            return self.done("codes_feed", common)
-        return self.done("codes_descend", [*common, self.one((0, 1, 2))], still=(9,))
+            return self.done("error_feedback", common)
+        return self.done("coordinate_descent", [*common, self.one((0, 1, 2))], still=(9,))
 
     def group(self) -> OpCall:
         bits, size = self.one((2, 4, 8, 16)), self.one((32, 64, 96, 256, 1024))

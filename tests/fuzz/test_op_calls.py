@@ -16,8 +16,8 @@ OPS = {
     "plane_linear_backward", "generation_book", "publish", "rows_of_passes", "begin_pass", "end_pass",
     "pass_levels", "pass_input",
     "pass_rows", "pass_owners", "pass_generation", "plane_embedding",
-    "codes_feed", "codes_descend", "group_pack", "group_unpack", "group_variance", "mask_pack",
-    "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
+    "error_feedback", "coordinate_descent", "group_pack", "group_unpack", "group_variance",
+    "mask_pack", "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
 }  # fmt: skip
 
 

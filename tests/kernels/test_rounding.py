@@ -1,4 +1,4 @@
-"""`codes_feed` and `codes_descend`: compiled loops choose the codes of the reference, with every instruction set."""
+"""`error_feedback` and `coordinate_descent`: on every instruction set the codes are those of the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tiny import generator
 
 ISAS = isas()
 LEVEL_WEIGHTS = (1 / 16, 1 / 4, 1.0, 1.0, 4.0)
-descend, feed = torch.ops.foveate.codes_descend, torch.ops.foveate.codes_feed
+coordinate_descent, error_feedback = torch.ops.foveate.coordinate_descent, torch.ops.foveate.error_feedback
 
 
 def _covariance(size: int, seed: int) -> Tensor:
@@ -33,7 +33,7 @@ def _factor(metric: Tensor) -> Tensor:
 
 
 class Call(NamedTuple):
-    """Arguments in the order of the schema, up to the shares."""
+    """Arguments in the order of the schema, up to the level weights."""
 
     codes: Tensor
     w: Tensor
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     def descend(self, sweeps: int = 1) -> Tensor:
         """The codes that the op in use changes a copy of these to."""
         codes = self.codes.clone()
-        descend(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
+        coordinate_descent(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
         return codes
 
     def feed(self, by: Callable[..., None]) -> Tensor:
@@ -60,11 +60,11 @@ class Call(NamedTuple):
     def expected(self, sweeps: int = 1) -> Tensor:
         """What `descend` should give, by the reference."""
         codes = self.codes.clone()
-        reference.codes_descend(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
+        reference.coordinate_descent(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
         return codes
 
-    def geometry(self, codes: Tensor) -> float:
-        """J in float64, the metrics of blocks cut to the rows there are."""
+    def objective(self, codes: Tensor) -> float:
+        """J in float64, the metrics of blocks cut to the rows that exist."""
         rows = len(self.w)
         values = reference.code_values(self.gain)[:, codes[0].long(), codes[1].long(), torch.arange(rows)[:, None]]
         step, middle = (t[:, self.group_of] for t in (self.scale, self.offset))
@@ -96,22 +96,24 @@ def _call(rows: int, columns: int, together: int | None, group: int, seed: int) 
     group=st.sampled_from((32, 64, 128)),
     seed=st.integers(0, 1000),
 )
-def test_as_the_reference(rows: int, columns: int, together: int | None, group: int, seed: int) -> None:
+def test_compiled_loops_choose_the_codes_of_the_reference(
+    rows: int, columns: int, together: int | None, group: int, seed: int
+) -> None:
     call = _call(rows, columns if together is None else min(columns, 40), together, group, seed)
-    wanted = [call.expected(), call.feed(reference.codes_feed)]
+    wanted = [call.expected(), call.feed(reference.error_feedback)]
     found = []
     for isa in ISAS:
         with forced(isa):
-            found.append([call.descend(), call.feed(feed)])
+            found.append([call.descend(), call.feed(error_feedback)])
     for here, want in enumerate(wanted):
         codes = found[0][here]
         assert all(torch.equal(each[here], codes) for each in found)
         # sums in another order may tip a code, and then those that follow; the outcome is as good
-        assert call.geometry(codes) == pytest.approx(call.geometry(want), rel=5e-3)
+        assert call.objective(codes) == pytest.approx(call.objective(want), rel=5e-3)
         assert float((want == codes).float().mean()) > 0.95
 
 
-def test_threads_change_nothing() -> None:
+def test_the_number_of_threads_does_not_change_the_codes() -> None:
     call, found = _call(200, 150, 33, 64, 5), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -121,30 +123,30 @@ def test_threads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("together", [None, 12])
-def test_every_sweep_lowers_the_form(together: int | None) -> None:
+def test_every_sweep_lowers_the_objective(together: int | None) -> None:
     call = _call(30, 60, together, 32, 3)
-    geometries = [call.geometry(call.descend(sweeps)) for sweeps in range(5)]
-    assert geometries == sorted(geometries, reverse=True)
-    assert geometries[-1] < 0.95 * geometries[0]
+    objectives = [call.objective(call.descend(sweeps)) for sweeps in range(5)]
+    assert objectives == sorted(objectives, reverse=True)
+    assert objectives[-1] < 0.95 * objectives[0]
 
 
 @pytest.mark.parametrize("together", [None, 12])
-def test_feedback_is_a_better_start(together: int | None) -> None:
+def test_error_feedback_starts_lower_than_the_nearest_codes(together: int | None) -> None:
     call = _call(30, 60, together, 32, 3)
-    assert call.geometry(call.feed(feed)) < 0.97 * call.geometry(call.codes)
+    assert call.objective(call.feed(error_feedback)) < 0.97 * call.objective(call.codes)
 
 
-def test_groups_without_spread_stay() -> None:
+def test_codes_of_a_group_whose_scale_is_zero_stay() -> None:
     call = _call(10, 70, 5, 32, 1)
     call.scale[:, 1] = 0
     flat = call.group_of == 1
-    for codes in (call.descend(), call.expected(), call.feed(feed), call.feed(reference.codes_feed)):
+    for codes in (call.descend(), call.expected(), call.feed(error_feedback), call.feed(reference.error_feedback)):
         assert torch.equal(codes[:, :, flat], call.codes[:, :, flat])
         assert not torch.equal(codes[:, :, ~flat], call.codes[:, :, ~flat])
 
 
 @pytest.mark.skipif(not ISAS, reason="the reference does not check")
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_refused() -> None:
     call = _call(10, 70, 5, 32, 1)
     wrong = (
         call._replace(codes=torch.zeros(2, 10, 69, dtype=torch.uint8)),
@@ -158,14 +160,14 @@ def test_what_does_not_fit_is_refused() -> None:
             each.descend()
     with pytest.raises(RuntimeError, match="outside the 3 groups"):
         call._replace(group_of=torch.full((70,), 3)).descend()
-    with pytest.raises(RuntimeError, match="one a level"):
-        descend(*call, LEVEL_WEIGHTS[:4], 1)
+    with pytest.raises(RuntimeError, match="not one per level"):
+        coordinate_descent(*call, LEVEL_WEIGHTS[:4], 1)
 
 
-def test_opcheck() -> None:
+def test_both_ops_pass_opcheck() -> None:
     call = _call(6, 40, None, 32, 2)
-    torch.library.opcheck(descend.default, (*call, list(LEVEL_WEIGHTS), 1))
-    torch.library.opcheck(feed.default, (*call, list(LEVEL_WEIGHTS)))
+    torch.library.opcheck(coordinate_descent.default, (*call, list(LEVEL_WEIGHTS), 1))
+    torch.library.opcheck(error_feedback.default, (*call, list(LEVEL_WEIGHTS)))
 
 
 def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,10 +182,10 @@ def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.
     w = torch.randn(rows, 2, generator=generator(0))
     codes = torch.zeros(2, rows, 2, dtype=torch.uint8)
     grid = torch.ones(rows, 1), torch.zeros(rows, 1), torch.ones(2, rows), torch.zeros(2, dtype=torch.int64)
-    reference.codes_feed(codes, w, torch.eye(2), None, *grid, LEVEL_WEIGHTS)
+    reference.error_feedback(codes, w, torch.eye(2), None, *grid, LEVEL_WEIGHTS)
     assert at_once == [reference._LONE_ROWS, 5]
     last = torch.zeros(2, 5, 2, dtype=torch.uint8)
-    reference.codes_feed(
+    reference.error_feedback(
         last, w[-5:], torch.eye(2), None, *(t[-5:] for t in grid[:2]), torch.ones(2, 5), grid[3], LEVEL_WEIGHTS
     )
     assert torch.equal(codes[:, -5:], last)

@@ -1,12 +1,12 @@
 """Ours against other libraries at equal bytes: `python -m benchmarks quality_peers`.
 
-Every peer rounds the same layers of the same model in its own process, with the same calibration data, and hands back
+Every peer rounds the same layers of the same model in its own process, with the same calibration data. It returns
 float32 matrices and the bytes of its format. They are put into the float model and measured by the same code as ours,
-on the same held-out data; ours is the map of least predicted loss that takes, as stored, at most the peer's bytes. Only
+on the same held-out data. Ours is the map of lowest predicted loss whose stored bytes are at most the peer's. Only
 weights are compared: inputs are exact on both sides.
 
-Both sides have the same embeddings, our 8-bit ones, tied heads included, and neither counts them. Layers that
-the output does not depend on, and grouped convolutions, stay float on both sides.
+Both sides have the same embeddings, our 8-bit ones, tied heads included, and neither side counts them. Layers that the
+output does not depend on, and grouped convolutions, stay float on both sides.
 
 Legend: N rows and K inputs of a weight.
 """
@@ -73,7 +73,7 @@ def measure_cases(chosen: Iterable[Case], settings: Sequence[Setting] = SETTINGS
 
 
 class HeldOut:
-    """How far a model's outputs are from the float model's on held-out data."""
+    """Measures the divergence of a model's outputs from the float model's on held-out data."""
 
     def __init__(self, case: Case, reference: nn.Module) -> None:
         self.case = case
@@ -81,7 +81,7 @@ class HeldOut:
             self.wanted = [case.objective.outcome(run(reference, batch), batch) for batch in case.evaluation]
 
     def divergence(self, model: nn.Module) -> float:
-        """The mean over samples, as `foveate.measure` has it."""
+        """The mean divergence over samples, as `foveate.measure` computes it."""
         total, samples = 0.0, 0
         objective = self.case.objective
         with torch.inference_mode():
@@ -93,7 +93,7 @@ class HeldOut:
 
 
 class Ours:
-    """Our planes of the same layers, at any bytes: measured, like the peers, as the float32 weights they stand for."""
+    """Our planes of the same layers, at any bytes. Like the peers they are measured as dequantized float32 weights."""
 
     def __init__(self, base: nn.Module, skip: Sequence[str], case: Case, held_out: HeldOut) -> None:
         self.model, self.base, self.held_out = copy.deepcopy(base), copy.deepcopy(base), held_out
@@ -102,15 +102,15 @@ class Ours:
         self._known: dict[PrecisionMap, float] = {}
 
     def bytes_of(self, plan: PrecisionMap) -> int:
-        """Planes, scales, gains and tile levels, as stored."""
+        """The stored bytes of a map's planes, scales, gains and tile levels."""
         return plan.bytes_stored - plan.other_bytes
 
     def uniform(self, level: int) -> PrecisionMap:
-        """Every weight at one level."""
+        """The map with every weight at one level."""
         return self.profile.uniform(level, EXACT_INPUTS)
 
     def within(self, size: int) -> PrecisionMap:
-        """The map of least predicted loss in so many bytes; tiles are dropped only where 2 bits are too many."""
+        """The map of lowest predicted loss in `size` bytes; tiles are dropped only where 2 bits are too many."""
         budget = Budget(bits=8 * size / self.weights)
         try:
             return allocate(self.profile, budget, Constraints(input_level=EXACT_INPUTS))
@@ -118,7 +118,7 @@ class Ours:
             return allocate(self.profile, budget, Constraints(levels=WEIGHT_LEVELS, input_level=EXACT_INPUTS))
 
     def divergence(self, plan: PrecisionMap) -> float:
-        """Measured."""
+        """The measured divergence of a map."""
         if plan not in self._known:
             apply(self.model, plan)
             weights = registry_of(self.model).weights
@@ -128,7 +128,7 @@ class Ours:
 
 
 def measure_case(case: Case, settings: Sequence[Setting], peers: Peers) -> tuple[list[dict[str, Any]], list[str]]:
-    """The rows of one model, and what should be known of them."""
+    """The rows of one model, and notes on them."""
     held_out = HeldOut(case, case.model)
     base = copy.deepcopy(case.model)
     compared = round_embeddings(base)
@@ -163,7 +163,7 @@ def measure_case(case: Case, settings: Sequence[Setting], peers: Peers) -> tuple
 
 
 def own_rows(ours: Ours, layers: Layers, base: nn.Module, held_out: HeldOut) -> list[dict[str, Any]]:
-    """Ours at every level, rounded for one level only, and allocated at the points."""
+    """The rows of our maps: at every level, rounded for one level only, and allocated at the points."""
     plans = {f"uniform {level}": ours.uniform(level) for level in NESTED_LEVELS}
     plans |= {f"allocated {point}": allocate_at(ours, bits) for point, bits in POINTS.items()}
     rows: list[dict[str, Any]] = [
@@ -198,7 +198,7 @@ def one_level(layers: Layers, name: str, level: int, group: int | None = None) -
 
 
 def stand_ins(model: nn.Module) -> list[Setting]:
-    """What stands in for peers in a model with convolutions: one level, in groups that come near each point."""
+    """Settings of our own one-level rounding near each point, for models with convolutions, which few peers support."""
     if not any(kind_of(m) is Kind.CONV for m in model.modules()):
         return []
     chosen = (("b4_25", 4, 128), ("b3_25", 3, 128), ("b2_5", 2, 64))
@@ -206,7 +206,7 @@ def stand_ins(model: nn.Module) -> list[Setting]:
 
 
 def one_level_weights(layers: Layers, setting: Setting) -> tuple[dict[str, Tensor], int]:
-    """Every weight rounded for one level only, and bytes of codes, float16 scales and offsets."""
+    """Every weight rounded for one level only, and the bytes of its codes and of its float16 scales and offsets."""
     level, group = setting.arguments["bits"], setting.arguments["group"]
     dense = {name: one_level(layers, name, level, group) for name in layers.weights}
     size = sum(-(-level * w.numel() // 8) + 4 * w.shape[0] * -(-w.shape[1] // group) for w in layers.weights.values())
@@ -214,12 +214,12 @@ def one_level_weights(layers: Layers, setting: Setting) -> tuple[dict[str, Tenso
 
 
 def allocate_at(ours: Ours, bits: float) -> PrecisionMap:
-    """Our map at so many bits a weight."""
+    """Our map at `bits` bits per weight."""
     return ours.within(int(bits * ours.weights / 8))
 
 
 def compare(setting: Setting, size: int, divergence: float, ours: Ours) -> dict[str, Any]:
-    """A peer's result beside ours at its bytes."""
+    """The row that compares a peer's result with ours at its bytes."""
     plan = ours.within(size)
     own = ours.divergence(plan)
     return {

@@ -1,4 +1,4 @@
-"""The layers that are compared: their weights, second moments of their inputs, and how weights get into a model.
+"""The layers that are compared: their weights, second moments of their inputs, and how weights are put into a model.
 
 Legend: N rows and K inputs of a weight; M rows of inputs.
 """
@@ -28,7 +28,7 @@ class Layers:
         weights: float32 [N, K].
         moments: E[x x^T] of their inputs over the calibration data, float32 [K, K].
         gradients: E[g g^T] of their outputs' gradients, float32 [N, N], in no particular unit.
-        left: names of modules that neither side quantizes.
+        left: names of the modules that stay float on both sides.
     """
 
     weights: Mapping[str, Tensor]
@@ -38,31 +38,32 @@ class Layers:
 
     @property
     def count(self) -> int:
-        """Weights in all."""
+        """The number of weights in all layers."""
         return sum(w.numel() for w in self.weights.values())
 
 
 def round_embeddings(model: nn.Module) -> list[QuantizableWeight]:
-    """Put embeddings at our 8 bits, in place, as both sides have them; returns the weights that are to be compared."""
+    """Round embeddings to our 8 bits in place, as both sides have them, and return the weights to be compared."""
     compared = []
-    for found in find_weights(model):
-        if any(kind_of(m) is Kind.EMBEDDING for m in found.modules):
-            weight = cast(nn.Parameter, found.modules[0].weight)
+    for candidate in find_weights(model):
+        if any(kind_of(m) is Kind.EMBEDDING for m in candidate.modules):
+            weight = cast(nn.Parameter, candidate.modules[0].weight)
             group = group_for(weight.shape[1])
             r = round_weight(weight, group=group)
             planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=group, reach=r.reach)
             planes.active_levels.fill_(TOP_LEVEL)
             weight.data.copy_(planes.dequantize())
         else:
-            compared.append(found)
+            compared.append(candidate)
     return compared
 
 
 def gather(
     model: nn.Module, compared: Sequence[QuantizableWeight], batches: Sequence[Any], objective: Objective
 ) -> Layers:
-    """Run the calibration data and keep the second moments of the inputs of every layer that the output depends on, and
-    those of its outputs' gradients.
+    """Run the calibration data and collect second moments for every layer that the output depends on.
+
+    They are those of the layer's inputs, and those of its outputs' gradients.
     """
     sums: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
@@ -108,7 +109,7 @@ def gather(
 def _used_by_output(
     model: nn.Module, compared: Sequence[QuantizableWeight], batch: Any, objective: Objective
 ) -> list[QuantizableWeight]:
-    """The weights that the output depends on: a transformer may have a pooler whose output nobody takes."""
+    """The weights that the output depends on. A transformer may have a pooler whose output is not used."""
     weights = [cast(nn.Parameter, f.modules[0].weight).requires_grad_() for f in compared]
     with torch.enable_grad():
         total = objective.outcome(run(model, batch), batch).square().sum()

@@ -1,7 +1,7 @@
-"""Round a weight for one level and no other: what nested codes are measured against.
+"""Round a weight for one level only: the baseline for nested codes.
 
-The grid is searched as `nearest` searches it, but in float16, as other libraries have it, and for the error of this
-level alone; with a covariance, codes are chosen by feedback and descent for this level alone.
+The grid is searched as `nearest` searches it, but in float16, as other libraries have it, and for the error of this one
+level. With a covariance, codes are chosen by error feedback and coordinate descent for this one level.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
 
 
 def _as_float16(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and offsets as other libraries store them."""
+    """Scales and offsets in float16, as other libraries store them."""
     return scale_R.half().float(), offset_R.half().float()
 
 
@@ -30,14 +30,14 @@ def round_for_one_level(
     covariance_KK: Tensor | None = None,
     gradients_BRR: Tensor | None = None,
 ) -> Tensor:
-    """The weight on the best grid of 2^level codes a group, float32 [N, K].
+    """The weight on the best grid of 2^level codes per group, float32 [N, K].
 
     Args:
         w_NK: floating point [N, K].
         level: bits, 2 to 4.
-        group: inputs a group, 32, 64 or 128; K need not divide.
+        group: inputs per group, 32, 64 or 128; it need not divide K.
         input_energy_K: as `round_weight` takes it.
-        covariance_KK: E[x x^T] of the inputs, for feedback and descent; nearest codes without it.
+        covariance_KK: E[x x^T] of the inputs, for error feedback and coordinate descent; nearest codes without it.
         gradients_BRR: as `with_descent` takes it.
     """
     check_group(group)

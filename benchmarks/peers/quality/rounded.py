@@ -1,7 +1,7 @@
-"""Layers handed to a peer in its own process, and what it hands back: float32 matrices, and the bytes of its format.
+"""Sends layers to a peer in its own process, and reads its results: float32 matrices and the bytes of its format.
 
-Weights, moments and tokens go through files of numpy arrays, which every peer's environment can read, in a folder that
-lives as long as the model is measured.
+Weights, moments and tokens are passed in files of numpy arrays, which every peer's environment can read. Their folder
+exists as long as the model is measured.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ LIMIT_S = 3600.0
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """One model's layers, written for the peers when first asked for.
+    """One model's layers. Files for the peers are written when they are first needed.
 
     Attributes:
-        folder: for the files.
-        case: whose calibration data whole models are rounded with.
-        model: float, with the embeddings that both sides have.
-        layers: what is to be rounded.
+        folder: the folder of the files.
+        case: the case whose calibration data round whole models.
+        model: the float model, with the embeddings that both sides have.
+        layers: the layers to be rounded.
     """
 
     folder: Path
@@ -53,7 +53,7 @@ class Work:
 
     @cached_property
     def whole(self) -> dict[str, Any]:
-        """The arguments of `round_models.py` that name files; raises `PeerError` for what is no transformer."""
+        """The arguments of `round_models.py` that name files; raises `PeerError` if the model is no transformer."""
         prefix, inner = self._transformer
         tokens = self.folder / "tokens.npz"
         arrays: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ class Work:
         raise PeerError("it takes transformers only, and this model is none")
 
     def read(self, file: Path, whole: bool) -> dict[str, Tensor]:
-        """What a peer wrote; raises `PeerError` if it is not a finite matrix for every layer."""
+        """The matrices that a peer wrote; raises `PeerError` unless there is a finite one for every layer."""
         prefix = self._transformer[0] if whole else ""
         with np.load(file, allow_pickle=False) as held:
             dense = {prefix + name: torch.from_numpy(held[name]) for name in held.files}
@@ -93,27 +93,27 @@ def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _tokens(batches: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
-    """(ids, mask) [B, S] of every batch of tokens; sentences come as chunks of such batches."""
-    found = []
+    """(ids, mask) [B, S] of every batch of tokens. A batch of sentences is a list of chunks."""
+    pairs = []
     for batch in batches:
         if isinstance(batch, Tensor):
-            found.append((batch, torch.ones_like(batch)))
+            pairs.append((batch, torch.ones_like(batch)))
         elif isinstance(batch, Mapping) and "chunks" in batch:
-            found += [(chunk["input_ids"], chunk["attention_mask"]) for chunk in batch["chunks"]]
+            pairs += [(chunk["input_ids"], chunk["attention_mask"]) for chunk in batch["chunks"]]
         else:
             raise PeerError(f"it takes batches of tokens, and these are of {type(batch).__name__}")
-    return found
+    return pairs
 
 
 class Peers:
-    """The peers' processes: one a script and environment, started when first needed, kept until the end."""
+    """The peers' processes: one per script and environment, started when first needed, kept until the end."""
 
     def __init__(self) -> None:
         self._children: dict[tuple[str, str], Child] = {}
         self._versions: dict[str, str] = {}
 
     def round(self, setting: Setting, work: Work) -> tuple[dict[str, Tensor], int]:
-        """What the peer makes of a model's layers, and the bytes of its format.
+        """The weights of a model's layers as the peer rounds them, and the bytes of its format.
 
         Raises:
             PeerError: there is no environment for it, or it failed.
@@ -145,7 +145,7 @@ class Peers:
         return environment.python
 
     def versions(self) -> list[str]:
-        """Of every library that answered, a note."""
+        """A note on the version of every library that answered."""
         return [f"{peer} {version}" for peer, version in sorted(self._versions.items())]
 
     def __enter__(self) -> Peers:

@@ -1,7 +1,8 @@
-"""What each peer is asked for at about 4.25, 3.25 and 2.5 bits a weight: its settings that come closest.
+"""The settings of each peer that come closest to 4.25, 3.25 and 2.5 bits per weight.
 
-A setting's bytes are known when it has run. Ours is then given exactly as many, so a setting need not hit its point;
-one that misses it by more than `WINDOW` bits (widths that its groups do not divide) is left out, and a note says so.
+A setting's bytes are known only after it has run. Our map is then given exactly as many bytes, so a setting need not
+hit its point. A setting that misses it by more than `WINDOW` bits (where its groups do not divide the widths) is left
+out, and a note says so.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Bits a weight, scales and zero points counted, by what figures call them.
+#: Bits per weight, scales and zero points counted, by their name in figures.
 POINTS = {"b4_25": 4.25, "b3_25": 3.25, "b2_5": 2.5}
 WINDOW = 0.2
-#: Our own rounding for one level only, in place of the peers that have none for convolutions.
+#: Our own rounding for one level only. It replaces peers for convolutions, which most of them do not support.
 STAND_IN = "one level"
-#: Of auto-round: iterations a block and learning rate, those of its own light recipe.
+#: auto-round's iterations per block and learning rate, as in its own light recipe.
 AUTO_ROUND = {"iterations": 50, "learning_rate": 5e-3}
 
 
@@ -25,9 +26,9 @@ class Setting:
 
     Attributes:
         peer: the library, as the scripts call it.
-        environment: that has it.
-        point: of `POINTS`.
-        arguments: what its script is given.
+        environment: the environment that has it.
+        point: a name in `POINTS`.
+        arguments: the arguments of its script.
         whole: whether it rounds whole transformers, not matrices.
     """
 
@@ -39,23 +40,23 @@ class Setting:
 
     @property
     def script(self) -> str:
-        """The file that does it."""
+        """The script that rounds with this setting."""
         return "round_models.py" if self.whole else "round_matrices.py"
 
     @property
     def name(self) -> str:
-        """Its settings in a few words."""
+        """The arguments in a few words."""
         return " ".join(f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in self.arguments.items() if v != "")
 
 
 def _settings() -> tuple[Setting, ...]:
-    found = []
+    settings = []
     for point, bits, group in (("b4_25", 4, 128), ("b3_25", 3, 128), ("b2_5", 2, 64)):
-        found += [Setting("hqq", "hqq", point, {"bits": bits, "group": group, "axis": axis}) for axis in (0, 1)]
+        settings += [Setting("hqq", "hqq", point, {"bits": bits, "group": group, "axis": axis}) for axis in (0, 1)]
     for point, bits, group in (("b4_25", 4, 128), ("b2_5", 2, 64)):
         for optimizer in ("max", "hqq"):
             arguments = {"bits": bits, "group": group, "optimizer": optimizer}
-            found.append(Setting("quanto", "quanto", point, arguments))
+            settings.append(Setting("quanto", "quanto", point, arguments))
     for point, bits, group, algorithm in (
         ("b4_25", 4, 128, "AFFINE"),
         ("b4_25", 4, 64, "HQQ_SCALE_ONLY"),
@@ -64,7 +65,7 @@ def _settings() -> tuple[Setting, ...]:
         ("b2_5", 2, 32, "AFFINE"),
         ("b2_5", 2, 32, "HQQ_SCALE_ONLY"),
     ):
-        found.append(Setting("torchao", "torchao", point, {"bits": bits, "group": group, "algorithm": algorithm}))
+        settings.append(Setting("torchao", "torchao", point, {"bits": bits, "group": group, "algorithm": algorithm}))
     for point, bits, group, mse in (
         ("b4_25", 4, 128, 0.0),
         ("b4_25", 4, 128, 2.4),
@@ -73,7 +74,7 @@ def _settings() -> tuple[Setting, ...]:
         ("b2_5", 2, 64, 2.4),
         ("b2_5", 2, 32, 2.4),
     ):
-        found.append(Setting("gptqmodel", "gptqmodel", point, {"bits": bits, "group": group, "mse": mse}))
+        settings.append(Setting("gptqmodel", "gptqmodel", point, {"bits": bits, "group": group, "mse": mse}))
     for point, kind, ragged in (
         ("b4_25", "IQ4_XS", "IQ4_NL"),
         ("b4_25", "IQ4_XS", ""),
@@ -82,12 +83,12 @@ def _settings() -> tuple[Setting, ...]:
         ("b2_5", "IQ2_S", ""),
         ("b2_5", "Q2_K", ""),
     ):
-        found.append(Setting("llama.cpp", "llama-cpp", point, {"type": kind, "ragged": ragged}))
+        settings.append(Setting("llama.cpp", "llama-cpp", point, {"type": kind, "ragged": ragged}))
     for point, bits, group in (("b4_25", 4, 128), ("b3_25", 3, 64), ("b2_5", 2, 32)):
-        found.append(
+        settings.append(
             Setting("auto-round", "auto-round", point, {"bits": bits, "group": group, **AUTO_ROUND}, whole=True)
         )
-    return tuple(found)
+    return tuple(settings)
 
 
 SETTINGS = _settings()

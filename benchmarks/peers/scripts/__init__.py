@@ -1,1 +1,1 @@
-"""What runs in the peers' environments: scripts that import nothing of foveate, started by their own Pythons."""
+"""Scripts that run in the peers' environments with their own Python. They import nothing of foveate."""

@@ -1,9 +1,9 @@
-"""The scripts' side of the conversation: a line of JSON in, a line of JSON out, until the input ends.
+"""The scripts' side of the protocol: for each line of JSON in, one line of JSON out, until the input ends.
 
     {"do": "time", "rows": 1}  ->  {"seconds": 0.0004}
 
-What a library prints goes to stderr, so that nothing but answers is on stdout. A request that fails ends the process:
-the other side reads the reason from the last line of stderr.
+What a library prints goes to stderr, so stdout has only answers. A request that fails ends the process, and the other
+side reads the reason from the last line of stderr.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def serve(handlers: Mapping[str, Callable[..., Mapping[str, Any]]]) -> None:
-    """Answer requests: `do` names the handler, the rest are its arguments."""
+    """Answer requests. `do` names the handler, and all other keys are its arguments."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,8 +1,8 @@
 """Linear layers of torch, torchao, optimum-quanto and hqq, as each stores and multiplies them on a CPU.
 
-Run by the Python that has the library. A layer is made again and again until the copies are far beyond the last cache;
-they are multiplied one after the other, so every weight comes from memory. Each form computes in the dtype that its
-library is fastest with, and compiled where that is faster.
+It runs with the Python that has the library. A layer is copied until the copies are far larger than the last cache.
+They are multiplied one after the other, so every weight is read from memory. Each form computes in the dtype that is
+fastest in its library, and is compiled where that is faster.
 
     {"do": "make", "form": "torchao int4", "width": 4096, "set_bytes": 1 << 28, "threads": 2} -> {"bits", "bytes", ...}
     {"do": "time", "rows": 1, "passes": 3}                                                    -> {"seconds"}
@@ -23,7 +23,7 @@ import torch._dynamo
 from answers import serve
 from torch import Tensor, nn
 
-#: Copies to a stack: a stack is one call, so that what a call costs in Python is shared.
+#: Copies per stack. A stack is one call, so its copies share the cost of a call in Python.
 STACK = 4
 WARM_UP = 3
 
@@ -33,10 +33,10 @@ class Form:
     """One way to store a linear layer.
 
     Attributes:
-        package: that makes it.
-        bits: of a weight.
-        make: `make(layer)`, the layer in that form, from a float32 `nn.Linear` without bias.
-        dtype: of its input.
+        package: the package that makes it.
+        bits: bits per weight.
+        make: `make(layer)` gives the layer in that form, from a float32 `nn.Linear` without bias.
+        dtype: the dtype of its input.
         compiled: whether it runs under `torch.compile`, with weights as constants.
     """
 
@@ -139,10 +139,10 @@ def _plain(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _stored_bytes(module: nn.Module, rows: int) -> int:
-    """Bytes of everything that a product reads of a layer."""
+    """The bytes of a layer that a product reads."""
     total = 0
     for part in module.modules():
-        if isinstance(part, torch.ao.nn.quantized.Linear):  # a byte a weight, a scale and an offset a row
+        if isinstance(part, torch.ao.nn.quantized.Linear):  # a byte per weight, a scale and an offset per row
             total += part.in_features * part.out_features + 8 * rows
         tensors = [*part.parameters(recurse=False), *part.buffers(recurse=False)]
         tensors += [v for v in getattr(part, "meta", {}).values() if isinstance(v, Tensor)]  # where hqq keeps scales
@@ -151,7 +151,7 @@ def _stored_bytes(module: nn.Module, rows: int) -> int:
 
 
 class Layers:
-    """The copies of one form, and the clock."""
+    """The copies of one form, which are timed."""
 
     def make(self, form: str, width: int, set_bytes: int, threads: int) -> dict[str, Any]:
         """Make the copies."""
@@ -177,7 +177,7 @@ class Layers:
         }
 
     def time(self, rows: int, passes: int, stacks: int | None = None) -> dict[str, float]:
-        """Seconds of a product with so many rows of x: the mean of the first stacks or of all, the median of passes."""
+        """Seconds per product with `rows` rows of x: the mean over the first stacks or all, the median over passes."""
         x_MK = torch.randn(rows, self.width, generator=torch.Generator().manual_seed(rows)).to(self.form.dtype)
         used = self.stacks[:stacks]
         for _ in range(WARM_UP):

@@ -1,12 +1,12 @@
 """A Llama of random weights in llama.cpp: written as GGUF, quantized by llama.cpp, decoded one token at a time.
 
-Run by the Python that has llama-cpp-python and gguf. Weights lie in the process's own memory, not in a mapped file, so
-that they may be on huge pages, and llama.cpp may rearrange them for this processor, as it does unless told not to.
+It needs llama-cpp-python and gguf. Weights are in the process's own memory, not in a mapped file. So they can be on
+huge pages, and llama.cpp can rearrange them for this processor, which is its default.
 
-    {"do": "prepare", "folder": ..., "shape": {...}, "types": [...]} -> {"bytes": {type: bytes a token reads}}
+    {"do": "prepare", "folder": ..., "shape": {...}, "types": [...]} -> {"bytes": {type: bytes per token}}
     {"do": "load", "type": "Q4_K_S", "context": 640, "threads": 2}   -> {"system": what it was compiled for}
-    {"do": "decode", "type": "Q4_K_S", "prompt": 8, "tokens": 32}    -> {"seconds": a token, ...}
-    {"do": "prefill", "type": "Q4_K_S", "tokens": 512}               -> {"seconds": the whole prompt}
+    {"do": "decode", "type": "Q4_K_S", "prompt": 8, "tokens": 32}    -> {"seconds": per token, ...}
+    {"do": "prefill", "type": "Q4_K_S", "tokens": 512}               -> {"seconds": of the prompt}
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ EMBEDDING = "token_embd.weight"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the model: widths, layers, heads of queries and of keys and values, rows of the vocabulary."""
+    """The model's widths, layers, heads of queries and of keys and values, and size of the vocabulary."""
 
     width: int
     intermediate: int
@@ -41,7 +41,7 @@ class Shape:
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes, rows first."""
         kv = self.width // self.heads * self.kv_heads
-        found: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocabulary, self.width)}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocabulary, self.width)}
         for i in range(self.layers):
             block = {
                 "attn_norm": (self.width,),
@@ -54,8 +54,8 @@ class Shape:
                 "ffn_up": (self.intermediate, self.width),
                 "ffn_down": (self.width, self.intermediate),
             }
-            found |= {f"blk.{i}.{name}.weight": sizes for name, sizes in block.items()}
-        return found | {"output_norm.weight": (self.width,), "output.weight": (self.vocabulary, self.width)}
+            shapes |= {f"blk.{i}.{name}.weight": sizes for name, sizes in block.items()}
+        return shapes | {"output_norm.weight": (self.width,), "output.weight": (self.vocabulary, self.width)}
 
 
 def write_f16(path: Path, shape: Shape, context: int = 2048) -> None:
@@ -86,7 +86,7 @@ def write_f16(path: Path, shape: Shape, context: int = 2048) -> None:
 
 
 def quantized(source: Path, target: Path, kind: str) -> None:
-    """Every matrix in the one type, the output layer included."""
+    """Quantize every matrix to one type, the output layer included."""
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.pure = True
@@ -95,12 +95,12 @@ def quantized(source: Path, target: Path, kind: str) -> None:
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes of the tensors that one token reads: all, and one row of the embedding."""
+    """Bytes that one token reads: all tensors, but only one row of the embedding."""
     return sum(int(t.n_bytes) // (int(t.shape[1]) if t.name == EMBEDDING else 1) for t in gguf.GGUFReader(path).tensors)
 
 
 class Models:
-    """The quantized files, and a context for each that was loaded."""
+    """The quantized files, and a context for each file that was loaded."""
 
     def __init__(self) -> None:
         llama_cpp.llama_backend_init()
@@ -109,7 +109,7 @@ class Models:
         self.vocabulary = 0
 
     def prepare(self, folder: str, shape: dict[str, int], types: list[str]) -> dict[str, Any]:
-        """Write what is missing; a file is there when it is whole."""
+        """Write the files that are missing. A file appears only when it is complete."""
         sizes = Shape(**shape)
         self.vocabulary = sizes.vocabulary
         stem = "-".join(str(v) for v in shape.values())
@@ -130,7 +130,7 @@ class Models:
         return {"bytes": {kind: bytes_read(path) for kind, path in self.files.items()}}
 
     def load(self, type: str, context: int, threads: int) -> dict[str, Any]:
-        """Load a model; it stays."""
+        """Load a model, and keep it."""
         parameters = llama_cpp.llama_model_default_params()
         parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
         model = llama_cpp.llama_model_load_from_file(os.fsencode(self.files[type]), parameters)
@@ -150,7 +150,7 @@ class Models:
         }
 
     def decode(self, type: str, prompt: int, tokens: int) -> dict[str, Any]:
-        """Read a prompt, then choose the likeliest token so many times; the seconds of a token after the first."""
+        """Read a prompt, then choose the likeliest token `tokens` times; the seconds per token after the first."""
         context = self._cleared(type)
         token = self._read(context, _prompt(prompt, self.vocabulary))
         started = time.perf_counter()
@@ -171,7 +171,7 @@ class Models:
         return context
 
     def _read(self, context: Any, tokens: list[int]) -> int:
-        """The likeliest token after these."""
+        """Read some tokens, and return the likeliest next one."""
         held = (llama_cpp.llama_token * len(tokens))(*tokens)
         if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(held, len(tokens))):
             raise RuntimeError(f"llama.cpp could not decode {len(tokens)} tokens")

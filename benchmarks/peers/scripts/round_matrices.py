@@ -1,14 +1,14 @@
-"""Matrices rounded by hqq, optimum-quanto, torchao, llama.cpp and gptqmodel, and handed back as float32.
+"""Matrices rounded by hqq, optimum-quanto, torchao, llama.cpp and gptqmodel, and returned as float32.
 
-Run by the Python that has the library. A request names two files of numpy arrays: the weights, float32 [N, K] by name,
-and the second moments of their inputs, float32 [K, K] by the same names. What is handed back is what the library's own
-format stands for, so it can be put into the float model and compared with anything.
+It runs with the Python that has the library. A request names two files of numpy arrays: the weights, float32 [N, K] by
+name, and the second moments of their inputs, float32 [K, K] by the same names. The matrices returned are the library's
+format dequantized, so they can be put into the float model.
 
     {"do": "round", "form": "hqq", "bits": 4, "group": 64, "axis": 1, "weights": FILE, "moments": FILE, "out": FILE}
     ->  {"bytes": of codes, scales and zero points, "version": of the library}
 
 Codes count exactly `bits` each, even where a library leaves gaps between them (hqq at 3 bits) or does not pack them
-(torchao), and zero points that are codes count as codes: no peer is charged for what a better packing would save.
+(torchao). Zero points that are codes count as codes. So no peer is charged for bytes that better packing would save.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _SUPER_BLOCK = 256
 
 
 def packed(bits: int, count: int) -> int:
-    """Bytes of so many codes."""
+    """The bytes of `count` codes."""
     return -(-bits * count // 8)
 
 
@@ -98,7 +98,7 @@ def torchao(w_NK: Matrix, _: Matrix, bits: int, group: int, algorithm: str) -> t
 def gptqmodel(w_NK: Matrix, moment_KK: Matrix, bits: int, group: int, mse: float) -> tuple[Matrix, int]:
     """GPTQ, asymmetric, float16 scales, columns in its own order; `mse` is the norm of its clip search, 0 for none.
 
-    It is fed with rows whose second moment is the given one, which is all that it uses of its inputs.
+    Its inputs are rows with the given second moments, which is all that it uses of its inputs.
     """
     import torch
     from gptqmodel.quantization import QuantizeConfig
@@ -154,7 +154,7 @@ def llama_cpp(w_NK: Matrix, moment_KK: Matrix, type: str, ragged: str) -> tuple[
     return dense[:, : columns - missing], size
 
 
-#: By form: what rounds one matrix, and the package whose version is told.
+#: By form: the function that rounds one matrix, and the package whose version is reported.
 FORMS: dict[str, tuple[Callable[..., tuple[Matrix, int]], str]] = {
     "hqq": (hqq, "hqq"),
     "quanto": (quanto, "optimum-quanto"),

@@ -1,7 +1,7 @@
-"""A whole transformer rounded by auto-round, block after block on its calibration data; handed back as matrices.
+"""A whole transformer rounded by auto-round, block after block on its calibration data, and returned as matrices.
 
-Run by the Python that has the library. A request names the folder of a transformers model and a file of numpy arrays:
-token ids and masks, int64 [B, S] each, `ids_0`, `mask_0`, `ids_1`, ...
+It runs with the Python that has the library. A request names the folder of a transformers model and a file of numpy
+arrays: token ids and masks, int64 [B, S] each, `ids_0`, `mask_0`, `ids_1`, ...
 
     {"do": "round", "form": "auto-round", "bits": 4, "group": 128, "iterations": 200, "model": FOLDER, "kind": CLASS,
      "tokens": FILE, "names": [of the layers], "out": FILE}
@@ -22,7 +22,7 @@ from round_matrices import packed
 
 
 class _Tokenizer:
-    """Auto-round insists on a tokenizer, and asks it for nothing but the token that pads."""
+    """The tokenizer that auto-round requires. It uses only the padding token."""
 
     pad_token: str | None = None
 
@@ -31,7 +31,7 @@ class _Tokenizer:
 
 
 def _batches(file: str, size: int) -> list[dict[str, torch.Tensor]]:
-    """The calibration data, cut to one length: auto-round drops what is shorter than that."""
+    """The calibration data, cut to one length, because auto-round drops shorter samples."""
     with np.load(file, allow_pickle=False) as held:
         count = sum(name.startswith("ids_") for name in held.files)
         pairs = [(torch.from_numpy(held[f"ids_{i}"]), torch.from_numpy(held[f"mask_{i}"])) for i in range(count)]

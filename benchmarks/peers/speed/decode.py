@@ -1,8 +1,8 @@
-"""A whole model, token by token, beside llama.cpp: what `foveate bench decode` measures, in turns with it.
+"""A whole model, token by token, beside llama.cpp: the figures of `foveate bench decode`, in turns with a peer.
 
-Both sides choose the likeliest token after a short prompt and go on, with the same number of threads, in rounds that
-alternate. Theirs is `llama_decode`, with every matrix in one type, the output layer included. Where there is no
-environment for llama.cpp, or it fails, ours is measured alone and a note says why.
+Both sides continue a short prompt with the likeliest tokens, on the same number of threads, in alternating rounds.
+llama.cpp runs `llama_decode`, with every matrix in one type, the output layer included. Where there is no environment
+for llama.cpp, or it fails, only foveate is measured and a note says why.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from foveate.bench.decode import Sizes
 from foveate.bench.result import Measured
 
 log = logging.getLogger("foveate")
-#: llama.cpp's nearest type to each level.
+#: By level, the nearest type of llama.cpp.
 TYPES = {2: "Q2_K", 3: "Q3_K_S", 4: "Q4_K_S", 6: "Q6_K", 8: "Q8_0"}
 
 
@@ -41,7 +41,7 @@ class LlamaCpp:
         )
 
     def decode(self, level: int) -> float:
-        """Seconds a token, after the first."""
+        """Seconds per token, after the first."""
         answer = self.child.ask("decode", type=TYPES[level], prompt=self.sizes.prompt, tokens=self.sizes.tokens)
         return float(answer["seconds"])
 
@@ -51,7 +51,7 @@ class LlamaCpp:
 
 
 def measure(sizes: Sizes | None = None) -> Measured:
-    """Measure both sides in turns, or ours alone where llama.cpp is not to be had.
+    """Measure both sides in turns, or only foveate where llama.cpp is not available.
 
     Args:
         sizes: how much is measured.
@@ -59,12 +59,12 @@ def measure(sizes: Sizes | None = None) -> Measured:
     sizes = sizes or Sizes()
     notes: list[str] = []
     with ExitStack() as stack:
-        found = decode.measure(sizes, _llama_cpp(sizes, stack, notes))
-    return replace(found, notes=(*notes, *found.notes))
+        result = decode.measure(sizes, _llama_cpp(sizes, stack, notes))
+    return replace(result, notes=(*notes, *result.notes))
 
 
 def _llama_cpp(sizes: Sizes, stack: ExitStack, notes: list[str]) -> LlamaCpp | None:
-    """llama.cpp with its models loaded, or None and a note of why not."""
+    """llama.cpp with its models loaded; None, with a note of the reason, where it is not available."""
     environment = ENVIRONMENTS["llama-cpp"]
     if not environment.built:
         notes.append("ours only: `make bench-peers` makes an environment for llama.cpp and measures it too")

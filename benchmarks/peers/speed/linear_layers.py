@@ -1,12 +1,13 @@
-"""One linear layer of every library: its time against ours, and against what the memory can deliver.
+"""One linear layer of every library: its time beside ours, and beside the limit of the memory's bandwidth.
 
-A set of equal layers far larger than the caches is multiplied with M rows of x, one layer after the other, so that
-every weight comes from memory. Each form of each library sits in a process of its own and takes its turn in every
-round, with ours at every level and the machine's read bandwidth beside it.
+A set of equal layers far larger than the caches is multiplied with M rows of x, one layer after the other, so every
+weight is read from memory. Each form of each library has a process of its own and takes its turn in every round, with
+ours at every level. The machine's read bandwidth is measured in the same rounds.
 
-`time_over_<form>_m<M>` is our time over theirs, at our level of as many bits (at 8 bits where theirs has more): under
-one, ours is faster. `share_<form>` is bytes of weights over time over bandwidth, for one row. Each library stores what
-it stores: bytes of a product are in the rounds. Our inputs have 8 bits, as those of dynamic int8; all others are exact.
+`time_over_<form>_m<M>` is our time over theirs, at our level of as many bits, or at 8 bits where theirs has more. Below
+1 ours is faster. `share_<form>` is bytes of weights over time over bandwidth, for one row. Libraries store different
+bytes for the same bits; the rounds have the bytes of each product. Our inputs have 8 bits, as those of dynamic int8;
+all others are exact.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
 from foveate.progress import track
 
-#: What `scripts/linear_layers.py` knows, by the environment that has it; None is the one that runs this.
+#: The forms of `scripts/linear_layers.py`, by the environment that has them; None is this process's own environment.
 FORMS: dict[str | None, tuple[str, ...]] = {
     None: ("torch float32", "torch bfloat16", "torch dynamic int8"),
     "torchao": ("torchao int8", "torchao dynamic int8", "torchao int4", "torchao dynamic int4"),
@@ -46,7 +47,7 @@ FORMS: dict[str | None, tuple[str, ...]] = {
     "hqq": ("hqq 8", "hqq 4", "hqq 3", "hqq 2"),
 }
 
-_FEW = 4  # layers to a stack of `scripts/linear_layers.py`
+_FEW = 4  # layers per stack of `scripts/linear_layers.py`
 _WARM_UP = 12
 
 
@@ -56,12 +57,12 @@ class Sizes:
 
     Attributes:
         width: rows and columns of the layers.
-        rows: of x.
-        threads: for everyone.
-        set_bytes: of weights that a pass reads at the least, beyond the last cache.
-        rounds: interleaved; figures are medians. One more goes before, to warm up and compile.
-        passes: over all layers in each turn, of which the median counts.
-        many: rows of x from which only four layers are timed, for it is no longer memory that they wait for.
+        rows: rows of x.
+        threads: the threads of every library.
+        set_bytes: the smallest size of a set of weights, far larger than the last cache.
+        rounds: interleaved rounds; figures are their medians. One more goes before, to warm up and compile.
+        passes: passes over all layers in each turn, of which the median counts.
+        many: rows of x from which only four layers are timed, since memory is no longer the limit.
     """
 
     width: int = 4096
@@ -74,7 +75,7 @@ class Sizes:
 
 
 class Ours:
-    """Layers on planes, at any level."""
+    """Our layers on planes, at any level."""
 
     def __init__(self, sizes: Sizes) -> None:
         self.width = sizes.width
@@ -87,11 +88,11 @@ class Ours:
         self.count = count
 
     def bytes_each(self, level: int) -> int:
-        """Bytes of planes and scales of a layer."""
+        """The bytes of planes and scales of a layer."""
         return self.maps[level].bytes_read // self.count
 
     def seconds(self, level: int, rows: int, set_bytes: int, passes: int) -> float:
-        """Time of a product: the mean over as many layers as hold `set_bytes`, the median of passes."""
+        """Seconds per product: the mean over the layers that hold `set_bytes`, the median over passes."""
         apply(self.layers, self.maps[level])
         x_MK = torch.randn(rows, self.width, generator=torch.Generator().manual_seed(rows))
         used = list(self.layers)[: max(1, set_bytes // self.bytes_each(level))]
@@ -109,12 +110,12 @@ class Ours:
 
 @dataclass(frozen=True)
 class Peer:
-    """A form of a library, ready in its process.
+    """A form of a library, loaded in its process.
 
     Attributes:
-        form: as `scripts/linear_layers.py` calls it.
+        form: its name in `scripts/linear_layers.py`.
         child: the process.
-        about: what it said of itself: bits, bytes of a product, dtype, compiled, version.
+        about: its bits, bytes of a product, dtype, whether it is compiled, and version.
     """
 
     form: str
@@ -122,7 +123,7 @@ class Peer:
     about: Mapping[str, Any]
 
     def seconds(self, rows: int, few: bool, sizes: Sizes) -> float:
-        """Time of a product."""
+        """Seconds per product."""
         answer = self.child.ask("time", rows=rows, passes=sizes.passes, stacks=1 if few else None)
         return float(answer["seconds"])
 
@@ -141,11 +142,11 @@ def _start(form: str, environment: str | None, sizes: Sizes) -> Peer:
 
 
 def measure(sizes: Sizes | None = None, forms: Mapping[str | None, Sequence[str]] | None = None) -> Measured:
-    """Measure ours, and every form whose environment is there; the notes say which are not, or what they failed with.
+    """Measure ours, and every form whose environment exists. Notes say which are missing or why they failed.
 
     Args:
         sizes: how much is measured.
-        forms: by environment, what is measured.
+        forms: by environment, the forms to measure.
     """
     sizes, forms = sizes or Sizes(), FORMS if forms is None else forms
     ensure_loaded()
@@ -168,15 +169,15 @@ def measure(sizes: Sizes | None = None, forms: Mapping[str | None, Sequence[str]
         memory = Blocks([arena([sizes.set_bytes])[0].fill_(1)])
         loop = fastest_loop(memory, rounds=3)
         for number in track(range(sizes.rounds + 1), "rounds"):
-            found = list(_round(ours, peers, sizes, lambda: median(memory.bandwidth(loop) for _ in range(3))))
+            turns = list(_round(ours, peers, sizes, lambda: median(memory.bandwidth(loop) for _ in range(3))))
             if number:
-                rounds += [{"round": number, **turn} for turn in found]
+                rounds += [{"round": number, **turn} for turn in turns]
     notes += [f"{p.form}: {p.about['version']}, {p.about['dtype']}{', compiled' * p.about['compiled']}" for p in peers]
     return Measured(_figures(rounds), rounds, notes)
 
 
 def _round(ours: Ours, peers: Sequence[Peer], sizes: Sizes, bandwidth: Callable[[], float]) -> Iterator[dict[str, Any]]:
-    """Everyone once, at every number of rows, with the bandwidth of just before and just after."""
+    """One round: every form once at every number of rows, with the bandwidth just before and just after."""
     for rows in sizes.rows:
         few = rows >= sizes.many
         turns: list[tuple[str, int, int, Callable[[], float]]] = []

@@ -1,8 +1,9 @@
-"""The plot of speed, one SVG file: time of a product against bits a weight, ours and other libraries'.
+"""The plot of speed, one SVG file: time of a product against bits per weight, ours and other libraries'.
 
-Times are in units of what the memory needs to deliver our weight at 8 bits, measured in the same rounds, so that the
-plot is the same on a slow machine and on a fast one. The line at the bottom is what the memory needs at each level:
-nothing that reads the weight can lie below it by more than noise. Layers of more than 8 bits are lines across.
+The unit of time is the time that the memory needs to deliver our weight at 8 bits, measured in the same rounds. So the
+plot is the same on a slow machine and on a fast one. The line at the bottom is the time that the memory needs at each
+level: a product that reads the weight cannot be below it by more than noise. Layers of more than 8 bits are horizontal
+lines.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ _STYLE = (
 
 @dataclass(frozen=True)
 class Product:
-    """What one form of one library was measured to take.
+    """The measured time of one form of one library.
 
     Attributes:
-        name: of the library and the form.
-        bits: of a weight, scales not counted.
+        name: the library and the form.
+        bits: bits per weight, scales not counted.
         time: in units of the time that the memory needs for our weight at 8 bits.
-        limit: the time that the memory needs for this one, in the same units.
+        limit: the time that the memory needs for this form, in the same units.
     """
 
     name: str
@@ -55,13 +56,13 @@ def products(turns: Sequence[Mapping[str, Any]], rows: int = 1) -> list[Product]
         rows: rows of x.
 
     Raises:
-        FoveateError: there is none with so many rows, or none of ours at 8 bits.
+        FoveateError: no turn has `rows` rows, or none is ours at 8 bits.
     """
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    turns_by_form: dict[str, list[Mapping[str, Any]]] = {}
     for turn in turns:
         if turn.get("rows") == rows:
-            found.setdefault(turn["form"], []).append(turn)
-    unit = found.get(f"{OURS}{TOP_BITS}")
+            turns_by_form.setdefault(turn["form"], []).append(turn)
+    unit = turns_by_form.get(f"{OURS}{TOP_BITS}")
     if unit is None:
         raise FoveateError(f"these rounds hold no product of {OURS}{TOP_BITS} with {rows} rows to compare others with")
     whole = unit[0]["bytes"]
@@ -69,19 +70,19 @@ def products(turns: Sequence[Mapping[str, Any]], rows: int = 1) -> list[Product]
         Product(
             name, seen[0]["bits"], median(t["seconds"] * t["bandwidth"] for t in seen) / whole, seen[0]["bytes"] / whole
         )
-        for name, seen in found.items()
+        for name, seen in turns_by_form.items()
     ]
 
 
 def speed_plot(turns: Sequence[Mapping[str, Any]], rows: int = 1) -> str:
-    """The SVG of what `products` finds, a file of its own."""
+    """The plot of the results of `products`, as the text of an SVG file."""
     every = products(turns, rows)
     ours = sorted((p for p in every if p.name.startswith(OURS)), key=lambda p: p.bits)
     peers = [p for p in every if not p.name.startswith(OURS) and p.bits <= TOP_BITS]
     across = [p for p in every if p.bits > TOP_BITS]
     values = [p.time for p in every] + [p.limit for p in ours]
     axes = Axes([1.9, TOP_BITS + 0.9], values)
-    parts = [grid(axes, "bits a weight", f"time with {rows} row{'s' * (rows != 1)} of x (memory at 8 bits: 1)")]
+    parts = [grid(axes, "bits per weight", f"time with {rows} row{'s' * (rows != 1)} of x (memory at 8 bits: 1)")]
     lowest = float("inf")
     for p in sorted(across, key=lambda p: p.time):
         y = axes.y(p.time)
@@ -93,7 +94,7 @@ def speed_plot(turns: Sequence[Mapping[str, Any]], rows: int = 1) -> str:
     parts += [_dot(axes, p) for p in ours]
     for bits in sorted({p.bits for p in peers}):
         parts += _column(axes, [p for p in peers if p.bits == bits])
-    named = ours[-2:][0]  # not the last one: there stand others
+    named = ours[-2:][0]  # not the last one, which peers would cover
     parts.append(_name("ours-name", axes.x(named.bits) - 10, axes.y(named.time) - 10, "foveate", "end"))
     first = ours[0]
     parts.append(
@@ -101,7 +102,7 @@ def speed_plot(turns: Sequence[Mapping[str, Any]], rows: int = 1) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="time of a product against bits a weight"><style>{_STYLE}</style>{"".join(parts)}</svg>\n'
+        f'aria-label="time of a product against bits per weight"><style>{_STYLE}</style>{"".join(parts)}</svg>\n'
     )
 
 
@@ -123,7 +124,7 @@ def _tip(product: Product) -> str:
 
 
 def _column(axes: Axes, column: Sequence[Product]) -> list[str]:
-    """Squares of one number of bits, their names beside them, none over another."""
+    """The squares of all forms with one number of bits, and their names beside them without overlap."""
     parts, lowest = [], float("inf")
     for p in sorted(column, key=lambda p: p.time):
         x, y = axes.x(p.bits), axes.y(p.time)

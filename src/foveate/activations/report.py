@@ -37,7 +37,7 @@ class SavedRow:
         operation: the torch function that saved it, `silu`.
         form: `grouped` where it is rounded, `recomputed` where it is computed again from other sites; else
             without loss: `masked`, `narrow`, `empty`, `exact`.
-        bits: a value, scales not counted.
+        bits: per value, scales not counted.
         bytes_before, bytes_after: of the tensors as autograd saved them, and as they are stored.
         error: the gradient's relative error that its rounding alone is predicted to make; 0 without loss, NaN where it
             was not measured yet.

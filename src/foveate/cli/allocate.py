@@ -151,13 +151,13 @@ def _settings(sites: Sequence[Site], fixed: Sequence[tuple[str, str]]) -> tuple[
 
 def _with_inputs(sites: Sequence[Site], weights: Mapping[str, Levels]) -> dict[str, Levels]:
     """The given levels of weights, and the levels of inputs that follow from them."""
-    found = dict(weights)
+    levels = dict(weights)
     for site in sites:
         level = weights.get(site.name)
         if isinstance(level, int) and site.kind == "weight":
             names = {f"{name.rpartition(':')[0]}:input" for name in (site.name, *site.aliases)}
-            found.update({s.name: input_level_for(level) for s in sites if s.name in names})
-    return found
+            levels.update({s.name: input_level_for(level) for s in sites if s.name in names})
+    return levels
 
 
 def _checked_budget(budget: fv.Budget, profile: Profile, plan: PrecisionMap) -> PrecisionMap:

@@ -48,9 +48,9 @@ def audit(
         raise LevelError(f"levels (={levels}) lower no weight: the highest level is {TOP_LEVEL}")
     if head.profile is None:
         raise CheckpointError(f"{out} holds no profile to compare with: it was saved without one")
-    found = windows(Request(data, tokens, samples, length, batch), str(out), config_of(str(out)))
-    log.info("measuring on %s", describe(found))
-    got = fv.audit(load_planes(out).float(), batches(found, batch), sites=patterns, levels=wanted)
+    chosen = windows(Request(data, tokens, samples, length, batch), str(out), config_of(str(out)))
+    log.info("measuring on %s", describe(chosen))
+    got = fv.audit(load_planes(out).float(), batches(chosen, batch), sites=patterns, levels=wanted)
     if json_output:
         entries = [{**asdict(e), "ratio": e.ratio} for e in got.entries]
         print(

@@ -36,10 +36,10 @@ def check_folder_of(file: Path | None) -> None:
     check_writable(file)
 
 
-def show_result(found: Mapping[str, Any], out: Path | None, json_output: bool) -> None:
+def show_result(result: Mapping[str, Any], out: Path | None, json_output: bool) -> None:
     """Print a benchmark's result as a JSON object or as a table, and write it to a file if one is given."""
-    text = emit(found, out)
+    text = emit(result, out)
     if json_output:
         print(text)
     else:
-        show(figures_table(found["name"], found["figures"]))
+        show(figures_table(result["name"], result["figures"]))

@@ -22,7 +22,7 @@ from foveate.report.layers import dense_bytes
 from foveate.report.page import loss_name
 
 #: The heading of `next_token_loss` in tables.
-METRIC = "loss, nats a token"
+METRIC = "loss, nats per token"
 Reference = Annotated[str | None, typer.Option(help="The original model to compare with. Default: every plane.")]
 
 
@@ -61,14 +61,14 @@ def run(out: Path, request: Request, reference: str | None, levels: list[int] | 
     config = config_of(str(out))
     if reference is not None:
         original_config(reference)
-    found = windows(request, str(out), config)
-    log.info("measuring on %s", describe(found))
+    samples = windows(request, str(out), config)
+    log.info("measuring on %s", describe(samples))
     model = load_planes(out)
     profile = None if fv.read_head(out).profile is None else fv.load_profile(out)
     plans = _plans(model, fv.current_map(model), levels, profile)
     original = None if reference is None else load_original(reference)
     metric = next_token_loss if is_causal(config) else None
-    got = fv.measure(model, list(plans.values()), batches(found, request.batch), reference=original, metric=metric)
+    got = fv.measure(model, list(plans.values()), batches(samples, request.batch), reference=original, metric=metric)
     measured = [
         Measured(label, plan, outcome, label == "default map")
         for (label, plan), outcome in zip(plans.items(), got, strict=False)

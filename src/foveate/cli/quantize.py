@@ -64,8 +64,8 @@ def quantize(
     _check_target(out, model, force)
     config = original_config(model)
     request = Request(data, tokens, samples, length, batch)
-    found = windows(request, model, config, more=0 if budget is None else 1 / HELD_OUT)
-    calibration, held_out = (found, []) if budget is None else split(found)
+    chosen = windows(request, model, config, more=0 if budget is None else 1 / HELD_OUT)
+    calibration, held_out = (chosen, []) if budget is None else split(chosen)
     log.info("calibrating on %s", describe(calibration))
     if held_out:
         log.info("holding out %s for verification", describe(held_out))
@@ -78,7 +78,7 @@ def quantize(
         group=group,
         skip=skip or (),
         memory=memory,
-        resume=out.absolute().with_name(f".{out.name}.resume-{digest(found)}.safetensors") if resume else None,
+        resume=out.absolute().with_name(f".{out.name}.resume-{digest(chosen)}.safetensors") if resume else None,
     )
     for note in profile.notes:
         log.warning("note: %s", note)
@@ -172,7 +172,7 @@ def _show_results(out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verific
 def _figures(
     model: str, out: Path, profile: fv.Profile, plan: fv.PrecisionMap, verification: fv.Verification | None
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "model": model,
         "folder": str(out),
         "weights": sum(s.weights for s in profile.weight_sites()),
@@ -184,7 +184,7 @@ def _figures(
         "map": map_figures(plan),
     }
     if verification is not None:
-        found["verification"] = {
+        summary["verification"] = {
             "holds": verification.holds,
             "reference": verification.reference,
             "predicted": verification.predicted,
@@ -198,4 +198,4 @@ def _figures(
             "uniform_agreement": verification.uniform.agreement,
             "samples": verification.measured.samples,
         }
-    return found
+    return summary

@@ -21,13 +21,16 @@ from foveate.errors import BudgetError, DataError
 from foveate.evaluate.machine import machine_name
 from foveate.evaluate.timings import STEPS, one_at_a_time, time_maps
 from foveate.evaluate.verify import Outcome, measure
-from foveate.nn.levels import apply
+from foveate.nn.levels import apply, withdraw
 from foveate.nn.registry import registry_of
 from foveate.precision.frontiers import Frontier, Point, point_name
 from foveate.progress import track
 
 #: Rounds in which a whole batch is timed at every point: a batch takes far longer than a token, and varies less.
 _BATCH_ROUNDS = 2
+
+#: Its maps are in force while it times, and are withdrawn.
+_DECIDER = "timing"
 
 
 def measure_frontier(
@@ -122,19 +125,17 @@ def _times(
     model: nn.Module, frontier: Frontier, indices: list[int], batch: Any, progress: bool
 ) -> tuple[list[float | None], list[float | None]]:
     """(the seconds of a token or sample alone, the seconds of a whole batch) at each of some indices."""
-    before = registry_of(model).applied
     plans = [frontier[index] for index in indices]
     alone: list[float | None] = []
     whole: list[float | None] = []
     try:
         with evaluating(model), torch.inference_mode():
             for what in track(["a token", "a batch"], "timing", show=progress):
-                apply(model, plans[0])
+                apply(model, plans[0], decider=_DECIDER)
                 if what == "a token":
                     alone += time_maps(model, plans, one_at_a_time(model, batch), STEPS)
                 else:
                     whole += time_maps(model, plans, lambda: run(model, batch), 1, _BATCH_ROUNDS)
     finally:
-        if before is not None:
-            apply(model, *before)
+        withdraw(model, _DECIDER)
     return alone, whole

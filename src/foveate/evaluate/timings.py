@@ -30,7 +30,7 @@ from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.formats.packing import TILE_ROWS
 from foveate.kvcache.cache_argument import cache_argument, cache_of
 from foveate.memory.available import free_memory
-from foveate.nn.levels import apply
+from foveate.nn.levels import apply, withdraw
 from foveate.nn.registry import Registry, registry_of
 from foveate.planes import PlaneTensor, from_codes, gathered, linear
 from foveate.precision.maps import PrecisionMap, Site, input_level_for, tile_levels, uniform
@@ -47,6 +47,9 @@ _CALLS = 3
 ROUNDS = 4
 #: Tokens or samples in one timing of a whole model.
 STEPS = 8
+
+#: Its maps are in force while it times, and are withdrawn.
+_DECIDER = "timing"
 
 
 def measure_timings(model: nn.Module, batch: Any, *, progress: bool = True) -> Timings:
@@ -74,18 +77,16 @@ def measure_timings(model: nn.Module, batch: Any, *, progress: bool = True) -> T
     """
     registry = registry_of(model)
     profile = registry.profile
-    before = registry.applied
     try:
         with evaluating(model), torch.inference_mode():
-            apply(model, highest_map(model))
+            apply(model, highest_map(model), decider=_DECIDER)
             step = one_at_a_time(model, batch)
             uses = _uses(registry, step)
             products = _time_products(registry, uses, progress)
             timings = Timings(machine=machine_name(), products=products, rest=0.0)
             timings = replace(timings, rest=_rest(model, step, timings))
     finally:
-        if before is not None:
-            apply(model, *before)
+        withdraw(model, _DECIDER)
     if profile is not None:
         registry.profile = replace(profile, timings=timings)
     return timings
@@ -269,7 +270,7 @@ def time_maps(
     least = [math.inf] * len(plans)
     for number in range(rounds + 1):
         for place, plan in enumerate(plans):
-            apply(model, plan)
+            apply(model, plan, decider=_DECIDER)
             taken = seconds_of(step, count if number else 1)
             if number:
                 least[place] = min(least[place], taken)

@@ -47,7 +47,7 @@ def quantized_cache(
         levels: 2, 4, 8, 16 or 32 (exact) for all keys and values, or a map with levels for each head's.
         window: at least this many recent tokens stay exact; up to `block` - 1 more wait to be packed.
         block: tokens that are packed together, a multiple of 32, by default that of the map, or 64. Each channel of a
-            block has its own range: 32 / `block` bits a number.
+            block has its own range: 32 / `block` bits per number.
 
     Returns:
         The cache. `cache.nbytes` is what it holds at the moment.
@@ -89,8 +89,8 @@ def _levels_of(levels: int | PrecisionMap, layers: int) -> list[tuple[Levels, Le
 
 
 def _heads(plan: PrecisionMap, name: str) -> Levels:
-    found = plan.levels[name]
-    return found if isinstance(found, int) else tuple(found)
+    level = plan.levels[name]
+    return level if isinstance(level, int) else tuple(level)
 
 
 def _block_of(levels: int | PrecisionMap) -> int:

@@ -6,11 +6,11 @@ gradient of a cached number, of token t and channel d, and e_td the error that p
 
     S(level) = 1/2 E[sum_d (sum_t g_td e_td)^2]
 
-nats a token. Errors are added up over a channel's tokens before they are squared: keys that hardly change from token to
-token are all rounded the same way, and their errors do not cancel. One forward and one backward pass a batch measure
-all layers, heads and levels. At 2 bits the error can be too large for a second-order score, since it changes the
-softmax too much. So the divergence of each layer at 2 bits is then measured on one batch, and divided among its heads
-in proportion to their scores.
+nats per token. Errors are added up over a channel's tokens before they are squared: keys that hardly change from token
+to token are all rounded the same way, and their errors do not cancel. One forward and one backward pass per batch
+measure all layers, heads and levels. At 2 bits the error can be too large for a second-order score, since it changes
+the softmax too much. So the divergence of each layer at 2 bits is then measured on one batch, and divided among its
+heads in proportion to their scores.
 
 Both numbers are for queries that read the whole cache packed. The exact window of a cache makes the true loss smaller.
 
@@ -119,9 +119,9 @@ def _sites(model: nn.Module, plain: Sequence[int], cached: Sequence[Tensor], blo
 
 def _attention_name(model: nn.Module, layer: int) -> str:
     """The name of the attention module to which transformers gives the number `layer` in the cache."""
-    found: list[str] = [name for name, module in model.named_modules() if getattr(module, "layer_idx", None) == layer]
-    attention = [name for name in found if "attn" in name.lower() or "attention" in name.lower()]
-    return min(attention or found or [f"layers.{layer}"], key=len)
+    names: list[str] = [name for name, module in model.named_modules() if getattr(module, "layer_idx", None) == layer]
+    attention = [name for name in names if "attn" in name.lower() or "attention" in name.lower()]
+    return min(attention or names or [f"layers.{layer}"], key=len)
 
 
 class _SecondHalf:
@@ -170,15 +170,15 @@ class _SecondHalf:
 
     @torch.no_grad()
     def measure(self, level: int, block: int) -> list[float]:
-        """The mean divergence, in nats a token, that packing each of `cached` alone makes."""
+        """The mean divergence, in nats per token, that packing only one of `cached` makes, for each."""
         objective = Logits()
         wanted_nV = objective.outcome(self._run(self.cached), self._seen)
-        found = []
+        divergences = []
         for i, x_BHTD in enumerate(self.cached):
             packed = [*self.cached[:i], _packed(x_BHTD, level, block), *self.cached[i + 1 :]]
             outcome_nV = objective.outcome(self._run(packed), self._seen)
-            found.append(float(objective.divergence(wanted_nV, outcome_nV).double().mean()))
-        return found
+            divergences.append(float(objective.divergence(wanted_nV, outcome_nV).double().mean()))
+        return divergences
 
 
 def _packed(x_BHTD: Tensor, level: int, block: int) -> Tensor:

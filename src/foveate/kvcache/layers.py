@@ -3,8 +3,8 @@
     [ packed blocks of `block` tokens ............ | exact: the last `window` to `window + block - 1` tokens ]
 
 New tokens are appended to the exact end. Attention reads all packed tokens, unpacked for this layer and this call, and
-the exact end. Afterwards the oldest tokens of the exact end are packed, if it holds a whole block beyond the window. So
-the stored form depends on the tokens alone, not on how many came at a time, and a prompt attends to itself exactly.
+the exact end. Afterwards the oldest tokens of the exact end are packed, if it holds a whole block more than the window.
+So the stored form depends only on the tokens, not on how many came at a time, and a prompt attends to itself exactly.
 
 Layers that are not plain attention (sliding windows, linear attention, layers that share another's keys) keep the cache
 that transformers gives them.
@@ -155,12 +155,12 @@ class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove (={tokens_to_remove}) must be negative or 0: minus how many to remove")
         left = max(self.exact_tokens + tokens_to_remove, 0)
-        beyond = -tokens_to_remove - (self.exact_tokens - left)
-        while beyond > 0 and self._kept:
+        to_remove = -tokens_to_remove - (self.exact_tokens - left)
+        while to_remove > 0 and self._kept:
             last = self._kept.pop()
-            if last > beyond:
-                self._kept.append(last - beyond)
-            beyond -= last
+            if last > to_remove:
+                self._kept.append(last - to_remove)
+            to_remove -= last
         for history in self._histories:
             history.crop(len(self._kept), left)
 

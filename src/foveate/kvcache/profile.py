@@ -32,7 +32,7 @@ class CacheProfile:
 
     Attributes:
         sites: two a layer, of kind `cache`, `...self_attn:cache.key` and `...:cache.value`; their tiles are heads.
-        losses: for each site float32 [H, 5], nats a token at each of `CACHE_LEVELS`.
+        losses: for each site float32 [H, 5], nats per token at each of `CACHE_LEVELS`.
         samples: tokens that the losses are a mean over.
         itemsize: bytes of a number of the exact cache.
     """
@@ -70,7 +70,7 @@ class CacheProfile:
 
         Args:
             budget: `bits`: on average for a number that is packed, ranges counted; `bytes`: of the whole cache of one
-                sequence of `tokens` tokens, the exact ones included; `loss`: the most nats a token that it may lose.
+                sequence of `tokens` tokens, the exact ones included; `loss`: the limit on its loss, in nats per token.
             tokens: for `bytes`.
             window: for `bytes`, the tokens that stay exact, as given to `quantized_cache`.
             levels: those to choose among.
@@ -113,7 +113,7 @@ class CacheProfile:
         return 8.0 * self.itemsize if exact else cache_bits_of(level, site.group)
 
     def _problem(self, levels: tuple[int, ...]) -> Choices:
-        """Units are heads, in the order of the sites; costs are bytes a token."""
+        """Units are heads, in the order of the sites; costs are bytes per token."""
         columns = [CACHE_LEVELS.index(level) for level in levels]
         losses = torch.cat([self.losses[s.name][:, columns].double().cummin(1).values for s in self.sites])
         costs = [

@@ -54,12 +54,12 @@ def split_name(path: str) -> tuple[str, str]:
 
 def layers_of(sites: Iterable[Site]) -> tuple[Layer, ...]:
     """The layers of a model's weights, in order of their first weight; inputs are left out."""
-    found: dict[str, list[tuple[str, Site]]] = {}
+    layers: dict[str, list[tuple[str, Site]]] = {}
     for site in sites:
         if site.kind == "weight":
             layer, part = split_name(module_path(site))
-            found.setdefault(layer, []).append((part, site))
-    return tuple(Layer(name, tuple(p for p, _ in own), tuple(s for _, s in own)) for name, own in found.items())
+            layers.setdefault(layer, []).append((part, site))
+    return tuple(Layer(name, tuple(p for p, _ in own), tuple(s for _, s in own)) for name, own in layers.items())
 
 
 def blocks_of(layers: Iterable[Layer]) -> tuple[Block, ...]:

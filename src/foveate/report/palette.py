@@ -13,5 +13,5 @@ LEVEL_INKS: dict[int, str] = {0: "#000000", 2: "#000000", 3: "#000000", 4: "#fff
 
 
 def heat_colour(share: float) -> str:
-    """The colour of a value from 0 (least) to 1 (most): one hue of rising opacity, over any background."""
+    """The colour of a value from 0 (lowest) to 1 (highest): one hue of rising opacity, over any background."""
     return f"rgb(209 43 76 / {0.06 + 0.94 * min(max(share, 0.0), 1.0):.2f})"

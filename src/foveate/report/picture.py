@@ -37,11 +37,11 @@ HEAT_LEVEL = 2
 
 def bar(plan: PrecisionMap, sites: Sequence[Site], what: str) -> str:
     """One stacked bar as HTML; `what` is its name in the tooltip."""
-    found = shares(plan, sites)
-    said = ", ".join(f"{percent(share)} at {level}" for level, share in reversed(found.items()) if share)
+    share_of = shares(plan, sites)
+    said = ", ".join(f"{percent(share)} at {level}" for level, share in reversed(share_of.items()) if share)
     tip = f"{what}: {said}; mean level {mean_level(plan, sites):.2f}, {format_bytes(stored_bytes(plan, sites))}"
     segments = "".join(
-        f'<i class="l{level}" style="flex:{share:.4f}"></i>' for level, share in reversed(found.items()) if share
+        f'<i class="l{level}" style="flex:{share:.4f}"></i>' for level, share in reversed(share_of.items()) if share
     )
     return f'<div class="bar" title="{escape(tip)}">{segments}</div>'
 
@@ -53,7 +53,7 @@ class Heat:
         column = WEIGHT_LEVELS.index(HEAT_LEVEL)
         self.losses = {s.name: float(profile.losses[s.name][:, column].double().sum()) for s in profile.weight_sites()}
         positive = [loss for loss in self.losses.values() if loss > 0 and math.isfinite(loss)]
-        self.least, self.most = (min(positive), max(positive)) if positive else (1.0, 1.0)
+        self.lowest, self.highest = (min(positive), max(positive)) if positive else (1.0, 1.0)
 
     def strip(self, sites: Sequence[Site]) -> str:
         """A table cell with one square for each weight, in the colour of its loss."""
@@ -67,28 +67,28 @@ class Heat:
     def _colour(self, loss: float) -> str:
         if not loss > 0:
             return heat_colour(0)
-        spread = math.log(self.most / self.least)
-        return heat_colour(math.log(loss / self.least) / spread if spread > 0 else 1.0)
+        spread = math.log(self.highest / self.lowest)
+        return heat_colour(math.log(loss / self.lowest) / spread if spread > 0 else 1.0)
 
     def legend(self) -> str:
-        """The colour scale, with the least and the greatest loss at its ends."""
+        """The colour scale, with the lowest and the highest loss at its ends."""
         ramp = ", ".join(heat_colour(i / 8) for i in range(9))
         return (
             f'<div class="legend"><span class="key">loss at {HEAT_LEVEL} bits</span>'
-            f'<span class="num">{self.least:.2g}</span>'
+            f'<span class="num">{self.lowest:.2g}</span>'
             f'<span class="ramp" style="background:linear-gradient(90deg, {ramp})"></span>'
-            f'<span class="num">{self.most:.2g}</span></div>'
+            f'<span class="num">{self.highest:.2g}</span></div>'
         )
 
 
 def level_legend(plan: PrecisionMap) -> str:
     """The colour of each level, with the share of all tiles at that level."""
-    found = shares(plan, list(plan.weight_sites()))
+    share_of = shares(plan, list(plan.weight_sites()))
     keys = []
     for level in reversed(LEVEL_COLOURS):
-        if level or found[level]:
+        if level or share_of[level]:
             name = f"{level} bits" if level else "dropped"
-            swatch = f'<i class="swatch l{level}"></i>{name} <span class="num">{percent(found[level])}</span>'
+            swatch = f'<i class="swatch l{level}"></i>{name} <span class="num">{percent(share_of[level])}</span>'
             keys.append(f'<span class="key">{swatch}</span>')
     return f'<div class="legend">{"".join(keys)}</div>'
 

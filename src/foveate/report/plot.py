@@ -1,6 +1,6 @@
 """The plot of the frontier, one SVG: loss on a logarithmic axis against average bits per weight.
 
-The line is the least loss that the profile predicts for each size. Squares are uniform precision, and the diamond is
+The line is the lowest loss that the profile predicts for each size. Squares are uniform precision, and the diamond is
 the map of the report. Circles are measured losses, with whiskers of one standard error where they are long enough to
 see.
 """
@@ -135,6 +135,6 @@ def plot(line: Sequence[tuple[float, float]], marks: Sequence[Mark], loss_name: 
     size = f"0 0 {WIDTH} {HEIGHT}"
     curve = f'<polyline class="frontier" points="{path}"/>' if len(line) > 1 else ""
     return (
-        f'<svg class="plot chart" viewBox="{size}" role="img" aria-label="loss against average bits a weight">'
-        f"{grid(axes, 'average bits a weight, scales included', loss_name)}{curve}{drawn}</svg>"
+        f'<svg class="plot chart" viewBox="{size}" role="img" aria-label="loss against average bits per weight">'
+        f"{grid(axes, 'average bits per weight, scales included', loss_name)}{curve}{drawn}</svg>"
     )

@@ -193,8 +193,8 @@ def best_codes(
         order_K // grid.group,
         [level_weights.get(level, 0.0) for level in NESTED_LEVELS],
     )
-    torch.ops.foveate.codes_feed(codes_2NK, w_NK, factor_KK, row_factor_BRR, *on)
-    torch.ops.foveate.codes_descend(codes_2NK, w_NK, metric_KK, together_BRR, *on, sweeps)
+    torch.ops.foveate.error_feedback(codes_2NK, w_NK, factor_KK, row_factor_BRR, *on)
+    torch.ops.foveate.coordinate_descent(codes_2NK, w_NK, metric_KK, together_BRR, *on, sweeps)
     found_2NK = torch.empty_like(codes_2NK)
     found_2NK[:, :, order_K] = codes_2NK
     return found_2NK
@@ -220,7 +220,7 @@ def _feedback_factor(metric: Tensor) -> Tensor | None:
 
 
 def _metrics(gradients_BRR: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Each block's metric, and its feedback factor as `codes_feed` takes it.
+    """Each block's metric, and its feedback factor as `error_feedback` takes it.
 
     The metric is the identity where a block cannot be used. Padding behind the last row does not count.
     """

@@ -1,8 +1,8 @@
 """Encodings: how the values of one saved tensor are stored, and given back.
 
     Exact        the tensor itself, or a copy of the part that is needed
-    Grouped      2, 4, 8 or 16 bits a value, with a least value and a step for each group (stochastic rounding)
-    Masked       one bit a value: signs, dropout masks, any tensor of two values
+    Grouped      2, 4, 8 or 16 bits per value, with a minimum and a step for each group (stochastic rounding)
+    Masked       one bit per value: signs, dropout masks, any tensor of two values
     Narrow       integers in the fewest bits that hold their range
     Empty        a length and no values: the input of pooling
     Recomputed   no values: a function of other stored tensors, computed when backward asks for it
@@ -33,7 +33,7 @@ class Encoding(Protocol):
 
     @property
     def level(self) -> int:
-        """Bits a value, scales not counted; 0 where nothing is held."""
+        """Bits per value, scales not counted; 0 where nothing is held."""
 
     def values(self) -> Tensor:
         """The values, [n]."""
@@ -52,7 +52,7 @@ class Exact:
 
     @property
     def level(self) -> int:
-        """Bits a value."""
+        """Bits per value."""
         return 8 * self.flat.element_size()
 
     def values(self) -> Tensor:
@@ -62,7 +62,7 @@ class Exact:
 
 @dataclass(frozen=True)
 class Grouped:
-    """Codes of `level` bits, and the least value and step of each group (docs/format.md, "Saved tensors")."""
+    """Codes of `level` bits, and the minimum and step of each group (docs/format.md, "Saved tensors")."""
 
     codes: Tensor
     ranges: Tensor
@@ -86,7 +86,7 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Masked:
-    """One bit a value, and the two values that the bits stand for."""
+    """One bit per value, and the two values that the bits stand for."""
 
     bits: Tensor
     two: Tensor
@@ -99,7 +99,7 @@ class Masked:
 
     @property
     def level(self) -> int:
-        """Bits a value."""
+        """Bits per value."""
         return 1
 
     def values(self) -> Tensor:
@@ -139,7 +139,7 @@ class Nothing:
 
     @property
     def level(self) -> int:
-        """Bits a value."""
+        """Bits per value."""
         return 0
 
 
@@ -171,7 +171,7 @@ def grouped(flat: Tensor, level: int, group: int, seed: int | None) -> Grouped |
     Args:
         flat: [n], contiguous; float32, bfloat16 or float16.
         level: 2, 4, 8 or 16.
-        group: values a group.
+        group: values per group.
         seed: of the private generator; None rounds to nearest.
     """
     codes, ranges = torch.ops.foveate.group_pack(flat, level, group, seed)

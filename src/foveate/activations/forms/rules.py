@@ -5,7 +5,7 @@
 A `Rule` describes one torch function.
 
 **Need.** Saved tensors may lose bits where backward uses their values on average (`Need.VALUES`). Where backward only
-asks whether values are within bounds, or for the shape, one bit a value or none is lossless. Others must stay exact
+asks whether values are within bounds, or for the shape, one bit per value or none is lossless. Others must stay exact
 (`Need.EXACT`): weights, statistics, divisors, and values that backward compares with each other, such as a maximum's.
 
 **Error.** `linear` marks functions whose backward is linear in the saved input and whose saved input reaches only the
@@ -15,7 +15,7 @@ LayerNorm) and a hundredth of that at 4 bits. A bias does not average out, so th
 constant (`measure/ledger.py`). `unsteady` marks attention, where the effect of an error in a query differs several
 times from batch to batch: its error is multiplied at all levels.
 
-**Floor.** `floor` is the least level that may be chosen. It is 16 for log-probabilities, on which everything after them
+**Floor.** `floor` is the lowest level allowed. It is 16 for log-probabilities, on which everything after them
 depends, and for reciprocal roots, of which a norm made of parts has one for a whole row. It is 4 for the arguments of
 fused attention whose results are not computed again from them (`recompute/attention.py`).
 
@@ -70,7 +70,7 @@ class Rule:
         curved: whether backward is not linear in what is saved.
         unsteady: whether the effect of an error differs much from batch to batch.
         power: whether it raises its first argument to its second.
-        floor: the least level.
+        floor: the lowest level that may be chosen.
         smallest_share: saved tensors with fewer values than this share of the largest argument's are statistics (mean,
             reciprocal deviation, logsumexp), and exact.
         known: whether the function is in the table.

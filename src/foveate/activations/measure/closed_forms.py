@@ -55,7 +55,7 @@ def conv_error(
 
     Args:
         variance_LQ: variances by group of the input's memory.
-        group: values a group.
+        group: values per group.
         gradient: of the output, [B, M, *].
         shape, stride: of the input, [B, C, *].
         kernel: the sizes of the window.

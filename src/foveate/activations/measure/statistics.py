@@ -1,14 +1,14 @@
 """Statistics of one site's values over the last profiled batches, and the group size that follows from them.
 
-Each group of g values is stored with its own least value and step, so the noise of rounding follows the groups' ranges:
+Each group of g values is stored with its own minimum and step, so the noise of rounding follows the groups' ranges:
 its variance is R^2 / 6 B^2 on average, B = 2^bits - 1. An outlier widens the range of the group that has it. Smaller
-groups confine that to fewer values, and cost 32 bits a group. The ranges of groups of any size follow from the
+groups confine that to fewer values, and cost 32 bits per group. The ranges of groups of any size follow from the
 histogram, if values are taken to be in random order:
 
     P(all g values within [a, b]) = (F(b) - F(a))^g,   from which follows E[R^2]
 
-One more bit a value divides the variance of the noise by 4. So the group size g is the one that makes
-E[R^2] 4^(32 / g) least. Statistics choose only the group: the bits follow from errors of the gradient (`ledger.py`).
+One more bit per value divides the variance of the noise by 4. So the group size g is the one that makes
+E[R^2] 4^(32 / g) smallest. Statistics choose only the group: the bits follow from errors of the gradient (`ledger.py`).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Summary:
         mean, deviation, least, greatest: of the values.
         zeros: share that is exactly 0.
         outliers: share further than 6 deviations from its batch's mean, to a bin of the histogram.
-        entropy: bits a value, of 256 equal cells between a batch's extremes: 0 of a constant, 8 if all are equal.
+        entropy: bits per value, of 256 equal cells between a batch's extremes: 0 of a constant, 8 if all are equal.
         group_ranges: E[R^2] of groups of each of `GROUPS` values.
     """
 
@@ -59,7 +59,7 @@ class Summary:
     group_ranges: tuple[float, ...]
 
     def group(self) -> int:
-        """The values that should share a least value and a step; the default where they are constant or none."""
+        """The values that should share a minimum and a step; the default where they are constant or none."""
         if not self.deviation:
             return _DEFAULT_GROUP
         return min(GROUPS, key=lambda g: self.group_ranges[GROUPS.index(g)] * 4 ** (_RANGE_BITS / g))
@@ -125,7 +125,7 @@ class RunningStatistics:
         window: batches that count.
 
     Attributes:
-        group: the values that should share a least value and a step; the default before the first batch.
+        group: the values that should share a minimum and a step; the default before the first batch.
 
     Raises:
         BudgetError: `window` is not at least 1.

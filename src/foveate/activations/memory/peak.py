@@ -77,7 +77,7 @@ class Token:
 
 
 #: An event: the change of bytes that are no payload, a payload whose state changed, and its state: None where it was
-#: freed, else whether it alone holds the values.
+#: freed, else whether only it holds the values.
 _Event = tuple[int, Token | None, bool | None]
 
 
@@ -256,8 +256,8 @@ class PeakTracker(TorchDispatchMode):
         """
         inserted: dict[int, list[_Event]] = {}
         returned: set[Token] = set()
-        for position, (_, token, alone) in enumerate(self._events):
-            if token is None or not token.exact or alone or position < token.used_at or token in returned:
+        for position, (_, token, sole_holder) in enumerate(self._events):
+            if token is None or not token.exact or sole_holder or position < token.used_at or token in returned:
                 continue
             returned.add(token)
             inserted.setdefault(position, []).append((token.owned, None, None))
@@ -281,14 +281,14 @@ def _replay(before: int, events: Iterable[_Event], tokens: Iterable[Token]) -> T
     now = before
     spans: list[Span] = []
     state: dict[Token, tuple[int, bool]] = {}
-    for delta, token, alone in events:
+    for delta, token, sole_holder in events:
         now += delta
         other[-1] = max(other[-1], now)
-        if token is None or (token in state and state[token][1] is alone):
+        if token is None or (token in state and state[token][1] is sole_holder):
             continue
         _close(spans, state, token, len(other), original)
-        if alone is not None:
-            state[token] = (len(other), alone)
+        if sole_holder is not None:
+            state[token] = (len(other), sole_holder)
         other.append(now)
     for unfinished in list(state):
         _close(spans, state, unfinished, len(other), original)
@@ -299,6 +299,6 @@ def _close(
     spans: list[Span], state: dict[Token, tuple[int, bool]], token: Token, end: int, original: Mapping[str, int]
 ) -> None:
     if token in state:
-        start, alone = state.pop(token)
+        start, sole_holder = state.pop(token)
         if end > start and original[token.site]:
-            spans.append(Span(token.site, start, end, token.original / original[token.site], alone))
+            spans.append(Span(token.site, start, end, token.original / original[token.site], sole_holder))

@@ -29,14 +29,14 @@ class Span:
         site: the payload's site.
         start, stop: the points at which it is alive; `stop` is not one of them.
         share: how much of all that the site stored in the step it is; 0..1.
-        alone: whether nothing but the payload would hold the original.
+        sole_holder: whether nothing but the payload would hold the original.
     """
 
     site: str
     start: int
     stop: int
     share: float
-    alone: bool
+    sole_holder: bool
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,15 @@ class Timeline:
 
     @cached_property
     def table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The same as numbers: other_T, share_TS and alone_TS, float64, the sites in the order of `original`."""
+        """The same as numbers: other_T, share_TS and sole_TS, float64, the sites in the order of `original`."""
         column = {site: i for i, site in enumerate(self.original)}
         share_ST = torch.zeros(len(column), len(self.other), dtype=torch.float64)
-        alone_ST = torch.zeros_like(share_ST)
+        sole_ST = torch.zeros_like(share_ST)
         for span in self.spans:
             share_ST[column[span.site], span.start : span.stop] += span.share
-            if span.alone:
-                alone_ST[column[span.site], span.start : span.stop] += span.share
-        return torch.tensor(self.other, dtype=torch.float64), share_ST.t(), alone_ST.t()
+            if span.sole_holder:
+                sole_ST[column[span.site], span.start : span.stop] += span.share
+        return torch.tensor(self.other, dtype=torch.float64), share_ST.t(), sole_ST.t()
 
     def usage(self, bytes_of: Mapping[str, int]) -> Tensor:
         """Bytes allocated at each point, float64 [T], if each site's payloads took `bytes_of[site]` in the step.
@@ -74,12 +74,12 @@ class Timeline:
         A site that is given its original's bytes, or more, counts as kept as it is; one that is not given keeps what it
         was recorded with.
         """
-        other_T, share_TS, alone_TS = self.table
+        other_T, share_TS, sole_TS = self.table
         given = {site: bytes_of.get(site, self.stored[site]) for site in self.original}
         exact = [given[site] >= size for site, size in self.original.items()]
         lossy_S = torch.tensor([0 if e else given[s] for s, e in zip(given, exact, strict=True)], dtype=torch.float64)
         exact_S = torch.tensor([n * e for n, e in zip(self.original.values(), exact, strict=True)], dtype=torch.float64)
-        return other_T + share_TS @ lossy_S + alone_TS @ exact_S
+        return other_T + share_TS @ lossy_S + sole_TS @ exact_S
 
     def peak(self, bytes_of: Mapping[str, int]) -> int:
         """The most bytes allocated at any point, with payloads of other sizes; see `usage`. 0 without points."""

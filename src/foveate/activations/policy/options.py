@@ -39,7 +39,7 @@ class ActivationOptions:
         audit_every: steps between two audits, which hold the exact tensors of one step and run backward twice.
         window: profiled steps that running statistics cover.
         probes: families of sites probed in a profiled step, one more backward each.
-        group: values that share a least value and a step, 32 bits together; chosen for each site from the statistics of
+        group: values that share a minimum and a step, 32 bits together; chosen for each site from the statistics of
             its values if not given.
         smallest: tensors of fewer values are kept exactly.
         recompute: whether cheap functions of stored tensors (activations, products, norms) and attention are run again

@@ -54,7 +54,8 @@ _STEPS = {
     " foveate needs no training; the demo does, to have a model without a download.",
     "Quantize": "Every weight becomes a stack of bit planes, most significant first; its precision is how many of them"
     " are read. Meanwhile foveate measures what each tile of weights would cost the model at fewer bits.",
-    "Allocate": f"Given a budget of {_BITS} bits a weight on average, each tile gets the bits it was measured to need.",
+    "Allocate": f"Given a budget of {_BITS} bits per weight on average, each tile gets the bits that it was measured"
+    " to need.",
     "Verify": "A prediction is not a measurement, so every precision now runs on files that nothing here has seen."
     " [bold]Loss[/]: surprise at each next byte, in nats. [bold]Drift[/]: how far the predictions moved from float32's"
     " (KL divergence). [bold]Same guess[/]: how often the likeliest next byte is float32's.",
@@ -124,14 +125,14 @@ def run(*, out: Path, cache: Path | None, json_output: bool, recipe: Recipe | No
         held_out = _batches(text.held_out, _HELD_OUT_WINDOWS, recipe)
         profile = _quantize(console, model, _batches(text.train, _CALIBRATION_WINDOWS, recipe))
         plan = _allocate(console, profile)
-        rows, found = _verify(console, model, reference, profile, plan, held_out)
-        plan = found.best
+        rows, verification = _verify(console, model, reference, profile, plan, held_out)
+        plan = verification.best
         loaded, identical = _round_trip(console, model, plan, out, held_out[0])
         switches, written = _write_text(console, loaded)
         page = _report(console, out, plan, profile, rows)
         _finish(console, out, plan, rows, switches)
     if json_output:
-        print(emit(_figures(made, recipe, rows, found, identical, switches, written, out, page)))
+        print(emit(_figures(made, recipe, rows, verification, identical, switches, written, out, page)))
 
 
 def _step(console: Console, name: str) -> None:
@@ -157,7 +158,7 @@ def _train(console: Console, recipe: Recipe, text: Corpus, cache: Path) -> Train
     cut = f", the time limit, {made.steps:,} of {recipe.steps:,} steps" if made.steps < recipe.steps else ""
     console.print(
         f"{weights / 1e6:.2f} million weights, trained {when} in {made.seconds:.0f} s{cut}:"
-        f" {made.bytes_seen / 1e6:.2f} MB of source read, {pace:,.0f} bytes a second. Cache: {escape(str(cache))}"
+        f" {made.bytes_seen / 1e6:.2f} MB of source read, {pace:,.0f} bytes per second. Cache: {escape(str(cache))}"
     )
     return made
 
@@ -217,9 +218,9 @@ def _verify(
     held_out: Sequence[Batch],
 ) -> tuple[list[Row], fv.Verification]:
     _step(console, "Verify")
-    found = fv.verify(model, plan, held_out, reference=reference)
+    verification = fv.verify(model, plan, held_out, reference=reference)
     levels = [profile.uniform(level) for level in _LEVELS]
-    plans = [*levels, plan, found.uniform_plan]
+    plans = [*levels, plan, verification.uniform_plan]
     outcomes = fv.measure(model, plans, held_out, reference=reference, metric=_byte_loss)
     names = [*((f"b{n}", f"{n} bits") for n in _LEVELS)]
     names += [("allocated", "allocated"), ("uniform", "spread evenly")]
@@ -233,14 +234,14 @@ def _verify(
     console.print(
         "Bits a weight, everything stored counted: planes, scales, gains. Share of float32's memory.", style="dim"
     )
-    ours, even = found.measured.divergence, found.uniform.divergence
+    ours, even = verification.measured.divergence, verification.uniform.divergence
     change = abs(1 - ours / max(even, 1e-12))
     console.print(
-        f"At the same bytes, allocated drifts {change:.0%} {'less' if found.holds else 'more'}"
-        f" than spread evenly ({ours:.4f} against {even:.4f}; foveate had predicted {found.predicted:.4f})."
-        + ("" if found.holds else " So foveate keeps the even map.")
+        f"At the same bytes, allocated drifts {change:.0%} {'less' if verification.holds else 'more'}"
+        f" than spread evenly ({ours:.4f} against {even:.4f}; foveate had predicted {verification.predicted:.4f})."
+        + ("" if verification.holds else " So foveate keeps the even map.")
     )
-    return rows, found
+    return rows, verification
 
 
 def _table(rows: Sequence[Row], full: int) -> Table:
@@ -364,7 +365,7 @@ def _figures(
     made: Trained,
     recipe: Recipe,
     rows: Sequence[Row],
-    found: fv.Verification,
+    verification: fv.Verification,
     identical: dict[str, bool],
     switches: Sequence[Switch],
     written: str,
@@ -375,8 +376,8 @@ def _figures(
         "train_seconds": made.seconds,
         "train_steps": made.steps,
         "train_bytes_per_second": made.bytes_seen / max(made.seconds, 1e-9),
-        "kl_predicted": found.predicted,
-        "allocated_over_uniform_kl": found.measured.divergence / max(found.uniform.divergence, 1e-12),
+        "kl_predicted": verification.predicted,
+        "allocated_over_uniform_kl": verification.measured.divergence / max(verification.uniform.divergence, 1e-12),
         "outputs_identical": int(all(identical.values())),
         "switch_us_max": max(s.microseconds for s in switches),
         "bytes_moved": sum(s.bytes_moved for s in switches),

@@ -70,15 +70,15 @@ def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> l
     length = _window_length(request.length, config)
     wanted = request.samples + math.ceil(more * request.samples)
     if request.tokens is not None:
-        found = _cut(_read_tokens(request.tokens), length)
-        return _checked([{"input_ids": w[None]} for w in _spread(found, wanted)], config, request.tokens)
+        samples = _cut(_read_tokens(request.tokens), length)
+        return _checked([{"input_ids": w[None]} for w in _spread(samples, wanted)], config, request.tokens)
     assert request.text is not None
     text = _read_text(request.text)
     tokenizer = load_tokenizer(name)
     if is_causal(config):
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        found = _cut(torch.tensor(ids, dtype=torch.int64), length)
-        return _checked([{"input_ids": w[None]} for w in _spread(found, wanted)], config, request.text)
+        samples = _cut(torch.tensor(ids, dtype=torch.int64), length)
+        return _checked([{"input_ids": w[None]} for w in _spread(samples, wanted)], config, request.text)
     lines = _spread([line for line in text.splitlines() if line.strip()], wanted)
     encoded = [tokenizer(line, truncation=True, max_length=length)["input_ids"] for line in lines]
     made = [
@@ -88,41 +88,41 @@ def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> l
     return _checked(made, config, request.text)
 
 
-def split(found: Sequence[Window]) -> tuple[list[Window], list[Window]]:
+def split(samples: Sequence[Window]) -> tuple[list[Window], list[Window]]:
     """(calibration, held out): about one window in nine is held out, and at least one.
 
     Raises:
         DataError: fewer than two windows.
     """
-    if len(found) < 2:
-        raise DataError(f"{len(found)} windows cannot be split: give more data, or a smaller --length")
-    every = min(HELD_OUT + 1, len(found))
-    held_out = [w for i, w in enumerate(found) if i % every == every - 1]
-    return [w for i, w in enumerate(found) if i % every != every - 1], held_out
+    if len(samples) < 2:
+        raise DataError(f"{len(samples)} windows cannot be split: give more data, or a smaller --length")
+    every = min(HELD_OUT + 1, len(samples))
+    held_out = [w for i, w in enumerate(samples) if i % every == every - 1]
+    return [w for i, w in enumerate(samples) if i % every != every - 1], held_out
 
 
-def batches(found: Sequence[Window], size: int) -> list[Window]:
+def batches(samples: Sequence[Window], size: int) -> list[Window]:
     """Batches of `size` windows; lines of different lengths are padded."""
     made = []
-    for start in range(0, len(found), size):
-        part = found[start : start + size]
+    for start in range(0, len(samples), size):
+        part = samples[start : start + size]
         longest = max(w["input_ids"].shape[1] for w in part)
         made.append({key: torch.cat([F.pad(w[key], (0, longest - w[key].shape[1])) for w in part]) for key in part[0]})
     return made
 
 
-def describe(found: Sequence[Window]) -> str:
+def describe(samples: Sequence[Window]) -> str:
     """`128 windows of 512 tokens`."""
-    lengths = {w["input_ids"].shape[1] for w in found}
+    lengths = {w["input_ids"].shape[1] for w in samples}
     if len(lengths) == 1:
-        return f"{len(found)} window{'s' * (len(found) != 1)} of {lengths.pop()} tokens"
-    return f"{len(found)} lines of {min(lengths)} to {max(lengths)} tokens"
+        return f"{len(samples)} window{'s' * (len(samples) != 1)} of {lengths.pop()} tokens"
+    return f"{len(samples)} lines of {min(lengths)} to {max(lengths)} tokens"
 
 
-def digest(found: Sequence[Window]) -> str:
+def digest(samples: Sequence[Window]) -> str:
     """The first 12 hex digits of the SHA-256 of these data."""
     sha = hashlib.sha256()
-    for window in found:
+    for window in samples:
         sha.update(str(window["input_ids"].tolist()).encode())
     return sha.hexdigest()[:12]
 
@@ -141,31 +141,31 @@ def _cut(ids: Tensor, length: int) -> list[Tensor]:
     if ids.dim() == 2 and ids.shape[1] <= length:
         return list(ids)
     rows = ids if ids.dim() == 2 else ids[None]
-    found = [row[i : i + length] for row in rows for i in range(0, len(row) - length + 1, length)]
-    if not found:
+    samples = [row[i : i + length] for row in rows for i in range(0, len(row) - length + 1, length)]
+    if not samples:
         raise DataError(
             f"{ids.numel()} tokens are less than one window of {length}: give more data, or a smaller --length"
         )
-    return found
+    return samples
 
 
-def _spread(found: Sequence[Any], wanted: int) -> list[Any]:
+def _spread(samples: Sequence[Any], wanted: int) -> list[Any]:
     """`wanted` items, evenly spread; all items if there are fewer."""
-    if len(found) <= wanted:
-        if len(found) < wanted:
-            log.info("the data give only %d of the %d samples asked for", len(found), wanted)
-        return list(found)
-    return [found[i * len(found) // wanted] for i in range(wanted)]
+    if len(samples) <= wanted:
+        if len(samples) < wanted:
+            log.info("the data give only %d of the %d samples asked for", len(samples), wanted)
+        return list(samples)
+    return [samples[i * len(samples) // wanted] for i in range(wanted)]
 
 
-def _checked(found: list[Window], config: Any, file: Path) -> list[Window]:
+def _checked(samples: list[Window], config: Any, file: Path) -> list[Window]:
     vocabulary = getattr(config, "vocab_size", None)
-    if not found:
+    if not samples:
         raise DataError(f"{file} holds no usable data")
-    ids = torch.cat([w["input_ids"].flatten() for w in found])
+    ids = torch.cat([w["input_ids"].flatten() for w in samples])
     if int(ids.min()) < 0 or (isinstance(vocabulary, int) and int(ids.max()) >= vocabulary):
         raise DataError(f"{file} holds token {int(ids.max())}, and the model knows 0 to {(vocabulary or 0) - 1}")
-    return found
+    return samples
 
 
 def _read_text(file: Path) -> str:
@@ -205,9 +205,9 @@ def _only_tensor(file: Path) -> Tensor:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
-    found = [tensors[key] for key in ("input_ids", "tokens") if key in tensors] or list(tensors.values())
-    if len(found) != 1:
+    candidates = [tensors[key] for key in ("input_ids", "tokens") if key in tensors] or list(tensors.values())
+    if len(candidates) != 1:
         raise DataError(f"{file} holds {len(tensors)} tensors: one, or one called input_ids or tokens, is needed")
-    if found[0].is_floating_point() or found[0].dtype == torch.bool:
-        raise DataError(f"{file} holds {found[0].dtype}, not token ids")
-    return found[0].long()
+    if candidates[0].is_floating_point() or candidates[0].dtype == torch.bool:
+        raise DataError(f"{file} holds {candidates[0].dtype}, not token ids")
+    return candidates[0].long()

@@ -110,10 +110,10 @@ def weight_pattern(text: str) -> str:
 
 def settings_of(texts: Sequence[str] | None) -> list[tuple[str, str]]:
     """`*.mlp.*=3` -> (pattern, level)."""
-    found = []
+    pairs = []
     for text in texts or ():
         pattern, equals, level = text.rpartition("=")
         if not equals or not pattern:
             raise SiteError(f"--set {text!r} is not PATTERN=LEVEL")
-        found.append((pattern, level))
-    return found
+        pairs.append((pattern, level))
+    return pairs

@@ -23,15 +23,15 @@ def _style(level: int) -> str:
     return f"{LEVEL_INKS[level]} on {LEVEL_COLOURS[level]}"
 
 
-def level_bar(found: Mapping[int, float], width: int = 32) -> Text:
+def level_bar(share_of: Mapping[int, float], width: int = 32) -> Text:
     """A bar whose cells show the digits of their levels, the highest level first, so that it needs no colours.
 
     Args:
-        found: the share of tiles at each level.
+        share_of: the share of tiles at each level.
         width: the number of cells.
     """
     bar = Text()
-    exact = {level: found.get(level, 0.0) * width for level in reversed(WEIGHT_LEVELS)}
+    exact = {level: share_of.get(level, 0.0) * width for level in reversed(WEIGHT_LEVELS)}
     cells = {level: math.floor(value) for level, value in exact.items()}
     left = round(sum(exact.values())) - sum(cells.values())
     for level in sorted(exact, key=lambda n: cells[n] - exact[n])[:left]:
@@ -101,7 +101,7 @@ def sizes_table(plan: PrecisionMap, on_disk: int | None = None) -> Table:
 
 def bits_line(plan: PrecisionMap) -> str:
     """A map's average bits, over weights on planes and over all parameters, and what stays in floating point."""
-    text = f"{plan.bits:.2f} bits a weight on planes, scales included"
+    text = f"{plan.bits:.2f} bits per weight on planes, scales included"
     if plan.other_parameters is not None:
         text += f"; {plan.bits_of_model:.2f} bits a parameter of the whole model"
     return f"{text}; {plan.stays_float}" if plan.stays_float else text

@@ -1,22 +1,29 @@
-"""What `codes_feed` and `codes_descend` mean, in plain torch: loops over elements, over rows at once where those are on
-their own.
+"""The meaning of `error_feedback` and `coordinate_descent`, in plain torch.
 
-With dW_s the error of a weight in stream s (the values that its codes have at one of the nested levels, minus the
-weight), H the covariance of inputs and G that of outputs' gradients, the codes are to make
+Both loop over elements, and over many rows at once where rows are independent of each other.
 
-    J = sum_s share_s tr(G dW_s H dW_s^T)
+A stream s is one of the nested levels, and level_weight_s is what its squared error counts. dW_s is the error of the
+weight in that stream: the values that its codes have at that level, minus the weight. H is the covariance of inputs,
+and G that of outputs' gradients. The codes are to make
 
-small. **Feedback** goes through the elements once, column by column, and assumes that all that follow can still be
-anything: then the best that they can do about an error is to change by -U_jk / U_jj of it, U the upper Cholesky factor
-of H^-1, and likewise for rows and G. So a stream is the weight as its errors so far have left it. **Descent** knows
-all elements as they are: in one of them J is a parabola, whose least is where the value would be
+    J = sum_s level_weight_s tr(G dW_s H dW_s^T)
+
+small.
+
+**Error feedback** goes through the elements once, column by column, and assumes that all elements that follow can
+still take any value. Then the best answer of element k to an error in element j is to change by -U_jk / U_jj of it,
+with U the upper Cholesky factor of H^-1 (GPTQ, arXiv 2210.17323); likewise for rows and G. So in each stream the
+wanted value is the weight as its errors so far have left it.
+
+**Coordinate descent** knows all elements as they are. In one of them J is a parabola, and its minimum is where the
+value would be
 
     wanted_s = value_s - (G dW_s H)_ij / (G_ii H_jj)
 
-and no step makes J greater. Both take the pair of codes whose values have the least sum of
-share_s (wanted_s - value_s)^2.
+so no step makes J greater. Both take the pair of codes that minimizes sum_s level_weight_s (wanted_s - value_s)^2.
 
-Legend: S = 5 streams, levels 2, 3, 4, 6, 8; N rows and K inputs; n rows at once; B blocks of R rows; G groups a row.
+Legend: S = 5 streams, levels 2, 3, 4, 6, 8; N rows and K inputs; n rows at once; B blocks of R rows; G groups of each
+row.
 """
 
 from __future__ import annotations
@@ -28,7 +35,7 @@ import torch
 from torch import Tensor
 
 _CODES = 16
-#: Rows at once where they are on their own: all pairs of codes are compared, 5 kB a row and copy.
+#: Rows at once where rows are independent: all pairs of codes are compared, 5 kB for each row and copy.
 _LONE_ROWS = 2048
 
 
@@ -45,7 +52,7 @@ def code_values(gain_2n: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Rows that hang together, and their part of everything; codes are written in place."""
+    """Rows that depend on each other, and their part of each tensor. Codes are written in place."""
 
     codes_2nK: Tensor
     w_nK: Tensor
@@ -53,24 +60,24 @@ class _Block:
     step_nK: Tensor
     middle_nK: Tensor
     values_SAAn: Tensor
-    share_S: Tensor
+    level_weight_S: Tensor
 
     def rows(self) -> list[Tensor]:
-        """The rows that are rounded together, part after part."""
+        """The rows that are rounded at once, part after part."""
         here_n = torch.arange(len(self.w_nK))
         return [here_n] if self.between_nn is None else list(here_n.split(1))
 
     def values(self, column: slice | int, n: Tensor) -> Tensor:
-        """What the codes of some rows stand for, [S, n] or [S, n, K]."""
+        """The values of the codes of some rows, [S, n] or [S, n, K]."""
         anchor, residual = (codes[n][:, column].long() for codes in self.codes_2nK)
         rows = n if isinstance(column, int) else n[:, None]
         chosen = self.values_SAAn[:, anchor, residual, rows]
         return self.middle_nK[n][:, column] + self.step_nK[n][:, column] * chosen
 
     def choose(self, j: int, n: Tensor, wanted_Sn: Tensor) -> Tensor:
-        """Take the best codes; their values [S, n]. Where the scale is 0 codes stay."""
+        """Write the best codes and return their values [S, n]. Where the scale is 0 the codes stay."""
         left_SAAn = ((wanted_Sn - self.middle_nK[n, j]) / self.step_nK[n, j])[:, None, None] - self.values_SAAn[..., n]
-        best_n = (left_SAAn.square() * self.share_S[:, None, None, None]).sum(0).flatten(0, 1).argmin(0)
+        best_n = (left_SAAn.square() * self.level_weight_S[:, None, None, None]).sum(0).flatten(0, 1).argmin(0)
         pair_2n = torch.stack([best_n // _CODES, best_n % _CODES]).to(torch.uint8)
         self.codes_2nK[:, n, j] = torch.where(self.step_nK[n, j] > 0, pair_2n, self.codes_2nK[:, n, j])
         return self.values(j, n)
@@ -84,7 +91,7 @@ def _blocks(
     offset_NG: Tensor,
     gain_2N: Tensor,
     group_of_K: Tensor,
-    shares: Sequence[float],
+    level_weights: Sequence[float],
 ) -> Iterator[_Block]:
     size = _LONE_ROWS if between_BRR is None else between_BRR.shape[1]
     for number, start in enumerate(range(0, len(w_NK), size)):
@@ -97,11 +104,11 @@ def _blocks(
             scale_NG[rows][:, group_of_K],
             offset_NG[rows][:, group_of_K],
             code_values(gain_2N[:, rows]),
-            torch.tensor(list(shares), dtype=torch.float32),
+            torch.tensor(list(level_weights), dtype=torch.float32),
         )
 
 
-def codes_feed(
+def error_feedback(
     codes_2NK: Tensor,
     w_NK: Tensor,
     factor_KK: Tensor,
@@ -110,23 +117,23 @@ def codes_feed(
     offset_NG: Tensor,
     gain_2N: Tensor,
     group_of_K: Tensor,
-    shares: Sequence[float],
+    level_weights: Sequence[float],
 ) -> None:
-    """Choose codes, in the order of columns and in each column in that of rows.
+    """Choose codes in the order of columns, and within a column in the order of rows.
 
     Args:
         codes_2NK: uint8, written: the 4-bit codes and the residuals.
         w_NK: float32.
-        factor_KK: U_jk / U_jj above the diagonal, float32; what else there is does not count.
-        row_factor_BRR: of each R rows, transposed and without its diagonal: row i has U_ki / U_kk for each k before it
-            (the last block may be cut off). Rows are on their own if not given.
+        factor_KK: U_jk / U_jj above the diagonal, float32; all other elements are ignored.
+        row_factor_BRR: for each R rows, transposed and without its diagonal: row i has U_ki / U_kk for each k before
+            it. The last block may be cut off. Rows are independent if not given.
         scale_NG, offset_NG: float32, of each group of columns.
         gain_2N: float32, of levels 2 and 3.
         group_of_K: int64, the group of each column.
-        shares: of each stream.
+        level_weights: what a squared error counts, for each stream.
     """
-    for block in _blocks(codes_2NK, w_NK, row_factor_BRR, scale_NG, offset_NG, gain_2N, group_of_K, shares):
-        stream_SnK = block.w_nK.expand(len(block.share_S), -1, -1).clone()
+    for block in _blocks(codes_2NK, w_NK, row_factor_BRR, scale_NG, offset_NG, gain_2N, group_of_K, level_weights):
+        stream_SnK = block.w_nK.expand(len(block.level_weight_S), -1, -1).clone()
         for j in range(w_NK.shape[1]):
             missed_Sn = torch.zeros_like(stream_SnK[:, :, j])
             for n in block.rows():
@@ -138,7 +145,7 @@ def codes_feed(
             stream_SnK[:, :, j + 1 :] -= all_Sn[:, :, None] * factor_KK[j, j + 1 :]
 
 
-def codes_descend(
+def coordinate_descent(
     codes_2NK: Tensor,
     w_NK: Tensor,
     covariance_KK: Tensor,
@@ -147,20 +154,21 @@ def codes_descend(
     offset_NG: Tensor,
     gain_2N: Tensor,
     group_of_K: Tensor,
-    shares: Sequence[float],
+    level_weights: Sequence[float],
     sweeps: int,
 ) -> None:
-    """Change codes to better ones, in the same order.
+    """Change codes to better ones, in the order of `error_feedback`.
 
     Args:
         codes_2NK: uint8, changed in place.
         w_NK: float32.
         covariance_KK: H, float32, symmetric and positive definite.
-        gradients_BRR: G of each R rows, likewise (the last block may be cut off); rows are on their own if not given.
-        scale_NG, offset_NG, gain_2N, group_of_K, shares: as for `codes_feed`.
-        sweeps: how often all elements are gone through.
+        gradients_BRR: G of each R rows, float32, symmetric and positive definite. The last block may be cut off. Rows
+            are independent if not given.
+        scale_NG, offset_NG, gain_2N, group_of_K, level_weights: as for `error_feedback`.
+        sweeps: the number of passes over all elements.
     """
-    for block in _blocks(codes_2NK, w_NK, gradients_BRR, scale_NG, offset_NG, gain_2N, group_of_K, shares):
+    for block in _blocks(codes_2NK, w_NK, gradients_BRR, scale_NG, offset_NG, gain_2N, group_of_K, level_weights):
         error_SnK = block.values(slice(None), torch.arange(len(block.w_nK))) - block.w_nK
         for j in (j for _ in range(sweeps) for j in range(w_NK.shape[1])):
             pull_Sn = error_SnK @ covariance_KK[j]

@@ -1,7 +1,7 @@
 """The meaning of the ops on what autograd saves (`ops/saved.py`), in plain torch.
 
 A tensor is read flat, in the order of its memory, and cut into groups of `g` elements. A group has a `low` and a
-`step`, both bfloat16, which reach from its least value to its greatest in `B = 2^bits - 1` steps; `code * step` is
+`step`, both bfloat16, which span from its minimum to its maximum in `B = 2^bits - 1` steps; `code * step` is
 exact in float32, so a value decodes with one rounding, on every machine alike.
 
 Codes are made in fixed point, with 8 bits of fraction:
@@ -32,7 +32,7 @@ INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch
 GROUP_UNIT, GROUP_MOST = 32, 1024
 #: What 1 is in fixed point.
 ONE = 256
-#: The least step that is not zero: ONE / step stays a finite float32.
+#: The smallest step that is not zero: ONE / step stays a finite float32.
 LEAST_STEP = 2.0**-108
 #: Elements that share two 32-bit keys of the generator.
 PAGE = 1 << 21
@@ -75,7 +75,7 @@ def in_memory_order(x: Tensor) -> Tensor:
 
 
 def uniform(seed: int, n: int) -> Tensor:
-    """The generator: int64 [n], uniform on 0..255, of the seed (64 bits) and the element's place alone.
+    """The generator: int64 [n], uniform on 0..255, of the seed (64 bits) and the element's place only.
 
     Four elements share a 32-bit hash, the first of them its lowest byte. The hash is of a counter, with two keys that
     each 2^21 elements have for themselves from `splitmix64`; its constants are those of lowbias32,
@@ -109,17 +109,17 @@ def _ranges(x_Gg: Tensor, bits: int, limit: float) -> tuple[Tensor, Tensor]:
     """low and step, float32 [G, 1] that bfloat16 holds; NaN and 0 for a group that is not finite, or whose range is not
     within -limit..limit.
     """
-    least, most = x_Gg.amin(1, keepdim=True) + 0.0, x_Gg.amax(1, keepdim=True)
-    word = least.view(torch.int32)
+    minimum, maximum = x_Gg.amin(1, keepdim=True) + 0.0, x_Gg.amax(1, keepdim=True)
+    word = minimum.view(torch.int32)
     cut = word & _UPPER_HALF
-    low = torch.where((least < 0) & (word != cut), cut + 0x10000, cut).view(torch.float32)
+    low = torch.where((minimum < 0) & (word != cut), cut + 0x10000, cut).view(torch.float32)
     steps = torch.full_like(low, 2**bits - 1)
-    reach = most - low
-    quotient = reach / steps
+    span = maximum - low
+    quotient = span / steps
     up = (quotient.view(torch.int32) + 0xFFFF & _UPPER_HALF).view(torch.float32).clamp_min(LEAST_STEP)
-    short = (steps * up < reach) | (low + steps * up < most)
+    short = (steps * up < span) | (low + steps * up < maximum)
     step = torch.where(short, up.view(torch.int32) + 0x10000, up.view(torch.int32)).view(torch.float32)
-    step = torch.where(most > low, step, 0.0)
+    step = torch.where(maximum > low, step, 0.0)
     usable = x_Gg.isfinite().all(1, keepdim=True) & (low >= -limit) & (low + steps * step <= limit)
     return torch.where(usable, low, torch.nan), torch.where(usable, step, 0.0)
 
@@ -266,23 +266,25 @@ def narrow_unpack(codes: Tensor, bits: int, low: int, n: int, dtype: torch.dtype
 
 
 def moments(x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """float64 [7] (finite values, mean, sum of squared deviations, least, greatest, zeros, values not finite) and the
-    histogram of the finite ones, int64 [bins] of equal width from least to greatest.
+    """float64 [7] (finite values, mean, sum of squared deviations, minimum, maximum, zeros, values not finite) and the
+    histogram of the finite ones, int64 [bins] of equal width from minimum to maximum.
 
-    Without a finite value mean, least and greatest are NaN.
+    Without a finite value mean, minimum and maximum are NaN.
     """
     _check_floats(x)
     _check(bins >= 1, f"bins (={bins}) is not at least 1")
     flat = in_memory_order(x).double()
     finite = flat[flat.isfinite()]
     histogram = torch.zeros(bins, dtype=torch.int64)
-    mean = least = most = torch.tensor(torch.nan, dtype=torch.float64)
+    mean = minimum = maximum = torch.tensor(torch.nan, dtype=torch.float64)
     squares = torch.zeros((), dtype=torch.float64)
     if len(finite):
-        mean, least, most = finite.mean(), finite.amin() + 0.0, finite.amax() + 0.0
+        mean, minimum, maximum = finite.mean(), finite.amin() + 0.0, finite.amax() + 0.0
         squares = (finite - mean).square().sum()
-        per_unit = torch.full_like(most, bins) / (most - least) if bool(most > least) else torch.zeros_like(most)
-        place = ((finite - least) * per_unit).long().clamp_max(bins - 1)
+        per_unit = torch.zeros_like(maximum)
+        if bool(maximum > minimum):
+            per_unit = torch.full_like(maximum, bins) / (maximum - minimum)
+        place = ((finite - minimum) * per_unit).long().clamp_max(bins - 1)
         histogram = torch.bincount(place, minlength=bins)
     counts = torch.tensor([len(finite), int((flat == 0).sum()), len(flat) - len(finite)], dtype=torch.float64)
-    return torch.stack([counts[0], mean, squares, least, most, counts[1], counts[2]]), histogram
+    return torch.stack([counts[0], mean, squares, minimum, maximum, counts[1], counts[2]]), histogram

@@ -1,4 +1,4 @@
-// The codes of a weight, one element after another: by error feedback (feed) and by coordinate descent (descend).
+// The codes of a weight, one element after another: by error feedback and by coordinate descent.
 //
 // Every instruction set gives the same bits: the arithmetic is always in 16 lanes, whatever the width of the machine's
 // vectors. simd/kernels-inl.h includes this file.
@@ -41,14 +41,14 @@ struct Codes {
   int anchor, residual;
 };
 
-// The codes of least cost, sum over streams of share * (wanted - value)^2, of all 256: the first of equals.
-inline Codes best_codes(const float (&wanted)[kStreams], const float (&shares)[kStreams], float gain2, float gain3) {
+// The codes of least cost, sum over streams of level_weight * (wanted - value)^2, of all 256: the first of equals.
+inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_weights)[kStreams], float gain2, float gain3) {
   const Sixteen* const table = anchor_values();
   const float gains[kAnchors] = {gain2, gain3, 1.0f};
   Sixteen cost{};
   for (int s = 0; s < kAnchors; ++s) {
     const Sixteen left = wanted[s] - table[s] * gains[s];
-    cost += left * left * shares[s];
+    cost += left * left * level_weights[s];
   }
   // what is wanted of the residual at 6 and at 8 bits, in sixteenths of a step, counted from code 0
   const Sixteen six = (wanted[3] - table[2]) * 16.0f + 7.5f, eight = (wanted[4] - table[2]) * 16.0f + 7.5f;
@@ -59,7 +59,7 @@ inline Codes best_codes(const float (&wanted)[kStreams], const float (&shares)[k
     const float low = static_cast<float>(4 * q), high = low + 3.0f;
     const Sixteen residual = rounded < low ? sixteen(low) : rounded > high ? sixteen(high) : rounded;
     const Sixteen left6 = six - (low + 1.5f), left8 = eight - residual;
-    const Sixteen both = left6 * left6 * shares[3] + left8 * left8 * shares[4];
+    const Sixteen both = left6 * left6 * level_weights[3] + left8 * left8 * level_weights[4];
     code = both < least ? residual : code;
     least = both < least ? both : least;
   }
@@ -91,7 +91,7 @@ inline bool exchange(const ColumnBlock& d, int64_t i, int64_t j, const float (&w
     const float per_step = 1.0f / scale;
     float steps[kStreams];
     for (int s = 0; s < kStreams; ++s) steps[s] = (wanted[s] - offset) * per_step;
-    const Codes best = best_codes(steps, d.shares, gain2, gain3);
+    const Codes best = best_codes(steps, d.level_weights, gain2, gain3);
     anchor = static_cast<uint8_t>(best.anchor);
     residual = static_cast<uint8_t>(best.residual);
   }
@@ -100,7 +100,7 @@ inline bool exchange(const ColumnBlock& d, int64_t i, int64_t j, const float (&w
   return anchor != before[0] || residual != before[1];
 }
 
-inline void descend(const ColumnBlock& d) {
+inline void coordinate_descent(const ColumnBlock& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
     const float own = between[j];
@@ -127,7 +127,7 @@ inline void descend(const ColumnBlock& d) {
   }
 }
 
-inline void feed(const ColumnBlock& d) {
+inline void error_feedback(const ColumnBlock& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
     __builtin_memset(d.column, 0, sizeof(float) * static_cast<size_t>(kStreams * d.padded));

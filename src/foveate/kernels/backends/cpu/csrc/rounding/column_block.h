@@ -22,19 +22,19 @@ struct ColumnBlock {
   const float* w;           // [R, b] of it
   uint8_t* anchor;          // [R, b]
   uint8_t* residual;        // [R, b]
-  float* errors;            // [S, R, b], values of the codes minus w; not for feeding
-  float* pull;              // [S, R, 64], used up: errors of all columns times the covariance
-                            // for feeding: what is wanted of each weight; becomes wanted minus value
-  const float* between;     // [b, b] of the covariance; for feeding: of the factor of its inverse
+  float* errors;            // [S, R, b], values of the codes minus w; coordinate descent only
+  float* pull;              // [S, R, 64], overwritten. Coordinate descent: errors of all columns times the covariance.
+                            // Error feedback: the wanted value of each weight; becomes wanted minus value
+  const float* between;     // [b, b]. Coordinate descent: of the covariance. Error feedback: of its inverse's factor
   int64_t between_stride;
-  const float* gradients;   // [R, padded], or null: rows are on their own. For feeding: row i is column i of the factor,
-                            // without its diagonal
+  const float* gradients;   // [R, padded], or null: rows are independent. Error feedback: row i is column i of the
+                            // factor, without its diagonal
   const float* scales;      // [R, G]
   const float* offsets;
   const int64_t* group_of;  // [b]
   const float* gains;       // [2, R]
   float* column;            // memory of [S, padded], zeros behind the rows
-  float shares[kStreams];
+  float level_weights[kStreams];  // of each stream's squared error
 };
 
 // The values of a pair of codes in each stream, in steps from the offset.

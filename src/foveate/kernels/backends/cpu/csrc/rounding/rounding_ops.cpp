@@ -1,5 +1,5 @@
-// The torch side of rounding by feedback and by descent: checks, memory, threads. Schemas are in kernels/rounding/ops.py,
-// the meaning in kernels/rounding/reference.py.
+// The torch side of rounding by error feedback and by coordinate descent: checks, memory, threads. Schemas are in
+// kernels/rounding/ops.py, the meaning in kernels/rounding/reference.py.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/constant_pad_nd.h>
@@ -28,12 +28,12 @@ void check(const Tensor& t, at::IntArrayRef shape, at::ScalarType type, const ch
   check_memory(t, name);
 }
 
-// What the ops share: a weight, its codes and its grid.
+// The arguments that both ops have: a weight, its codes and its grid.
 struct Rounding {
   Tensor &codes;
   const Tensor &w, &between, &scale, &offset, &gain, &group_of;
   const std::optional<Tensor>& gradients;
-  at::ArrayRef<double> shares;
+  at::ArrayRef<double> level_weights;
   int64_t rows = 0, columns = 0, size = 0;  // N, K, R
 
   void check_all() {
@@ -49,7 +49,7 @@ struct Rounding {
     const int64_t* const of = group_of.const_data_ptr<int64_t>();
     for (int64_t k = 0; k < columns; ++k)
       TORCH_CHECK(of[k] >= 0 && of[k] < scale.size(1), "group_of (", of[k], " at ", k, ") is outside the ", scale.size(1), " groups");
-    TORCH_CHECK(shares.size() == kStreams, "shares (", shares.size(), " of them) are not one a level");
+    TORCH_CHECK(level_weights.size() == kStreams, "level_weights (", level_weights.size(), " of them) are not one per level");
     size = std::max<int64_t>(std::min(rows, kLoneRows), 1);
     if (gradients) {
       TORCH_CHECK(gradients->dim() == 3 && gradients->size(1) >= 1, "the matrices of rows are not [B, R, R]");
@@ -92,7 +92,7 @@ struct Rounding {
         d.group_of = group_of.const_data_ptr<int64_t>();
         d.gains = own_gain.const_data_ptr<float>();
         d.column = column.data_ptr<float>();
-        for (int s = 0; s < kStreams; ++s) d.shares[s] = static_cast<float>(shares[static_cast<size_t>(s)]);
+        for (int s = 0; s < kStreams; ++s) d.level_weights[s] = static_cast<float>(level_weights[static_cast<size_t>(s)]);
         run(row, d);
       }
     });
@@ -128,9 +128,10 @@ void write_errors(const ColumnBlock& d, int64_t columns) {
     }
 }
 
-void codes_descend(Tensor& codes, const Tensor& w, const Tensor& covariance, const std::optional<Tensor>& gradients, const Tensor& scale,
-                   const Tensor& offset, const Tensor& gain, const Tensor& group_of, at::ArrayRef<double> shares, int64_t sweeps) {
-  Rounding rounding{codes, w, covariance, scale, offset, gain, group_of, gradients, shares};
+void coordinate_descent(Tensor& codes, const Tensor& w, const Tensor& covariance, const std::optional<Tensor>& gradients,
+                        const Tensor& scale, const Tensor& offset, const Tensor& gain, const Tensor& group_of,
+                        at::ArrayRef<double> level_weights, int64_t sweeps) {
+  Rounding rounding{codes, w, covariance, scale, offset, gain, group_of, gradients, level_weights};
   rounding.check_all();
   rounding.each_block([&](int64_t, ColumnBlock& d) {
     Tensor errors = at::empty({kStreams * d.rows, rounding.columns}, w.options());
@@ -142,14 +143,15 @@ void codes_descend(Tensor& codes, const Tensor& w, const Tensor& covariance, con
         Tensor pull = as_block(at::matmul(errors, covariance.narrow(0, first, part.columns).t()));
         part.errors += first;
         part.pull = pull.data_ptr<float>();
-        kernels().descend(part);
+        kernels().coordinate_descent(part);
       });
   });
 }
 
-void codes_feed(Tensor& codes, const Tensor& w, const Tensor& factor, const std::optional<Tensor>& row_factor, const Tensor& scale,
-                const Tensor& offset, const Tensor& gain, const Tensor& group_of, at::ArrayRef<double> shares) {
-  Rounding rounding{codes, w, factor, scale, offset, gain, group_of, row_factor, shares};
+void error_feedback(Tensor& codes, const Tensor& w, const Tensor& factor, const std::optional<Tensor>& row_factor,
+                    const Tensor& scale, const Tensor& offset, const Tensor& gain, const Tensor& group_of,
+                    at::ArrayRef<double> level_weights) {
+  Rounding rounding{codes, w, factor, scale, offset, gain, group_of, row_factor, level_weights};
   rounding.check_all();
   rounding.each_block([&](int64_t row, ColumnBlock& d) {
     const int64_t columns = rounding.columns;
@@ -157,7 +159,7 @@ void codes_feed(Tensor& codes, const Tensor& w, const Tensor& factor, const std:
     rounding.each_part(d, [&](int64_t first, ColumnBlock& part) {
       Tensor block = as_block(wanted.narrow(1, first, part.columns));
       part.pull = block.data_ptr<float>();
-      kernels().feed(part);
+      kernels().error_feedback(part);
       const int64_t next = first + part.columns;
       if (next < columns)
         wanted.narrow(1, next, columns - next)
@@ -170,6 +172,6 @@ void codes_feed(Tensor& codes, const Tensor& w, const Tensor& factor, const std:
 }  // namespace foveate
 
 TORCH_LIBRARY_IMPL(foveate, CPU, m) {
-  m.impl("codes_descend", foveate::codes_descend);
-  m.impl("codes_feed", foveate::codes_feed);
+  m.impl("coordinate_descent", foveate::coordinate_descent);
+  m.impl("error_feedback", foveate::error_feedback);
 }

@@ -25,7 +25,7 @@ static inline uint32_t get_word(const uint8_t* bits, int64_t block, int64_t n) {
 
 // each(x, block) for every block; the last one, where it is not full, from a copy filled up with its first element.
 template <class T, class Each>
-bool blocks(const T* x, int64_t n, int64_t block, int64_t block_end, const Each& each) {
+bool for_each_block(const T* x, int64_t n, int64_t block, int64_t block_end, const Each& each) {
   for (; block < block_end; ++block) {
     const T* from = x + block * kBlock;
     T tail[kBlock];
@@ -48,17 +48,26 @@ template <class V>
 void mask(const void* x, Type type, int64_t n, float threshold, uint8_t* bits, int64_t block, int64_t block_end) {
   with_type(type, [&](auto kind) {
     using T = decltype(kind);
-    blocks(static_cast<const T*>(x), n, block, block_end, [&](const T* from, int64_t b) {
+    for_each_block(static_cast<const T*>(x), n, block, block_end, [&](const T* from, int64_t b) {
       put_word(bits, b, n, V::greater(from, threshold) & real_bits(b, n));
       return true;
     });
   });
 }
 
+// each(T{}) with the unsigned integer of so many bytes.
+template <class Each>
+void with_word(int bytes, const Each& each) {
+  if (bytes == 1) return each(uint8_t{});
+  if (bytes == 2) return each(uint16_t{});
+  if (bytes == 4) return each(uint32_t{});
+  each(uint64_t{});
+}
+
 template <class V, class T>
 bool two_values_of(const TwoValues& p, int64_t block, int64_t block_end) {
   const T first = static_cast<T>(p.first), second = static_cast<T>(p.second);
-  return blocks(static_cast<const T*>(p.x), p.n, block, block_end, [&](const T* from, int64_t b) {
+  return for_each_block(static_cast<const T*>(p.x), p.n, block, block_end, [&](const T* from, int64_t b) {
     const uint32_t other = V::unequal(from, first);
     if (other & V::unequal(from, second)) return false;
     put_word(p.bits, b, p.n, other & real_bits(b, p.n));
@@ -68,10 +77,9 @@ bool two_values_of(const TwoValues& p, int64_t block, int64_t block_end) {
 
 template <class V>
 bool two_values(const TwoValues& p, int64_t block, int64_t block_end) {
-  if (p.bytes == 1) return two_values_of<V, uint8_t>(p, block, block_end);
-  if (p.bytes == 2) return two_values_of<V, uint16_t>(p, block, block_end);
-  if (p.bytes == 4) return two_values_of<V, uint32_t>(p, block, block_end);
-  return two_values_of<V, uint64_t>(p, block, block_end);
+  bool only_two = true;
+  with_word(p.bytes, [&](auto word) { only_two = two_values_of<V, decltype(word)>(p, block, block_end); });
+  return only_two;
 }
 
 template <class V, class T>
@@ -91,23 +99,7 @@ void choose_of(const Choosing& p, int64_t block, int64_t block_end) {
 
 template <class V>
 void choose(const Choosing& p, int64_t block, int64_t block_end) {
-  if (p.bytes == 1) return choose_of<V, uint8_t>(p, block, block_end);
-  if (p.bytes == 2) return choose_of<V, uint16_t>(p, block, block_end);
-  if (p.bytes == 4) return choose_of<V, uint32_t>(p, block, block_end);
-  choose_of<V, uint64_t>(p, block, block_end);
-}
-
-// 32 elements by comparing or choosing one by one, for vectors that have nothing better.
-template <class T>
-uint32_t unequal_each(const T* x, T value) {
-  uint32_t word = 0;
-  for (int i = 0; i < kBlock; ++i) word |= static_cast<uint32_t>(x[i] != value) << i;
-  return word;
-}
-template <class T>
-void choose_each(uint32_t word, T first, T second, T* out) {
-  const T change = first ^ second;
-  for (int i = 0; i < kBlock; ++i) out[i] = static_cast<T>(first ^ (change & static_cast<T>(-static_cast<T>(word >> i & 1))));
+  with_word(p.bytes, [&](auto word) { choose_of<V, decltype(word)>(p, block, block_end); });
 }
 
 // each(T{}) with the C++ type of an Integer.
@@ -155,11 +147,11 @@ void with_bits(int bits, const Each& each) {
 
 template <class V>
 bool narrow(const Narrowing& p, int64_t block, int64_t block_end) {
-  const uint64_t most = (uint64_t{1} << p.bits) - 1;
+  const uint64_t maximum = (uint64_t{1} << p.bits) - 1;
   const uint64_t low = static_cast<uint64_t>(p.low);
   return with_integer(p.type, [&](auto kind) {
     using T = decltype(kind);
-    return blocks(static_cast<const T*>(p.x), p.n, block, block_end, [&](const T* from, int64_t b) {
+    return for_each_block(static_cast<const T*>(p.x), p.n, block, block_end, [&](const T* from, int64_t b) {
       uint32_t code[kBlock];
       uint64_t seen = 0;
       for (int i = 0; i < kBlock; ++i) {
@@ -167,7 +159,7 @@ bool narrow(const Narrowing& p, int64_t block, int64_t block_end) {
         seen |= wide;
         code[i] = static_cast<uint32_t>(wide);
       }
-      if (seen > most) return false;
+      if (seen > maximum) return false;
       const int64_t left = p.n - b * kBlock;
       for (int64_t i = left; i < kBlock; ++i) code[i] = 0;
       with_bits(p.bits, [&](auto bits) {

@@ -1,4 +1,4 @@
-// Groups of few bits: the least and greatest value of a group, its range, and its codes, in one pass over memory. A few
+// Groups of few bits: the minimum and maximum of a group, its range, and its codes, in one pass over memory. A few
 // groups at a time stay in the first cache: their extremes, then all their ranges side by side, then their codes, while
 // the next ones are prefetched.
 //
@@ -26,7 +26,7 @@ class Groups {
   const T* const x_;
   const int64_t full_;
   const int group_, rest_;
-  alignas(64) T tail_[kMostGroup];
+  alignas(64) T tail_[kLargestGroup];
 };
 
 struct Range {
@@ -44,22 +44,22 @@ static inline float float_of(uint32_t word) {
   return v;
 }
 
-// NaN and 0 where there is none; `most` is NaN if any element is not finite.
-static inline Range range_of(float least, float most, float steps, float limit) {
-  const uint32_t word = word_of(least + 0.0f);
+// NaN and 0 where there is none; `maximum` is NaN if any element is not finite.
+static inline Range range_of(float minimum, float maximum, float steps, float limit) {
+  const uint32_t word = word_of(minimum + 0.0f);
   const uint32_t cut = word & 0xFFFF0000u;
-  const float low = float_of(least < 0.0f && word != cut ? cut + 0x10000u : cut);
-  const float reach = most - low;
-  const float quotient = reach / steps;
+  const float low = float_of(minimum < 0.0f && word != cut ? cut + 0x10000u : cut);
+  const float span = maximum - low;
+  const float quotient = span / steps;
   float step = float_of((word_of(quotient) + 0xFFFFu) & 0xFFFF0000u);
-  step = step < kLeastStep ? kLeastStep : step;
-  if (steps * step < reach || low + steps * step < most) step = float_of(word_of(step) + 0x10000u);
-  if (!(most > low)) step = 0.0f;
-  const bool usable = low >= -limit && low + steps * step <= limit && most <= limit;
+  step = step < kSmallestStep ? kSmallestStep : step;
+  if (steps * step < span || low + steps * step < maximum) step = float_of(word_of(step) + 0x10000u);
+  if (!(maximum > low)) step = 0.0f;
+  const bool usable = low >= -limit && low + steps * step <= limit && maximum <= limit;
   return usable ? Range{low, step} : Range{float_of(0x7FC00000u), 0.0f};
 }
 
-// 256 / step, rounded down, so that no code is beyond the last one.
+// 256 / step, rounded down, so that no code is greater than the last one.
 static inline float scale_of(float step) {
   const float nearest = 256.0f / step;
   const bool above = static_cast<double>(nearest) * static_cast<double>(step) > 256.0;
@@ -69,14 +69,14 @@ static inline float scale_of(float step) {
 // Whether all of a group are finite, for when their sum is not: it may only have overflowed.
 template <class V, class T>
 bool all_finite(const T* x, int group) {
-  typename V::Floats strange{};
-  for (int i = 0; i < group; i += V::kLanes) strange += V::load(x + i) * 0.0f;  // 0 or NaN
-  return V::total(strange) == 0.0f;
+  typename V::Floats not_finite{};
+  for (int i = 0; i < group; i += V::kLanes) not_finite += V::load(x + i) * 0.0f;  // 0 or NaN
+  return V::total(not_finite) == 0.0f;
 }
 
-// The least and greatest of a group; the greatest is NaN if any is not finite. One sum finds that out in passing.
+// The minimum and maximum of a group; the maximum is NaN if any element is not finite, which the sum of all tells.
 template <class V, class T>
-void extremes(const T* x, int group, float& least, float& most) {
+void extremes(const T* x, int group, float& minimum, float& maximum) {
   constexpr int kVectors = kBlock / V::kLanes;
   typename V::Floats low[kVectors], high[kVectors], sum[kVectors];
 #pragma GCC unroll 8
@@ -95,10 +95,10 @@ void extremes(const T* x, int group, float& least, float& most) {
     high[0] = V::max(high[0], high[k]);
     sum[0] += sum[k];
   }
-  least = V::least(low[0]);
-  most = V::most(high[0]);
+  minimum = V::minimum(low[0]);
+  maximum = V::maximum(high[0]);
   const float total = V::total(sum[0]);
-  if (__builtin_expect(!(total - total == 0.0f), 0) && !all_finite<V>(x, group)) most = float_of(0x7FC00000u);
+  if (__builtin_expect(!(total - total == 0.0f), 0) && !all_finite<V>(x, group)) maximum = float_of(0x7FC00000u);
 }
 
 // Bytes that are uniform, 32 for each block: see `uniform` of the reference. Blocks follow one another.
@@ -164,10 +164,10 @@ void pack_groups(const Packing& p, int64_t group, int64_t group_end) {
   uint8_t* codes = p.codes + group * group_blocks * kCodeBytes;
   for (; group < group_end; group += batch) {
     const int count = static_cast<int>(group_end - group < batch ? group_end - group : batch);
-    float low[kBatchGroups], most[kBatchGroups], scale[kBatchGroups];
-    for (int i = 0; i < count; ++i) extremes<V>(groups.at(group + i), group_size, low[i], most[i]);
+    float low[kBatchGroups], maximum[kBatchGroups], scale[kBatchGroups];
+    for (int i = 0; i < count; ++i) extremes<V>(groups.at(group + i), group_size, low[i], maximum[i]);
     for (int i = 0; i < count; ++i) {
-      const Range range = range_of(low[i], most[i], kSteps, p.limit);
+      const Range range = range_of(low[i], maximum[i], kSteps, p.limit);
       p.ranges[2 * (group + i)] = static_cast<uint16_t>(word_of(range.low) >> 16);
       p.ranges[2 * (group + i) + 1] = static_cast<uint16_t>(word_of(range.step) >> 16);
       low[i] = range.low;
@@ -202,7 +202,7 @@ void unpack_groups(const Unpacking& p, int64_t group, int64_t group_end) {
   for (; group < group_end; ++group) {
     const uint8_t* codes = p.codes + group * p.group * BITS / 8;
     const typename V::template Decoder<BITS> decode(float_of(uint32_t{p.ranges[2 * group]} << 16), float_of(uint32_t{p.ranges[2 * group + 1]} << 16));
-    alignas(64) T tail[kMostGroup];
+    alignas(64) T tail[kLargestGroup];
     const int64_t start = group * p.group;
     const bool full = start + p.group <= p.n;
     T* const to = full ? out + start : tail;
@@ -228,10 +228,10 @@ void variance_groups(const Variance& p, int64_t group, int64_t group_end) {
   const int64_t all = (p.n + p.group - 1) / p.group;
   for (; group < group_end; ++group) {
     const T* const from = groups.at(group);
-    float least, most;
-    extremes<V>(from, p.group, least, most);
+    float minimum, maximum;
+    extremes<V>(from, p.group, minimum, maximum);
     for (int64_t level = 0; level < p.levels; ++level) {
-      const Range range = range_of(least, most, static_cast<float>((1 << p.bits[level]) - 1), p.limit);
+      const Range range = range_of(minimum, maximum, static_cast<float>((1 << p.bits[level]) - 1), p.limit);
       float& out = p.out[level * all + group];
       out = range.low;
       if (range.low != range.low) continue;
@@ -254,35 +254,6 @@ void variance_groups(const Variance& p, int64_t group, int64_t group_end) {
   }
 }
 
-template <class V, class T, int BITS>
-void pack_bits(const Packing& p, int64_t group, int64_t group_end) {
-  if (p.random) return pack_groups<V, T, BITS, true>(p, group, group_end);
-  pack_groups<V, T, BITS, false>(p, group, group_end);
-}
-
-template <class V, class T>
-void pack_type(const Packing& p, int64_t group, int64_t group_end) {
-  if (p.bits == 2) return pack_bits<V, T, 2>(p, group, group_end);
-  if (p.bits == 4) return pack_bits<V, T, 4>(p, group, group_end);
-  if (p.bits == 8) return pack_bits<V, T, 8>(p, group, group_end);
-  pack_bits<V, T, 16>(p, group, group_end);
-}
-
-template <class V, class T, int BITS>
-void unpack_bits(const Unpacking& p, int64_t group, int64_t group_end) {
-  if constexpr (std::is_same_v<T, float>)
-    if (p.stream) return unpack_groups<V, T, BITS, true>(p, group, group_end);
-  unpack_groups<V, T, BITS, false>(p, group, group_end);
-}
-
-template <class V, class T>
-void unpack_type(const Unpacking& p, int64_t group, int64_t group_end) {
-  if (p.bits == 2) return unpack_bits<V, T, 2>(p, group, group_end);
-  if (p.bits == 4) return unpack_bits<V, T, 4>(p, group, group_end);
-  if (p.bits == 8) return unpack_bits<V, T, 8>(p, group, group_end);
-  unpack_bits<V, T, 16>(p, group, group_end);
-}
-
 // each(T{}) with the C++ type of a Type.
 template <class Each>
 void with_type(Type type, const Each& each) {
@@ -291,14 +262,35 @@ void with_type(Type type, const Each& each) {
   each(Float16{});
 }
 
+// each(integral constant) with the bits of a code.
+template <class Each>
+void with_code_bits(int bits, const Each& each) {
+  if (bits == 2) return each(std::integral_constant<int, 2>{});
+  if (bits == 4) return each(std::integral_constant<int, 4>{});
+  if (bits == 8) return each(std::integral_constant<int, 8>{});
+  each(std::integral_constant<int, 16>{});
+}
+
 template <class V>
 void pack(const Packing& p, int64_t group, int64_t group_end) {
-  with_type(p.type, [&](auto type) { pack_type<V, decltype(type)>(p, group, group_end); });
+  with_type(p.type, [&](auto type) {
+    with_code_bits(p.bits, [&](auto bits) {
+      if (p.random) return pack_groups<V, decltype(type), bits, true>(p, group, group_end);
+      pack_groups<V, decltype(type), bits, false>(p, group, group_end);
+    });
+  });
 }
 
 template <class V>
 void unpack(const Unpacking& p, int64_t group, int64_t group_end) {
-  with_type(p.type, [&](auto type) { unpack_type<V, decltype(type)>(p, group, group_end); });
+  with_type(p.type, [&](auto type) {
+    using T = decltype(type);
+    with_code_bits(p.bits, [&](auto bits) {
+      if constexpr (std::is_same_v<T, float>)
+        if (p.stream) return unpack_groups<V, T, bits, true>(p, group, group_end);
+      unpack_groups<V, T, bits, false>(p, group, group_end);
+    });
+  });
 }
 
 template <class V>

@@ -1,4 +1,4 @@
-// What a tensor's values are like: two passes, each in eight sums of float64 that are added in one order, so that the
+// The moments of a tensor's values, in two passes. Each pass has eight sums of float64 that are added in one order, so the
 // result depends on neither threads nor instructions.
 //
 // simd/saved_kernels-inl.h includes this file after saved/groups-inl.h.
@@ -7,7 +7,7 @@ constexpr int kSums = 8;
 
 // each(eight values, how many are real) over elements [begin, end).
 template <class V, class T, class Each>
-void eights(const T* x, int64_t begin, int64_t end, const Each& each) {
+void for_each_eight(const T* x, int64_t begin, int64_t end, const Each& each) {
   for (; begin < end; begin += kBlock) {
     alignas(64) float v[kBlock];
     const int64_t left = end - begin;
@@ -29,20 +29,20 @@ static inline double total_of(const double (&sum)[kSums]) {
 template <class V>
 Moments moments(const void* x, Type type, int64_t begin, int64_t end) {
   double sum[kSums] = {};
-  float least[kSums], most[kSums];
+  float minimum[kSums], maximum[kSums];
   int32_t finite[kSums] = {}, zeros[kSums] = {};
-  for (int i = 0; i < kSums; ++i) least[i] = float_of(0x7F800000u), most[i] = -least[i];
+  for (int i = 0; i < kSums; ++i) minimum[i] = float_of(0x7F800000u), maximum[i] = -minimum[i];
   with_type(type, [&](auto kind) {
     using T = decltype(kind);
-    eights<V>(static_cast<const T*>(x), begin, end, [&](const float* v, int count) {
+    for_each_eight<V>(static_cast<const T*>(x), begin, end, [&](const float* v, int count) {
       if (count == kSums) {
         for (int i = 0; i < kSums; ++i) {
           const bool is = v[i] - v[i] == 0.0f;
           finite[i] += is;
           zeros[i] += v[i] == 0.0f;
           sum[i] += is ? static_cast<double>(v[i]) : 0.0;
-          least[i] = is && v[i] < least[i] ? v[i] : least[i];
-          most[i] = is && v[i] > most[i] ? v[i] : most[i];
+          minimum[i] = is && v[i] < minimum[i] ? v[i] : minimum[i];
+          maximum[i] = is && v[i] > maximum[i] ? v[i] : maximum[i];
         }
         return;
       }
@@ -51,35 +51,35 @@ Moments moments(const void* x, Type type, int64_t begin, int64_t end) {
         ++finite[i];
         zeros[i] += v[i] == 0.0f;
         sum[i] += static_cast<double>(v[i]);
-        least[i] = v[i] < least[i] ? v[i] : least[i];
-        most[i] = v[i] > most[i] ? v[i] : most[i];
+        minimum[i] = v[i] < minimum[i] ? v[i] : minimum[i];
+        maximum[i] = v[i] > maximum[i] ? v[i] : maximum[i];
       }
     });
   });
-  Moments found{0, 0, end - begin, total_of(sum), static_cast<double>(least[0]), static_cast<double>(most[0])};
+  Moments result{0, 0, end - begin, total_of(sum), static_cast<double>(minimum[0]), static_cast<double>(maximum[0])};
   for (int i = 0; i < kSums; ++i) {
-    found.finite += finite[i];
-    found.zeros += zeros[i];
-    if (least[i] < found.least) found.least = static_cast<double>(least[i]);
-    if (most[i] > found.most) found.most = static_cast<double>(most[i]);
+    result.finite += finite[i];
+    result.zeros += zeros[i];
+    if (minimum[i] < result.minimum) result.minimum = static_cast<double>(minimum[i]);
+    if (maximum[i] > result.maximum) result.maximum = static_cast<double>(maximum[i]);
   }
-  found.strange -= found.finite;
-  return found;
+  result.not_finite -= result.finite;
+  return result;
 }
 
 template <class V>
-double spread(const void* x, Type type, int64_t begin, int64_t end, double mean, double least, double per_unit, int64_t bins, int64_t* histogram) {
+double spread(const void* x, Type type, int64_t begin, int64_t end, double mean, double minimum, double per_unit, int64_t bins, int64_t* histogram) {
   double sum[kSums] = {};
   with_type(type, [&](auto kind) {
     using T = decltype(kind);
-    eights<V>(static_cast<const T*>(x), begin, end, [&](const float* v, int count) {
+    for_each_eight<V>(static_cast<const T*>(x), begin, end, [&](const float* v, int count) {
       double place[kSums];
       for (int i = 0; i < kSums; ++i) {
         const bool is = v[i] - v[i] == 0.0f && i < count;
         const double value = static_cast<double>(v[i]);
         const double deviation = is ? value - mean : 0.0;
         sum[i] += deviation * deviation;
-        place[i] = is ? (value - least) * per_unit : -1.0;
+        place[i] = is ? (value - minimum) * per_unit : -1.0;
       }
       for (int i = 0; i < kSums; ++i) {
         if (place[i] < 0.0) continue;

@@ -1,6 +1,6 @@
 // The arguments of the kernels on saved tensors: plain structs that know nothing of torch.
 //
-// A tensor is n elements in the order of its memory, cut into groups of g; a block is 32 elements, the least group. What
+// A tensor is n elements in the order of its memory, cut into groups of g; a block is 32 elements, the smallest group. What
 // each op means is in kernels/saved/reference.py, and every instruction set gives its bits.
 #pragma once
 
@@ -12,8 +12,8 @@
 namespace foveate {
 
 constexpr int kBlock = 32;
-constexpr int kMostGroup = 1024;
-constexpr float kLeastStep = 0x1p-108f;  // 256 / step stays finite
+constexpr int kLargestGroup = 1024;
+constexpr float kSmallestStep = 0x1p-108f;  // 256 / step stays finite
 
 // A byte for each element of a block.
 typedef uint32_t Hashes __attribute__((vector_size(32)));
@@ -87,8 +87,8 @@ struct Narrowing {
 };
 
 struct Moments {
-  int64_t finite, zeros, strange;
-  double sum, least, most;
+  int64_t finite, zeros, not_finite;
+  double sum, minimum, maximum;
 };
 
 // One instruction set's kernels. Ranges of groups, blocks or elements are half open and may run on different threads.
@@ -103,9 +103,10 @@ struct SavedKernels {
   void (*widen)(const Narrowing&, int64_t block, int64_t block_end);
   Moments (*moments)(const void* x, Type, int64_t begin, int64_t end);
   // Squared deviations from the mean; the histogram is added to.
-  double (*spread)(const void* x, Type, int64_t begin, int64_t end, double mean, double least, double per_unit, int64_t bins, int64_t* histogram);
+  double (*spread)(const void* x, Type, int64_t begin, int64_t end, double mean, double minimum, double per_unit, int64_t bins, int64_t* histogram);
 };
 
+// Of machines that have the instructions only.
 const SavedKernels* saved_avx512();
 const SavedKernels* saved_avx2();
 const SavedKernels* saved_portable();

@@ -24,11 +24,11 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kPieceGroups = 32;      // what a thread takes at least, so that it streams
+constexpr int64_t kPieceGroups = 32;      // the smallest piece of a thread: it streams
 constexpr int64_t kPieceBlocks = 512;
 constexpr int64_t kChunk = 1 << 14;       // elements of a partial sum of moments
 constexpr int64_t kStreamFrom = 8 << 20;  // bytes from which a tensor is written past the caches
-constexpr int64_t kMostElements = int64_t{1} << 56;  // their bits are still counted in int64
+constexpr int64_t kMaxElements = int64_t{1} << 56;  // their bits are still counted in int64
 
 const SavedKernels& saved() { return *kernels().saved; }
 
@@ -38,7 +38,7 @@ void check_dense(const Tensor& x) {
 }
 
 // A number of elements that the caller says, before anything is computed of it.
-void check_count(int64_t n) { TORCH_CHECK(n >= 0 && n <= kMostElements, "n (=", n, ") is not in 0..", kMostElements); }
+void check_count(int64_t n) { TORCH_CHECK(n >= 0 && n <= kMaxElements, "n (=", n, ") is not in 0..", kMaxElements); }
 
 Type float_type(const Tensor& x) {
   check_dense(x);
@@ -57,8 +57,8 @@ float limit_of(Type type) {
 
 void check_group(at::IntArrayRef bits, int64_t group) {
   for (const int64_t each : bits) TORCH_CHECK(each == 2 || each == 4 || each == 8 || each == 16, "bits (=", each, ") is not one of 2, 4, 8, 16");
-  TORCH_CHECK(group >= kBlock && group <= kMostGroup && group % kBlock == 0, "group (=", group, ") is not a multiple of ", kBlock, " from ",
-              kBlock, " to ", kMostGroup);
+  TORCH_CHECK(group >= kBlock && group <= kLargestGroup && group % kBlock == 0, "group (=", group, ") is not a multiple of ", kBlock, " from ",
+              kBlock, " to ", kLargestGroup);
 }
 
 Tensor new_empty(const Tensor& like, at::IntArrayRef shape, at::ScalarType type) { return at::empty(shape, like.options().dtype(type)); }
@@ -143,15 +143,15 @@ std::tuple<Tensor, Tensor> two_values_pack(const Tensor& x) {
   check_bytes(x);
   check_dense(x);
   const int64_t n = x.numel(), bytes = x.element_size();
-  const std::tuple<Tensor, Tensor> more{new_empty(x, {0}, at::kByte), new_empty(x, {0}, x.scalar_type())};
-  if (n == 0) return more;
+  const std::tuple<Tensor, Tensor> third_value{new_empty(x, {0}, at::kByte), new_empty(x, {0}, x.scalar_type())};
+  if (n == 0) return third_value;
   const void* const data = x.const_data_ptr();
   const uint64_t first = element(data, bytes, 0);
   int64_t place = 1;
   while (place < n && element(data, bytes, place) == first) ++place;
   const uint64_t second = place < n ? element(data, bytes, place) : first;
   for (int64_t i = place; i < std::min(n, place + kBlock); ++i)  // most tensors end here, and no memory was asked for
-    if (const uint64_t third = element(data, bytes, i); third != first && third != second) return more;
+    if (const uint64_t third = element(data, bytes, i); third != first && third != second) return third_value;
   Tensor bits = new_empty(x, {over(n, 8)}, at::kByte);
   Tensor values = new_empty(x, {2}, x.scalar_type());
   const TwoValues two{data, static_cast<int>(bytes), n, first, second, bits.data_ptr<uint8_t>()};
@@ -160,7 +160,7 @@ std::tuple<Tensor, Tensor> two_values_pack(const Tensor& x) {
   share(over(n, kBlock), kPieceBlocks, worth_threads(n), [&](int64_t begin, int64_t end) {
     if (no_third.load(std::memory_order_relaxed) && !run(two, begin, end)) no_third.store(false, std::memory_order_relaxed);
   });
-  if (!no_third) return more;
+  if (!no_third) return third_value;
   std::memcpy(values.data_ptr(), &first, static_cast<size_t>(bytes));
   std::memcpy(static_cast<char*>(values.data_ptr()) + bytes, &second, static_cast<size_t>(bytes));
   return {bits, values};
@@ -212,9 +212,9 @@ Tensor narrow_pack(const Tensor& x, int64_t bits, int64_t low) {
   share(over(n, kBlock), kPieceBlocks, worth_threads(n), [&](int64_t begin, int64_t end) {
     if (!run(narrowing, begin, end)) inside.store(false, std::memory_order_relaxed);
   });
-  int64_t most = 0;
-  if (__builtin_add_overflow(low, (int64_t{1} << bits) - 1, &most)) most = std::numeric_limits<int64_t>::max();
-  TORCH_CHECK(inside, "x has values outside ", low, "..", most, ", the integers that ", bits, " bits hold from low");
+  int64_t maximum = 0;
+  if (__builtin_add_overflow(low, (int64_t{1} << bits) - 1, &maximum)) maximum = std::numeric_limits<int64_t>::max();
+  TORCH_CHECK(inside, "x has values outside ", low, "..", maximum, ", the integers that ", bits, " bits hold from low");
   return codes;
 }
 
@@ -237,7 +237,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t bins) {
   TORCH_CHECK(bins >= 1, "bins (=", bins, ") is not at least 1");
   const int64_t n = x.numel(), chunks = over(n, kChunk);
   const void* const data = x.const_data_ptr();
-  Tensor found = at::empty({7}, x.options().dtype(at::kDouble));
+  Tensor result = at::empty({7}, x.options().dtype(at::kDouble));
   Tensor histogram = at::zeros({bins}, x.options().dtype(at::kLong));
   const SavedKernels& run = saved();
   std::vector<Moments> parts(static_cast<size_t>(chunks));
@@ -248,33 +248,33 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, int64_t bins) {
   for (const Moments& part : parts) {
     all.finite += part.finite;
     all.zeros += part.zeros;
-    all.strange += part.strange;
+    all.not_finite += part.not_finite;
     all.sum += part.sum;
-    all.least = std::min(all.least, part.least);
-    all.most = std::max(all.most, part.most);
+    all.minimum = std::min(all.minimum, part.minimum);
+    all.maximum = std::max(all.maximum, part.maximum);
   }
   const double none = std::numeric_limits<double>::quiet_NaN();
   const double mean = all.finite ? all.sum / static_cast<double>(all.finite) : none;
   double squares = 0.0;
   if (all.finite) {
-    const double per_unit = all.most > all.least ? static_cast<double>(bins) / (all.most - all.least) : 0.0;
+    const double per_unit = all.maximum > all.minimum ? static_cast<double>(bins) / (all.maximum - all.minimum) : 0.0;
     std::vector<double> spreads(static_cast<size_t>(chunks));
     std::mutex turn;
     share(chunks, 1, worth_threads(n), [&](int64_t begin, int64_t end) {
       std::vector<int64_t> own(static_cast<size_t>(bins));
       for (int64_t c = begin; c < end; ++c)
         spreads[static_cast<size_t>(c)] =
-            run.spread(data, type, c * kChunk, std::min(n, (c + 1) * kChunk), mean, all.least, per_unit, bins, own.data());
+            run.spread(data, type, c * kChunk, std::min(n, (c + 1) * kChunk), mean, all.minimum, per_unit, bins, own.data());
       const std::lock_guard<std::mutex> lock(turn);
       int64_t* const to = histogram.data_ptr<int64_t>();
       for (int64_t i = 0; i < bins; ++i) to[i] += own[static_cast<size_t>(i)];
     });
     for (const double part : spreads) squares += part;
   }
-  const double values[7] = {static_cast<double>(all.finite), mean, squares, all.finite ? all.least + 0.0 : none, all.finite ? all.most + 0.0 : none,
-                            static_cast<double>(all.zeros), static_cast<double>(all.strange)};
-  std::memcpy(found.data_ptr<double>(), values, sizeof values);
-  return {found, histogram};
+  const double values[7] = {static_cast<double>(all.finite), mean, squares, all.finite ? all.minimum + 0.0 : none, all.finite ? all.maximum + 0.0 : none,
+                            static_cast<double>(all.zeros), static_cast<double>(all.not_finite)};
+  std::memcpy(result.data_ptr<double>(), values, sizeof values);
+  return {result, histogram};
 }
 
 }  // namespace

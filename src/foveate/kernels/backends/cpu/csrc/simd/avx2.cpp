@@ -8,30 +8,26 @@
 #include <type_traits>
 
 #include "simd/kernels.h"
+#include "simd/target.h"
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
+FOVEATE_BEGIN_TARGET(FOVEATE_AVX2)
 #include <immintrin.h>
 
 namespace foveate {
 namespace {
 
-struct Avx2 {
+#include "simd/shifted_fields-inl.h"
+
+struct Avx2 : ShiftedFields<32> {
   static constexpr int kRows = 8;
   static constexpr int kLanes = 4;
   static constexpr bool kByteCodes = false;
-  typedef uint32_t Words __attribute__((vector_size(32)));
-  typedef int32_t Ints __attribute__((vector_size(32)));
   typedef float Floats __attribute__((vector_size(32)));
 
   static Words load(const uint8_t* p) { return (Words)_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
   static void store(uint8_t* p, Words v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)v); }
-  static Words select(uint32_t mask, Words set, Words clear) { return (set & mask) | (clear & ~mask); }
 
   static Floats floats(const float* p) { return (Floats)_mm256_loadu_ps(p); }
   static void store_floats(float* p, Floats v) { _mm256_storeu_ps(p, (__m256)v); }
@@ -52,17 +48,6 @@ struct Avx2 {
   static Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
   static constexpr int kInPlaceLanes = kLanes;
-  template <int>
-  using Sums = Ints;
-  static void split_pairs(Words pairs, Words (&field)[4]) {
-    for (int j = 0; j < 4; ++j) field[j] = (pairs >> (2 * j)) & 0x03030303u;
-  }
-  static void split(const auto& nibbles, Words (&field)[4]) {
-    field[0] = nibbles.even & 0x0F0F0F0Fu;
-    field[1] = nibbles.odd & 0x0F0F0F0Fu;
-    field[2] = (nibbles.even >> 4) & 0x0F0F0F0Fu;
-    field[3] = (nibbles.odd >> 4) & 0x0F0F0F0Fu;
-  }
   static __m256i products(Words codes, const int8_t* x) {
     int32_t quad;
     std::memcpy(&quad, x, 4);
@@ -73,8 +58,6 @@ struct Avx2 {
     const __m256i back = _mm256_add_epi16(products(field[2], x + 8), products(field[3], x + 12));
     sums += (Ints)_mm256_madd_epi16(_mm256_add_epi16(front, back), _mm256_set1_epi16(1));
   }
-  static Ints total_split(Ints sums) { return sums; }
-  static Ints total_pairs(Ints sums) { return sums; }
 };
 
 #include "simd/kernels-inl.h"
@@ -89,11 +72,5 @@ const Kernels* avx2_kernels() {
 
 }  // namespace foveate
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#else
-namespace foveate {
-const Kernels* avx2_kernels() { return nullptr; }
-}  // namespace foveate
+FOVEATE_END_TARGET
 #endif

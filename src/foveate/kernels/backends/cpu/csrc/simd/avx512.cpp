@@ -10,14 +10,11 @@
 #include <type_traits>
 
 #include "simd/kernels.h"
+#include "simd/target.h"
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
-#endif
+FOVEATE_BEGIN_TARGET(FOVEATE_AVX512)
 #include <immintrin.h>
 
 namespace foveate {
@@ -111,11 +108,5 @@ const Kernels* avx512_kernels() {
 
 }  // namespace foveate
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#else
-namespace foveate {
-const Kernels* avx512_kernels() { return nullptr; }
-}  // namespace foveate
+FOVEATE_END_TARGET
 #endif

@@ -28,5 +28,6 @@ Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, 
 
 template <class V>
 Kernels kernels_of(const char* name, const SavedKernels* saved) {
-  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, descend, feed, saved};
+  const int64_t lean_lanes = V::kByteCodes ? V::kLanes : INT64_MAX;
+  return {name, lean_lanes, quantize<V>, product<V>, unpack<V>, embed<V>, coordinate_descent, error_feedback, saved};
 }

@@ -20,15 +20,21 @@ struct Kernels {
   Fault (*unpack)(const Weight&, float* out, int64_t strip, int64_t strip_end);
   // Rows indices[i] of the dense weight, float32 [.., K].
   Fault (*embed)(const Weight&, const int64_t* indices, float* out, int64_t i, int64_t i_end);
-  // Codes of a block of columns: better ones for those there are; and the first, from what is wanted.
-  void (*descend)(const ColumnBlock&);
-  void (*feed)(const ColumnBlock&);
+  // The codes of a block of columns: each changed to the best with all others as they are; or chosen for the first time,
+  // each error passed on to the elements that follow.
+  void (*coordinate_descent)(const ColumnBlock&);
+  void (*error_feedback)(const ColumnBlock&);
   const SavedKernels* saved;
 };
 
-// Null where the machine or the compiler does not have the instructions.
+// Null where the machine does not have the instructions.
+#if defined(__x86_64__)
 const Kernels* avx512_kernels();
 const Kernels* avx2_kernels();
+#else
+inline const Kernels* avx512_kernels() { return nullptr; }
+inline const Kernels* avx2_kernels() { return nullptr; }
+#endif
 const Kernels* portable_kernels();
 
 // The kernels in use (planes/plane_ops.cpp).

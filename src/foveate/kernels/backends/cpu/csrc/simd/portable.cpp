@@ -12,17 +12,16 @@
 namespace foveate {
 namespace {
 
-struct Portable {
+#include "simd/shifted_fields-inl.h"
+
+struct Portable : ShiftedFields<16> {
   static constexpr int kRows = 4;
   static constexpr int kLanes = 2;
   static constexpr bool kByteCodes = false;
-  typedef uint32_t Words __attribute__((vector_size(16)));
-  typedef int32_t Ints __attribute__((vector_size(16)));
   typedef float Floats __attribute__((vector_size(16)));
 
   static Words load(const uint8_t* p) { return read<Words>(p); }
   static void store(uint8_t* p, Words v) { std::memcpy(p, &v, sizeof v); }
-  static Words select(uint32_t mask, Words set, Words clear) { return (set & mask) | (clear & ~mask); }
 
   static Floats floats(const float* p) { return read<Floats>(p); }
   static void store_floats(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
@@ -49,23 +48,10 @@ struct Portable {
   }
 
   static constexpr int kInPlaceLanes = kLanes;
-  template <int>
-  using Sums = Ints;
-  static void split_pairs(Words pairs, Words (&field)[4]) {
-    for (int j = 0; j < 4; ++j) field[j] = (pairs >> (2 * j)) & 0x03030303u;
-  }
-  static void split(const auto& nibbles, Words (&field)[4]) {
-    field[0] = nibbles.even & 0x0F0F0F0Fu;
-    field[1] = nibbles.odd & 0x0F0F0F0Fu;
-    field[2] = (nibbles.even >> 4) & 0x0F0F0F0Fu;
-    field[3] = (nibbles.odd >> 4) & 0x0F0F0F0Fu;
-  }
   static void add_split(Ints& sums, const Words (&field)[4], const int8_t* x) {
     for (int j = 0; j < 4; ++j)
       for (int i = 0; i < 4; ++i) sums += (Ints)((field[j] >> (8 * i)) & 0xFFu) * static_cast<int32_t>(x[4 * j + i]);
   }
-  static Ints total_split(Ints sums) { return sums; }
-  static Ints total_pairs(Ints sums) { return sums; }
 };
 
 #include "simd/kernels-inl.h"

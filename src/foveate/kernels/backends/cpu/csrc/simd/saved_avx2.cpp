@@ -5,23 +5,18 @@
 #include <type_traits>
 
 #include "saved/saved.h"
+#include "simd/target.h"
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx2,fma,f16c")
-#endif
+FOVEATE_BEGIN_TARGET(FOVEATE_AVX2)
 #include <immintrin.h>
 
 namespace foveate {
 namespace {
 
+#include "saved/element_loops-inl.h"
 #include "simd/saved_x86-inl.h"
-
-template <class T>
-void choose_each(uint32_t word, T first, T second, T* out);
 
 struct Avx2 {
   static constexpr int kLanes = 8;
@@ -35,8 +30,7 @@ struct Avx2 {
   static Floats load(const Float16* p) { return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static void store(float* p, Floats v) { _mm256_storeu_ps(p, (__m256)v); }
   static void store(BFloat16* p, Floats v) {
-    const Words word = (Words)v;
-    const __m256i rounded = (__m256i)((word + (0x7FFFu + (word >> 16 & 1u))) >> 16);
+    const __m256i rounded = (__m256i)bfloat16_bits((Words)v);
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
   }
@@ -50,8 +44,8 @@ struct Avx2 {
   static Floats max(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
   static Words to_words(Floats v) { return (Words)_mm256_cvtps_epi32((__m256)v); }
   static Words lanes() { return Words{0, 1, 2, 3, 4, 5, 6, 7}; }
-  static float least(Floats v) { return least_of((__m256)v); }
-  static float most(Floats v) { return most_of((__m256)v); }
+  static float minimum(Floats v) { return minimum_of((__m256)v); }
+  static float maximum(Floats v) { return maximum_of((__m256)v); }
   static float total(Floats v) { return sum_of((__m256)v); }
 
   // The codes of fixed point plus random bytes; up to 8 bits both fit in words. Packing works in halves of vectors, and
@@ -157,11 +151,5 @@ const SavedKernels* saved_avx2() {
 
 }  // namespace foveate
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#else
-namespace foveate {
-const SavedKernels* saved_avx2() { return nullptr; }
-}  // namespace foveate
+FOVEATE_END_TARGET
 #endif

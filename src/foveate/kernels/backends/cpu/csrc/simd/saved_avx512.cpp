@@ -5,19 +5,17 @@
 #include <type_traits>
 
 #include "saved/saved.h"
+#include "simd/target.h"
 
 #if defined(__x86_64__)
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
-#endif
+FOVEATE_BEGIN_TARGET(FOVEATE_AVX512)
 #include <immintrin.h>
 
 namespace foveate {
 namespace {
 
+#include "saved/element_loops-inl.h"
 #include "simd/saved_x86-inl.h"
 
 struct Avx512 {
@@ -31,9 +29,7 @@ struct Avx512 {
   static Floats load(const Float16* p) { return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store(float* p, Floats v) { _mm512_storeu_ps(p, (__m512)v); }
   static void store(BFloat16* p, Floats v) {
-    const Words word = (Words)v;
-    const Words rounded = (word + (0x7FFFu + (word >> 16 & 1u))) >> 16;
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)rounded));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16((__m512i)bfloat16_bits((Words)v)));
   }
   static void store(Float16* p, Floats v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
@@ -48,8 +44,8 @@ struct Avx512 {
 
   static __m256 upper(Floats v) { return _mm512_extractf32x8_ps((__m512)v, 1); }
   static __m256 lower(Floats v) { return _mm512_castps512_ps256((__m512)v); }
-  static float least(Floats v) { return least_of(_mm256_min_ps(lower(v), upper(v))); }
-  static float most(Floats v) { return most_of(_mm256_max_ps(lower(v), upper(v))); }
+  static float minimum(Floats v) { return minimum_of(_mm256_min_ps(lower(v), upper(v))); }
+  static float maximum(Floats v) { return maximum_of(_mm256_max_ps(lower(v), upper(v))); }
   static float total(Floats v) { return sum_of(_mm256_add_ps(lower(v), upper(v))); }
 
   // The codes of fixed point plus random bytes; up to 8 bits both fit in words.
@@ -153,11 +149,5 @@ const SavedKernels* saved_avx512() {
 
 }  // namespace foveate
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#endif
-#else
-namespace foveate {
-const SavedKernels* saved_avx512() { return nullptr; }
-}  // namespace foveate
+FOVEATE_END_TARGET
 #endif

@@ -2,7 +2,7 @@
 //
 // The source file of an instruction set includes this file after `V` (simd/kernels-inl.h has the rule for -inl.h). The
 // order of the includes below matters. `V` gives: kLanes; Floats and Words (vectors of the compiler); load and store;
-// stream and fence (stores that bypass the caches); min and max; to_words (rounds to nearest even); least, most and
+// stream and fence (stores that bypass the caches); min and max; to_words (rounds to nearest even); minimum, maximum and
 // total of a vector; lanes (0, 1, ...); store_codes and Decoder.
 
 #include "saved/groups-inl.h"

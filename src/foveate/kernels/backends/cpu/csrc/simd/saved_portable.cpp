@@ -10,10 +10,7 @@
 namespace foveate {
 namespace {
 
-template <class T>
-uint32_t unequal_each(const T* x, T value);
-template <class T>
-void choose_each(uint32_t word, T first, T second, T* out);
+#include "saved/element_loops-inl.h"
 
 struct Portable {
   static constexpr int kLanes = 4;
@@ -26,8 +23,7 @@ struct Portable {
   static Floats load(const Float16* p) { return Floats{half(p[0].bits), half(p[1].bits), half(p[2].bits), half(p[3].bits)}; }
   static void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
   static void store(BFloat16* p, Floats v) {
-    const Words word = (Words)v;
-    const Words rounded = (word + (0x7FFFu + (word >> 16 & 1u))) >> 16;
+    const Words rounded = bfloat16_bits((Words)v);
     for (int i = 0; i < kLanes; ++i) p[i].bits = static_cast<uint16_t>(rounded[i]);
   }
   static void store(Float16* p, Floats v) {
@@ -44,12 +40,12 @@ struct Portable {
     return (Words)__builtin_convertvector(v < 0x1p23f ? rounded : v, Ints);
   }
   static Words lanes() { return Words{0, 1, 2, 3}; }
-  static float least(Floats v) {
+  static float minimum(Floats v) {
     float low = v[0];
     for (int i = 1; i < kLanes; ++i) low = v[i] < low ? v[i] : low;
     return low;
   }
-  static float most(Floats v) {
+  static float maximum(Floats v) {
     float high = v[0];
     for (int i = 1; i < kLanes; ++i) high = v[i] > high ? v[i] : high;
     return high;

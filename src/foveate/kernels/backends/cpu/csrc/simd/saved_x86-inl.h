@@ -22,12 +22,12 @@ static inline void store_fields(uint8_t* to, __m256i bytes) {
   }
 }
 
-static inline float least_of(__m256 v) {
+static inline float minimum_of(__m256 v) {
   __m128 low = _mm_min_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   low = _mm_min_ps(low, _mm_movehl_ps(low, low));
   return _mm_cvtss_f32(_mm_min_ss(low, _mm_movehdup_ps(low)));
 }
-static inline float most_of(__m256 v) {
+static inline float maximum_of(__m256 v) {
   __m128 high = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   high = _mm_max_ps(high, _mm_movehl_ps(high, high));
   return _mm_cvtss_f32(_mm_max_ss(high, _mm_movehdup_ps(high)));
