@@ -12,7 +12,7 @@ import torch
 
 from foveate.errors import LevelError, SiteError
 from foveate.precision.maps import PrecisionMap
-from foveate.precision.sites import Levels, tile_levels
+from foveate.precision.sites import Levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +36,17 @@ def encoded_levels(plan: PrecisionMap) -> EncodedLevels:
     Raises:
         LevelError: the map has sites that are neither weights nor inputs, such as caches.
     """
-    odd = next((s for s in plan.sites if s.kind not in ("weight", "input")), None)
-    if odd is not None:
-        raise LevelError(f"{odd.name} is a {odd.kind}: only levels of weights and inputs are encoded")
-    weights = b"".join(tile_levels(plan.levels[s.name], s.tiles) for s in plan.sites if s.kind == "weight")
-    inputs = bytes(cast(int, plan.levels[s.name]) for s in plan.sites if s.kind == "input")
-    return EncodedLevels(weights=weights, inputs=inputs)
+    weights: list[bytes] = []
+    inputs = bytearray()
+    for site in plan.sites:
+        level = plan.levels[site.name]
+        if site.kind == "weight":
+            weights.append(bytes((level,)) * site.tiles if isinstance(level, int) else level)
+        elif site.kind == "input":
+            inputs.append(cast(int, level))
+        else:
+            raise LevelError(f"{site.name} is a {site.kind}: only levels of weights and inputs are encoded")
+    return EncodedLevels(weights=b"".join(weights), inputs=bytes(inputs))
 
 
 def first_rise(better: PrecisionMap, cheaper: PrecisionMap) -> str | None:

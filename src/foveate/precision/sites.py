@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 from foveate.errors import LevelError, SiteError
 from foveate.formats.levels import (
@@ -54,7 +55,7 @@ class Site:
         """(NT, G): strips of 16 rows, groups of inputs."""
         return tile_grid(self.rows, self.columns, self.group)
 
-    @property
+    @cached_property
     def tiles(self) -> int:
         """Tiles of the weight; 0 for an input; the heads of a cache."""
         if self.kind == "cache":
