@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -62,7 +63,7 @@ def test_a_wait_above_its_limit_lowers_precision_and_its_end_restores_all_of_it(
     assert rises == [(4, 3), (3, 2), (2, 1), (1, 0)]
     assert state.index == 0
     times = [now for now, a, b in moves(found) if b < a]
-    assert all(later - before >= Policy().dwell_up - 1e-9 for before, later in zip(times, times[1:], strict=False))
+    assert all(later - before >= Policy().dwell_up - 1e-9 for before, later in itertools.pairwise(times))
 
 
 def test_a_short_excess_moves_nothing() -> None:
@@ -128,8 +129,8 @@ def test_a_restore_that_was_too_early_doubles_the_hold_and_one_that_lasts_halves
     known = setup(queue_wait=0.2)
     state, found = run(known, 20 * 600, lambda t, s: {"queue_wait": 0.3 if s.index == 0 else 0.0})
     rises = [now for now, a, b in moves(found) if b < a]
-    gaps = [later - before for before, later in zip(rises, rises[1:], strict=False)]
-    assert gaps == sorted(gaps)
+    gaps = [later - before for before, later in itertools.pairwise(rises)]
+    assert all(later > before - TICK for before, later in itertools.pairwise(gaps))
     assert gaps[-1] > 55
     assert state.hold == Policy().longest_hold
     assert len(moves(found)) < 40
@@ -265,9 +266,7 @@ def machines(draw: st.DrawFn) -> tuple[Setup, list[tuple[float, dict[str, float 
     )
     # runs of one value, since independent values would never last for a dwell
     runs = draw(
-        st.lists(
-            st.tuples(st.integers(1, 120), st.fixed_dictionaries(dict.fromkeys(sorted(named), VALUES))), max_size=8
-        )
+        st.lists(st.tuples(st.integers(1, 90), st.fixed_dictionaries(dict.fromkeys(sorted(named), VALUES))), max_size=5)
     )
     steps = [(TICK, values, 1.0) for length, values in runs for _ in range(length)]
     return known, steps
@@ -278,8 +277,8 @@ def test_bounds_hold_whatever_is_read(
     machine: tuple[Setup, list[tuple[float, dict[str, float | str | None], float]]],
 ) -> None:
     known, steps = machine
-    state, now, found, spent, charged = State(), 0.0, [], 0.0, 0
-    for seconds, values, passes in steps:
+    state, now, found, spent = State(), 0.0, [], 0.0
+    for charged, (seconds, values, passes) in enumerate(steps, 1):
         now += seconds
         readings = {
             name: Reading(reason=value, at=now) if isinstance(value, str) else Reading(value=value, at=now)
@@ -287,7 +286,6 @@ def test_bounds_hold_whatever_is_read(
             if value is not None
         }
         spent += passes * known.costs.kl[state.index]
-        charged += 1
         state, decision = step(known, state, Observation(now=now, readings=readings, passes=passes))
         found.append((now, decision))
         assert 0 <= decision.index <= known.last
@@ -299,8 +297,8 @@ def test_bounds_hold_whatever_is_read(
     made = moves(found)
     # the first fall after a rise begins a new oscillation
     starts = [now for (now, a, b), (_, p, q) in zip(made[1:], made, strict=False) if b > a and q < p]
-    assert all(later - before >= cycle - 2e-3 for before, later in zip(starts, starts[1:], strict=False))
-    for (before, *_), (later, a, b) in zip(made, made[1:], strict=False):
+    assert all(later - before >= cycle - 2e-3 for before, later in itertools.pairwise(starts))
+    for (before, *_), (later, a, b) in itertools.pairwise(made):
         if not (b < a and known.limits.quality is not None):
             least = known.policy.dwell_down if b > a else known.policy.dwell_up
             assert later - before >= least - 2e-3
@@ -315,11 +313,11 @@ def test_precision_returns_in_full_after_any_pressure(
     state, _ = run(known, len(steps), lambda t, s: steps[t][1])
     start = len(steps) * TICK
     # each step waits for the hold, at most
-    ticks = int((known.last + 1) * known.policy.longest_hold / 0.5) + 40
+    ticks = int((known.last + 1) * known.policy.longest_hold / 2.0) + 40
     for tick in range(ticks):
-        now = start + tick * 0.5
+        now = start + tick * 2.0
         readings = {name: Reading(value=0.0, at=now) for name in calm}
-        state, decision = step(known, state, Observation(now=now, readings=readings))
+        state, _ = step(known, state, Observation(now=now, readings=readings))
     assert state.index == 0
 
 
@@ -333,7 +331,7 @@ def test_the_same_observations_give_the_same_decisions(
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(DataError, match="readings .*heat"):
+    with pytest.raises(DataError, match=r"readings .*heat"):
         Observation(now=0.0, readings={"heat": Reading(value=1.0)})
     with pytest.raises(DataError, match="passes"):
         Observation(now=0.0, passes=-1)
