@@ -155,9 +155,9 @@ def step(setup: Setup, state: State, seen: Observation) -> tuple[State, Decision
 def _clocked(setup: Setup, state: State, seen: Observation) -> tuple[State, tuple[str, ...]]:
     """The state at the time of the observation. After a jump of the clock nothing is known of what was meanwhile."""
     policy = setup.policy
-    state = replace(state, hold=min(max(state.hold, policy.dwell_up), policy.longest_hold))
-    if state.index > setup.last:
-        state = replace(state, index=setup.last)
+    if not policy.dwell_up <= state.hold <= policy.longest_hold or state.index > setup.last:
+        hold = min(max(state.hold, policy.dwell_up), policy.longest_hold)
+        state = replace(state, hold=hold, index=min(state.index, setup.last))
     if state.now is None:
         return state, ()
     passed = seen.now - state.now
@@ -207,7 +207,7 @@ def _budgeted(setup: Setup, state: State, seen: Observation) -> tuple[State, int
 def _demands(setup: Setup, state: State, seen: Observation) -> tuple[State, tuple[Demand, ...], tuple[str, ...]]:
     """What every signal demands, and the faults of sensors."""
     demands, notes, timers = [], [], dict(state.timers)
-    limits = setup.limits.given()
+    limits = setup.given
     for signal, reading in sorted(seen.readings.items()):
         if signal not in limits and signal not in _WITHOUT_LIMIT:
             continue
@@ -263,7 +263,7 @@ def _of_integral(integral: float, index: int) -> Judgement:
 
 def _admits(setup: Setup, state: State, memory: float) -> bool:
     """Whether work may be admitted: not above the limit, and again only some way below it."""
-    limit = setup.limits.given()["memory"]
+    limit = setup.given["memory"]
     return memory <= limit * (1.0 if state.admit else 0.95)
 
 

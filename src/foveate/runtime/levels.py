@@ -65,11 +65,7 @@ class ModelLevels:
         self.index = 0
         self._registry = registry_of(model)
         self._root = quantized_part(model)
-        if _ATTRIBUTE in self._root.__dict__:
-            raise FoveateError(
-                f"another RuntimeManager moves the levels of this {type(self._root).__name__}: a model has one manager "
-                "at a time"
-            )
+        self._refuse_a_second()
         if self._registry.applied is None:
             raise FoveateError("the model has no map in force: call foveate.apply first")
         self._before = self._registry.applied
@@ -88,6 +84,9 @@ class ModelLevels:
     def start(self, frontier: Frontier) -> None:
         """Put a frontier in force at index 0, and watch the passes."""
         with self._lock:
+            self._refuse_a_second()
+            if self._registry.applied is not self._before:
+                raise FoveateError("another map was applied since the manager was made: make it anew")
             self._root.__dict__[_ATTRIBUTE] = self
             self._frontier = frontier
             try:
@@ -125,6 +124,13 @@ class ModelLevels:
                 if self._is_ours():
                     self._registry.apply(*self._before)
             self.index = 0
+
+    def _refuse_a_second(self) -> None:
+        if _ATTRIBUTE in self._root.__dict__:
+            raise FoveateError(
+                f"another RuntimeManager moves the levels of this {type(self._root).__name__}: a model has one manager "
+                "at a time"
+            )
 
     def _is_ours(self) -> bool:
         applied = self._registry.applied

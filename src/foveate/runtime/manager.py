@@ -237,7 +237,7 @@ class RuntimeManager:
         now = self._options.clock()
         readings = read_all(self._sensors, now)
         passes, seconds = self._levels.passes()
-        if "latency" in self.setup.limits.given() and "latency" not in readings:
+        if "latency" in self.setup.given and "latency" not in readings:
             if seconds is None:
                 readings["latency"] = Reading(reason="no pass has ended yet", at=now)
             else:
@@ -270,7 +270,7 @@ class RuntimeManager:
     def _say(self, seen: Observation, decision: Decision) -> None:
         """Warn once of each limit that nothing watches, and of each sensor's fault when it begins."""
         faults = {note.partition(":")[0]: note for note in decision.notes}
-        for signal in self.setup.limits.given():
+        for signal in self.setup.given:
             reading = seen.readings.get(signal)
             if signal in self._state.timers or signal == "latency" or reading is None or reading.value is not None:
                 continue
@@ -278,7 +278,7 @@ class RuntimeManager:
         for signal, note in faults.items():
             if signal not in self._said:
                 _log.warning("%s", note)
-        if "memory" in self.setup.limits.given() and not self.setup.frees_memory and not decision.admit:
+        if "memory" in self.setup.given and not self.setup.frees_memory and not decision.admit:
             faults["admission"] = "memory"
             if "admission" not in self._said:
                 _log.warning("memory is above its limit: no new work is to be admitted (a move frees no memory here)")
@@ -333,7 +333,7 @@ class RuntimeManager:
                 "seconds_per_token": costs.seconds_per_token[index] if costs.seconds_per_token else None,
                 "bits": plan.bits,
                 "bytes_read": plan.bytes_read,
-                "limits": limits.given() | ({} if credit is None else {"quality": limits.quality}),
+                "limits": self.setup.given | ({} if credit is None else {"quality": limits.quality}),
                 "credit": credit,
                 "admits": self._state.admit,
                 "switches": self.switches,

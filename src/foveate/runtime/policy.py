@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 from foveate.errors import DataError
@@ -138,6 +139,11 @@ class Setup:
             raise DataError(f"floor (={self.floor}) is not an index of a frontier of {len(self.costs)} maps")
         if self.frees_memory and not self.costs.resident:
             raise DataError("memory is given back along the frontier, but the costs do not say its resident bytes")
+
+    @cached_property
+    def given(self) -> dict[str, float]:
+        """The limits of signals (`Limits.given`)."""
+        return self.limits.given()
 
     @property
     def last(self) -> int:

@@ -93,7 +93,7 @@ def judge(setup: Setup, signal: str, value: float, index: int) -> Judgement:
     """What the value of a signal means at an index; `power` is judged by its integral instead."""
     if signal == "load":
         return _by_effect(setup, index, lambda at: value * setup.costs.speed(at), setup.policy.utilisation, (1.0, 0.95))
-    limit = setup.limits.given()[signal]
+    limit = setup.given[signal]
     if signal == "latency" and setup.costs.seconds_per_token:
         here = setup.costs.speed(index)
         return _by_effect(setup, index, lambda at: value * setup.costs.speed(at) / here, limit, (_AIM, _KNOWN_CALM))
@@ -142,7 +142,7 @@ def integrated(setup: Setup, integral: float, power: float, index: int, seconds:
         index: the present index.
         seconds: since the last observation.
     """
-    limit = setup.limits.given()["power"]
+    limit = setup.given["power"]
     error = (power - limit) / limit
     if abs(error) <= setup.policy.deadband:
         return integral

@@ -13,7 +13,7 @@ from foveate.runtime.policy import Costs, Policy, Setup
 from foveate.runtime.readings import Reading
 
 #: Seconds from one decision to the next, at least; decisions are made between iterations.
-_TICK = 0.05
+_TICK = 0.1
 #: Seconds over which the load is averaged.
 _LOAD_OVER = 30.0
 

@@ -1,4 +1,4 @@
-"""Requests of a recorded trace, scaled to a server: prompts by one factor, arrivals by another.
+"""Requests of a recorded trace, scaled to a server: prompts by one factor, and requests shared among equal servers.
 
 The Azure LLM inference traces of 2023 are CSV files with the columns TIMESTAMP, ContextTokens, GeneratedTokens. The
 environment variable `FOVEATE_DATA` names the folder that has them in `traces/`.
@@ -9,7 +9,9 @@ Source: Patel et al., Splitwise, ISCA 2024; github.com/Azure/AzurePublicDataset.
 from __future__ import annotations
 
 import csv
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -63,22 +65,36 @@ class Trace:
             generated=self.generated,
         )
 
-    def at_rate(self, rate: float) -> Trace:
-        """The same requests at another mean rate, in requests a second: all times are stretched alike."""
-        span = self.arrivals[-1]
-        stretch = (len(self) - 1) / rate / span if span > 0 else 1.0
-        return Trace(arrivals=tuple(t * stretch for t in self.arrivals), prompts=self.prompts, generated=self.generated)
+    def at_rate(self, rate: float, phase: float = 0.0) -> Trace:
+        """What one of several equal servers gets of the requests, each in its turn, at a mean rate.
+
+        The requests that remain keep their times, so load rises and falls as fast as it was recorded. Only a server
+        that is faster than the whole trace gets all requests, closer together.
+
+        Args:
+            rate: requests a second.
+            phase: which of the servers, 0 to 1.
+        """
+        if not 0 < rate < math.inf:
+            raise DataError(f"rate (={rate}) is not a positive finite number")
+        share = rate * self.arrivals[-1] / max(len(self) - 1, 1)
+        if share > 1:
+            times = tuple(t / share for t in self.arrivals)
+            return Trace(arrivals=times, prompts=self.prompts, generated=self.generated)
+        kept = [i for i in range(len(self)) if int((i + 1) * share + phase) > int(i * share + phase)]
+        return self._of(kept)
 
     def part(self, start: int, count: int) -> Trace:
         """So many requests from one on, beginning at 0."""
         if not 0 <= start < len(self) or count < 1:
             raise DataError(f"requests {start} to {start + count} are not in a trace of {len(self)}")
-        first = self.arrivals[start]
-        cut = slice(start, start + count)
+        return self._of(range(start, min(start + count, len(self))))
+
+    def _of(self, kept: Sequence[int]) -> Trace:
         return Trace(
-            arrivals=tuple(t - first for t in self.arrivals[cut]),
-            prompts=self.prompts[cut],
-            generated=self.generated[cut],
+            arrivals=tuple(self.arrivals[i] - self.arrivals[kept[0]] for i in kept),
+            prompts=tuple(self.prompts[i] for i in kept),
+            generated=tuple(self.generated[i] for i in kept),
         )
 
 
