@@ -73,7 +73,8 @@ class Policy:
         longest_hold: the most that the hold grows to.
         lower: the share of its limit that a signal must stay below for precision to rise.
         steps_up: by how many indices precision rises at once, at most.
-        utilisation: the share of the capacity at an index that the load may take.
+        price: the KL in nats a token that is paid for one unit of congestion (`foveate.runtime.signals`), where the
+            load is known. A higher price leaves more room for bursts.
         deadband: the relative error of power that is taken for none.
         power_gain: indices a second for a relative error of 1 in power.
         stale_after: the age at which a reading is stale.
@@ -89,7 +90,7 @@ class Policy:
     longest_hold: float = 60.0
     lower: float = 0.5
     steps_up: int = 1
-    utilisation: float = 0.9
+    price: float = 0.03
     deadband: float = 0.03
     power_gain: float = 0.5
     stale_after: float = 2.0
@@ -102,12 +103,11 @@ class Policy:
         for name in ("dwell_down", "dwell_up", "longest_hold", "power_gain", "stale_after", "gap", "burst"):
             if not (0 < getattr(self, name) < math.inf):
                 raise DataError(f"{name} (={getattr(self, name)}) is not a positive finite number")
-        for name in ("patience", "deadband", "fault_hold"):
+        for name in ("patience", "deadband", "fault_hold", "price"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise DataError(f"{name} (={getattr(self, name)}) is not a finite number of at least 0")
-        for name in ("lower", "utilisation"):
-            if not 0 < getattr(self, name) <= 1:
-                raise DataError(f"{name} (={getattr(self, name)}) is not above 0 and at most 1")
+        if not 0 < self.lower <= 1:
+            raise DataError(f"lower (={self.lower}) is not above 0 and at most 1")
         if self.longest_hold < self.dwell_up:
             raise DataError(f"longest_hold (={self.longest_hold}) is less than dwell_up (={self.dwell_up})")
         if self.steps_up < 1:

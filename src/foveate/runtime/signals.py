@@ -5,7 +5,13 @@ precision. It demands a lower precision after it was above without a break for `
 that window was above, as in CoDel. It permits a higher precision after it was calm without a break for the hold: so the
 greatest value of that window was below the lower target. Two time stamps hold all of it.
 
-Source: Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10(5), 2012.
+The *load* is the work that arrives, in seconds of index 0 a second, and needs no limit. It demands the index at which
+the KL and the price of congestion together are least. Congestion is the mean wait in a queue with several servers, in
+service times and up to a factor: `r^5 / (1 - r)` at a utilisation r, which is the load times the speed at the index.
+Without that price, precision would be either best or lowest, and the convex KL makes the mean of both dear.
+
+Source: Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10(5), 2012; Sakasegawa, An approximation formula
+L_q = alpha rho^beta / (1 - rho), Annals of the Institute of Statistical Mathematics 29, 1977.
 """
 
 from __future__ import annotations
@@ -20,6 +26,10 @@ from foveate.runtime.policy import Setup
 _AIM = 0.97
 #: The share below which a signal of known effect is calm.
 _KNOWN_CALM = 0.92
+#: The power of the utilisation in the wait: sqrt(2 (m + 1)) - 1, of about 16 requests in a batch.
+_POWER = 5.0
+#: By how much the load must be able to rise before precision may rise.
+_ROOM = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +102,10 @@ def demand_of(
 def judge(setup: Setup, signal: str, value: float, index: int) -> Judgement:
     """What the value of a signal means at an index; `power` is judged by its integral instead."""
     if signal == "load":
-        return _by_effect(setup, index, lambda at: value * setup.costs.speed(at), setup.policy.utilisation, (1.0, 0.95))
+        down_to, up_to = _cheapest(setup, value), _cheapest(setup, _ROOM * value)
+        return Judgement(
+            above=down_to > index, calm=up_to < index, down_to=max(down_to, index), up_to=min(up_to, index)
+        )
     limit = setup.given[signal]
     if signal == "latency" and setup.costs.seconds_per_token:
         here = setup.costs.speed(index)
@@ -108,6 +121,19 @@ def judge(setup: Setup, signal: str, value: float, index: int) -> Judgement:
         down_to=min(index + steps, setup.last),
         up_to=max(index - setup.policy.steps_up, 0),
     )
+
+
+def _cheapest(setup: Setup, load: float) -> int:
+    """The index of the least KL and price of congestion together; the last if the load is too much for any."""
+    best, least = setup.last, math.inf
+    for at in range(setup.last + 1):
+        used = load * setup.costs.speed(at)
+        if used >= 1:
+            continue
+        cost = setup.costs.kl[at] + setup.policy.price * used**_POWER / (1 - used)
+        if cost < least:
+            best, least = at, cost
+    return best
 
 
 def _by_effect(

@@ -1,14 +1,20 @@
 """The clairvoyant: the best index for each window of time, found with the whole trace at hand.
 
-It minimizes the KL of all tokens plus a price for every request that misses its promise (a Lagrangian). The search is a
-beam over windows, on the very simulator that controllers run on. States at the end of a window are compared by the work that
-is left and the cost so far: of states with about the same work only the cheapest is kept, and none that is worse in
-both. The price that is asked for is found by bisection, so that the clairvoyant misses no more requests than the one it
-is compared with.
+It minimizes the KL of all tokens plus a price for every request that misses its promise (a Lagrangian), on the very
+simulator that controllers run on. It starts from the indices that a controller chose and improves them by rollouts. In
+each window some other indices are tried, and each is followed for a horizon of windows under the indices so far. A sweep over all windows is kept only if it lowers the sum. The price is doubled or halved until the share of requests
+that are served as promised is just that of the controller, or more; each sweep starts from the best indices of before.
+
+The search is a heuristic, so the true optimum may be lower. It cannot be worse than the controller that it starts from,
+up to where within a window the controller switched.
+
+Source: Bertsekas, Rollout, Policy Iteration, and Distributed Reinforcement Learning, 2020, chapter 2.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foveate.bench.simulation.policies import Outcome, outcome_of
@@ -18,100 +24,105 @@ from foveate.bench.simulation.traces import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """How wide the search is.
+    """How far the search goes.
 
     Attributes:
         window: seconds for which an index is kept.
-        width: how many states are kept at the end of a window.
-        reach: by how many indices neighbouring windows may differ, beside the ends and the cheapest of all.
-        rounds: how often the price is bisected.
+        horizon: windows that an index is followed for.
+        moves: by how much an index is changed to be tried.
+        sweeps: sweeps over the trace, each at its own price.
     """
 
     window: float = 2.0
-    width: int = 6
-    reach: int = 2
-    rounds: int = 5
+    horizon: int = 8
+    moves: tuple[int, ...] = (-3, -1, 1, 3)
+    sweeps: int = 8
 
 
-@dataclass
-class _Node:
-    server: Server
-    index: int
-    cost: float
-    switches: int
+@dataclass(frozen=True, kw_only=True)
+class _Problem:
+    trace: Trace
+    costs: ServerCosts
+    objective: Objective
+    search: Search
+
+    def start(self) -> Server:
+        server = Server(self.trace, self.costs, self.objective)
+        server.outcomes = None
+        return server
+
+    def window_of(self, server: Server) -> int:
+        """The number of the window that the server's clock is in."""
+        return int(server.clock / self.search.window + 1e-9)
+
+    def end_of(self, number: int) -> float:
+        return (number + 1) * self.search.window
+
+    def outcome(self, indices: Sequence[int]) -> Outcome:
+        """Serve the trace with an index for each window; beyond the last window its index stays."""
+        server = self.start()
+        while not server.done:
+            number = self.window_of(server)
+            server.run_until(self.end_of(number), indices[min(number, len(indices) - 1)])
+        changes = sum(a != b for a, b in itertools.pairwise(indices))
+        return outcome_of(server, len(self.trace), switches=(0.0,) * changes)
+
+    def sweep(self, indices: Sequence[int], price: float) -> list[int]:
+        """The indices after each window was improved in turn, the first first."""
+        server, found, last = self.start(), list(indices), len(self.costs.kl) - 1
+        while not server.done:
+            number = self.window_of(server)
+            while number >= len(found):
+                found.append(found[-1])
+            now = found[number]
+            tried = sorted({now, *(min(max(now + move, 0), last) for move in self.search.moves)})
+            found[number] = min(tried, key=lambda index: (self._rollout(server, found, number, index, price), index))
+            server.run_until(self.end_of(number), found[number])
+        return found
+
+    def _rollout(self, server: Server, indices: Sequence[int], number: int, index: int, price: float) -> float:
+        """The cost at the end of the horizon if a window has another index."""
+        ahead = server.copy()
+        ahead.run_until(self.end_of(number), index)
+        until = number + self.search.horizon
+        while not ahead.done and (reached := self.window_of(ahead)) <= until:
+            ahead.run_until(self.end_of(reached), indices[min(reached, len(indices) - 1)])
+        return ahead.kl + price * (ahead.missed + ahead.overdue())
 
 
-def clairvoyant(trace: Trace, costs: ServerCosts, objective: Objective, price: float, search: Search) -> Outcome:
-    """Serve a trace with the best index for each window, at a price in nats for each request that is missed."""
-    start = Server(trace, costs, objective)
-    start.outcomes = None
-    beam = [_Node(start, 0, 0.0, 0)]
-    last = len(costs.kl) - 1
-    end = 0.0
-    while not all(node.server.done for node in beam):
-        # windows without work are passed over
-        end = max(end, min(n.server.clock for n in beam)) + search.window
-        reached = [n for n in beam if n.server.done or n.server.clock >= end]
-        for node in beam:
-            if node.server.done or node.server.clock >= end:
-                continue
-            near = range(max(node.index - search.reach, 0), min(node.index + search.reach, last) + 1)
-            for index in sorted({0, last, *near}):
-                server = node.server.copy()
-                server.run_until(end, index)
-                cost = server.kl + price * (server.missed + server.overdue())
-                reached.append(_Node(server, index, cost, node.switches + (index != node.index)))
-        beam = _kept(reached, costs, trace, search)
-    best = min(beam, key=lambda node: node.cost)
-    return outcome_of(best.server, len(trace), switches=(0.0,) * best.switches)
-
-
-def _kept(nodes: list[_Node], costs: ServerCosts, trace: Trace, search: Search) -> list[_Node]:
-    """The states that are not worse in both work and cost, at most `width`, spread over the work that is left."""
-    generated = trace.mean_generated
-    keyed = []
-    for node in nodes:
-        owed, waits = node.server.backlog()
-        # seconds of index 0: what is left, and how far the clock has run past the window
-        seconds = (owed + waits * generated) * costs.iteration[0][-1] / costs.slots + node.server.clock
-        keyed.append((seconds, node.cost, node))
-    keyed.sort(key=lambda entry: entry[:2])
-    front: list[_Node] = []
-    for _, cost, node in keyed:
-        if not front or cost < front[-1].cost - 1e-12:
-            front.append(node)
-    if len(front) <= search.width:
-        return front
-    # the cheapest and the least work in any case
-    chosen = {round(i * (len(front) - 1) / (search.width - 1)) for i in range(search.width)}
-    return [front[i] for i in sorted(chosen)]
-
-
-def cheapest_at(
-    trace: Trace, costs: ServerCosts, objective: Objective, attainment: float, search: Search
-) -> tuple[Outcome, float]:
-    """The clairvoyant of the least KL that meets the promise for at least a share of all requests, and its price.
+def clairvoyant(
+    trace: Trace, costs: ServerCosts, objective: Objective, start: Sequence[int], attainment: float, search: Search
+) -> Outcome:
+    """The least KL that was found at which at least a share of all requests are served as promised.
 
     Args:
         trace: what is served.
         costs: what it costs.
         objective: what is promised.
+        start: an index for each window to start from.
         attainment: the share.
-        search: how wide the search is.
-
-    Returns:
-        The outcome, and the price of a missed request in nats; of the highest price if none reaches the share.
+        search: how far the search goes.
     """
-    per_request = costs.kl[-1] * trace.mean_generated
-    low, high = 1e-3 * per_request, 1e3 * per_request
-    best, price = clairvoyant(trace, costs, objective, high, search), high
-    for _ in range(search.rounds):
-        middle = (low * high) ** 0.5
-        found = clairvoyant(trace, costs, objective, middle, search)
-        if found.attainment >= attainment:
-            high = middle
-            if best.attainment < attainment or found.kl <= best.kl:
-                best, price = found, middle
-        else:
-            low = middle
-    return best, price
+    problem = _Problem(trace=trace, costs=costs, objective=objective, search=search)
+    indices = list(start)
+    best: Outcome | None = None
+    now = problem.outcome(indices)
+    if now.attainment >= attainment:
+        best = now
+    # what the tokens of one request cost near the end of the frontier
+    price = costs.kl[-3] * trace.mean_generated
+    for _ in range(search.sweeps):
+        tried = problem.sweep(indices, price)
+        found = problem.outcome(tried)
+        requests = len(trace)
+        tokens = sum(trace.generated)
+
+        def total(outcome: Outcome, price: float = price, tokens: int = tokens, requests: int = requests) -> float:
+            return outcome.kl * tokens + price * requests * (1 - outcome.attainment)
+
+        if total(found) < total(now):
+            indices, now = tried, found
+        if now.attainment >= attainment and (best is None or now.kl < best.kl):
+            best = now
+        price = price / 2 if now.attainment >= attainment else price * 3
+    return now if best is None else best

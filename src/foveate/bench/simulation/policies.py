@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from foveate.bench.simulation.server import Objective, Server, ServerCosts
 from foveate.bench.simulation.traces import Trace
@@ -15,7 +15,9 @@ from foveate.runtime.readings import Reading
 #: Seconds from one decision to the next, at least; decisions are made between iterations.
 _TICK = 0.1
 #: Seconds over which the load is averaged.
-_LOAD_OVER = 30.0
+_LOAD_OVER = 60.0
+#: Seconds of a window in which indices are kept.
+WINDOW = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,7 @@ class Outcome:
         switches: the times at which the index was switched.
         met: for each request whether it was served as promised; empty where nobody kept it.
         mean_index: the mean index, over tokens.
+        indices: the index at the start of each window of two seconds; empty where nobody kept it.
     """
 
     attainment: float
@@ -37,6 +40,7 @@ class Outcome:
     switches: tuple[float, ...] = ()
     met: tuple[bool, ...] = ()
     mean_index: float = math.nan
+    indices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +51,13 @@ class Controlled:
         policy: its constants.
         queue_wait: the limit of the first request's wait, in seconds.
         load_over: seconds over which the load is averaged; 0 if the load is not shown to the controller.
+        floor: the furthest index that is allowed; None is the last.
     """
 
     policy: Policy = field(default_factory=Policy)
     queue_wait: float = 0.2
     load_over: float = _LOAD_OVER
+    floor: int | None = None
 
 
 def outcome_of(
@@ -81,10 +87,15 @@ def run_controlled(trace: Trace, costs: ServerCosts, objective: Objective, set_t
     """Serve a trace with the controller deciding between iterations, by what a real server knows at that time."""
     server, state = Server(trace, costs, objective), State()
     setup = Setup(
-        limits=Limits(queue_wait=set_to.queue_wait), costs=_for_controller(costs, trace), policy=set_to.policy
+        limits=Limits(queue_wait=set_to.queue_wait),
+        costs=_for_controller(costs, trace),
+        policy=set_to.policy,
+        floor=set_to.floor,
     )
     load = _Load(trace, costs, set_to.load_over)
-    switches, weighted = [], 0.0
+    switches: list[float] = []
+    indices: list[int] = []
+    weighted = 0.0
     decided_at, counted = -math.inf, 0
     while not server.done:
         if server.clock - decided_at >= _TICK:
@@ -97,10 +108,13 @@ def run_controlled(trace: Trace, costs: ServerCosts, objective: Objective, set_t
             state, decision = step(setup, state, seen)
             if decision.index != decision.before:
                 switches.append(server.clock)
+        while len(indices) * WINDOW <= server.clock:
+            indices.append(state.index)
         tokens = server.tokens
         server.iterate(state.index)
         weighted += state.index * (server.tokens - tokens)
-    return outcome_of(server, len(trace), tuple(switches), weighted / max(server.tokens, 1))
+    done = outcome_of(server, len(trace), tuple(switches), weighted / max(server.tokens, 1))
+    return replace(done, indices=tuple(indices))
 
 
 def _for_controller(costs: ServerCosts, trace: Trace) -> Costs:
