@@ -2,8 +2,9 @@
 
 It minimizes the KL of all tokens plus a price for every request that misses its promise (a Lagrangian), on the very
 simulator that controllers run on. It starts from the indices that a controller chose and improves them by rollouts. In
-each window some other indices are tried, and each is followed for a horizon of windows under the indices so far. A sweep over all windows is kept only if it lowers the sum. The price is doubled or halved until the share of requests
-that are served as promised is just that of the controller, or more; each sweep starts from the best indices of before.
+each window some other indices are tried, and each is followed for a horizon of windows under the indices so far. A
+sweep over all windows is kept only if it lowers the sum. The price falls while the share of requests that are served as
+promised is at least the controller's, and rises while it is not; each sweep starts from the best indices of before.
 
 The search is a heuristic, so the true optimum may be lower. It cannot be worse than the controller that it starts from,
 up to where within a window the controller switched.
