@@ -314,7 +314,8 @@ def test_a_status_file_can_be_found_while_the_manager_runs() -> None:
         found = find_status(status_folder())
         assert found["index"] == manager.index > 0
         assert found["readings"]["queue_wait"] == {"value": 1.0, "reason": ""}
-        assert set(found["levels"]) == {s.name for s in bench.profile.weight_sites()}
+        plan = manager.frontier[manager.index]
+        assert found["levels"] == {s.name: [plan.mean_level(s), s.weights] for s in bench.profile.weight_sites()}
         assert found["moves"][-1]["index"] == manager.index
     with pytest.raises(fv.FoveateError, match="no process of this user runs a RuntimeManager"):
         find_status(status_folder())

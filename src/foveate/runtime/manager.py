@@ -341,7 +341,7 @@ class RuntimeManager:
                     name: {"value": None if r.value is None else _finite(r.value), "reason": r.reason}
                     for name, r in self._readings.items()
                 },
-                "levels": {site.name: plan.mean_level(site) for site in plan.weight_sites()},
+                "levels": {site.name: [plan.mean_level(site), site.weights] for site in plan.weight_sites()},
                 "moves": [
                     {"ago": self._options.clock() - m.at, "before": m.decision.before, "index": m.decision.index,
                      "reason": m.decision.reason}

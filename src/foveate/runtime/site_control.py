@@ -24,7 +24,8 @@ class SiteControl:
     Attributes:
         hold: sites that keep this level, or less where less is in force at index 0.
         floor: the lowest level that sites fall to.
-        from_index: the first index at which sites may have less than they have at index 0.
+        from_index: the first index at which sites may have less than they have at index 0, counted before maps that
+            become alike through these settings are merged.
     """
 
     hold: Mapping[str, int] = field(default_factory=dict)

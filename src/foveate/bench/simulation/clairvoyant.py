@@ -35,8 +35,8 @@ class Search:
     """
 
     window: float = 2.0
-    horizon: int = 8
-    moves: tuple[int, ...] = (-3, -1, 1, 3)
+    horizon: int = 10
+    moves: tuple[int, ...] = (-2, -1, 1, 2)
     sweeps: int = 8
 
 
@@ -88,7 +88,8 @@ class _Problem:
         until = number + self.search.horizon
         while not ahead.done and (reached := self.window_of(ahead)) <= until:
             ahead.run_until(self.end_of(reached), indices[min(reached, len(indices) - 1)])
-        return ahead.kl + price * (ahead.missed + ahead.overdue())
+        # who still waits at the end of the horizon counts as missed: else a backlog would be given up as lost
+        return ahead.kl + price * (ahead.missed + ahead.backlog()[1])
 
 
 def clairvoyant(

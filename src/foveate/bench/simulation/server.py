@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from foveate.bench.simulation.traces import Trace
@@ -124,11 +124,6 @@ class Server:
         """Tokens of answers that the batch still owes, and requests that have arrived and wait."""
         owed = sum(last - self._iterations for last, _, _ in self._batch)
         return owed, max(bisect_right(self._trace.arrivals, self.clock) - self.waiting, 0)
-
-    def overdue(self) -> int:
-        """Requests that wait and cannot get their first token in time any more."""
-        latest = bisect_left(self._trace.arrivals, self.clock - self._objective.first_token)
-        return max(latest - self.waiting, 0)
 
     def iterate(self, index: int) -> None:
         """Compute one iteration at an index; a server without work goes to the next arrival first."""
