@@ -112,7 +112,7 @@ def clairvoyant(
     if now.attainment >= attainment:
         best = now
     # what the tokens of one request cost near the end of the frontier
-    price = costs.kl[-3] * trace.mean_generated
+    price = costs.kl[max(len(costs.kl) - 3, 1)] * trace.mean_generated
     for _ in range(search.sweeps):
         tried = problem.sweep(indices, price)
         found = problem.outcome(tried)
