@@ -47,7 +47,7 @@ def _blocks(page: Path, language: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _small_llama() -> dict[str, Any]:
-    """What docs/api.md and docs/adapters.md start from: a Llama of 2 layers, before and after `quantize`."""
+    """What api.md, adapters.md and runtime.md start from: a Llama of 2 layers, before and after `quantize`."""
     pytest.importorskip("transformers")
     model = llama(max_position_embeddings=512)
     original = copy.deepcopy(model)
@@ -81,6 +81,11 @@ def _readme(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return {}
 
 
+def _runtime() -> dict[str, Any]:
+    names = _small_llama()
+    return names | {"tokens": [batch["input_ids"] for batch in names["held_out"]]}
+
+
 def _adapters() -> dict[str, Any]:
     pytest.importorskip("peft", reason="pip install peft")
     return _small_llama()
@@ -91,6 +96,7 @@ def _names_of(page: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "README.md": functools.partial(_readme, monkeypatch),
         "docs/api.md": _api,
         "docs/adapters.md": _adapters,
+        "docs/runtime.md": _runtime,
     }
     return makers[_name(page)]() if _name(page) in makers else {}
 

@@ -13,21 +13,17 @@ import foveate as fv
 
 PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not inspect.ismodule(getattr(fv, name)))
 PROMISED = {
-    "ActivationOptions", "ActivationStore", "CompressActivations", "Granularity", "Relative", "SavedReport",
-    "compress_activations",
-    "Audit", "Constraints", "Perturbation", "audit", "fold_batchnorm",
-    "CacheProfile", "calibrate_cache", "quantized_cache",
-    "Budget", "BudgetError", "CheckpointError", "DataError", "DeviceError", "Embedding", "Floor", "FloorError",
-    "FoveateError", "LevelState", "Request", "floor", "row_precision", "set_index", "state_of", "withdraw", "Frontier",
-    "Head",
-    "LevelError", "Logits", "MissingExtraError", "Objective", "Outcome", "PlaneNotResidentError", "PrecisionMap",
-    "Profile", "Site", "SiteError", "Smoothed", "StateError", "Verification", "WeightError", "allocate", "apply",
-    "backends",
-    "current_map", "dequantize", "fit_to_loss", "frontier", "load", "load_profile", "measure", "profile_of", "quantize",
-    "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify",
-    "watch_inputs",
-    "Point", "Timings", "frontier_of", "load_frontier", "measure_frontier", "measure_timings", "save_frontier",
-    "save_timings",
+    "ActivationOptions", "ActivationStore", "Audit", "Budget", "BudgetError", "CacheProfile", "CheckpointError",
+    "CompressActivations", "Constraints", "DataError", "DeviceError", "Embedding", "Floor", "FloorError",
+    "FoveateError", "Frontier", "Granularity", "Head", "LevelError", "LevelState", "Limits", "Logits",
+    "MissingExtraError", "Objective", "Outcome", "Perturbation", "PlaneNotResidentError", "Point", "PrecisionMap",
+    "Profile", "Relative", "Request", "RuntimeManager", "SavedReport", "Site", "SiteError", "Smoothed", "StateError",
+    "Timings", "Verification", "WeightError", "allocate", "apply", "audit", "backends", "calibrate_cache",
+    "compress_activations", "current_map", "dequantize", "fit_to_loss", "floor", "fold_batchnorm", "frontier",
+    "frontier_of", "load", "load_frontier", "load_profile", "measure", "measure_frontier", "measure_timings",
+    "profile_of", "quantize", "quantized_cache", "read_head", "row_precision", "save", "save_frontier", "save_map",
+    "save_timings", "set_index", "smooth", "state_of", "uniform_of_bytes", "use_static_scales", "variance_proxy",
+    "verify", "watch_inputs", "withdraw",
 }  # fmt: skip
 
 

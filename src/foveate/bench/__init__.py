@@ -1,10 +1,11 @@
-"""The benchmarks that measure a machine. They need no data, no training and no library to compare with.
+"""The benchmarks that measure a machine. They need no training and no other library; only `runtime` needs data.
 
     kernels  the product of one layer, compared with the memory's bandwidth and with torch's dense layers
     switch   a change of precision of every layer of a model while it runs
     load     the bytes read and the memory taken by loading a model at a precision
     decode   a whole model, token by token
     saved    packing and unpacking the tensors that autograd saves
+    runtime  the runtime manager: simulated under load on recorded traces, and live around a plain loop
 
 Each benchmark returns one object that can be written as JSON:
 
@@ -24,14 +25,15 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "saved")
+NAMES = ("kernels", "switch", "load", "decode", "saved", "runtime")
 
 
-def run(name: str) -> dict[str, Any]:
-    """Run one benchmark with its default sizes.
+def run(name: str, sizes: Any = None) -> dict[str, Any]:
+    """Run one benchmark.
 
     Args:
         name: one of `NAMES`.
+        sizes: how much is measured, a value of the benchmark's own class `Sizes` where it has one; its default if None.
 
     Returns:
         The object described at the head of this file.
@@ -42,4 +44,5 @@ def run(name: str) -> dict[str, Any]:
     """
     if name not in NAMES:
         raise FoveateError(f"benchmark (={name!r}) is not one of {', '.join(NAMES)}")
-    return finished(name, import_module(f"foveate.bench.{name}").measure())
+    module = import_module(f"foveate.bench.{name}")
+    return finished(name, module.measure() if sizes is None else module.measure(sizes))

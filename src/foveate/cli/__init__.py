@@ -1,4 +1,4 @@
-"""The command `foveate`: quantize, allocate, inspect, eval, audit, generate, report, bench, demo.
+"""The command `foveate`: quantize, allocate, inspect, eval, audit, generate, top, report, bench, demo.
 
 Results go to stdout and everything else to stderr. The exit codes are
 

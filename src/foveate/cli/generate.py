@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -16,7 +17,7 @@ import foveate as fv
 from foveate.cli.shared import options
 from foveate.cli.shared.console import emit, log
 from foveate.cli.shared.models import config_of, is_causal, load_planes, load_tokenizer
-from foveate.errors import DataError, LevelError
+from foveate.errors import BudgetError, DataError, LevelError
 from foveate.kvcache.cache_argument import cache_argument, cache_of
 from foveate.precision.maps import uniform
 
@@ -40,12 +41,20 @@ def generate(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     schedule: Annotated[str | None, typer.Option(help="Levels to use in turn, such as 8,4,2.")] = None,
     every: Annotated[int, typer.Option(min=1, help="Tokens written at each level of the schedule.")] = 16,
+    limits: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME=VALUE,...",
+            help="Lower the precision while a limit is exceeded, such as latency=50ms,power=45W,quality=0.02.",
+        ),
+    ] = None,
     json_output: options.Json = False,
 ) -> None:
     """Continue a prompt. Without --level, --bits or --schedule the model is read by the folder's default map."""
     head = fv.read_head(out)
     if sum(choice is not None for choice in (level, bits, schedule)) > 1:
         raise LevelError("give at most one of --level, --bits and --schedule")
+    kept = _limits_of(limits, schedule)
     config = config_of(str(out))
     if not is_causal(config):
         raise DataError(f"{out} holds no model that predicts the next token")
@@ -67,8 +76,12 @@ def generate(
         log.info("the model has %d positions: writing %d tokens at most", most, max_tokens)
     model = load_planes(out, keep)
     switches: list[Switch] = []
+    manager = None if kept is None else fv.RuntimeManager(model, limits=kept)
+    moves: list[dict[str, Any]] = []
 
     def before(index: int) -> None:
+        if manager is not None:
+            _note_moves(manager, index, moves, json_output)
         if levels and index % every == 0:
             switched = _switch(model, levels[index // every % len(levels)], index)
             switches.append(switched)
@@ -81,10 +94,14 @@ def generate(
     text = ""
     if not json_output:
         print(prompt, end="", flush=True)
-    for piece in _pieces(tokenizer, _sampled(model, given, max_tokens, temperature, seed, _ends(model), before), ids):
-        text += piece
-        if not json_output:
-            print(piece, end="", flush=True)
+    with manager or nullcontext():
+        for piece in _pieces(
+            tokenizer, _sampled(model, given, max_tokens, temperature, seed, _ends(model), before), ids
+        ):
+            text += piece
+            if not json_output:
+                print(piece, end="", flush=True)
+        bits_now = fv.current_map(model).bits
     seconds = time.perf_counter() - started
     if not json_output:
         print()
@@ -94,11 +111,37 @@ def generate(
         "prompt": prompt,
         "text": text,
         "tokens": ids,
-        "bits": fv.current_map(model).bits,
+        "bits": bits_now,
         "seconds": seconds,
         "switches": [{"at": s.at, "level": s.level, "us": s.microseconds} for s in switches],
     }
+    if manager is not None:
+        result["moves"] = moves
+        result["expected_kl"] = manager.expected_kl
     print(emit(result))
+
+
+def _limits_of(text: str | None, schedule: str | None) -> fv.Limits | None:
+    """The limits that the option gives; raises `BudgetError` for limits that a single text cannot keep to."""
+    if text is None:
+        return None
+    if schedule is not None:
+        raise LevelError("give at most one of --limits and --schedule")
+    limits = fv.Limits.parse(text)
+    if limits.queue_wait is not None:
+        raise BudgetError("a limit of queue_wait is for a server: foveate generate has no queue")
+    return limits
+
+
+def _note_moves(manager: fv.RuntimeManager, token: int, moves: list[dict[str, Any]], silent: bool) -> None:
+    """Note the moves of the manager since the last token, and print them on stderr."""
+    for move in list(manager.moves)[len(moves) :]:
+        decided = move.decision
+        moves.append({"at": token, "before": decided.before, "index": decided.index, "reason": decided.reason})
+        if not silent:
+            bits = manager.frontier[decided.index].bits
+            sys.stdout.flush()
+            print(f"[index {decided.index}, {bits:.2f} bits: {decided.reason}]", end="", file=sys.stderr, flush=True)
 
 
 def _switch(model: nn.Module, level: int, index: int) -> Switch:
