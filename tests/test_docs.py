@@ -97,6 +97,7 @@ def _names_of(page: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "docs/api.md": _api,
         "docs/adapters.md": _adapters,
         "docs/runtime.md": _runtime,
+        "docs/concepts.md": _small_llama,
     }
     return makers[_name(page)]() if _name(page) in makers else {}
 

@@ -99,6 +99,13 @@ def rows(count: int = 64, columns: int = 70, batches: int = 2, seed: int = 1) ->
     return list(torch.randn(count, columns, generator=generator(seed)).chunk(batches))
 
 
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors of a model, and of the levels in its newest generation."""
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers()) if t.numel()}
+    levels = sum(s.tiles for s in fv.current_map(model).weight_sites())
+    return levels + sum(t.numel() * t.element_size() for t in tensors.values())
+
+
 def quantized_mlp(**keywords: Any) -> tuple[nn.Sequential, fv.Profile]:
     model = mlp()
     profile = fv.quantize(model, rows(), objective=fv.Logits(), progress=False, **keywords)

@@ -16,7 +16,7 @@ import foveate as fv
 from folders import LEVELS, X, at, copy_of, mixed, skeleton
 from foveate.errors import BudgetError, CheckpointError, PlaneNotResidentError, SiteError
 from foveate.files import LOCK
-from tiny import llama, mlp, quantized_llama, tokens
+from tiny import llama, mlp, quantized_llama, resident_bytes, tokens
 
 
 def test_everything_comes_back(saved: tuple[Path, nn.Module, fv.Profile]) -> None:
@@ -46,7 +46,7 @@ def test_keep_a_level(saved: tuple[Path, nn.Module, fv.Profile], level: int) -> 
     plan = profile.uniform(level)
     assert fv.current_map(loaded) == plan
     assert torch.equal(loaded(X), at(model, plan))
-    assert sum(t.numel() * t.element_size() for t in (*loaded.parameters(), *loaded.buffers())) == plan.bytes_resident
+    assert resident_bytes(loaded) == plan.bytes_resident
 
 
 def test_keep_a_map_when_loading_and_when_saving(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def _tensor_bytes(folder: Path, parts: Callable[[str], bool] = lambda part: part
 
 def test_bytes_stored_are_the_bytes_of_the_files(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path) -> None:
     _, model, profile = saved
-    # an input's levels and range are ten bytes in memory, and no tensor in the file
-    inputs = 10 * sum(s.kind == "input" for s in profile.sites)
+    # an input's level and range are nine bytes in memory, and no tensor in the file
+    inputs = 9 * sum(s.kind == "input" for s in profile.sites)
     for i, plan in enumerate((profile.uniform(8), profile.uniform(3), mixed(profile))):
         fv.save(model, tmp_path / str(i), keep=plan)
         assert _tensor_bytes(tmp_path / str(i)) == plan.bytes_stored - inputs
@@ -115,8 +115,7 @@ def test_the_best_map_that_fits(saved: tuple[Path, nn.Module, fv.Profile], tmp_p
     assert fv.current_map(fv.load(folder, memory="1GiB", model=skeleton())) == profile.uniform(8)
     budget = profile.uniform(4).bytes_resident
     loaded = fv.load(folder, memory=budget, model=skeleton())
-    stored_levels = sum(t.numel() * t.element_size() for t in (*loaded.parameters(), *loaded.buffers()))
-    assert stored_levels == fv.current_map(loaded).bytes_resident <= budget
+    assert resident_bytes(loaded) == fv.current_map(loaded).bytes_resident <= budget
     with pytest.raises(BudgetError, match="least"):
         fv.load(folder, memory=10, model=skeleton())
     with pytest.raises(CheckpointError, match="keep or memory, not both"):
