@@ -27,13 +27,14 @@ struct ColumnBlock {
                             // for feeding: what is wanted of each weight; becomes wanted minus value
   const float* between;     // [b, b] of the covariance; for feeding: of the factor of its inverse
   int64_t between_stride;
-  const float* gradients;   // [R, padded], or null: rows are on their own. For feeding: row i is column i of the factor,
-                            // without its diagonal
+  const float* gradients;   // [R, padded], or null: rows are on their own. For feeding: the factor
   const float* scales;      // [R, G]
   const float* offsets;
   const int64_t* group_of;  // [b]
   const float* gains;       // [2, R]
   float* column;            // memory of [S, padded], zeros behind the rows
+  float* weighed;           // memory of [S, padded]: what the column means for each row
+  double* form;             // added to, not for feeding: share-weighted tr(G dW H dW^T), and what the sweep took off it
   float shares[kStreams];
 };
 

@@ -13,6 +13,7 @@
 #include "planes/strip-inl.h"
 #include "planes/panel-inl.h"
 #include "rounding/choose_codes-inl.h"
+#include "collect/collect-inl.h"
 
 template <class V>
 Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
@@ -28,5 +29,5 @@ Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, 
 
 template <class V>
 Kernels kernels_of(const char* name, const SavedKernels* saved) {
-  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, descend, feed, saved};
+  return {name, V::kByteCodes ? V::kLanes : INT64_MAX, quantize<V>, product<V>, unpack<V>, embed<V>, descend<V>, feed<V>, saved, collect_kernels_of<V>()};
 }

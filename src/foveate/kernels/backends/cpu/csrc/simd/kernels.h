@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "collect/collect.h"
 #include "planes/planes.h"
 #include "rounding/column_block.h"
 #include "saved/saved.h"
@@ -24,6 +25,7 @@ struct Kernels {
   void (*descend)(const ColumnBlock&);
   void (*feed)(const ColumnBlock&);
   const SavedKernels* saved;
+  CollectKernels collect;
 };
 
 // Null where the machine or the compiler does not have the instructions.
