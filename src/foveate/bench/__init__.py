@@ -4,6 +4,7 @@
     switch   a change of precision of every layer of a model while it runs
     load     the bytes read and the memory taken by loading a model at a precision
     decode   a whole model, token by token
+    calibrate  quantizing: its time by phase over that of forward passes, and its memory over that of the model
     saved    packing and unpacking the tensors that autograd saves
 
 Each benchmark returns one object that can be written as JSON:
@@ -24,7 +25,7 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "saved")
+NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved")
 
 
 def run(name: str) -> dict[str, Any]:

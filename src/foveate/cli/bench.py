@@ -10,21 +10,36 @@ import typer
 
 from foveate.cli.shared.console import check_writable, emit, figures_table, show
 from foveate.cli.shared.options import Json
-from foveate.errors import CheckpointError
+from foveate.errors import CheckpointError, FoveateError
 
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JSON object to this file.")]
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode or saved.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode, calibrate or saved.")],
     out: Out = None,
+    model: Annotated[str | None, typer.Option(help="calibrate: a model's folder. Default: random weights.")] = None,
+    data: Annotated[Path | None, typer.Option(help="calibrate: a text file. Default: random tokens.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="calibrate: windows of 512 tokens. Default: as many as it needs.")
+    ] = None,
     json_output: Json = False,
 ) -> None:
     """Run a benchmark and print its figures; with --json also the machine and the raw rounds."""
     from foveate import bench as benchmarks
 
     check_folder_of(out)
-    show_result(benchmarks.run(name), out, json_output)
+    if name != "calibrate":
+        for option, given in (("--model", model), ("--data", data), ("--windows", windows)):
+            if given is not None:
+                raise FoveateError(f"{option} is for the benchmark calibrate, not for {name}")
+        show_result(benchmarks.run(name), out, json_output)
+        return
+    from foveate.bench.calibrate import Calibrated, measure
+    from foveate.bench.result import finished
+
+    sizes = Calibrated(model=model, data=None if data is None else str(data), windows=windows)
+    show_result(finished(name, measure(sizes)), out, json_output)
 
 
 def check_folder_of(file: Path | None) -> None:
