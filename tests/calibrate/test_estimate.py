@@ -9,10 +9,11 @@ from torch import Tensor
 
 import foveate as fv
 from foveate.calibrate import passes as calibration
-from foveate.calibrate.estimate import Estimate, Machine, estimate, in_words
+from foveate.calibrate.estimate import USUAL_SWEEPS, Estimate, Machine, Timed, estimate
 from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
 from foveate.calibrate.smallest_map import smallest_map
 from foveate.kernels.backends.cpu.library import Status
+from foveate.progress import in_words
 from tiny import llama, mlp, rows, tokens
 
 
@@ -23,14 +24,15 @@ def _cost(
 
 
 def test_rounding_grows_as_its_arithmetic_does() -> None:
-    machine = Machine(value=1.0, code=3.0, row_term=0.5, flop=0.0)
+    machine, often = Machine(value=1.0, code=3.0, row_term=0.5, flop=0.0), USUAL_SWEEPS + 1
     assert machine.rounding(_cost(5, 7), descends=False) == 35
-    assert machine.rounding(_cost(5, 7), descends=True) == 35 * (1 + 10 * 3)
-    # rows that are chosen jointly compensate each other's errors, up to 512 of them
-    assert machine.rounding(_cost(5, 7, kept=1), descends=True) == 35 * (1 + 10 * (3 + 0.5 * 5))
-    assert machine.rounding(_cost(4000, 7, kept=1), descends=True) == 28000 * (1 + 10 * (3 + 0.5 * 512))
+    assert machine.rounding(_cost(5, 7), descends=True) == 35 * (1 + often * 3)
+    # rows that are chosen jointly compensate each other's errors, in blocks of up to 512
+    assert machine.rounding(_cost(5, 7, kept=1), descends=True) == 35 * (1 + often * (3 + 0.5 * 5))
+    assert machine.rounding(_cost(4000, 7, kept=1), descends=True) == 28000 * (1 + often * (3 + 0.5 * 512))
+    assert machine.rounding(_cost(576, 7, kept=1), descends=True) == 4032 * (1 + often * (3 + 0.5 * 288))
     products = Machine(value=0.0, code=0.0, row_term=0.0, flop=1.0)
-    assert products.rounding(_cost(5, 10), descends=True) == 112 * 5 * 100
+    assert products.rounding(_cost(5, 10), descends=True) == 2 * (5 * USUAL_SWEEPS + 6) * 5 * 100
 
 
 def test_a_machine_is_measured() -> None:
@@ -47,10 +49,12 @@ def test_passes_are_counted_as_far_as_they_go() -> None:
     assert found.forward_only == pytest.approx(1.2 * (3 + 2 + 1) / 4)
     backward = [_cost(4, 4, last=i, gradients=True) for i in range(4)]
     assert further_passes(backward, schedule).with_gradients == 3
-    got = estimate(costs, [9.0] * 4, schedule, batch=2.0, forward=0.5, batches=10)
-    # and ten batches again at five levels
-    assert got.passes == pytest.approx(10 * (2.0 + 0.5 * 1.8) + 10 * 5 * 0.5)
-    unknown = estimate(costs, [9.0] * 4, schedule, batch=2.0, forward=0.5, batches=None)
+    got = estimate(costs, [9.0] * 4, schedule, Timed(2.0, 0.5, 10, 64))
+    assert got.passes == pytest.approx(10 * (2.0 + 0.5 * 1.8))
+    # all batches again at five levels, or as many as have 2048 samples; and one before
+    assert got.comparing == pytest.approx((10 * 5 + 1) * 0.5)
+    assert estimate(costs, [9.0] * 4, schedule, Timed(2.0, 0.5, 10, 512)).comparing == pytest.approx((4 * 5 + 1) * 0.5)
+    unknown = estimate(costs, [9.0] * 4, schedule, Timed(2.0, 0.5, None, 64))
     assert math.isnan(unknown.passes)
     assert "2 s a batch" in str(unknown)
 

@@ -62,17 +62,17 @@ def test_of_many_values_some_samples_stand_for_all() -> None:
     node = InputStatistics()
     gradient = torch.randn(1, 8, generator=generator(2)).repeat(70_000, 1)
     weight = weight_matrix(model[0])
-    node.score(x[:, None], gradient[:, None], weight, False)
+    node.score(x[:, None], gradient[:, None], weight)
     one = InputStatistics()
-    one.score(x[:1, None], gradient[:1, None], weight, False)
+    one.score(x[:1, None], gradient[:1, None], weight)
     assert node.losses(70_000)[0, 0] == pytest.approx(float(one.losses(1)[0, 0]), rel=1e-4)
 
 
 def test_rows_of_zeros_cost_nothing() -> None:
-    node = InputStatistics()
+    node = InputStatistics(independent_rows=True)
     x = torch.zeros(3, 2, 40)
     node.see(x, x)
-    node.score(x, torch.ones(3, 2, 5), torch.ones(5, 40), True)
+    node.score(x, torch.ones(3, 2, 5), torch.ones(5, 40))
     assert node.losses(3).tolist() == [[0.0] * 4]
     assert float(node.summary(3)["variance"]) == 0
 

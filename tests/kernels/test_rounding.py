@@ -131,7 +131,27 @@ def test_every_sweep_lowers_the_objective(together: int | None) -> None:
 
 
 @pytest.mark.parametrize("together", [None, 12])
-def test_error_feedback_starts_lower_than_the_nearest_codes(together: int | None) -> None:
+def test_sweeps_end_where_they_do_not_pay(together: int | None) -> None:
+    call = _call(30, 40, together, 32, 3)
+
+    def swept(by: Callable[..., Tensor], least_gain: float) -> tuple[Tensor, list[int]]:
+        codes = call.codes.clone()
+        return codes, by(codes, *call[1:], LEVEL_WEIGHTS, 8, least_gain).tolist()
+
+    for by in (coordinate_descent, reference.coordinate_descent):
+        codes, made = swept(by, 0.25)
+        assert all(1 <= count < 8 for count in made)
+        assert len(made) == (1 if together is None else 3)
+        # no block goes on once a sweep has taken less than this part off
+        assert swept(by, 1.0)[1] == [1] * len(made)
+        assert swept(by, 0.0)[1] == [8] * len(made)
+        if together is None:
+            assert torch.equal(codes, call.descend(made[0]) if by is coordinate_descent else call.expected(made[0]))
+    assert swept(coordinate_descent, 0.25)[1] == swept(reference.coordinate_descent, 0.25)[1]
+
+
+@pytest.mark.parametrize("together", [None, 12])
+def test_feedback_is_a_better_start(together: int | None) -> None:
     call = _call(30, 60, together, 32, 3)
     assert call.objective(call.feed(error_feedback)) < 0.97 * call.objective(call.codes)
 
@@ -167,11 +187,12 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 def test_both_ops_pass_opcheck() -> None:
     call = _call(6, 40, None, 32, 2)
     torch.library.opcheck(coordinate_descent.default, (*call, list(LEVEL_WEIGHTS), 1))
+    torch.library.opcheck(coordinate_descent.default, (*_call(6, 40, 4, 32, 2), list(LEVEL_WEIGHTS), 2, 0.1))
     torch.library.opcheck(error_feedback.default, (*call, list(LEVEL_WEIGHTS)))
 
 
 def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, at_once = reference._LONE_ROWS + 5, []
+    rows, at_once = reference.LONE_ROWS + 5, []
     values = reference.code_values
 
     def watched(gain_2n: Tensor) -> Tensor:
@@ -183,7 +204,7 @@ def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.
     codes = torch.zeros(2, rows, 2, dtype=torch.uint8)
     grid = torch.ones(rows, 1), torch.zeros(rows, 1), torch.ones(2, rows), torch.zeros(2, dtype=torch.int64)
     reference.error_feedback(codes, w, torch.eye(2), None, *grid, LEVEL_WEIGHTS)
-    assert at_once == [reference._LONE_ROWS, 5]
+    assert at_once == [reference.LONE_ROWS, 5]
     last = torch.zeros(2, 5, 2, dtype=torch.uint8)
     reference.error_feedback(
         last, w[-5:], torch.eye(2), None, *(t[-5:] for t in grid[:2]), torch.ones(2, 5), grid[3], LEVEL_WEIGHTS

@@ -61,7 +61,7 @@ def round_for_one_level(
         shift = 4 - level
         anchor_NK, none_NK = code_NK << shift, torch.zeros_like(code_NK)
         grid = Rounded(anchor_NK, none_NK, scale_NG / 2**shift, offset_NG, torch.ones(2, 1), group)
-        better_2NK = best_codes(w_NK, grid, covariance_KK, gradients_BRR, {level: 1.0}, SWEEPS)
+        better_2NK = best_codes(w_NK, grid, covariance_KK, gradients_BRR, {level: 1.0}, (SWEEPS, 0.0))
         code_NK = code_NK if better_2NK is None else better_2NK[0] >> shift
     scale_NK, offset_NK = (t.repeat_interleave(group, 1)[:, :columns] for t in (scale_NG, offset_NG))
     dense_NK: Tensor = offset_NK + scale_NK * (code_NK.float() - (half - 0.5))

@@ -4,6 +4,7 @@
     switch   a change of precision of every layer of a model while it runs
     load     the bytes read and the memory taken by loading a model at a precision
     decode   a whole model, token by token
+    calibrate  quantizing: its time by phase over that of forward passes, and its memory over that of the model
     saved    packing and unpacking the tensors that autograd saves
     runtime  the runtime manager: simulated under load on recorded traces, and live around a plain loop
 
@@ -25,7 +26,7 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "saved", "runtime")
+NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime")
 
 
 def run(name: str, sizes: Any = None) -> dict[str, Any]:

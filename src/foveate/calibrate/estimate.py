@@ -3,12 +3,14 @@
 The time of the passes follows from the time of the first batch. The time of rounding follows from its arithmetic.
 Rounding a weight of N rows and K columns, whose rows are chosen jointly in blocks of R, is work of four kinds:
 
-    N K            searching grids, packing, scoring                              seconds a value
-    10 N K         choosing codes in ten sweeps                                   seconds a code
-    10 N K R       adding what the errors of R rows mean for each other           seconds a row term
-    112 N K^2      five error streams in ten sweeps, and scores of six levels     seconds a float32 operation
+    N K                  searching grids, packing, scoring                        seconds a value
+    s N K                choosing codes in s sweeps                               seconds a code
+    s N K R              adding what the errors of R rows mean for each other     seconds a row term
+    (10 s + 12) N K^2    five error streams in s sweeps, and scores of six levels seconds a float32 operation
 
-How long each takes on this machine is measured in half a second.
+A weight is left when its sweeps stop paying, so s is the number that weights took on average (`USUAL_SWEEPS`), and one
+for the feedback before. How long each kind takes on one thread of this machine is measured in half a second; some
+weights are rounded at the same time (`foveate.calibrate.parallel`).
 """
 
 from __future__ import annotations
@@ -20,17 +22,21 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.calibrate.reference_outputs import MAX_BATCHES
+from foveate.calibrate.parallel import workers_for
+from foveate.calibrate.reference_outputs import batches_compared
 from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
-from foveate.collect.statistics import COVARIANCE_BLOCK, Factored
+from foveate.collect.statistics import Factored
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
+from foveate.kernels.threads import threads
 from foveate.planes import from_codes
+from foveate.progress import in_words
 from foveate.rounding import round_weight, with_descent
-from foveate.rounding.descent import SWEEPS
 from foveate.sensitivity import tile_losses
 
 _GROUP = 64
+#: How many sweeps a weight takes before they stop paying, on average.
+USUAL_SWEEPS = 5
 
 
 def _product_operations(sweeps: int) -> int:
@@ -38,12 +44,12 @@ def _product_operations(sweeps: int) -> int:
     return 2 * (5 * sweeps + 6)
 
 
-_PRODUCT_OPERATIONS = _product_operations(SWEEPS)
+_PRODUCT_OPERATIONS = _product_operations(USUAL_SWEEPS)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds that this machine takes for each kind of work, with the threads that it uses now.
+    """Seconds that one thread of this machine takes for each kind of work.
 
     Attributes:
         value: seconds for one value of a weight.
@@ -61,34 +67,41 @@ class Machine:
     def measured(cls) -> Machine:
         """Time small pieces of the work itself. Without compiled kernels one sweep is timed, since it takes seconds."""
         compiled = ensure_loaded().isa is not None
-        sweeps = SWEEPS if compiled else 1
+        sweeps = USUAL_SWEEPS if compiled else 1
         size, rows, columns = 768, 512, 2 * _GROUP
-        a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
-        flop = _seconds(lambda: a @ a) / (2 * size**3)
-        products = flop * _product_operations(sweeps) * columns
-        nearest = _seconds(lambda: _round(rows, 0)) / (rows * columns)
-        single_rows = _seconds(lambda: _round(rows, sweeps)) / (rows * columns)
-        code = max(single_rows - nearest - products, 0.0) / sweeps
-        if not compiled:  # each row is rounded by itself
-            return cls(nearest, code, 0.0, flop)
-        joint_rows = _seconds(lambda: _round(rows, sweeps, torch.eye(rows)[None])) / (rows * columns)
-        return cls(nearest, code, max(joint_rows - single_rows, 0.0) / (sweeps * rows), flop)
+        with threads(1):
+            a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
+            flop = _seconds(lambda: a @ a) / (2 * size**3)
+            products = flop * _product_operations(sweeps) * columns
+            nearest = _seconds(lambda: _round(rows, 0)) / (rows * columns)
+            single_rows = _seconds(lambda: _round(rows, sweeps)) / (rows * columns)
+            code = max(single_rows - nearest - products, 0.0) / (sweeps + 1)
+            if not compiled:  # each row is rounded by itself
+                return cls(nearest, code, 0.0, flop)
+            joint_rows = _seconds(lambda: _round(rows, sweeps, _correlated(rows)[None])) / (rows * columns)
+        return cls(nearest, code, max(joint_rows - single_rows, 0.0) / ((sweeps + 1) * rows), flop)
 
     def rounding(self, cost: WeightCost, descends: bool) -> float:
-        """Seconds that rounding one weight takes."""
+        """Seconds that rounding one weight takes on one thread."""
         rows, columns = cost.rows, cost.columns
         seconds = self.value
         if descends:
-            joint_rows = min(rows, COVARIANCE_BLOCK) if cost.kept_bytes else 0
-            seconds += SWEEPS * (self.code + self.row_term * joint_rows) + self.flop * _PRODUCT_OPERATIONS * columns
+            each = self.code + self.row_term * cost.joint_rows
+            seconds += (USUAL_SWEEPS + 1) * each + self.flop * _PRODUCT_OPERATIONS * columns
         return seconds * rows * columns
+
+
+def _correlated(size: int) -> torch.Tensor:
+    """A covariance with a direction that all share, so that codes go on changing for some sweeps."""
+    return torch.eye(size) + 1.0
 
 
 def _round(rows: int, sweeps: int, gradients_BRR: torch.Tensor | None = None) -> None:
     columns = 2 * _GROUP
     w_NK = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-    rounded = round_weight(w_NK, group=_GROUP)
-    r = with_descent(w_NK, rounded, torch.eye(columns), gradients_BRR, sweeps=sweeps)
+    r = round_weight(w_NK, group=_GROUP)
+    if sweeps:
+        r = with_descent(w_NK, r, _correlated(columns), gradients_BRR, sweeps=sweeps, least_gain=0.0)
     planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=_GROUP, reach=r.reach)
     fisher = Factored(torch.ones(rows), torch.ones(columns))
     tile_losses(w_NK, lambda level: planes.dequantize(), [fisher], _GROUP)
@@ -112,61 +125,67 @@ class Estimate:
         batch: seconds of one batch in the first pass.
         rounding: seconds of rounding all weights.
         times: the number of passes over the data.
+        comparing: seconds of comparing the model on planes with the reference outputs.
     """
 
     passes: float
     batch: float
     rounding: float
     times: int = 1
+    comparing: float = 0.0
 
     def __str__(self) -> str:
         rounding = f"rounding {in_words(self.rounding)}"
         if math.isnan(self.passes):
             return f"calibrating takes about {in_words(self.batch)} a batch, then {rounding}"
-        total = in_words(self.passes + self.rounding)
+        total = in_words(self.passes + self.rounding + self.comparing)
         often = f" {self.times} times" if self.times > 1 else ""
         return f"this takes about {total}: going through the data{often} {in_words(self.passes)}, {rounding}"
 
 
-def estimate(
-    costs: Sequence[WeightCost],
-    inputs: Sequence[float],
-    schedule: Schedule,
-    batch: float,
-    forward: float,
-    batches: int | None,
-) -> Estimate:
-    """Add up the time of the passes and of rounding.
+@dataclass(frozen=True)
+class Timed:
+    """What the first batch showed.
+
+    Attributes:
+        batch: seconds that it took in the first pass.
+        forward: seconds that it took without statistics.
+        batches: the number of batches that are left, itself included; None if it is not known.
+        samples: the number of its samples.
+    """
+
+    batch: float
+    forward: float
+    batches: int | None
+    samples: int
+
+
+def estimate(costs: Sequence[WeightCost], inputs: Sequence[float], schedule: Schedule, timed: Timed) -> Estimate:
+    """Add up the time of the passes, of rounding and of comparing.
 
     Args:
         costs: what each weight takes.
         inputs: how many rows of input each weight sees in all. Weights that see too few are rounded to nearest.
         schedule: how the calibration is carried out.
-        batch: seconds that the first batch took in the first pass.
-        forward: seconds that the first batch took without statistics.
-        batches: the number of batches, if it is known.
+        timed: what the first batch showed.
     """
+    batch, forward, batches = timed.batch, timed.forward, timed.batches
     machine = Machine.measured()
-    rounding = sum(
+    each = [
         machine.rounding(cost, bool(cost.large_bytes) and rows >= cost.columns)
         for cost, rows in zip(costs, inputs, strict=True)
-    )
+    ]
+    rounding = max(sum(each) / workers_for(len(costs)), max(each, default=0.0))
     further = further_passes(costs, schedule)
-    passes = math.nan
+    passes, compared = math.nan, batches_compared(timed.samples)
     if batches is not None:
         passes = batches * (batch * (1 + further.with_gradients) + forward * further.forward_only)
-        # the reference outputs are compared at each level
-        passes += min(batches, MAX_BATCHES) * len(NESTED_LEVELS) * forward
-    return Estimate(passes, batch, rounding, len(schedule.parts))
+        compared = min(batches, compared)
+    # the reference outputs are compared at each level, and the model runs once on planes before
+    comparing = (compared * len(NESTED_LEVELS) + 1) * forward
+    return Estimate(passes, batch, rounding, len(schedule.parts), comparing)
 
 
 def lower_bound(costs: Sequence[WeightCost]) -> float:
     """A lower bound of the seconds that rounding takes, by the speed of a fast core: nothing is measured."""
     return sum(3e-7 * w.rows * w.columns + _PRODUCT_OPERATIONS * w.rows * w.columns**2 / 4e11 for w in costs)
-
-
-def in_words(seconds: float) -> str:
-    """Seconds as text: `45 s`, `12 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

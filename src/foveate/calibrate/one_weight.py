@@ -134,7 +134,7 @@ def saw_too_little(seen: Sequence[WeightStatistics]) -> bool:
 
 def rows_of_covariances(seen: Sequence[WeightStatistics]) -> float:
     """How many rows of input the covariances of a weight's uses were taken from."""
-    return sum(float(s.tensors["rows"]) for s in seen if "covariance_KK" in s.tensors)
+    return sum(float(s.tensors["covariance_rows"][1]) for s in seen if "covariance_KK" in s.tensors)
 
 
 def _losses(

@@ -14,6 +14,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -24,7 +25,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from foveate.calibrate.estimate import estimate, lower_bound
+from foveate.calibrate.estimate import Timed, estimate, lower_bound
 from foveate.calibrate.reference_outputs import ReferenceOutputs, copied, reference_bytes
 from foveate.calibrate.resuming import read_resume, sample_of, write_resume
 from foveate.calibrate.schedule import Schedule, WeightCost, make_schedule
@@ -38,19 +39,35 @@ from foveate.collect.replay import Replay
 from foveate.collect.statistics import statistics_of
 from foveate.errors import BudgetError, DataError, WeightError
 from foveate.memory.available import free_memory
-from foveate.progress import say, track
+from foveate.progress import Bar, say
 from foveate.sizes import format_bytes
 
 #: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
 _SAVE_EVERY = 16
 #: The part of the free memory that is used where no limit is given.
 _MEMORY_FRACTION = 0.75
+#: Where no limit is given, what calibration should take beside the model at most: so many times the bytes of the model.
+_COMFORT, _LEAST_COMFORT = 2.0, 512 << 20
 #: An estimate below this many seconds is not printed.
 _WORTH_SAYING = 5.0
-#: How many tensors of the size of the output the objective and its backward take at once.
-_OUTPUT_COPIES = 6
+#: How many tensors of the size of the output the objective and its backward take at once: output and direction.
+_OUTPUT_COPIES = 3
 #: How many tensors of the size of a layer's input its statistics, or its backward, take at once.
 _CALL_COPIES = 3
+
+
+#: The phases of quantizing, as progress names them. Further passes are `pass 2 of 3`.
+DRY_RUN, FIRST_PASS, ROUNDING, PLANES, COMPARING = "dry run", "first pass", "rounding", "planes", "comparing"
+
+#: Not a phase of its own: what of the passes was spent on statistics.
+STATISTICS = "of it statistics"
+
+
+@contextmanager
+def one_step(bar: Bar, phase: str) -> Iterator[None]:
+    """A phase that is a single piece of work."""
+    for _ in bar.track(phase, (None,)):
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +116,20 @@ class Calibration:
     dry_run: DryRun
 
     def __init__(
-        self, model: nn.Module, batches: Iterable[Any], found: Sequence[QuantizableWeight], options: CalibrationOptions
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        found: Sequence[QuantizableWeight],
+        options: CalibrationOptions,
+        bar: Bar,
     ) -> None:
         """Make the dry run and the schedule.
+
+        Args:
+            model, batches: as for `foveate.quantize`.
+            found: the weights to quantize.
+            options: what calibration optimizes for.
+            bar: shows the progress, and is told what to expect.
 
         Raises:
             DataError: there are no batches, or a resume file that cannot be used.
@@ -109,6 +137,7 @@ class Calibration:
             BudgetError: the limit cannot be kept; the message says the least memory that is enough.
         """
         self._model, self.found, self._resume, self._progress = model, list(found), options.resume, options.progress
+        self._bar = bar
         memory = options.memory
         self._reads = Reads(model, found)
         free = free_memory()
@@ -118,7 +147,7 @@ class Calibration:
             raise DataError("there are no batches to calibrate on")
         self.first = copied(first)
         self.notes: list[str] = []
-        with frozen(model), self._reads.watching():
+        with frozen(model), self._reads.watching(), one_step(bar, DRY_RUN):
             self.dry_run = dry_run(model, first, self.found, options.objective)
             self.generates = self._decoded()
         self._leave_read_weights()
@@ -136,8 +165,10 @@ class Calibration:
         available = int(_MEMORY_FRACTION * free) if memory is None else memory - used
         reference = reference_bytes(first, self.dry_run.output_bytes)
         available -= reference
+        model_bytes = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+        comfort = max(int(_COMFORT * model_bytes), _LEAST_COMFORT) if memory is None else None
         self.schedule = make_schedule(
-            self._costs, self.dry_run.kept + temporaries, replayed + temporaries, temporaries, available
+            self._costs, self.dry_run.kept + temporaries, replayed + temporaries, temporaries, available, comfort
         )
         if memory is not None and self.schedule.peak > available:
             raise BudgetError(
@@ -186,10 +217,9 @@ class Calibration:
             if names:
                 for name in names:
                     self.collector.by_module[name].hold()
-                label = f"calibrating, pass {number + 1} of {self.passes}"
                 assert self._kept is not None
                 with frozen(self._model):
-                    for index, batch in enumerate(track(self._kept, label, show=self._progress)):
+                    for index, batch in enumerate(self._bar.track(f"pass {number + 1} of {self.passes}", self._kept)):
                         self.collector.add_large(self._model, batch, index, names)
             yield part
 
@@ -241,8 +271,7 @@ class Calibration:
     def _first_pass(self) -> None:
         done = self.collector.batches
         with frozen(self._model), self._reads.watching():
-            label = "calibrating" if self.passes == 1 else f"calibrating, pass 1 of {self.passes}"
-            for index, batch in enumerate(track(self._stream, label, total=self._count, show=self._progress)):
+            for index, batch in enumerate(self._bar.track(FIRST_PASS, self._stream, total=self._count)):
                 if self._kept is not None:
                     self._kept.append(batch)
                 wanted = self.reference_outputs.wants(batch)
@@ -262,14 +291,21 @@ class Calibration:
             write_resume(self._resume, self.collector, self._sample)
 
     def _say_how_long(self, batch: float, done: int) -> None:
-        """Print an estimate, unless the time is short."""
+        """Tell the bar what to expect, and print an estimate, unless the time is short."""
         batches = None if self._count is None else self._count - done
         if not self._progress or lower_bound(self._costs) + batch * (batches or 1) < _WORTH_SAYING:
             return
         rows = [sum(self.dry_run.rows.get(name, 0) for name in entry.names) for entry in self.found]
         # where the number of batches is not known, it is assumed to be enough for every weight
         inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
-        say(str(estimate(self._costs, inputs, self.schedule, batch, self.dry_run.seconds, batches)))
+        seen = self.dry_run
+        found = estimate(self._costs, inputs, self.schedule, Timed(batch, seen.seconds, batches, seen.samples))
+        say(f"{found}; {format_bytes(self.schedule.peak)} of memory beside the model at the most")
+        if batches is not None:
+            further = (found.passes - batch * batches) / max(self.passes - 1, 1)
+            passes = {f"pass {number + 1} of {self.passes}": further for number in range(1, self.passes)}
+            expected = {FIRST_PASS: batch * batches, **passes, ROUNDING: found.rounding, COMPARING: found.comparing}
+            self._bar.expect(expected)
 
     def _free_behind(self, number: int) -> None:
         """Free the rounded float weights that no further pass runs, since they lie behind all parts that are left."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from foveate.calibrate.one_weight import QuantizedWeight, round_and_score, rows_of_covariances, saw_too_little
-from foveate.calibrate.passes import Calibration, CalibrationOptions
+from foveate.calibrate.parallel import in_parallel
+from foveate.calibrate.passes import PLANES, ROUNDING, STATISTICS, Calibration, CalibrationOptions, one_step
 from foveate.calibrate.reference_outputs import with_measured
 from foveate.calibrate.routing import Routing
 from foveate.calibrate.trial import OriginalModules, run_on_planes
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import QuantizableWeight, find_weights, listed
+from foveate.collect.kinds import QuantizableWeight, find_weights, listed, weight_matrix_shape
 from foveate.collect.objectives import Objective
 from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
@@ -38,7 +40,7 @@ from foveate.nn.weight import PlaneWeight
 from foveate.planes import gathered
 from foveate.precision.profiles import Profile
 from foveate.precision.sites import stays_float
-from foveate.progress import track
+from foveate.progress import Bar
 from foveate.sizes import parse_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -93,7 +95,6 @@ def quantize(
         SiteError: a pattern in `skip` matches nothing.
         BudgetError: the model cannot be quantized in `memory`; the message says how much is enough.
     """
-    ensure_loaded()
     options = CalibrationOptions(
         objective=objective,
         loss=loss,
@@ -101,12 +102,30 @@ def quantize(
         resume=Path(resume) if resume else None,
         progress=progress,
     )
-    with taken_apart(model), split_derived(model), given_back(options.memory is not None):
-        return _quantized(model, batches, group, skip, options)
+    return quantize_with(model, batches, group, skip, options, Bar("quantizing", show=progress))
+
+
+def quantize_with(
+    model: nn.Module,
+    batches: Iterable[Any],
+    group: int | None,
+    skip: Sequence[str],
+    options: CalibrationOptions,
+    bar: Bar,
+) -> Profile:
+    """As `quantize`, with a bar of the caller's, which then knows the seconds of each phase."""
+    ensure_loaded()
+    with taken_apart(model), split_derived(model), given_back(options.memory is not None), closing(bar):
+        return _quantized(model, batches, group, skip, options, bar)
 
 
 def _quantized(
-    model: nn.Module, batches: Iterable[Any], group: int | None, skip: Sequence[str], options: CalibrationOptions
+    model: nn.Module,
+    batches: Iterable[Any],
+    group: int | None,
+    skip: Sequence[str],
+    options: CalibrationOptions,
+    bar: Bar,
 ) -> Profile:
     found, notes = chosen(model, skip)
     for entry in found:
@@ -114,10 +133,11 @@ def _quantized(
         if weight.device.type != "cpu":
             raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
         _check_values(entry.names[0], weight.detach())
-    calibration = Calibration(model, batches, found, options)
+    calibration = Calibration(model, batches, found, options, bar)
     with given_back(calibration.schedule.replay or calibration.schedule.free_early):
-        rounded, routing, few = _all_rounded(model, calibration, group, options.progress)
+        rounded, routing, few = _all_rounded(model, calibration, group, bar)
     calibration.free_weights()
+    bar.note(STATISTICS, calibration.collector.seconds)
     collector, found = calibration.collector, calibration.found
     notes += [*calibration.notes, *_notes(calibration, routing, few, guessed=options.objective is None)]
     done = [rounded[entry.names[0]] for entry in found]
@@ -129,7 +149,7 @@ def _quantized(
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         kept.set(value)
     originals = OriginalModules(model, found)
-    with originals.restored_on(BaseException):
+    with originals.restored_on(BaseException), one_step(bar, PLANES):
         registry = install(model, found, sites, weights)
         run_on_planes(model, calibration.first, calibration.generates)
     weight_count = sum(s.weights for s in sites)
@@ -154,7 +174,7 @@ def _quantized(
     with originals.restored_on(Exception):
         try:
             with frozen(model):
-                profile = with_measured(profile, model, registry, calibration.reference_outputs, options.progress)
+                profile = with_measured(profile, model, registry, calibration.reference_outputs, bar)
         finally:  # an interruption leaves a model that is read at 8 bits and has its profile
             registry.profile = profile
             top = profile.uniform(TOP_LEVEL)
@@ -203,7 +223,7 @@ def _check_values(name: str, weight: Tensor) -> None:
 
 
 def _all_rounded(
-    model: nn.Module, calibration: Calibration, group: int | None, progress: bool
+    model: nn.Module, calibration: Calibration, group: int | None, bar: Bar
 ) -> tuple[dict[str, QuantizedWeight], Routing, dict[str, str]]:
     """(each weight on planes by its module's name, how often experts were met, the weights with too few inputs)."""
     collector = calibration.collector
@@ -211,16 +231,27 @@ def _all_rounded(
     routing: Routing | None = None
     few: dict[str, str] = {}
     for part in calibration.parts():
-        routing = routing or Routing(model, collector)
-        for entry in track(part, "rounding", show=progress):
+        met = routing = routing or Routing(model, collector)
+
+        def one(entry: QuantizableWeight, met: Routing = met) -> QuantizedWeight:
+            return round_and_score(entry, [collector.by_module[name] for name in entry.names], met, group)
+
+        sizes = [float(weight_work(entry)) for entry in part]
+        for entry, made in bar.track(ROUNDING, in_parallel(one, part), sizes=sizes):
             seen = [collector.by_module[name] for name in entry.names]
             if saw_too_little(seen):
                 rows, columns = rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
                 few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
-            rounded[entry.names[0]] = round_and_score(entry, seen, routing, group)
+            rounded[entry.names[0]] = made
             calibration.done(entry)
     assert routing is not None
     return rounded, routing, {e.names[0]: few[e.names[0]] for e in calibration.found if e.names[0] in few}
+
+
+def weight_work(entry: QuantizableWeight) -> int:
+    """About how much work rounding a weight is, in any unit: codes, each with a row of the covariance."""
+    rows, columns = weight_matrix_shape(entry.modules[0])
+    return rows * columns * (columns + 1000)
 
 
 def _notes(calibration: Calibration, routing: Routing, few: Mapping[str, str], guessed: bool) -> list[str]:

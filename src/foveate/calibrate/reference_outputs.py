@@ -25,15 +25,23 @@ from foveate.errors import DataError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.nn.registry import Registry
 from foveate.precision.profiles import FITTED, Profile
-from foveate.progress import track
+from foveate.progress import Bar
 
 #: The most batches that are kept.
 MAX_BATCHES = 16
+#: Of larger batches fewer are kept: with this many samples, of some batches at least, the mean divergence is known well
+#: enough.
+_SAMPLES, _SOME_BATCHES = 2048, 4
 #: The most bytes that the batches take, unless one alone takes more; and the most bytes that their outputs take.
 _MAX_BYTES = 64 << 20
 #: The level of inputs in the measurement: their losses are counted separately, and 16 bits lose almost nothing.
 _INPUT_LEVEL = 16
 _LARGEST_FACTOR = 100.0
+
+
+def batches_compared(samples: int) -> int:
+    """How many batches are kept of those with so many samples each."""
+    return min(MAX_BATCHES, max(_SOME_BATCHES, _SAMPLES // max(samples, 1)))
 
 
 def reference_bytes(batch: Any, outcome: int) -> int:
@@ -66,6 +74,7 @@ class ReferenceOutputs:
         self._objective = objective
         self._every = 1
         self._seen = 0
+        self._enough = MAX_BATCHES
         self._kept: list[tuple[Any, int, Tensor]] = []  # batch, step between the samples that are kept, outcomes
 
     @property
@@ -83,7 +92,7 @@ class ReferenceOutputs:
         if not self.compares:
             return False
         index, self._seen = self._seen, self._seen + 1
-        most = max(1, min(MAX_BATCHES, _MAX_BYTES // max(_bytes_of(batch), 1)))
+        most = max(1, min(self._enough, _MAX_BYTES // max(_bytes_of(batch), 1)))
         while index % self._every == 0 and len(self._kept) >= most:
             self._every *= 2
             self._kept = self._kept[::2] if most > 1 else self._kept
@@ -92,7 +101,8 @@ class ReferenceOutputs:
     def keep(self, batch: Any, output: Any) -> None:
         """Keep a batch with the output of the float model."""
         outcome_nD = self._objective.outcome(output, batch).detach()
-        step = max(1, -(-MAX_BATCHES * outcome_nD.numel() * outcome_nD.element_size() // _MAX_BYTES))
+        self._enough = batches_compared(len(outcome_nD))
+        step = max(1, -(-self._enough * outcome_nD.numel() * outcome_nD.element_size() // _MAX_BYTES))
         self._kept.append((copied(batch), step, outcome_nD[::step].clone()))
 
     def divergence(self, model: nn.Module) -> float:
@@ -106,7 +116,7 @@ class ReferenceOutputs:
 
 
 def with_measured(
-    profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, progress: bool
+    profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, bar: Bar
 ) -> Profile:
     """The profile with the measured loss of each level over the summed one, or with a note why that is not known.
 
@@ -117,12 +127,10 @@ def with_measured(
         profile: the profile of the model.
         model, registry: the model on planes, in evaluation mode. The call changes its levels.
         reference_outputs: the outputs to compare with.
-        progress: whether to show progress.
+        bar: shows the progress.
     """
     try:
-        measured = (
-            _measured(profile, model, registry, reference_outputs, progress) if reference_outputs.samples > 1 else {}
-        )
+        measured = _measured(profile, model, registry, reference_outputs, bar) if reference_outputs.samples > 1 else {}
         why = "there is no second sample" if reference_outputs.samples < 2 else "an output is not finite"
         why = why if reference_outputs.compares else "the loss given is not the divergence that is measured"
     except DataError as error:
@@ -133,12 +141,12 @@ def with_measured(
 
 
 def _measured(
-    profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, progress: bool
+    profile: Profile, model: nn.Module, registry: Registry, reference_outputs: ReferenceOutputs, bar: Bar
 ) -> dict[int, float]:
     """The factor of each level; empty if an output is not finite."""
     summed = _summed(profile)
     factors: dict[int, float] = {}
-    for level in track(NESTED_LEVELS, "measuring", show=progress):
+    for level in bar.track("comparing", NESTED_LEVELS):
         plan = profile.uniform(level, _INPUT_LEVEL)
         registry.apply(plan)
         measured = reference_outputs.divergence(model)

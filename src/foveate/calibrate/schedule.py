@@ -22,10 +22,13 @@ from dataclasses import dataclass
 
 import torch
 
-from foveate.collect.statistics import COVARIANCE_BLOCK
+from foveate.calibrate.parallel import workers_for
+from foveate.collect.statistics import block_rows
 
 #: The most bytes of temporaries that the search for grids and the scoring take.
 _TEMPORARIES = 288 << 20
+#: A schedule that takes less memory may take so many times as long as the fastest.
+_WORTH_MEMORY = 1.5
 #: Bytes that every schedule takes: code, small statistics, and what allocators keep.
 _SLACK = 32 << 20
 
@@ -56,6 +59,11 @@ class WeightCost:
     kept_bytes: int = 0
 
     @property
+    def joint_rows(self) -> int:
+        """How many rows are chosen jointly with each other; 0 where each is chosen by itself."""
+        return block_rows(self.rows) if self.kept_bytes else 0
+
+    @property
     def plane_bytes(self) -> int:
         """Bytes of all planes, scales and padding."""
         return self.rows * (self.columns + -(-self.columns // 32) * 4)
@@ -69,9 +77,8 @@ class WeightCost:
         errors of the rows of each thread: the wanted errors, and the product that is subtracted from them.
         """
         size, matrix = self.rows * self.columns, 4 * self.columns**2 * bool(self.large_bytes)
-        errors = (
-            2 * 20 * self.columns * min(self.rows, COVARIANCE_BLOCK * torch.get_num_threads()) * bool(self.large_bytes)
-        )
+        together = min(self.rows, max(self.joint_rows, 1) * torch.get_num_threads())
+        errors = 2 * 20 * self.columns * together * bool(self.large_bytes)
         choosing = 2 * matrix + 2 * self.kept_bytes + 6 * size + errors
         most = max(min(_TEMPORARIES, 28 * size), 8 * matrix, choosing)
         # the means of the statistics, and the codes
@@ -95,7 +102,9 @@ class Schedule:
     peak: int
 
 
-def make_schedule(costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int) -> Schedule:
+def make_schedule(
+    costs: Sequence[WeightCost], kept: int, kept_replayed: int, forward: int, room: int, comfort: int | None = None
+) -> Schedule:
     """The fastest schedule that fits into memory, or the one that takes the least memory if none fits.
 
     Args:
@@ -104,6 +113,8 @@ def make_schedule(costs: Sequence[WeightCost], kept: int, kept_replayed: int, fo
         kept_replayed: bytes that backward keeps when blocks are replayed.
         forward: bytes that a pass without gradients takes.
         room: bytes that are free beside the model.
+        comfort: bytes that calibration should leave it at where that takes little more time, as on a machine that
+            does other things too; no such bound if not given.
     """
     candidates: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
     for count in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
@@ -115,7 +126,14 @@ def make_schedule(costs: Sequence[WeightCost], kept: int, kept_replayed: int, fo
                     candidates[parts, replay, free_early] = Schedule(replay, parts, free_early, peak)
     fitting = [schedule for schedule in candidates.values() if schedule.peak <= room]
     if fitting:
-        return min(fitting, key=lambda schedule: _relative_time(costs, schedule))
+        fastest = min(fitting, key=lambda schedule: _relative_time(costs, schedule))
+        modest = [schedule for schedule in fitting if comfort is not None and schedule.peak <= comfort]
+        most = _WORTH_MEMORY * _relative_time(costs, fastest)
+        return min(
+            (schedule for schedule in modest if _relative_time(costs, schedule) <= most),
+            key=lambda schedule: _relative_time(costs, schedule),
+            default=fastest,
+        )
     return min(candidates.values(), key=lambda schedule: schedule.peak)
 
 
@@ -133,7 +151,8 @@ def cut(costs: Sequence[WeightCost], count: int) -> tuple[tuple[int, ...], ...]:
             filled = 0
         parts[-1].append(i)
         filled += large
-    return tuple(map(tuple, parts))
+    # the largest first: the last ones to be rounded are then done at about the same time
+    return tuple(tuple(sorted(part, key=lambda i: -costs[i].rows * costs[i].columns)) for part in parts)
 
 
 def freed_after(costs: Sequence[WeightCost], parts: Sequence[Sequence[int]], done: int) -> list[int]:
@@ -156,8 +175,9 @@ def _peak(
         backward = number == 0 or any(costs[i].gradients for i in part)
         peak = max(peak, held + large + (kept if backward else forward))
         at_once = free_early and number == len(parts) - 1
-        for i in part:
-            peak = max(peak, held + large + costs[i].rounding_bytes)
+        for place, i in enumerate(part):
+            at_once_bytes = sum(costs[j].rounding_bytes for j in part[place : place + workers_for(len(part))])
+            peak = max(peak, held + large + at_once_bytes)
             held += costs[i].plane_bytes - (costs[i].float_bytes if at_once else 0)
             large -= costs[i].large_bytes
             freed |= {i} if at_once else set()

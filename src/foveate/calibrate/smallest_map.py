@@ -18,6 +18,13 @@ from foveate.precision.maps import PrecisionMap, Site, uniform
 from foveate.sizes import format_bytes
 
 
+def widths_of(model: nn.Module, skip: Sequence[str] = ()) -> list[tuple[int, bool]]:
+    """(the number of inputs, whether the weight is only an embedding) of each weight to quantize."""
+    with taken_apart(model), split_derived(model):
+        found, _ = chosen(model, skip)
+        return [(weight_matrix_shape(entry.modules[0])[1], entry.is_embedding_only) for entry in found]
+
+
 def smallest_map(model: nn.Module, *, group: int | None = None, skip: Sequence[str] = ()) -> PrecisionMap:
     """The map with every weight at the lowest level, without gains: no map of `foveate.allocate` takes less.
 

@@ -15,14 +15,25 @@ from foveate.errors import CheckpointError, DataError
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JSON object to this file.")]
 
 
+#: The options that only one benchmark has.
+_OWN = {"model": "calibrate", "data": "calibrate", "windows": "calibrate", "minutes": "runtime", "costs": "runtime"}
+
+
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode, saved or runtime.")],
+    name: Annotated[
+        str, typer.Argument(help="The benchmark: kernels, switch, load, decode, calibrate, saved or runtime.")
+    ],
     out: Out = None,
+    model: Annotated[str | None, typer.Option(help="calibrate: a model's folder. Default: random weights.")] = None,
+    data: Annotated[Path | None, typer.Option(help="calibrate: a text file. Default: random tokens.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="calibrate: windows of 512 tokens. Default: as many as it needs.")
+    ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="Of runtime: how long the live loop runs; 0 leaves it out.")
+        float | None, typer.Option(min=0.0, help="runtime: how long the live loop runs; 0 leaves it out.")
     ] = None,
     costs: Annotated[
-        Path | None, typer.Option(help="Of runtime: an earlier result whose costs are taken, not measured anew.")
+        Path | None, typer.Option(help="runtime: an earlier result whose costs are taken, not measured anew.")
     ] = None,
     json_output: Json = False,
 ) -> None:
@@ -30,13 +41,19 @@ def bench(
     from foveate import bench as benchmarks
 
     check_folder_of(out)
-    if name != "runtime" and (minutes is not None or costs is not None):
-        raise DataError(f"--minutes and --costs are of the benchmark runtime, not of {name}")
-    sizes = None
+    given = {"model": model, "data": data, "windows": windows, "minutes": minutes, "costs": costs}
+    for option, value in given.items():
+        if value is not None and _OWN[option] != name:
+            raise DataError(f"--{option} is for the benchmark {_OWN[option]}, not for {name}")
+    sizes: Any = None
     if name == "runtime":
         from foveate.bench.runtime import Sizes
 
         sizes = Sizes(costs_file=costs) if minutes is None else Sizes(costs_file=costs, minutes=minutes)
+    elif name == "calibrate":
+        from foveate.bench.calibrate import Calibrated
+
+        sizes = Calibrated(model=model, data=None if data is None else str(data), windows=windows)
     show_result(benchmarks.run(name, sizes), out, json_output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,11 +10,12 @@ import typer
 from torch import nn
 
 import foveate as fv
-from foveate.calibrate.smallest_map import check_reachable
+from foveate.calibrate.need import ROWS_PER_INPUT, rows_needed
+from foveate.calibrate.smallest_map import check_reachable, widths_of
 from foveate.checkpoint import HEAD
 from foveate.cli.shared import options
 from foveate.cli.shared.console import check_writable, emit, log, plain_table, show
-from foveate.cli.shared.data import HELD_OUT, Request, Window, batches, describe, digest, split, windows
+from foveate.cli.shared.data import HELD_OUT, Request, Window, batches, check_given, describe, digest, split, windows
 from foveate.cli.shared.models import load_original, load_tokenizer, original_config
 from foveate.cli.shared.tables import bits_line, legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
@@ -29,9 +31,9 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
     data: options.Data = None,
     tokens: options.Tokens = None,
-    samples: options.Samples = 128,
+    samples: options.ByNeed = None,
     length: options.Length = None,
-    batch: options.Batch = 4,
+    batch: options.BatchByLength = None,
     group: Annotated[int | None, typer.Option(help="Inputs in a group: 32, 64 or 128. Default: by width.")] = None,
     skip: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Modules to leave as they are; repeatable.")
@@ -64,12 +66,17 @@ def quantize(
     _check_target(out, model, force)
     config = original_config(model)
     request = Request(data, tokens, samples, length, batch)
+    check_given(request)
+    net = load_original(model)
+    widths = [w for w, embedding in widths_of(net) if not embedding]
+    request = replace(request, rows=rows_needed(widths))
     chosen = windows(request, model, config, more=0 if budget is None else 1 / HELD_OUT)
     calibration, held_out = (chosen, []) if budget is None else split(chosen)
     log.info("calibrating on %s", describe(calibration))
+    if samples is None:
+        _say_need(calibration, request.rows, max(widths, default=0))
     if held_out:
         log.info("holding out %s for verification", describe(held_out))
-    net = load_original(model)
     if budget is not None:
         check_reachable(net, budget, group=group, skip=skip or ())
     profile = fv.quantize(
@@ -95,6 +102,13 @@ def quantize(
         _show_results(out, profile, plan, verification)
     if check and verification is not None and not (verification.holds and verification.within):
         raise typer.Exit(1)
+
+
+def _say_need(calibration: list[Window], needed: int, widest: int) -> None:
+    """Say why there are so many tokens, or that the data have too few."""
+    seen = sum(int(w["input_ids"].numel()) for w in calibration)
+    why = f"{needed:,} tokens are needed, {ROWS_PER_INPUT} for each of the {widest:,} inputs of the widest layer"
+    log.info("%s%s", why, "" if seen >= 0.9 * needed else f"; the data have only {seen:,}")
 
 
 def _check_target(out: Path, model: str, force: bool) -> None:

@@ -7,6 +7,7 @@ weights. Where these need no gradients, such a pass runs forward only, and no fu
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.collect.kinds import QuantizableWeight
+from foveate.collect.input_rows import InputRows
+from foveate.collect.kinds import Kind, QuantizableWeight
 from foveate.collect.objectives import Objective, run
 from foveate.collect.replay import Replay
 from foveate.collect.statistics import WeightStatistics, statistics_of
@@ -34,6 +36,7 @@ class Collector:
     Attributes:
         by_module: statistics for each module's name.
         samples, batches: how many were seen.
+        seconds: the time that statistics took, beside the model itself.
         calls: for each batch, the modules, by number, in the order of their calls. Batches that were seen before the
             state was restored have no entry.
     """
@@ -56,8 +59,10 @@ class Collector:
         self.objective = objective
         self.samples = 0
         self.batches = 0
+        self.seconds = 0.0
         self.calls: list[list[int]] = []
         self._replay = replay or Replay(())
+        self._input: InputRows | None = None  # the last one, which the next layer may read too
         self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
         self._numbers = {name: number for number, name in enumerate(self._modules)}
         self.by_module: dict[str, WeightStatistics] = {}
@@ -115,7 +120,7 @@ class Collector:
             nonlocal left
             seen = None
             if name in names and not self._replay.first_run:
-                seen = self.by_module[name].see_large(module, x)
+                seen = self.by_module[name].see_large(module, x, self._rows_of(name, x))
             left -= not self._replay.second_run
             if left == 0:
                 raise _LastCallReached
@@ -150,7 +155,15 @@ class Collector:
     def _take(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         if not self._replay.second_run:
             self.calls[-1].append(self._numbers[name])
-        return None if self._replay.first_run else self.by_module[name].see(module, x, y)
+        return None if self._replay.first_run else self.by_module[name].see(module, x, y, self._rows_of(name, x))
+
+    def _rows_of(self, name: str, x: Tensor) -> InputRows | None:
+        """The rows of a linear layer's input; those of the layer before if it was the same input."""
+        if self.by_module[name].kind not in (Kind.LINEAR, Kind.LINEAR_TRANSPOSED):
+            return None
+        if self._input is None or not self._input.are_of(x):
+            self._input = InputRows(x)
+        return self._input
 
     @contextmanager
     def _hooks(self, take: Take, backward: bool) -> Iterator[None]:
@@ -167,9 +180,11 @@ class Collector:
                 if not output.numel():  # an empty batch, or an expert that no row was routed to
                     return output
                 x = args[0] if args else kwargs["input"]
+                started = time.perf_counter()
                 seen = take(name, module, x, output)
+                self.seconds += time.perf_counter() - started
                 if wanted and seen is not None:
-                    output.register_hook(seen)
+                    output.register_hook(self._timed(seen))
                 return output
 
             return after
@@ -178,8 +193,17 @@ class Collector:
         try:
             yield
         finally:
+            self._input = None
             for handle in handles:
                 handle.remove()
+
+    def _timed(self, take: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        def timed(gradient: Tensor) -> None:
+            started = time.perf_counter()
+            take(gradient)
+            self.seconds += time.perf_counter() - started
+
+        return timed
 
     def unseen(self) -> list[str]:
         """Names of the modules that no batch reached."""

@@ -5,9 +5,10 @@ the output row, the errors change the loss by the sum of g_t . W dx_t, and incre
 
     S(level) = 1/2 E[(sum_t g_t . W dx_t)^2]
 
-as a change of the weights does (`foveate.collect.statistics`). This is not approximated: dx_t is the error that the
-kernels make, row by row, and its product with the gradient is computed. Where the rows of a sample have labels of their
-own (the tokens of a language model) the squares are summed; where they share one loss, the sum is squared.
+as a change of the weights does (`foveate.collect.statistics`). dx_t is the error that the kernels make, row by row, and
+its product with the gradient is computed, for some of the rows where there are many. Where the rows of a sample have
+labels of their own (the tokens of a language model) the squares are summed; where they share one loss, the sum is
+squared.
 
 The moments, the range and the entropy of the input are kept too. Drift is detected by them, static scales are made from
 them, and `variance_proxy` chooses levels by them without any gradient.
@@ -20,16 +21,15 @@ import math
 import torch
 from torch import Tensor
 
-from foveate.kernels.planes.reference import INPUT_RANGE, block_codes, quantize_input
+from foveate.collect.input_rows import CODES, InputRows, counted_codes
+from foveate.collect.sampling import RowSampler
+from foveate.kernels.planes.reference import INPUT_RANGE
 
-#: How many values are quantized at a time: they fit into the second-level cache a few times over.
-_CHUNK = 1 << 16
-#: In a call with more values than this, not every sample is scored.
-_SCORED = 1 << 21
 _SCORED_LEVELS = (4, 8)
-#: The most values of a call whose codes are counted.
-_COUNTED = 1 << 16
-_CODES = 255
+#: How many rows with a loss of their own, or how many samples of rows that share one, are enough to score.
+_ENOUGH_ROWS, _ENOUGH_SAMPLES = 2048, 512
+#: How many values are scored at a time.
+_CHUNK = 1 << 20
 
 
 class InputStatistics:
@@ -39,62 +39,68 @@ class InputStatistics:
         tensors: `moments` [3]: the number of values, their sum, the sum of their squares; `range` [2]; `codes` [255]:
             how often the 8-bit quantizer gave each code; `losses` [2]: the sum over samples of the squared change that
             levels 4 and 8 make; `batch_moments` [2, 2]: the least and the greatest mean and variance of a call;
-            `calls`: the number of calls; `values`: how many values matrix products read.
+            `calls`: the number of calls; `values`: how many values matrix products read; `scored` [3]: which rows were
+            scored (`foveate.collect.sampling`).
+        independent_rows: whether the rows of a sample have losses of their own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, independent_rows: bool = False) -> None:
         inf = math.inf
+        self.independent_rows = independent_rows
         self.tensors: dict[str, Tensor] = {
             "moments": torch.zeros(3, dtype=torch.float64),
             "range": torch.tensor([inf, -inf]),
-            "codes": torch.zeros(_CODES, dtype=torch.float64),
+            "codes": torch.zeros(CODES, dtype=torch.float64),
             "losses": torch.zeros(len(_SCORED_LEVELS), dtype=torch.float64),
             "batch_moments": torch.tensor([[inf, inf], [-inf, -inf]], dtype=torch.float64),
             "calls": torch.zeros((), dtype=torch.float64),
             "values": torch.zeros((), dtype=torch.float64),
+            "scored": torch.zeros(3, dtype=torch.float64),
         }
 
     def see(self, x: Tensor, rows: Tensor) -> None:
         """Take one call's input as it came, and as the rows [..., K] that the product reads."""
-        count = x.numel()
-        if not count:
-            return
+        if x.numel():
+            flat = x.detach().float().reshape(1, -1) if x.dim() < 2 else x.detach().float().flatten(0, -2)
+            squares, totals = torch.ops.foveate.row_sums(flat)
+            self._see(x.numel(), squares, totals, rows.numel(), counted_codes(rows))
+
+    def see_rows(self, rows: InputRows) -> None:
+        """Take one call's input, whose rows the product reads as they are."""
+        values = rows.x_TK.numel()
+        if values:
+            self._see(values, rows.squares_K, rows.totals, values, rows.codes())
+
+    def _see(self, count: int, squares: Tensor, totals: Tensor, read: int, codes: Tensor) -> None:
         t = self.tensors
-        variance, mean = (float(v) for v in torch.var_mean(x.float(), correction=0))
-        t["moments"] += torch.tensor([count, mean * count, (variance + mean * mean) * count], dtype=torch.float64)
-        low, high = x.aminmax()
-        t["range"] = torch.stack(
-            [torch.minimum(t["range"][0], low.float()), torch.maximum(t["range"][1], high.float())]
-        )
+        total, low, high = totals.tolist()
+        square, mean = float(squares.sum()), total / count
+        variance = max(square / count - mean * mean, 0.0)
+        t["moments"] += torch.tensor([count, total, square], dtype=torch.float64)
+        t["range"] = torch.stack([t["range"][0].clamp_max(low), t["range"][1].clamp_min(high)])
         now = torch.tensor([mean, variance], dtype=torch.float64)
         least, greatest = t["batch_moments"]
         t["batch_moments"] = torch.stack([torch.minimum(least, now), torch.maximum(greatest, now)])
         t["calls"] += 1
-        t["values"] += rows.numel()
-        some = rows.reshape(-1, rows.shape[-1])[:: max(1, rows.numel() // _COUNTED)]
-        codes, _ = quantize_input(some.float(), 8)
-        t["codes"] += torch.bincount(codes.reshape(-1).long() + _CODES // 2, minlength=_CODES)
+        t["values"] += read
+        t["codes"] += codes
 
-    def score(self, x_BTK: Tensor, g_BTN: Tensor, w_NK: Tensor, independent_rows: bool) -> None:
+    def scorer(self, x_BTK: Tensor, shared: InputRows | None = None) -> InputScorer:
+        """Choose the rows of a call that are scored when the gradients of their outputs are known; they are copied.
+
+        Args:
+            x_BTK: the input rows of B samples, T rows each.
+            shared: the same rows, whose copies other layers may use too.
+        """
+        return InputScorer(self, x_BTK, shared)
+
+    def score(self, x_BTK: Tensor, g_BTN: Tensor, w_NK: Tensor) -> None:
         """Take the input rows of B samples, T rows each, and the gradients of their output rows.
 
-        In a call with very many values, evenly spread samples stand for all.
+        Where there are many, some rows stand for all, or some samples where the rows of a sample share a loss.
         """
-        if not x_BTK.numel():
-            return
-        every = min(-(-x_BTK.numel() // _SCORED), len(x_BTK))
-        weight = len(x_BTK) / len(range(0, len(x_BTK), every))
-        x_BTK, g_BTN = x_BTK[::every], g_BTN[::every]
-        samples, rows, columns = x_BTK.shape
-        step, row_step = max(1, _CHUNK // (rows * columns)), max(1, _CHUNK // columns)
-        for at in range(0, samples, step):
-            change_LB = torch.zeros(len(_SCORED_LEVELS), min(step, samples - at), dtype=torch.float64)
-            for row in range(0, rows, row_step):
-                part = (slice(at, at + step), slice(row, row + row_step))
-                change_LBT = _changes(x_BTK[part], g_BTN[part], w_NK)
-                change_LB += change_LBT.square().sum(2) if independent_rows else change_LBT.sum(2)
-            squares_L = (change_LB if independent_rows else change_LB.square()).sum(1)
-            self.tensors["losses"] += weight * squares_L
+        if x_BTK.numel():
+            self.scorer(x_BTK).take(g_BTN, w_NK)
 
     def losses(self, samples: int) -> Tensor:
         """What each of INPUT_LEVELS costs a sample, float32 [1, 4].
@@ -125,15 +131,32 @@ class InputStatistics:
         }
 
 
-def _changes(x_BTK: Tensor, g_BTN: Tensor, w_NK: Tensor) -> Tensor:
-    """g . W dx of each row at each scored level, float64 [L, B, T]. Rows are finite, since the loss is."""
-    x_MK = x_BTK.reshape(-1, x_BTK.shape[-1])
-    toward_MK = g_BTN.reshape(-1, g_BTN.shape[-1]) @ w_NK
-    codes_MK, unit_M1 = block_codes(x_MK)
-    four_M = codes_MK.mul_(unit_M1).sub_(x_MK).mul_(toward_MK).sum(1, dtype=torch.float64)
-    top = INPUT_RANGE[8]
-    largest_M1 = x_MK.abs().amax(1, keepdim=True).clamp_min(1e-30)
-    codes_MK = (x_MK * (top / largest_M1)).round_()
-    eight_M = codes_MK.mul_(largest_M1 / top).sub_(x_MK).mul_(toward_MK).sum(1, dtype=torch.float64)
-    # a row of zeros is exact, and its unit is 0
-    return torch.stack([torch.where(unit_M1[:, 0] > 0, four_M, 0.0), eight_M]).view(-1, *x_BTK.shape[:2])
+class InputScorer:
+    """Rows of one call, until the gradients of their outputs are known.
+
+    Attributes:
+        x_BTK: a copy of the rows that are scored. Rows with losses of their own are samples of one row each.
+    """
+
+    def __init__(self, inputs: InputStatistics, x_BTK: Tensor, shared: InputRows | None) -> None:
+        self._inputs, self._alone = inputs, inputs.independent_rows
+        each_BTK = x_BTK.reshape(-1, 1, x_BTK.shape[-1]) if self._alone else x_BTK
+        enough = _ENOUGH_ROWS if self._alone else _ENOUGH_SAMPLES
+        self._taken = RowSampler(inputs.tensors["scored"], enough).take(len(each_BTK))
+        if shared is not None and self._alone:
+            self.x_BTK = shared.copy(self._taken.rows)[:, None]
+        else:
+            self.x_BTK = each_BTK[self._taken.rows].clone()
+
+    def take(self, g_BTN: Tensor, w_NK: Tensor) -> None:
+        """Add the squared changes, given the gradients of all output rows of the call."""
+        g_BTN = (g_BTN.reshape(-1, 1, g_BTN.shape[-1]) if self._alone else g_BTN)[self._taken.rows]
+        samples, rows, columns = self.x_BTK.shape
+        change_LM = torch.empty(len(_SCORED_LEVELS), samples * rows, dtype=torch.float64)
+        x_MK, g_MN = self.x_BTK.reshape(-1, columns), g_BTN.reshape(-1, g_BTN.shape[-1])
+        step = max(1, _CHUNK // max(columns, g_MN.shape[1]))
+        for at in range(0, len(x_MK), step):
+            part = slice(at, at + step)
+            change_LM[:, part] = torch.ops.foveate.input_changes(x_MK[part], g_MN[part] @ w_NK)
+        squares_L = change_LM.view(-1, samples, rows).sum(2).square().sum(1)
+        self._inputs.tensors["losses"] += self._taken.weight * squares_L

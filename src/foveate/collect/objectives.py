@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from foveate.errors import DataError
 
+#: How many values of an output are handled at a time.
+_SLICE = 1 << 21
+
 
 def run(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch: a mapping as keywords, a tuple or list as positions, else the one argument."""
@@ -74,6 +77,31 @@ def _real(batch: Any, rows: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1])
 
 
+class _InnerProduct(torch.autograd.Function):
+    """The inner product of an output with a direction, which is its gradient: nothing else of that size is made."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, direction: Tensor) -> Tensor:
+        """Classes that the model rules out have logits of -inf, and no direction."""
+        ctx.save_for_backward(direction)
+        rows = max(1, _SLICE // max(output.shape[1], 1))
+        pairs = zip(output.split(rows), direction.split(rows), strict=True)
+        parts = [(torch.where(d == 0, 0.0, y) * d).sum() for y, d in pairs]
+        return torch.stack(parts).sum() if parts else output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """The direction, as often as the product counts."""
+        (direction,) = ctx.saved_tensors
+        (by,) = gradients
+        return (direction if float(by) == 1.0 else direction * by), None
+
+
+def _inner_product(output_nC: Tensor, direction_nC: Tensor) -> Tensor:
+    product: Tensor = _InnerProduct.apply(output_nC, direction_nC)  # type: ignore[no-untyped-call]
+    return product
+
+
 class Objective(ABC):
     """What should stay the same when precision falls."""
 
@@ -121,12 +149,14 @@ class Logits(Objective):
         With z standard normal, v = sqrt(p) z - p (sqrt(p) . z).
         """
         logits_nC = self.outcome(output, batch)
-        p_nC = logits_nC.detach().softmax(-1)
-        root_nC = p_nC.sqrt()
-        z_nC = torch.randn(p_nC.shape, generator=generator)
-        direction_nC = root_nC * z_nC - p_nC * (root_nC * z_nC).sum(-1, keepdim=True)
-        # classes that the model rules out have logits of -inf, and no direction
-        return (logits_nC.masked_fill(p_nC == 0, 0.0) * direction_nC).sum(), len(logits_nC)
+        direction_nC = torch.empty_like(logits_nC, requires_grad=False)
+        rows = max(1, _SLICE // max(logits_nC.shape[1], 1))
+        for logits, direction in zip(logits_nC.detach().split(rows), direction_nC.split(rows), strict=True):
+            p = logits.softmax(-1)
+            root = p.sqrt()
+            root.mul_(torch.randn(p.shape, generator=generator))
+            torch.addcmul(root, p, root.sum(-1, keepdim=True), value=-1.0, out=direction)
+        return _inner_product(logits_nC, direction_nC), len(logits_nC)
 
     def divergence(self, reference_nD: Tensor, outcome_nD: Tensor) -> Tensor:
         """KL(reference || outcome) in nats."""

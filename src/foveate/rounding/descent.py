@@ -45,8 +45,9 @@ _DOF_LIMITS = (0.18, 0.32)
 _SAMPLES_HALF = 300
 #: The damping of an H that is not trusted at 6 and 8 bits.
 _FEW_SAMPLES_DAMPING = 1.0
-#: How often coordinate descent goes over all codes.
-SWEEPS = 10
+#: How often coordinate descent goes over all codes at most. A block of rows is left after a sweep that took less than
+#: this part off its loss: the sweeps behind it would together bring about two such parts.
+SWEEPS, LEAST_GAIN = 10, 0.01
 #: Damping, in means of the diagonal of the covariance of inputs and of gradients: it is added to the diagonal. It
 #: covers directions in which calibration's inputs never varied, and gradients of which too few samples were seen.
 INPUT_DAMPING, GRADIENT_DAMPING = 0.03, 0.3
@@ -134,6 +135,7 @@ def with_descent(
     *,
     level_weights: Mapping[int, float] = LEVEL_WEIGHTS,
     sweeps: int = SWEEPS,
+    least_gain: float = LEAST_GAIN,
     damping: float = INPUT_DAMPING,
 ) -> Rounded:
     """Codes on the same grids, chosen for the least error of the model's output over all levels.
@@ -146,13 +148,14 @@ def with_descent(
             last block may be anything. Each row is rounded by itself if it is not given, where a block is zero or not
             finite, and where no kernels are compiled (a plain loop over all elements would take hours).
         level_weights: what a squared error costs at each nested level.
-        sweeps: how often descent goes over all codes.
+        sweeps: how often descent goes over all codes, at most.
+        least_gain: the part of its loss that a sweep must take off a block of rows for the next sweep to be made.
         damping: damping of the covariance, in means of its diagonal.
 
     Returns:
         `rounded` with other codes and gains; `rounded` itself if the covariance cannot be used (zero, or not finite).
     """
-    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, level_weights, sweeps, damping)
+    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, level_weights, (sweeps, least_gain), damping)
     if codes_2NK is None:
         return rounded
     gain = restoring_gains(w_NK, codes_2NK[0], rounded, covariance_KK.diagonal())
@@ -165,12 +168,13 @@ def best_codes(
     covariance_KK: Tensor,
     gradients_BRR: Tensor | None,
     level_weights: Mapping[int, float],
-    sweeps: int,
+    until: tuple[int, float],
     damping: float = INPUT_DAMPING,
 ) -> Tensor | None:
     """4-bit codes and residuals, uint8 [2, N, K], on the scales, offsets and gains of `grid`.
 
-    None where the covariance cannot be used. The arguments are those of `with_descent`.
+    None where the covariance cannot be used. The arguments are those of `with_descent`; `until` has its sweeps and its
+    least gain.
     """
     metric_KK = _as_metric(covariance_KK, damping)
     if metric_KK is None:
@@ -194,7 +198,7 @@ def best_codes(
         [level_weights.get(level, 0.0) for level in NESTED_LEVELS],
     )
     torch.ops.foveate.error_feedback(codes_2NK, w_NK, factor_KK, row_factor_BRR, *on)
-    torch.ops.foveate.coordinate_descent(codes_2NK, w_NK, metric_KK, together_BRR, *on, sweeps)
+    torch.ops.foveate.coordinate_descent(codes_2NK, w_NK, metric_KK, together_BRR, *on, *until)
     found_2NK = torch.empty_like(codes_2NK)
     found_2NK[:, :, order_K] = codes_2NK
     return found_2NK

@@ -26,18 +26,29 @@ from foveate.errors import DataError
 #: For this many windows of calibration, one more window is held out.
 HELD_OUT = 8
 _LENGTH = 512
+#: How many lines tell how long lines are.
+_LINES_COUNTED = 128
 Window = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Request:
-    """The data that the options ask for. Exactly one of `text` and `tokens` is needed."""
+    """The data that the options ask for. Exactly one of `text` and `tokens` is needed.
+
+    Attributes:
+        text, tokens: the file that holds the data.
+        samples: windows, or lines for an embedding model; as many as have `rows` tokens if not given.
+        length: tokens in a window; 512 or the model's limit if not given.
+        batch: windows in a batch; as many as have about 512 tokens if not given.
+        rows: how many tokens are needed, where `samples` is not given.
+    """
 
     text: Path | None
     tokens: Path | None
-    samples: int
+    samples: int | None
     length: int | None
-    batch: int
+    batch: int | None
+    rows: int = 0
 
     @property
     def given(self) -> bool:
@@ -49,6 +60,14 @@ def next_token_loss(output: Any, batch: Window) -> Tensor:
     """The negative log-likelihood of each next token in nats: [n]."""
     logits_BSV, ids_BS = output.logits, batch["input_ids"]
     return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1).float(), ids_BS[:, 1:].flatten(), reduction="none")
+
+
+def check_given(request: Request) -> None:
+    """Raise `DataError` unless the options name exactly one file of data."""
+    if not request.given:
+        raise DataError("there are no data: give --data FILE.txt, or --tokens FILE.npy or .safetensors")
+    if request.text is not None and request.tokens is not None:
+        raise DataError("give --data or --tokens, not both")
 
 
 def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> list[Window]:
@@ -63,12 +82,10 @@ def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> l
     Raises:
         DataError: no data, or data that do not fit the model; the message says what to give.
     """
-    if not request.given:
-        raise DataError("there are no data: give --data FILE.txt, or --tokens FILE.npy or .safetensors")
-    if request.text is not None and request.tokens is not None:
-        raise DataError("give --data or --tokens, not both")
+    check_given(request)
     length = _window_length(request.length, config)
-    wanted = request.samples + math.ceil(more * request.samples)
+    count = request.samples or math.ceil(request.rows / length)
+    wanted = count + math.ceil(more * count)
     if request.tokens is not None:
         samples = _cut(_read_tokens(request.tokens), length)
         return _checked([{"input_ids": w[None]} for w in _spread(samples, wanted)], config, request.tokens)
@@ -79,7 +96,12 @@ def windows(request: Request, name: str, config: Any, *, more: float = 0.0) -> l
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         samples = _cut(torch.tensor(ids, dtype=torch.int64), length)
         return _checked([{"input_ids": w[None]} for w in _spread(samples, wanted)], config, request.text)
-    lines = _spread([line for line in text.splitlines() if line.strip()], wanted)
+    every = [line for line in text.splitlines() if line.strip()]
+    if request.samples is None:
+        some = _spread(every, _LINES_COUNTED)
+        each = sum(len(tokenizer(line, truncation=True, max_length=length)["input_ids"]) for line in some) / len(some)
+        wanted = math.ceil((1 + more) * request.rows / max(each, 1.0))
+    lines = _spread(every, wanted)
     encoded = [tokenizer(line, truncation=True, max_length=length)["input_ids"] for line in lines]
     made = [
         {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.int64)}
@@ -101,8 +123,10 @@ def split(samples: Sequence[Window]) -> tuple[list[Window], list[Window]]:
     return [w for i, w in enumerate(samples) if i % every != every - 1], held_out
 
 
-def batches(samples: Sequence[Window], size: int) -> list[Window]:
-    """Batches of `size` windows; lines of different lengths are padded."""
+def batches(samples: Sequence[Window], size: int | None = None) -> list[Window]:
+    """Batches of `size` windows; lines of different lengths are padded. By default a batch has about 512 tokens."""
+    if size is None:
+        size = max(1, _LENGTH * len(samples) // max(sum(w["input_ids"].shape[1] for w in samples), 1))
     made = []
     for start in range(0, len(samples), size):
         part = samples[start : start + size]

@@ -25,6 +25,11 @@ Tokens = Annotated[
 Samples = Annotated[int, typer.Option(min=1, help="Windows of text to use; lines for an embedding model.")]
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window. Default: 512, or the model's limit.")]
 Batch = Annotated[int, typer.Option(min=1, help="Windows in a batch.")]
+ByNeed = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows of text, or lines, to use. Default: by the width of the layers."),
+]
+BatchByLength = Annotated[int | None, typer.Option(min=1, help="Windows in a batch. Default: about 512 tokens.")]
 Bits = Annotated[float | None, typer.Option(help="Budget: average bits per weight, scales included.")]
 Bytes = Annotated[str | None, typer.Option("--bytes", help="Budget: bytes in memory, such as 800MiB, 6GB or 123456.")]
 Loss = Annotated[float | None, typer.Option(help="Budget: largest loss; nats per token for a language model.")]

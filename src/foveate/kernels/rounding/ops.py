@@ -2,9 +2,9 @@
 
 `error_feedback(codes, w, factor, row_factor, scale, offset, gain, group_of, level_weights)` writes uint8 codes
 [2, N, K] (4-bit codes, residuals). Each error is passed on to the elements that follow.
-`coordinate_descent(codes, w, covariance, gradients, scale, offset, gain, group_of, level_weights, sweeps)` changes
-codes that exist, each to the pair that is best with all others as they are. kernels/rounding/reference.py has the
-meaning of the arguments.
+`coordinate_descent(codes, w, covariance, gradients, scale, offset, gain, group_of, level_weights, sweeps, least_gain)`
+changes codes that exist, each to the pair that is best with all others as they are, and returns how many sweeps each
+block of rows took, int64. kernels/rounding/reference.py has the meaning of the arguments.
 """
 
 from __future__ import annotations
@@ -22,14 +22,18 @@ define(
     reference.error_feedback,
 )
 define(
-    f"coordinate_descent(Tensor(a!) codes, Tensor w, Tensor covariance, Tensor? gradients, {_GRID}, int sweeps) -> ()",
+    f"coordinate_descent(Tensor(a!) codes, Tensor w, Tensor covariance, Tensor? gradients, {_GRID}, int sweeps,"
+    " float least_gain=0.0) -> Tensor",
     reference.coordinate_descent,
 )
 
 
-def _in_place_fake(codes: Tensor, *_: object) -> None:
+@torch.library.register_fake("foveate::error_feedback", lib=LIBRARY)
+def _feed_fake(codes: Tensor, *_: object) -> None:
     return None
 
 
-for _name in ("error_feedback", "coordinate_descent"):
-    torch.library.register_fake(f"foveate::{_name}", _in_place_fake, lib=LIBRARY)
+@torch.library.register_fake("foveate::coordinate_descent", lib=LIBRARY)
+def _descend_fake(codes: Tensor, w: Tensor, covariance: Tensor, gradients: Tensor | None, *_: object) -> Tensor:
+    size = reference.LONE_ROWS if gradients is None else gradients.shape[1]
+    return codes.new_empty((w.shape[0] + size - 1) // size, dtype=torch.int64)

@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 _CODES = 16
-#: Rows at once where rows are independent: all pairs of codes are compared, 5 kB for each row and copy.
-_LONE_ROWS = 2048
+#: Rows in a block where they are on their own.
+LONE_ROWS = 64
 
 
 def code_values(gain_2n: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def _blocks(
     group_of_K: Tensor,
     level_weights: Sequence[float],
 ) -> Iterator[_Block]:
-    size = _LONE_ROWS if between_BRR is None else between_BRR.shape[1]
+    size = LONE_ROWS if between_BRR is None else between_BRR.shape[1]
     for number, start in enumerate(range(0, len(w_NK), size)):
         rows = slice(start, min(start + size, len(w_NK)))
         count = rows.stop - rows.start
@@ -156,27 +156,47 @@ def coordinate_descent(
     group_of_K: Tensor,
     level_weights: Sequence[float],
     sweeps: int,
-) -> None:
-    """Change codes to better ones, in the order of `error_feedback`.
+    least_gain: float = 0.0,
+) -> Tensor:
+    """Change codes to better ones, in the same order.
 
     Args:
         codes_2NK: uint8, changed in place.
         w_NK: float32.
         covariance_KK: H, float32, symmetric and positive definite.
-        gradients_BRR: G of each R rows, float32, symmetric and positive definite. The last block may be cut off. Rows
-            are independent if not given.
+        gradients_BRR: G of each R rows, likewise (the last block may be cut off); rows are on their own if not given.
         scale_NG, offset_NG, gain_2N, group_of_K, level_weights: as for `error_feedback`.
-        sweeps: the number of passes over all elements.
+        sweeps: how often all elements are gone through, at most.
+        least_gain: a block of rows is left after a sweep that took less than this part off its J. J is the sum of
+            level_weight * error * (G dW H) over the elements, each as it is before its turn.
+
+    Returns:
+        How many sweeps each block took, int64 [B].
     """
+    made = []
     for block in _blocks(codes_2NK, w_NK, gradients_BRR, scale_NG, offset_NG, gain_2N, group_of_K, level_weights):
         error_SnK = block.values(slice(None), torch.arange(len(block.w_nK))) - block.w_nK
-        for j in (j for _ in range(sweeps) for j in range(w_NK.shape[1])):
-            pull_Sn = error_SnK @ covariance_KK[j]
-            for n in block.rows():
-                pulled_Sn = pull_Sn[:, n]
-                if block.between_nn is not None:
-                    pulled_Sn = (pull_Sn @ block.between_nn[n[0]])[:, None] / block.between_nn[n[0], n[0]]
-                wanted_Sn = block.w_nK[n, j] + error_SnK[:, n, j] - pulled_Sn / covariance_KK[j, j]
-                now_Sn = block.choose(j, n, wanted_Sn) - block.w_nK[n, j]
-                pull_Sn[:, n] += (now_Sn - error_SnK[:, n, j]) * covariance_KK[j, j]
-                error_SnK[:, n, j] = now_Sn
+        weight_S1 = block.level_weight_S[:, None]
+        made.append(0)
+        for _ in range(sweeps):
+            form = gained = 0.0
+            for j in range(w_NK.shape[1]):
+                own = covariance_KK[j, j]
+                pull_Sn = error_SnK @ covariance_KK[j]
+                for n in block.rows():
+                    metric = 1.0 if block.between_nn is None else block.between_nn[n[0], n[0]]
+                    pulled_Sn = pull_Sn[:, n]
+                    if block.between_nn is not None:
+                        pulled_Sn = (pull_Sn @ block.between_nn[n[0]])[:, None]
+                    before_Sn = error_SnK[:, n, j]
+                    form += float((weight_S1 * before_Sn * pulled_Sn).sum(dtype=torch.float64))
+                    best_Sn = before_Sn - pulled_Sn / metric / own
+                    now_Sn = block.choose(j, n, block.w_nK[n, j] + best_Sn) - block.w_nK[n, j]
+                    less_Sn = (before_Sn - best_Sn).square() - (now_Sn - best_Sn).square()
+                    gained += float((weight_S1 * less_Sn).sum(dtype=torch.float64) * own * metric)
+                    pull_Sn[:, n] += (now_Sn - before_Sn) * own
+                    error_SnK[:, n, j] = now_Sn
+            made[-1] += 1
+            if gained < least_gain * form:
+                break
+    return torch.tensor(made, dtype=torch.int64)

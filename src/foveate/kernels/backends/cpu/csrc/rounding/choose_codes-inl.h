@@ -70,15 +70,42 @@ inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_wei
   return {best, static_cast<int>(code[best])};
 }
 
-// Row i of [R, padded] times a column of each stream.
-inline void times_column(const ColumnBlock& d, int64_t i, float (&sums)[kStreams]) {
-  const float* const row = d.gradients + i * d.padded;
-  Sixteen sum[kStreams] = {};
-  for (int64_t k = 0; k < d.padded; k += kCodes) {
-    const Sixteen part = load_sixteen(row + k);
-    for (int s = 0; s < kStreams; ++s) sum[s] += part * load_sixteen(d.column + s * d.padded + k);
+// Columns [at, at + WIDE vectors) of the product of the column of each stream with the metric of rows.
+template <class V, int WIDE>
+inline void weigh(const ColumnBlock& d, int64_t at) {
+  typename V::Floats sum[kStreams][WIDE] = {};
+  for (int64_t i = 0; i < d.rows; ++i) {
+    typename V::Floats row[WIDE];
+    for (int w = 0; w < WIDE; ++w) row[w] = V::floats(d.gradients + i * d.padded + at + w * V::kRows);
+    for (int s = 0; s < kStreams; ++s) {
+      const typename V::Floats each = V::splat(d.column[s * d.padded + i]);
+      for (int w = 0; w < WIDE; ++w) sum[s][w] = V::fma(each, row[w], sum[s][w]);
+    }
   }
-  for (int s = 0; s < kStreams; ++s) sums[s] = total_of(sum[s]);
+  for (int s = 0; s < kStreams; ++s)
+    for (int w = 0; w < WIDE; ++w) V::store_floats(d.weighed + s * d.padded + at + w * V::kRows, sum[s][w]);
+}
+
+template <class V>
+inline void weigh_all(const ColumnBlock& d) {
+  constexpr int kWide = V::kRows == kCodes ? 4 : 2;  // as many sums as there are registers
+  int64_t at = 0;
+  for (; at + kWide * V::kRows <= d.padded; at += kWide * V::kRows) weigh<V, kWide>(d, at);
+  for (; at < d.padded; at += V::kRows) weigh<V, 1>(d, at);
+}
+
+// Adds what a change of row i means for the rows behind it; rows before it are not read again.
+template <class V>
+inline void spread(const ColumnBlock& d, int64_t i, const float (&change)[kStreams]) {
+  typename V::Floats each[kStreams];
+  for (int s = 0; s < kStreams; ++s) each[s] = V::splat(change[s]);
+  for (int64_t k = (i + 1) / kCodes * kCodes; k < d.padded; k += V::kRows) {
+    const typename V::Floats row = V::floats(d.gradients + i * d.padded + k);
+    for (int s = 0; s < kStreams; ++s) {
+      float* const to = d.weighed + s * d.padded + k;
+      V::store_floats(to, V::fma(each[s], row, V::floats(to)));
+    }
+  }
 }
 
 // The codes that are best for what is wanted, written down; values are those of the codes.
@@ -100,48 +127,61 @@ inline bool exchange(const ColumnBlock& d, int64_t i, int64_t j, const float (&w
   return anchor != before[0] || residual != before[1];
 }
 
+template <class V>
 inline void coordinate_descent(const ColumnBlock& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
     const float own = between[j];
     for (int s = 0; s < kStreams; ++s)
       for (int64_t i = 0; i < d.rows; ++i) d.column[s * d.padded + i] = d.pull[(s * d.rows + i) * kBlockColumns + j];
+    if (d.gradients) weigh_all<V>(d);
+    double form = 0.0, gained = 0.0;
     for (int64_t i = 0; i < d.rows; ++i) {
-      const float w = d.w[i * d.stride + j];
+      const float w = d.w[i * d.stride + j], metric = d.gradients ? d.gradients[i * d.padded + i] : 1.0f;
       float* const error = d.errors + i * d.stride + j;
-      float wanted[kStreams], values[kStreams];
-      if (d.gradients) times_column(d, i, wanted);
+      const float* const pulled = (d.gradients ? d.weighed : d.column) + i;
+      float wanted[kStreams], values[kStreams], here = 0.0f, less = 0.0f;
       for (int s = 0; s < kStreams; ++s) {
-        const float pulled = d.gradients ? wanted[s] / d.gradients[i * d.padded + i] : d.column[s * d.padded + i];
-        wanted[s] = w + error[s * d.plane] - pulled / own;
+        const float pull = pulled[s * d.padded];
+        here += d.level_weights[s] * (error[s * d.plane] * pull);
+        wanted[s] = w + error[s * d.plane] - pull / metric / own;
       }
+      form += static_cast<double>(here);
       if (!exchange(d, i, j, wanted, values)) continue;
+      float change[kStreams];
       for (int s = 0; s < kStreams; ++s) {
-        const float now = values[s] - w, change = now - error[s * d.plane];
+        const float now = values[s] - w, before = error[s * d.plane], best = wanted[s] - w;
+        less += d.level_weights[s] * ((before - best) * (before - best) - (now - best) * (now - best));
+        const float by = now - before;
         error[s * d.plane] = now;
-        d.column[s * d.padded + i] += change * own;
+        change[s] = by * own;
         float* const row = d.pull + (s * d.rows + i) * kBlockColumns;
-        for (int64_t k = j + 1; k < d.columns; ++k) row[k] += change * between[k];
+        for (int64_t k = j + 1; k < d.columns; ++k) row[k] += by * between[k];
       }
+      gained += static_cast<double>(less * metric);
+      if (d.gradients) spread<V>(d, i, change);
     }
+    d.form[0] += form;
+    d.form[1] += gained * static_cast<double>(own);
   }
 }
 
+template <class V>
 inline void error_feedback(const ColumnBlock& d) {
   for (int64_t j = 0; j < d.columns; ++j) {
     const float* const between = d.between + j * d.between_stride;
-    __builtin_memset(d.column, 0, sizeof(float) * static_cast<size_t>(kStreams * d.padded));
+    __builtin_memset(d.weighed, 0, sizeof(float) * static_cast<size_t>(kStreams * d.padded));
     for (int64_t i = 0; i < d.rows; ++i) {
-      float wanted[kStreams] = {}, values[kStreams];
-      if (d.gradients) times_column(d, i, wanted);
-      for (int s = 0; s < kStreams; ++s) wanted[s] = d.pull[(s * d.rows + i) * kBlockColumns + j] - wanted[s];
+      float wanted[kStreams], values[kStreams], missed[kStreams];
+      for (int s = 0; s < kStreams; ++s) wanted[s] = d.pull[(s * d.rows + i) * kBlockColumns + j] - d.weighed[s * d.padded + i];
       exchange(d, i, j, wanted, values);
       for (int s = 0; s < kStreams; ++s) {
-        d.column[s * d.padded + i] = wanted[s] - values[s];
+        missed[s] = wanted[s] - values[s];
         float* const row = d.pull + (s * d.rows + i) * kBlockColumns;
         row[j] -= values[s];
         for (int64_t k = j + 1; k < d.columns; ++k) row[k] -= row[j] * between[k];
       }
+      if (d.gradients) spread<V>(d, i, missed);
     }
   }
 }

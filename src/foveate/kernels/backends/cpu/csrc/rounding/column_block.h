@@ -27,14 +27,15 @@ struct ColumnBlock {
                             // Error feedback: the wanted value of each weight; becomes wanted minus value
   const float* between;     // [b, b]. Coordinate descent: of the covariance. Error feedback: of its inverse's factor
   int64_t between_stride;
-  const float* gradients;   // [R, padded], or null: rows are independent. Error feedback: row i is column i of the
-                            // factor, without its diagonal
+  const float* gradients;   // [R, padded], or null: rows are on their own. For feeding: the factor
   const float* scales;      // [R, G]
   const float* offsets;
   const int64_t* group_of;  // [b]
   const float* gains;       // [2, R]
   float* column;            // memory of [S, padded], zeros behind the rows
-  float level_weights[kStreams];  // of each stream's squared error
+  float* weighed;           // memory of [S, padded]: what the column means for each row
+  double* form;             // added to, not for feeding: share-weighted tr(G dW H dW^T), and what the sweep took off it
+  float level_weights[kStreams];
 };
 
 // The values of a pair of codes in each stream, in steps from the offset.

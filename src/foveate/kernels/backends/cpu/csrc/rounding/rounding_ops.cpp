@@ -58,21 +58,22 @@ struct Rounding {
     }
   }
 
-  // Calls run(first row, what all columns of its rows have in common) for each block of rows.
+  // Calls run(block, first row, what all columns of its rows have in common) for each block of rows.
   template <class Run>
   void each_block(const Run& run) const {
     const int64_t blocks = over(rows, size);
     if (blocks == 0) return;
     const int64_t padded = (size + 15) / 16 * 16;
     share(blocks, 1, blocks > 1 && worth_threads(rows, columns), [&](int64_t block, int64_t block_end) {
-      Tensor column = at::zeros({kStreams, padded}, w.options());
+      Tensor column = at::zeros({2, kStreams, padded}, w.options());
       for (; block < block_end; ++block) {
         const int64_t row = block * size, count = std::min(size, rows - row), groups = scale.size(1);
         const Tensor own_gain = gain.narrow(1, row, count).contiguous();
         Tensor metric;
         if (gradients) {
           metric = at::zeros({count, padded}, w.options());
-          metric.narrow(1, 0, count).copy_(gradients->select(0, block).narrow(0, 0, count).narrow(1, 0, count));
+          // a metric is symmetric, and a factor was transposed
+          metric.narrow(1, 0, count).copy_(gradients->select(0, block).narrow(0, 0, count).narrow(1, 0, count).t());
         }
         column.zero_();
         ColumnBlock d{};
@@ -92,8 +93,9 @@ struct Rounding {
         d.group_of = group_of.const_data_ptr<int64_t>();
         d.gains = own_gain.const_data_ptr<float>();
         d.column = column.data_ptr<float>();
+        d.weighed = d.column + kStreams * padded;
         for (int s = 0; s < kStreams; ++s) d.level_weights[s] = static_cast<float>(level_weights[static_cast<size_t>(s)]);
-        run(row, d);
+        run(block, row, d);
       }
     });
   }
@@ -128,16 +130,20 @@ void write_errors(const ColumnBlock& d, int64_t columns) {
     }
 }
 
-void coordinate_descent(Tensor& codes, const Tensor& w, const Tensor& covariance, const std::optional<Tensor>& gradients,
-                        const Tensor& scale, const Tensor& offset, const Tensor& gain, const Tensor& group_of,
-                        at::ArrayRef<double> level_weights, int64_t sweeps) {
+Tensor coordinate_descent(Tensor& codes, const Tensor& w, const Tensor& covariance, const std::optional<Tensor>& gradients, const Tensor& scale,
+                     const Tensor& offset, const Tensor& gain, const Tensor& group_of, at::ArrayRef<double> level_weights, int64_t sweeps,
+                     double least_gain) {
   Rounding rounding{codes, w, covariance, scale, offset, gain, group_of, gradients, level_weights};
   rounding.check_all();
-  rounding.each_block([&](int64_t, ColumnBlock& d) {
+  Tensor made = at::zeros({over(rounding.rows, rounding.size)}, w.options().dtype(at::kLong));
+  int64_t* const count = made.data_ptr<int64_t>();
+  rounding.each_block([&](int64_t block, int64_t, ColumnBlock& d) {
     Tensor errors = at::empty({kStreams * d.rows, rounding.columns}, w.options());
     d.errors = errors.data_ptr<float>();
     write_errors(d, rounding.columns);
-    for (int64_t sweep = 0; sweep < sweeps; ++sweep)
+    for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
+      double form[2] = {0.0, 0.0};
+      d.form = form;
       rounding.each_part(d, [&](int64_t first, ColumnBlock& part) {
         // the covariance is symmetric: its rows are its columns
         Tensor pull = as_block(at::matmul(errors, covariance.narrow(0, first, part.columns).t()));
@@ -145,7 +151,11 @@ void coordinate_descent(Tensor& codes, const Tensor& w, const Tensor& covariance
         part.pull = pull.data_ptr<float>();
         kernels().coordinate_descent(part);
       });
+      ++count[block];
+      if (form[1] < least_gain * form[0]) break;
+    }
   });
+  return made;
 }
 
 void error_feedback(Tensor& codes, const Tensor& w, const Tensor& factor, const std::optional<Tensor>& row_factor,
@@ -153,7 +163,7 @@ void error_feedback(Tensor& codes, const Tensor& w, const Tensor& factor, const 
                     at::ArrayRef<double> level_weights) {
   Rounding rounding{codes, w, factor, scale, offset, gain, group_of, row_factor, level_weights};
   rounding.check_all();
-  rounding.each_block([&](int64_t row, ColumnBlock& d) {
+  rounding.each_block([&](int64_t, int64_t row, ColumnBlock& d) {
     const int64_t columns = rounding.columns;
     Tensor wanted = at::empty({kStreams, d.rows, columns}, w.options()).copy_(w.narrow(0, row, d.rows)).view({kStreams * d.rows, columns});
     rounding.each_part(d, [&](int64_t first, ColumnBlock& part) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "collect/collect.h"
 #include "planes/planes.h"
 #include "rounding/column_block.h"
 #include "saved/saved.h"
@@ -25,6 +26,7 @@ struct Kernels {
   void (*coordinate_descent)(const ColumnBlock&);
   void (*error_feedback)(const ColumnBlock&);
   const SavedKernels* saved;
+  CollectKernels collect;
 };
 
 // Null where the machine does not have the instructions.
