@@ -47,7 +47,7 @@ def _blocks(page: Path, language: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _small_llama() -> dict[str, Any]:
-    """What docs/api.md, docs/adapters.md and docs/runtime.md start from: a Llama of 2 layers, before and after `quantize`."""
+    """What api.md, adapters.md and runtime.md start from: a Llama of 2 layers, before and after `quantize`."""
     pytest.importorskip("transformers")
     model = llama(max_position_embeddings=512)
     original = copy.deepcopy(model)
