@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
 import foveate as fv
-from cli.conftest import Run
 from foveate.runtime.options import ManagerOptions
 from tiny import quantized_mlp, rows
+
+Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
