@@ -7,7 +7,7 @@ the folder stores; then the stored levels of the loaded weights are lower than t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch import Tensor
 from foveate.checkpoint.files import dumped, writing
 from foveate.checkpoint.folder import Folder, opened
 from foveate.checkpoint.head import HEAD, Head, PathLike, encoded, read_head
+from foveate.checkpoint.runs import Cuts, StoredWeight, cuts_of
 from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
-from foveate.files import checksum
+from foveate.files import Pieces
 from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_offsets_of
 from foveate.memory.arena import arena
@@ -32,7 +33,7 @@ from foveate.version import __version__
 def write(
     path: PathLike,
     *,
-    weights: Mapping[str, PlaneTensor],
+    weights: Mapping[str, PlaneTensor | StoredWeight],
     dtypes: Mapping[str, str],
     rest: Mapping[str, Tensor],
     plan: PrecisionMap,
@@ -42,14 +43,22 @@ def write(
 ) -> None:
     """Write a checkpoint folder, or replace the one that is there; see `foveate.save`."""
     folder = Path(path)
-    parts: dict[str, dict[str, Tensor]] = {"scales": {}, **{f"plane{p}": {} for p in range(PLANES)}, "rest": dict(rest)}
+    parts: dict[str, dict[str, Tensor | Pieces]] = {
+        "scales": {},
+        **{f"plane{p}": {} for p in range(PLANES)},
+        "rest": dict(rest),
+    }
+    cuts: dict[str, dict[str, Cuts]] = {f"plane{p}": {} for p in range(PLANES)}
     for name, w in weights.items():
         parts["scales"].update(
             {f"{name}|scales": w.scales, f"{name}|gain": w.gain, f"{name}|resident": w.stored_levels}
         )
-        for p, plane in enumerate(w.planes):
-            if plane.numel():
+        losses = None if profile is None else profile.scaled_losses(name)
+        planes: Sequence[Tensor | Pieces] = w.planes
+        for p, plane in enumerate(planes):
+            if plane.numel() if isinstance(plane, Tensor) else plane.size:
                 parts[f"plane{p}"][name] = plane
+                cuts[f"plane{p}"][name] = cuts_of(w.stored_levels, p, w.group, losses)
     about: dict[str, Any] | None = None
     if profile is not None:
         about = {
@@ -63,12 +72,7 @@ def write(
             {f"{name}|{key}": t for name, kept in profile.statistics.items() for key, t in kept.items()}
         )
     with writing(folder) as writer:
-        files, checksums = {}, {}
-        for part, tensors in parts.items():
-            checksums[part] = {name: checksum(t) for name, t in tensors.items()}
-            digest = hashlib.sha256(dumped(checksums[part])).hexdigest()[:12]
-            files[part] = f"foveate-{part}-{digest}.safetensors"
-            writer.tensors(files[part], tensors)
+        written = {part: writer.tensors(part, tensors, cuts.get(part, {})) for part, tensors in parts.items()}
         for name, content in extra_files.items():
             writer.content(name, content)
         head = Head(
@@ -79,8 +83,9 @@ def write(
             reach={name: w.reach for name, w in weights.items()},
             exponent={name: w.exponent for name, w in weights.items()},
             dtype=dtypes,
-            files=files,
-            checksums=checksums,
+            files={part: one.file for part, one in written.items()},
+            checksums={part: one.checksums for part, one in written.items()},
+            runs={part: one.runs for part, one in written.items()},
             model=model,
             profile=about,
             written_by=f"foveate {__version__}",

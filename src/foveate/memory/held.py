@@ -1,0 +1,60 @@
+"""Held: the runs of one model, where each has its place in memory, and where it is read from. Values, and no state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from foveate.memory.places import Place
+from foveate.memory.reservation import Layout, Reservation
+from foveate.memory.runs import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What a residency is made of.
+
+    Attributes:
+        runs: every run of the folder.
+        layout: where each has its place.
+        reservation: the memory.
+        places: for each plane, where its runs are read from.
+        strips: for each weight, NT.
+        fixed: bytes that the model takes besides planes.
+    """
+
+    runs: tuple[Run, ...]
+    layout: Layout
+    reservation: Reservation
+    places: Mapping[int, Place]
+    strips: Mapping[str, int]
+    fixed: int
+
+    @cached_property
+    def below(self) -> list[tuple[int, ...]]:
+        """For each run, the runs without which it is of no use."""
+        return runs_below(self.runs)
+
+    def transfer(self, number: int) -> int:
+        """Read a run to its place, and return its bytes; errors as for `Place.read`."""
+        run, slot = self.runs[number], self.layout.slots[number]
+        self.places[run.plane].read(run, self.reservation.slot(slot), slot.lead)
+        return run.size
+
+    def close(self) -> None:
+        """Close the files."""
+        for place in self.places.values():
+            place.close()
+
+
+def runs_below(runs: Sequence[Run]) -> list[tuple[int, ...]]:
+    """For each run, the runs of the plane before it that share a strip with it."""
+    by_plane: dict[tuple[str, int], list[int]] = {}
+    for number, run in enumerate(runs):
+        by_plane.setdefault((run.weight, run.plane), []).append(number)
+    found = []
+    for run in runs:
+        others = by_plane.get((run.weight, run.plane - 1), [])
+        found.append(tuple(n for n in others if runs[n].first < run.last and run.first < runs[n].last))
+    return found
