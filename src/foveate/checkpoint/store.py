@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +104,13 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
     with writing(Path(path)) as writer, opened(path) as folder:
         if plan.sites != folder.head.sites:
             raise SiteError(f"the map is of another model than {path}")
-        stored = _stored_levels(folder)
+        stored = stored_levels_in(folder)
         for site in folder.head.weight_sites():
             _wanted(site, stored[site.name], plan.levels[site.name])
         writer.content(HEAD, encoded(replace(folder.head, plan=plan)))
 
 
-def _stored_levels(folder: Folder) -> dict[str, Tensor]:
+def stored_levels_in(folder: Folder) -> dict[str, Tensor]:
     """For each weight site the stored level of each tile, uint8 [NT, G]."""
     stored = {}
     for site in folder.head.weight_sites():
@@ -141,12 +141,62 @@ def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
 def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
     """The map, lowered wherever it reads planes that the folder does not store; the same map if there are none."""
     levels: dict[str, Levels] = dict(plan.levels)
-    for name, stored in _stored_levels(folder).items():
+    for name, stored in stored_levels_in(folder).items():
         level = levels[name]
         tiles = tile_levels(level, stored.numel())
         levels[name] = bytes(map(min, tiles, stored.flatten().tolist()))
     lowered = replace(plan, levels=levels, predicted_loss=float("nan"))
     return plan if lowered == plan else lowered
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaneReader:
+    """Reads planes and scales of the weights of a folder into blocks of memory that they stay in.
+
+    Attributes:
+        folder: the folder.
+        stored: the stored level of each tile of each weight, uint8 [NT, G].
+        wanted: the level up to which each tile is read, at most the stored one.
+    """
+
+    folder: Folder
+    stored: Mapping[str, Tensor]
+    wanted: Mapping[str, Tensor]
+
+    def block(self, part: str, suffix: str, least_level: int, width: Mapping[int, int]) -> list[Tensor]:
+        """One part of every weight, of the tiles whose wanted level is at least `least_level`; `width` has the bytes of
+        a tile for each size of groups.
+        """
+        sites = self.folder.head.weight_sites()
+        sizes = [int((self.wanted[s.name] >= least_level).sum()) * width[s.group] for s in sites]
+        targets = arena(sizes)
+        for site, target in zip(sites, targets, strict=True):
+            if not target.numel():
+                continue
+            have = (self.stored[site.name] >= least_level).view(-1)
+            size = int(have.sum()) * width[site.group]
+            tensor = self.folder.read(part, site.name + suffix, size)
+            if tensor.dtype != torch.uint8 or tensor.numel() != size:
+                raise CheckpointError(f"{self.folder.path}: {part} of {site.name} is malformed")
+            need = (self.wanted[site.name] >= least_level).view(-1)
+            rows = tensor.view(-1, width[site.group])
+            target.copy_((rows if bool((need == have).all()) else rows[need[have]]).view(-1))
+        return targets
+
+    def scales(self) -> list[Tensor]:
+        """The scales of each weight."""
+        return self.block("scales", "|scales", 1, dict.fromkeys(GROUPS, SCALE_BYTES))
+
+    def gain(self, site: Site) -> Tensor:
+        """The gains of a weight."""
+        path = self.folder.path
+        gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
+        gain = self.folder.read("scales", f"{site.name}|gain", 2 * len(GAINED_LEVELS) * gain_rows)
+        if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
+            raise CheckpointError(f"{path}: the gains of {site.name} are malformed")
+        if not bool(gain.isfinite().all()):
+            raise CheckpointError(f"{path}: the gains of {site.name} hold NaN or Inf")
+        return gain
 
 
 def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:
@@ -157,55 +207,31 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
     """
     head = folder.head
     sites = head.weight_sites()
-    stored = _stored_levels(folder)
+    stored = stored_levels_in(folder)
     wanted = {
         s.name: stored[s.name] if keep is None else _wanted(s, stored[s.name], keep.levels[s.name]) for s in sites
     }
-
-    def block(part: str, suffix: str, least_level: int, width: dict[int, int], dtype: torch.dtype) -> list[Tensor]:
-        sizes = [int((wanted[s.name] >= least_level).sum()) * width[s.group] for s in sites]
-        targets = arena(sizes)
-        for site, target in zip(sites, targets, strict=True):
-            if not target.numel():
-                continue
-            have = (stored[site.name] >= least_level).view(-1)
-            tensor = folder.read(part, site.name + suffix, int(have.sum()) * width[site.group])
-            if tensor.dtype != dtype or tensor.numel() * tensor.element_size() != int(have.sum()) * width[site.group]:
-                raise CheckpointError(f"{folder.path}: {part} of {site.name} is malformed")
-            need = (wanted[site.name] >= least_level).view(-1)
-            rows = tensor.view(torch.uint8).view(-1, width[site.group])
-            target.copy_((rows if bool((need == have).all()) else rows[need[have]]).view(-1))
-        return [t.view(dtype) for t in targets]
-
-    scales = block("scales", "|scales", 1, dict.fromkeys(GROUPS, SCALE_BYTES), torch.uint8)
+    reader = PlaneReader(folder=folder, stored=stored, wanted=wanted)
+    scales = reader.scales()
     planes = [
-        block(f"plane{p}", "", NESTED_LEVELS[p], {g: tile_bytes(p, g) for g in GROUPS}, torch.uint8)
-        for p in range(PLANES)
+        reader.block(f"plane{p}", "", NESTED_LEVELS[p], {g: tile_bytes(p, g) for g in GROUPS}) for p in range(PLANES)
     ]
-    made = []
-    for i, site in enumerate(sites):
-        gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
-        gain = folder.read("scales", f"{site.name}|gain", 2 * len(GAINED_LEVELS) * gain_rows)
-        if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
-            raise CheckpointError(f"{folder.path}: the gains of {site.name} are malformed")
-        if not bool(gain.isfinite().all()):
-            raise CheckpointError(f"{folder.path}: the gains of {site.name} hold NaN or Inf")
-        stored_levels, reach = wanted[site.name], head.reach[site.name]
-        made.append(
-            PlaneTensor(
-                planes=tuple(planes[p][i] for p in range(PLANES)),
-                scales=scales[i],
-                gain=gain,
-                stored_levels=stored_levels,
-                tile_offsets=tile_offsets_of(stored_levels),
-                active_levels=stored_levels.expand(2, -1, -1).clone(),
-                rows=site.rows,
-                columns=site.columns,
-                group=site.group,
-                reach=reach,
-                exponent=head.exponent[site.name],
-            )
+    made = [
+        PlaneTensor(
+            planes=tuple(planes[p][i] for p in range(PLANES)),
+            scales=scales[i],
+            gain=reader.gain(site),
+            stored_levels=wanted[site.name],
+            tile_offsets=tile_offsets_of(wanted[site.name]),
+            active_levels=wanted[site.name].expand(2, -1, -1).clone(),
+            rows=site.rows,
+            columns=site.columns,
+            group=site.group,
+            reach=head.reach[site.name],
+            exponent=head.exponent[site.name],
         )
+        for i, site in enumerate(sites)
+    ]
     return dict(zip((s.name for s in sites), share_active_levels(made), strict=True))
 
 

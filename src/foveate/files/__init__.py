@@ -16,4 +16,5 @@ from foveate.files.tensor_writer import PAGE as PAGE
 from foveate.files.tensor_writer import Pieces as Pieces
 from foveate.files.tensor_writer import write_tensors as write_tensors
 from foveate.files.tensors import TensorFile as TensorFile
+from foveate.files.tensors import bytes_of as bytes_of
 from foveate.files.tensors import checksum as checksum

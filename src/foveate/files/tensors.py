@@ -103,6 +103,11 @@ class TensorFile:
         """Close the file; no tensor can be read afterwards."""
         self._file.close()
 
+    @property
+    def descriptor(self) -> int:
+        """The number of the open file; it is closed with this object."""
+        return self._file.fileno()
+
     def _read_head(self) -> None:
         self.bytes = self._file.seek(0, 2)
         length = int.from_bytes(self._read(bytearray(8), 0), "little")

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from foveate import checkpoint
-from foveate.checkpoint import PathLike
+from foveate.checkpoint import PathLike, StoredWeight, stored_weight
 from foveate.collect.kinds import PRODUCT, parts_of_adapters
 from foveate.errors import CheckpointError
 from foveate.folder import sentence_transformer
 from foveate.nn.folded import folded_of
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, quantized_part, registry_of
+from foveate.nn.residency.registry import ResidentRegistry
 from foveate.nn.weight import PlaneWeight
+from foveate.planes import PlaneTensor
 from foveate.precision.maps import PrecisionMap, tile_levels
 
 #: Files of a tokenizer or processor, copied from the folder that a model came from.
@@ -49,7 +51,8 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
     Args:
         model: a quantized model.
         path: the folder; made if it does not exist.
-        keep: store only the planes that this map reads; all that the model has if not given.
+        keep: store only the planes that this map reads; all that the model has if not given. A model that was loaded
+            with `memory=` has all that its folder stores: what is not in memory is copied from there.
 
     Raises:
         CheckpointError: the folder cannot be written (for example, the disk is full), a parameter holds NaN or Inf, or
@@ -59,16 +62,22 @@ def save(model: nn.Module, path: PathLike, *, keep: PrecisionMap | None = None) 
     """
     model = quantized_part(model)
     registry = registry_of(model)
-    plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", registry.applied)[0]
+    resident = registry if isinstance(registry, ResidentRegistry) else None
+    in_force = registry.applied if resident is None else resident.wanted
+    plan = keep if keep is not None else cast("tuple[PrecisionMap, PrecisionMap]", in_force)[0]
     registry.check(plan)
     _check_in_place(model, registry)
     rest = _rest(model)
     for name, _ in model.named_parameters():
         if name in rest and not is_finite(rest[name]):
             raise CheckpointError(f"parameter {name} holds NaN or Inf: a folder with it could not be loaded")
-    weights = {name: w.value for name, w in registry.weights.items()}
-    if keep is not None:
-        weights = {name: w.kept(_level_tiles(keep, name, w.stored_levels)) for name, w in weights.items()}
+    weights: dict[str, PlaneTensor | StoredWeight] = {}
+    for name, w in registry.weights.items():
+        levels = None if keep is None else _level_tiles(keep, name, w.value.stored_levels)
+        if resident is not None:
+            weights[name] = stored_weight(resident.tiers, name, levels)
+        else:
+            weights[name] = w.value if levels is None else w.value.kept(levels)
     about, companions = _about(model)
     checkpoint.write(
         path,

@@ -94,7 +94,7 @@ class Residency:
         self._state = policy.start(len(held.runs))
         self._use: list[float] = []
         self._used_passes = 0
-        self._wanted: tuple[float, ...] = ()
+        self._wanted: Callable[[], Sequence[float]] = lambda: ()
         self._due = True
         self._passes = self._passes_looked = 0
         self._io_errors: dict[str, int] = {}
@@ -123,44 +123,39 @@ class Residency:
         return self.held.fixed + sum(self._items[n].size for n in self._least)
 
     @property
+    def needs(self) -> int:
+        """The fewest bytes that keep to the standing floor."""
+        return self.held.fixed + sum(self._items[n].size for n in self._floor)
+
+    @property
     def room(self) -> int:
         """Bytes that planes may take."""
         return self.limit - self.held.fixed
 
-    def resize(self, limit: int) -> None:
-        """Set another limit. What must leave does so in `between_passes`.
+    def resize(self, limit: int, floor: Mapping[str, Tensor] | None = None) -> None:
+        """Set another limit, or another standing floor. What must leave does so in `between_passes`.
+
+        Args:
+            limit: bytes that the model may take.
+            floor: for each weight the level of each strip that must stay readable, uint8 [NT]; as before if not given.
 
         Raises:
             BudgetError: less than the standing floor needs; nothing was changed.
         """
         with self._lock:
-            self.limit = self._checked(limit, self._floor)
+            kept = self._floor
+            if floor is not None:
+                runs = enumerate(self.held.runs)
+                asked = {n for n, r in runs if bool((floor[r.weight][r.first : r.last] >= r.tag.level).any())}
+                kept = self._closed_below(asked | self._least)
+            self.limit = self._checked(limit, kept)
+            self._floor = kept
             self._due = True
 
-    def stand_on(self, floor: Mapping[str, Tensor] | None) -> None:
-        """Set the standing floor: what never leaves memory. None has only the first plane of each weight stay.
-
-        Args:
-            floor: for each weight the level of each strip that must stay readable, uint8 [NT].
-
-        Raises:
-            BudgetError: it does not fit in the limit; nothing was changed.
-        """
-        kept = set(self._least)
-        for number, run in enumerate(self.held.runs):
-            levels = None if floor is None else floor.get(run.weight)
-            if levels is not None and bool((levels[run.first : run.last] >= run.tag.level).any()):
-                kept.add(number)
+    def want(self, shares: Callable[[], Sequence[float]]) -> None:
+        """Say which share of each run the map in force reads, 0 to 1; `shares` is called when that is needed."""
         with self._lock:
-            floor_runs = self._closed_below(kept)
-            self._checked(self.limit, floor_runs)
-            self._floor = floor_runs
-            self._due = True
-
-    def want(self, shares: Sequence[float]) -> None:
-        """Say which share of each run the map in force reads, 0 to 1."""
-        with self._lock:
-            self._wanted = tuple(shares)
+            self._wanted = shares
             self._due = True
 
     def use(self, rates: Sequence[float]) -> None:
@@ -242,6 +237,21 @@ class Residency:
             and bool((levels[run.weight][run.first : run.last] >= run.tag.level).any())
         ]
 
+    def free(self, numbers: Collection[int]) -> int:
+        """Bytes that these runs can take, if all that they do not need leaves."""
+        needed = self._closed_below(numbers) | self._floor
+        return self.room - sum(self._items[n].size for n in needed - set(numbers))
+
+    def waiting(self) -> bool:
+        """Whether runs are on their way, or are asked for once there is room."""
+        return bool(self._next or self._arrived or self._mover.waiting())
+
+    def goal_caps(self) -> dict[str, Tensor]:
+        """The caps once everything that was decided has come and gone, [NT] for each weight."""
+        with self._lock:
+            there = {n for n, where in enumerate(self._where) if where is not Where.ABSENT} | set(self._next)
+            return {name: self._caps_with(name, there - self._leaving) for name in self.held.strips}
+
     def resident(self) -> frozenset[int]:
         """The runs that the model may read."""
         return frozenset(n for n, where in enumerate(self._where) if where is Where.RESIDENT)
@@ -293,7 +303,7 @@ class Residency:
         self._use, self._used_passes, self._due = [], 0, False
         present = frozenset(n for n, where in enumerate(self._where) if where is not Where.ABSENT)
         seen = policy.Seen(
-            passes=passes, use=rates, wanted=self._wanted, resident=present, room=self.room, floor=self._floor
+            passes=passes, use=rates, wanted=tuple(self._wanted()), resident=present, room=self.room, floor=self._floor
         )
         self._state, decision = policy.decide(self._state, seen, self._items, self._settings)
         self._unsettled = decision.goal != present or bool(rates)
@@ -304,16 +314,19 @@ class Residency:
         self._leaving = {n for n in decision.evict if self._where[n] is not Where.ABSENT}
         self._next = decision.fetch
 
-    def _renew_caps(self, name: str) -> bool:
-        """Compute the caps of a weight; returns whether they changed."""
-        strips = self.held.strips[name]
-        there = torch.ones(PLANES, strips, dtype=torch.bool)
+    def _caps_with(self, name: str, present: Collection[int]) -> Tensor:
+        """The caps of a weight if these runs were in memory."""
+        there = torch.ones(PLANES, self.held.strips[name], dtype=torch.bool)
         for number in self._of_weight[name]:
-            if self._where[number] is not Where.RESIDENT:
+            if number not in present:
                 run = self.held.runs[number]
                 there[run.plane, run.first : run.last] = False
         planes = there.to(torch.uint8).cumprod(0).sum(0)
-        caps = torch.tensor((0, *NESTED_LEVELS), dtype=torch.uint8)[planes]
+        return torch.tensor((0, *NESTED_LEVELS), dtype=torch.uint8)[planes]
+
+    def _renew_caps(self, name: str) -> bool:
+        """Compute the caps of a weight; returns whether they changed."""
+        caps = self._caps_with(name, {n for n in self._of_weight[name] if self._where[n] is Where.RESIDENT})
         if torch.equal(caps, self.caps[name]):
             return False
         self.caps[name] = caps

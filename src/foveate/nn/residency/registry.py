@@ -1,0 +1,325 @@
+"""Residency in a live model: its planes come and go between two calls of it, and it reads what is there.
+
+The kernels read each tile at its active level or at the level that is in memory, whichever is lower. So a plane that is
+missing never stops a call, and never gives a wrong number: the call reads fewer bits, and that is counted.
+
+`ResidentRegistry` is the registry of such a model. It writes what can be read (the stored levels of
+`foveate.planes.PlaneTensor`) when no call is running, and it tells the residency what the map in force reads.
+
+Shapes: NT strips of a weight, G groups.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from foveate.checkpoint import Tiers
+from foveate.errors import BudgetError, FoveateError
+from foveate.memory.limits import AutoLimit
+from foveate.memory.report import MemoryReport
+from foveate.memory.residency import Residency
+from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of
+from foveate.nn.residency.pass_gate import PassGate
+from foveate.precision.maps import Levels, PrecisionMap, input_level_for, tile_levels
+
+
+class ResidentRegistry(Registry):
+    """The registry of a model whose planes come and go.
+
+    Attributes:
+        residency: which runs are in memory.
+        tiers: the folder that the model came from, whose files are open.
+        stored: the levels that it stores, uint8 [NT, G] for each weight.
+        wanted: the maps in force as they were asked for; `applied` are the same at the levels that are in memory.
+        strict: whether a call waits for planes instead of reading fewer bits.
+        auto: the limit that follows free memory; None where the limit is fixed.
+    """
+
+    residency: Residency
+    tiers: Tiers
+    stored: Mapping[str, Tensor]
+    wanted: tuple[PrecisionMap, PrecisionMap] | None
+    strict: bool
+    auto: AutoLimit | None
+    _gate: PassGate
+    _found: tuple[PrecisionMap, PrecisionMap] | None
+    _follows: bool
+    _read: dict[str, Tensor]
+    _short: frozenset[str]
+    _short_passes: int
+    _fallbacks: dict[str, int]
+    _wait_s: float
+
+    @classmethod
+    def of(cls, model: nn.Module, residency: Residency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
+        """Take over from the registry of a model whose weights have gaps (`foveate.checkpoint.read_tiers`)."""
+        registry = registry_of(model)
+        own = cls.__new__(cls)
+        given = {name: value for name, value in registry.__dict__.items() if name != "applied"}
+        own.__dict__.update(given)
+        own.residency, own.tiers, own.strict, own.wanted = residency, tiers, strict, None
+        own.stored = tiers.stored
+        own._gate = PassGate(model)
+        own._found = None
+        own._follows = True
+        own._read = {}
+        own._short = frozenset()
+        own._short_passes = 0
+        own._fallbacks = {}
+        own._wait_s = 0.0
+        own.auto = None
+        for weight in own.weights.values():
+            weight.users.discard(registry)
+            weight.users.add(own)
+        own.renew()
+        return own
+
+    # What is stored on disk counts as stored: a map may ask for it, and gets it when it is in memory.
+
+    def renew(self) -> None:
+        """Take the levels that the folder stores."""
+        parts = [self.stored[name].expand(2, -1, -1).reshape(-1) for name in self.weights]
+        self._stored = torch.cat(parts) if parts else self._active
+
+    def _first_shortfall(self, plan: PrecisionMap) -> str | None:
+        for name, levels in self.stored.items():
+            wanted = _tiles(plan.levels[name], levels)
+            if bool((wanted > levels).any()):
+                short = int(levels[wanted > levels].min())
+                return (
+                    f"{name} at level {int(wanted.max())}: the folder stores some of its tiles up to {short} bits only"
+                )
+        return None
+
+    @property
+    def applied(self) -> tuple[PrecisionMap, PrecisionMap] | None:
+        """The two maps in force at the levels that are in memory."""
+        if self.wanted is None:
+            return None
+        if self._found is None:
+            first, second = self.wanted
+            lowered = self._lowered(first)
+            self._found = (lowered, lowered if second is first else self._lowered(second))
+        return self._found
+
+    @applied.setter
+    def applied(self, maps: tuple[PrecisionMap, PrecisionMap] | None) -> None:
+        self.wanted, self._found = maps, None
+
+    def apply(self, plan: PrecisionMap, second: PrecisionMap) -> None:
+        """Write the levels of two maps. What they read and is not in memory is fetched; until then less is read."""
+        self._write(plan, second)
+        self._follows = False
+        self.residency.want(self._shares)
+
+    def _write(self, plan: PrecisionMap, second: PrecisionMap) -> None:
+        super().apply(plan, second)
+        read: dict[str, Tensor] = {}
+        for name, levels in self.stored.items():
+            tiles = _tiles(plan.levels[name], levels)
+            if second is not plan:
+                tiles = torch.maximum(tiles, _tiles(second.levels[name], levels))
+            read[name] = tiles.amax(1) if tiles.numel() else tiles.new_zeros(len(tiles))
+        self._note_shortfall(read)
+
+    def _shares(self) -> list[float]:
+        """For each run the share of its strips of which the maps in force read it."""
+        return [
+            float((self._read[run.weight][run.first : run.last] >= run.tag.level).float().mean())
+            for run in self.residency.held.runs
+        ]
+
+    # What happens between two calls of the model.
+
+    def begin_pass(self) -> None:
+        """A call of the model begins."""
+        if self.strict and self._short:
+            self._wait()
+        self._gate.begin(self._between, self.residency.arrivals)
+
+    def end_pass(self) -> None:
+        """A call of the model has ended."""
+        self._gate.end()
+
+    def _between(self) -> None:
+        self.residency.between_passes(self._publish)
+        self._short_passes += 1
+
+    def _publish(self, names: Collection[str]) -> None:
+        """Write what can be read of these weights. No call is running."""
+        if not names:
+            return
+        for name in names:
+            caps = self.residency.caps[name]
+            self.weights[name].value.stored_levels.copy_(torch.minimum(self.stored[name], caps[:, None]))
+        self._found = None
+        self._note_shortfall(self._read)
+        self._begin_epoch()
+
+    def _note_shortfall(self, read: dict[str, Tensor]) -> None:
+        """Count what the passes since the last change read below their map, and see which weights do from now on."""
+        for name in self._short:
+            self._fallbacks[name] = self._fallbacks.get(name, 0) + self._short_passes
+        self._short_passes = 0
+        self._read = read
+        caps = self.residency.caps
+        self._short = frozenset(name for name, levels in read.items() if bool((levels > caps[name]).any()))
+
+    def _lowered(self, plan: PrecisionMap) -> PrecisionMap:
+        levels: dict[str, Levels] = dict(plan.levels)
+        for name, stored in self.stored.items():
+            caps = self.residency.caps[name]
+            tiles = _tiles(plan.levels[name], stored)
+            if bool((tiles > caps[:, None]).any()):
+                levels[name] = bytes(torch.minimum(tiles, caps[:, None]).flatten().tolist())
+        lowered = replace(plan, levels=levels)
+        return plan if lowered == plan else replace(lowered, predicted_loss=float("nan"))
+
+    def _wait(self) -> None:
+        """Wait until all that the map in force reads is in memory (`strict`)."""
+        began = time.monotonic()
+        while self._short:
+            with self._gate.alone():
+                self.residency.between_passes(self._publish, 0)
+                missing = self.residency.missing(self._read)
+                if sum(self.residency.held.runs[n].size for n in missing) > self.residency.free(missing):
+                    raise BudgetError(
+                        f"the map in force reads {len(missing)} runs of planes for which there is no room in "
+                        f"{self.residency.limit} bytes: apply a smaller map, resize, or load without strict=True"
+                    )
+                self.residency.settle(numbers=missing)
+        self._wait_s += time.monotonic() - began
+
+    # What users ask for.
+
+    def fill(self) -> None:
+        """Read what fits in the limit, and wait for it; the map in force becomes the best that fits.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
+        with self._gate.alone():
+            while True:
+                self.residency.between_passes(self._publish, 0)
+                if not self.residency.waiting():
+                    break
+                self.residency.settle()
+            self._follow()
+
+    def resize(self, limit: int, floor: PrecisionMap | int | None = None) -> None:
+        """Take at most so many bytes from now on. What leaves has left on return, what comes is still on its way.
+
+        Args:
+            limit: bytes.
+            floor: the standing floor, which stays readable: a map, or a level for all weights. As before if not given;
+                0 has only the first plane stay.
+
+        Raises:
+            BudgetError: the floor, or the least possible, does not fit; nothing was changed.
+        """
+        levels = None if floor is None else self._strips_of(floor)
+        with self._gate.alone():
+            self.residency.resize(limit, levels)
+            self.residency.between_passes(self._publish, 0)
+            self._follow()
+
+    def _strips_of(self, floor: PrecisionMap | int) -> dict[str, Tensor]:
+        found = {}
+        for name, stored in self.stored.items():
+            tiles = torch.full_like(stored, floor) if isinstance(floor, int) else _tiles(floor.levels[name], stored)
+            found[name] = torch.minimum(tiles, stored).amax(1)
+        return found
+
+    def _follow(self) -> None:
+        """Where no map was applied, the map in force is what the limit allows."""
+        if self._follows:
+            plan = self.best()
+            self._write(plan, plan)
+
+    def best(self) -> PrecisionMap:
+        """The map of what is in memory once the mover has done what it was told."""
+        caps = self.residency.goal_caps()
+        levels: dict[str, Levels] = {}
+        mean: dict[str, float] = {}
+        for site in self.sites:
+            if site.kind != "weight":
+                continue
+            tiles = torch.minimum(self.stored[site.name], caps[site.name][:, None])
+            levels[site.name] = bytes(tiles.flatten().tolist())
+            mean.update(
+                dict.fromkeys((site.name, *site.aliases), float(tiles.float().mean()) if tiles.numel() else 0.0)
+            )
+        for site in self.sites:
+            if site.kind == "input":
+                levels[site.name] = input_level_for(mean[f"{site.name.removesuffix(':input')}:weight"])
+        return PrecisionMap(self.sites, levels, self.other_bytes, other_parameters=self.other_parameters)
+
+    def report(self) -> MemoryReport:
+        """What is in memory, and what went wrong."""
+        counts = dict(self._fallbacks)
+        for name in self._short:
+            counts[name] = counts.get(name, 0) + self._short_passes
+        return self.residency.report({name: n for name, n in counts.items() if n}, self._wait_s)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise FoveateError(
+            "a model whose planes are partly on disk cannot be copied or pickled: load its folder again, or save it "
+            "with foveate.save"
+        )
+
+
+def _tiles(levels: Levels, like: Tensor) -> Tensor:
+    """The levels of a weight, uint8 [NT, G]."""
+    if isinstance(levels, int):
+        return torch.full_like(like, levels)
+    return torch.frombuffer(bytearray(tile_levels(levels, like.numel())), dtype=torch.uint8).view_as(like)
+
+
+def make_resident(model: nn.Module, residency: Residency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
+    """Give a model whose weights have gaps the registry that lets its planes come and go.
+
+    Args:
+        model: a quantized model.
+        residency: its runs.
+        tiers: the folder that it came from.
+        strict: whether calls wait for planes that are not in memory.
+    """
+    registry = ResidentRegistry.of(model, residency, tiers, strict=strict)
+    detach(model)
+    attach(model, registry)
+
+    # hooks that a compiler traced would run when it traces, and not when the model runs
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin(module: nn.Module, args: Any) -> None:
+        registry.begin_pass()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        registry.end_pass()
+
+    model.register_forward_pre_hook(begin, prepend=True)
+    model.register_forward_hook(end, always_call=True)
+    model.register_state_dict_pre_hook(_refuse_state)
+    model.register_load_state_dict_pre_hook(_refuse_state)
+    return registry
+
+
+def _refuse_state(*_: Any) -> NoReturn:
+    raise FoveateError(
+        "a model whose planes are partly on disk has no state_dict: save it with foveate.save, or load its folder "
+        "without memory="
+    )
+
+
+def resident_registry(model: nn.Module) -> ResidentRegistry:
+    """The registry of a model whose planes come and go; raises `FoveateError` if all of its planes are in memory."""
+    registry = registry_of(quantized_part(model))
+    if not isinstance(registry, ResidentRegistry):
+        raise FoveateError("all planes of this model are in memory: load it with foveate.load(path, memory=...)")
+    return registry
