@@ -21,7 +21,7 @@ from foveate.errors import CheckpointError
 from foveate.files import Pieces
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.formats.packing import tile_bytes
-from foveate.memory.runs import Run, Tag, first_strips
+from foveate.memory.runs import LEAST_RUN, Run, Tag, first_strips
 from foveate.precision.maps import Site
 
 FEATURE = "runs"
@@ -153,7 +153,7 @@ class Cuts:
 def cuts_of(stored_levels: Tensor, plane: int, group: int, losses: Tensor | None) -> Cuts:
     """Where to cut a plane of a weight; `losses` is that of `importance_of`, or None."""
     sizes = strip_bytes(stored_levels, plane, group)
-    strips = first_strips(sizes)
+    strips = first_strips(sizes, LEAST_RUN)
     parts = list(zip(strips, (*strips[1:], len(sizes)), strict=True))
     ends, at = [], 0
     for first, last in parts:

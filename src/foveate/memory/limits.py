@@ -60,7 +60,7 @@ def follow(state: AutoLimit, *, free: int, taken: int, now_s: float) -> AutoLimi
         hold = min(2 * state.hold_s, LONGEST_HOLD_S) if again else state.hold_s
         return AutoLimit(limit=possible, margin=state.margin, hold_s=hold, changed_s=now_s, rose_s=state.rose_s)
     if possible > (1 + _STEP) * state.limit and now_s - state.changed_s >= state.hold_s:
-        calm = now_s - state.rose_s > LONGEST_HOLD_S
+        calm = now_s - state.rose_s > 2 * LONGEST_HOLD_S
         hold = FIRST_HOLD_S if calm else state.hold_s
         return AutoLimit(limit=possible, margin=state.margin, hold_s=hold, changed_s=now_s, rose_s=now_s)
     return state

@@ -51,7 +51,7 @@ class Settings:
         smoothing: the weight of the newest observation in the averages of use, 0 to 1.
         hold: how many times its worth a run counts that is in memory, at least 1.
         share: the share of the room that a pass adds to the allowance.
-        burst: the share of the room that the allowance can grow to.
+        burst: the share of the room that the allowance can grow to; at least to the bytes of the largest run.
     """
 
     smoothing: float = 0.05
@@ -176,7 +176,9 @@ def decide(
     if seen.use and seen.passes:
         keep = (1 - settings.smoothing) ** seen.passes
         use = tuple(keep * old + (1 - keep) * new for old, new in zip(use, seen.use, strict=True))
-    allowance = min(state.allowance + settings.share * seen.room * seen.passes, settings.burst * seen.room)
+    # enough for one run of any size, or the largest could never be exchanged
+    most = max(settings.burst * seen.room, max((item.size for item in items), default=0))
+    allowance = min(state.allowance + settings.share * seen.room * seen.passes, most)
     wanted = seen.wanted or (1.0,) * count
     worth = [
         replace(item, value=item.value * u * max(w, UNREAD) * (settings.hold if n in seen.resident else 1.0))

@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from foveate.checkpoint import Tiers
 from foveate.errors import BudgetError, FoveateError
@@ -39,6 +40,7 @@ class ResidentRegistry(Registry):
         wanted: the maps in force as they were asked for; `applied` are the same at the levels that are in memory.
         strict: whether a call waits for planes instead of reading fewer bits.
         auto: the limit that follows free memory; None where the limit is fixed.
+        hooks: what was put on the model.
     """
 
     residency: Residency
@@ -47,6 +49,7 @@ class ResidentRegistry(Registry):
     wanted: tuple[PrecisionMap, PrecisionMap] | None
     strict: bool
     auto: AutoLimit | None
+    hooks: list[RemovableHandle]
     _gate: PassGate
     _found: tuple[PrecisionMap, PrecisionMap] | None
     _follows: bool
@@ -137,14 +140,18 @@ class ResidentRegistry(Registry):
 
     # What happens between two calls of the model.
 
-    def begin_pass(self) -> None:
-        """A call of the model begins."""
+    # A compiler must not trace these: they would run when it traces, and not when the model runs.
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def begin_pass(self, module: nn.Module, args: Any) -> None:
+        """A forward pre-hook: a call of the model begins."""
         if self.strict and self._short:
             self._wait()
         self._gate.begin(self._between, self.residency.arrivals)
 
-    def end_pass(self) -> None:
-        """A call of the model has ended."""
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook: a call of the model has ended."""
         self._gate.end()
 
     def _between(self) -> None:
@@ -260,6 +267,13 @@ class ResidentRegistry(Registry):
                 levels[site.name] = input_level_for(mean[f"{site.name.removesuffix(':input')}:weight"])
         return PrecisionMap(self.sites, levels, self.other_bytes, other_parameters=self.other_parameters)
 
+    def leave(self) -> None:
+        """Take all hooks off the model, which holds no planes any more, and close the files."""
+        for hook in self.hooks:
+            hook.remove()
+        self.auto = None
+        self.residency.close()
+
     def report(self) -> MemoryReport:
         """What is in memory, and what went wrong."""
         counts = dict(self._fallbacks)
@@ -294,19 +308,12 @@ def make_resident(model: nn.Module, residency: Residency, tiers: Tiers, *, stric
     detach(model)
     attach(model, registry)
 
-    # hooks that a compiler traced would run when it traces, and not when the model runs
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin(module: nn.Module, args: Any) -> None:
-        registry.begin_pass()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def end(module: nn.Module, args: Any, output: Any) -> None:
-        registry.end_pass()
-
-    model.register_forward_pre_hook(begin, prepend=True)
-    model.register_forward_hook(end, always_call=True)
-    model.register_state_dict_pre_hook(_refuse_state)
-    model.register_load_state_dict_pre_hook(_refuse_state)
+    registry.hooks = [
+        model.register_forward_pre_hook(registry.begin_pass, prepend=True),
+        model.register_forward_hook(registry.end_pass, always_call=True),
+        model.register_state_dict_pre_hook(_refuse_state),
+        model.register_load_state_dict_pre_hook(_refuse_state),
+    ]
     return registry
 
 
