@@ -112,9 +112,7 @@ def test_memory_goes_and_comes_back_while_the_model_runs(small_runs: tuple[Path,
         assert torch.equal(loaded(X), expected(model, loaded))
         report = fv.memory_report(loaded)
         assert report.taken <= limit
-        in_pages = sum(
-            registry.residency.held.layout.slots[n].pages for n in registry.residency.resident()
-        )
+        in_pages = sum(registry.residency.held.layout.slots[n].pages for n in registry.residency.resident())
         assert registry.residency.held.reservation.resident() == in_pages
     assert report.fallback_count  # the calls that came before the planes did
     assert "were read below the map in force" in str(report)
@@ -182,6 +180,39 @@ def test_strict_waits_for_what_the_map_reads(small_runs: tuple[Path, nn.Module, 
     assert not report.fallback_count
     with pytest.raises(CheckpointError, match="give memory too"):
         fv.load(folder, strict=True, model=skeleton())
+
+
+def test_strict_streams_a_map_that_does_not_fit(small_runs: tuple[Path, nn.Module, fv.Profile]) -> None:
+    folder, model, profile = small_runs
+    eight, three = profile.uniform(8), profile.uniform(3).bytes_resident
+    loaded = fv.load(folder, memory="1GiB", strict=True, model=skeleton())
+    registry = resident_registry(loaded)
+    largest = profile.uniform(2).with_level("2:weight", 8).bytes_resident
+    fv.resize(loaded, memory=largest)
+    fv.apply(loaded, eight)
+    fv.apply(model, eight)
+    with torch.no_grad():
+        for _ in range(4):
+            assert torch.equal(loaded(X), model(X))
+            assert fv.memory_report(loaded).taken <= largest
+    assert fv.current_map(loaded) == eight
+    report = fv.memory_report(loaded)
+    assert not report.fallback_count
+    assert report.fetched > 2 * eight.bytes_resident  # every call read what did not stay
+    slots = sum(slot.pages for slot in registry.residency.held.layout.slots)
+    assert registry.residency.held.reservation.resident() < slots
+    # a map that fits ends it, and one layer that does not fit by itself is refused
+    fv.apply(loaded, profile.uniform(2))
+    assert torch.equal(loaded(X), expected(model, loaded))
+    fv.resize(loaded, memory=three)
+    fv.apply(loaded, eight)
+    with pytest.raises(BudgetError, match="the planes of 2:weight need .* are left beside what always stays"):
+        loaded(X)
+    fv.apply(loaded, profile.uniform(2))
+    fv.resize(loaded, memory="1GiB")
+    fv.apply(loaded, eight)
+    fv.apply(model, eight)
+    assert torch.equal(loaded(X), model(X))
 
 
 def test_saving_copies_what_is_stored(small_runs: tuple[Path, nn.Module, fv.Profile], tmp_path: Path) -> None:

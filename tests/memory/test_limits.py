@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import FoveateError
-from foveate.memory.limits import FIRST_HOLD_S, LONGEST_HOLD_S, AutoLimit, follow
+from foveate.memory.policy.limits import FIRST_HOLD_S, LONGEST_HOLD_S, AutoLimit, follow
 
 
 def test_it_falls_at_once_and_rises_after_quiet() -> None:

@@ -42,7 +42,9 @@ def _written(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize(("offset", "size"), [(0, PAGE), (64, 2 * PAGE), (PAGE + 640, 100), (3 * PAGE + 64, 2 * PAGE - 64)])
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0, PAGE), (64, 2 * PAGE), (PAGE + 640, 100), (3 * PAGE + 64, 2 * PAGE - 64)]
+)
 def test_a_file_gives_its_bytes(tmp_path: Path, direct: bool, offset: int, size: int) -> None:
     with open(_written(tmp_path / "file"), "rb") as file:
         place = FilePlace("file", file.fileno(), direct=direct)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import FoveateError
-from foveate.memory.policy import Item, Seen, Settings, State, decide, goal_of, order_of, start
+from foveate.memory.policy.hot import Item, Seen, Settings, State, decide, goal_of, order_of, start
 
 
 @st.composite

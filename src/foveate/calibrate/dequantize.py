@@ -21,8 +21,8 @@ from foveate.nn.experts import DOWN, PlaneExperts, is_transposed
 from foveate.nn.modules import PlaneConv, take_hooks
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import detach, quantized_part, registry_of
-from foveate.nn.residency.registry import ResidentRegistry
 from foveate.nn.replace import replace_module
+from foveate.nn.residency.registry import ResidentRegistry
 from foveate.sizes import format_bytes
 
 

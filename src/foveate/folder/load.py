@@ -18,7 +18,7 @@ from foveate.errors import CheckpointError, DeviceError, SiteError
 from foveate.folder.rebuild import on_planes_of
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.allocator import given_back
-from foveate.memory.residency import Residency
+from foveate.memory.streaming import StreamingResidency
 from foveate.nn.residency.following import AUTO, first_limit, start_following
 from foveate.nn.residency.registry import make_resident
 from foveate.precision.maps import PrecisionMap, uniform
@@ -81,7 +81,7 @@ def _load_within(folder: Folder, memory: int | str, strict: bool, model: nn.Modu
         raise DeviceError("planes on disk need compiled kernels: foveate.backends() says why this machine has none")
     with given_back(True):
         tiers = checkpoint.read_tiers(folder)
-        residency = Residency(tiers.held, limit=limit, importance=tiers.importance)
+        residency = StreamingResidency(tiers.held, limit=limit, importance=tiers.importance)
         model, _ = on_planes_of(folder, tiers.weights, model)
         registry = make_resident(model, residency, tiers, strict=strict)
         registry.fill()

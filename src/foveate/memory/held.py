@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+from torch import Tensor
+
+from foveate.formats.levels import NESTED_LEVELS, PLANES
 from foveate.memory.places import Place
 from foveate.memory.reservation import Layout, Reservation
 from foveate.memory.runs import Run
@@ -36,6 +40,34 @@ class Held:
     def below(self) -> list[tuple[int, ...]]:
         """For each run, the runs without which it is of no use."""
         return runs_below(self.runs)
+
+    @cached_property
+    def of_weight(self) -> dict[str, list[int]]:
+        """The runs of each weight."""
+        found: dict[str, list[int]] = {name: [] for name in self.strips}
+        for number, run in enumerate(self.runs):
+            found[run.weight].append(number)
+        return found
+
+    def closed(self, numbers: Collection[int]) -> frozenset[int]:
+        """These runs and all that they need."""
+        found, stack = set(numbers), list(numbers)
+        while stack:
+            for other in self.below[stack.pop()]:
+                if other not in found:
+                    found.add(other)
+                    stack.append(other)
+        return frozenset(found)
+
+    def caps(self, name: str, present: Collection[int]) -> Tensor:
+        """The highest level of each strip of a weight that can be read if these runs are in memory, uint8 [NT]."""
+        there = torch.ones(PLANES, self.strips[name], dtype=torch.bool)
+        for number in self.of_weight[name]:
+            if number not in present:
+                run = self.runs[number]
+                there[run.plane, run.first : run.last] = False
+        planes = there.to(torch.uint8).cumprod(0).sum(0)
+        return torch.tensor((0, *NESTED_LEVELS), dtype=torch.uint8)[planes]
 
     def transfer(self, number: int) -> int:
         """Read a run to its place, and return its bytes; errors as for `Place.read`."""

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError, CheckpointError
-from foveate.formats.levels import NESTED_LEVELS, PLANES
-from foveate.memory import policy
 from foveate.memory.held import Held
 from foveate.memory.mover import Mover
+from foveate.memory.policy import hot as policy
 from foveate.memory.report import MemoryReport
 from foveate.sizes import format_bytes
 
@@ -49,6 +48,8 @@ class Residency:
 
     Attributes:
         held: the runs, and where they have their places.
+        limit: bytes that the model may take.
+        floor: the runs that never leave.
         caps: for each weight, uint8 [NT]: the highest level of each strip that can be read. Only `between_passes`
             changes it.
     """
@@ -77,18 +78,17 @@ class Residency:
         """
         self.held = held
         self._settings = settings
-        self._below = held.below
         self._items = [
             policy.Item(size=run.size, value=value, below=below)
-            for run, value, below in zip(held.runs, importance, self._below, strict=True)
+            for run, value, below in zip(held.runs, importance, held.below, strict=True)
         ]
         self._least = frozenset(n for n, run in enumerate(held.runs) if run.plane == 0)
-        self._floor = self._least
-        self.limit = self._checked(limit, self._floor)
+        self.floor = self._least
+        self.limit = self._checked(limit, self.floor)
         self._where = [Where.ABSENT] * len(held.runs)
         self._leaving: set[int] = set()
         self._arrived: list[int] = []
-        self._unsettled = False
+        self._unsettled = self._streams = False
         self._next: tuple[int, ...] = ()
         self._lock = threading.RLock()
         self._state = policy.start(len(held.runs))
@@ -102,9 +102,6 @@ class Residency:
         self._unsaid: list[str] = []
         self._fetched = self._evicted = 0
         self.caps = {name: torch.zeros(count, dtype=torch.uint8) for name, count in held.strips.items()}
-        self._of_weight: dict[str, list[int]] = {name: [] for name in held.strips}
-        for number, run in enumerate(held.runs):
-            self._of_weight[run.weight].append(number)
         self._stale: set[str] = set(held.strips)
         ref = weakref.ref(self)
         self._mover = Mover(
@@ -125,7 +122,7 @@ class Residency:
     @property
     def needs(self) -> int:
         """The fewest bytes that keep to the standing floor."""
-        return self.held.fixed + sum(self._items[n].size for n in self._floor)
+        return self.held.fixed + sum(self._items[n].size for n in self.floor)
 
     @property
     def room(self) -> int:
@@ -143,13 +140,13 @@ class Residency:
             BudgetError: less than the standing floor needs; nothing was changed.
         """
         with self._lock:
-            kept = self._floor
+            kept = self.floor
             if floor is not None:
                 runs = enumerate(self.held.runs)
                 asked = {n for n, r in runs if bool((floor[r.weight][r.first : r.last] >= r.tag.level).any())}
-                kept = self._closed_below(asked | self._least)
+                kept = self.held.closed(asked | self._least)
             self.limit = self._checked(limit, kept)
-            self._floor = kept
+            self.floor = kept
             self._due = True
 
     def want(self, shares: Callable[[], Sequence[float]]) -> None:
@@ -173,6 +170,8 @@ class Residency:
             passes: how many passes have begun since the last call.
         """
         self._passes += passes
+        if self._streams:
+            return
         looks = self._due or (self._unsettled and self._passes - self._passes_looked >= LOOK_EVERY)
         if not looks and not self._stale:
             return
@@ -239,7 +238,7 @@ class Residency:
 
     def free(self, numbers: Collection[int]) -> int:
         """Bytes that these runs can take, if all that they do not need leaves."""
-        needed = self._closed_below(numbers) | self._floor
+        needed = self.held.closed(numbers) | self.floor
         return self.room - sum(self._items[n].size for n in needed - set(numbers))
 
     def waiting(self) -> bool:
@@ -250,7 +249,7 @@ class Residency:
         """The caps once everything that was decided has come and gone, [NT] for each weight."""
         with self._lock:
             there = {n for n, where in enumerate(self._where) if where is not Where.ABSENT} | set(self._next)
-            return {name: self._caps_with(name, there - self._leaving) for name in self.held.strips}
+            return {name: self.held.caps(name, there - self._leaving) for name in self.held.strips}
 
     def resident(self) -> frozenset[int]:
         """The runs that the model may read."""
@@ -267,7 +266,7 @@ class Residency:
                 resident=sum(self._items[n].size for n in present),
                 stored=sum(item.size for item in self._items),
                 waiting=sum(self._items[n].size for n in {*coming, *self._next}),
-                floor=sum(self._items[n].size for n in self._floor),
+                floor=sum(self._items[n].size for n in self.floor),
                 passes=self._passes,
                 fallback_count=dict(fallback_count or {}),
                 io_errors=dict(self._io_errors),
@@ -287,15 +286,6 @@ class Residency:
             )
         return limit
 
-    def _closed_below(self, numbers: Collection[int]) -> frozenset[int]:
-        found, stack = set(numbers), list(numbers)
-        while stack:
-            for other in self._below[stack.pop()]:
-                if other not in found:
-                    found.add(other)
-                    stack.append(other)
-        return frozenset(found)
-
     def _look(self) -> None:
         """Ask the policy what leaves and what comes."""
         rates = tuple(rate / self._used_passes for rate in self._use) if self._use else ()
@@ -303,7 +293,7 @@ class Residency:
         self._use, self._used_passes, self._due = [], 0, False
         present = frozenset(n for n, where in enumerate(self._where) if where is not Where.ABSENT)
         seen = policy.Seen(
-            passes=passes, use=rates, wanted=tuple(self._wanted()), resident=present, room=self.room, floor=self._floor
+            passes=passes, use=rates, wanted=tuple(self._wanted()), resident=present, room=self.room, floor=self.floor
         )
         self._state, decision = policy.decide(self._state, seen, self._items, self._settings)
         self._unsettled = decision.goal != present or bool(rates)
@@ -314,19 +304,9 @@ class Residency:
         self._leaving = {n for n in decision.evict if self._where[n] is not Where.ABSENT}
         self._next = decision.fetch
 
-    def _caps_with(self, name: str, present: Collection[int]) -> Tensor:
-        """The caps of a weight if these runs were in memory."""
-        there = torch.ones(PLANES, self.held.strips[name], dtype=torch.bool)
-        for number in self._of_weight[name]:
-            if number not in present:
-                run = self.held.runs[number]
-                there[run.plane, run.first : run.last] = False
-        planes = there.to(torch.uint8).cumprod(0).sum(0)
-        return torch.tensor((0, *NESTED_LEVELS), dtype=torch.uint8)[planes]
-
     def _renew_caps(self, name: str) -> bool:
         """Compute the caps of a weight; returns whether they changed."""
-        caps = self._caps_with(name, {n for n in self._of_weight[name] if self._where[n] is Where.RESIDENT})
+        caps = self.held.caps(name, {n for n in self.held.of_weight[name] if self._where[n] is Where.RESIDENT})
         if torch.equal(caps, self.caps[name]):
             return False
         self.caps[name] = caps

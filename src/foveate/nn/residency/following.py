@@ -10,7 +10,7 @@ import psutil
 
 from foveate.errors import FoveateError
 from foveate.memory.available import free_memory
-from foveate.memory.limits import AutoLimit, follow
+from foveate.memory.policy.limits import AutoLimit, follow
 from foveate.nn.residency.registry import ResidentRegistry
 from foveate.progress import say
 from foveate.sizes import format_bytes, parse_bytes

@@ -41,12 +41,21 @@ class PassGate:
             frame = frame.f_back  # type: ignore[assignment]
         return False
 
-    def begin(self, changes: Callable[[], None], due: Callable[[], bool]) -> None:
-        """A call begins. Where changes are due it waits for other threads' calls to end, and takes them before."""
+    def begin(self, changes: Callable[[], None], due: Callable[[], bool], *, one_at_a_time: bool = False) -> None:
+        """A call begins. Where changes are due it waits for other threads' calls to end, and takes them before.
+
+        Args:
+            changes: takes the changes.
+            due: whether there are any.
+            one_at_a_time: wait for other threads' calls in any case.
+        """
         me = threading.current_thread()
         with self._changed:
             self._running.discard(me)  # left by an interruption
             self._changed.wait_for(lambda: not self._closed)
+            while one_at_a_time and self._running:
+                self._changed.wait(_LOOK_S)
+                self._running = {thread for thread in self._running if thread.is_alive()}
             if self._running and due():
                 self._changed.wait_for(lambda: not self._closed and not self._running, _PATIENCE_S)
                 self._changed.wait_for(lambda: not self._closed)

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from foveate.checkpoint import Tiers
-from foveate.errors import BudgetError, FoveateError
-from foveate.memory.limits import AutoLimit
+from foveate.errors import FoveateError
+from foveate.memory.policy.limits import AutoLimit
 from foveate.memory.report import MemoryReport
-from foveate.memory.residency import Residency
+from foveate.memory.streaming import StreamingResidency
+from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of
 from foveate.nn.residency.pass_gate import PassGate
+from foveate.nn.residency.streaming import Streaming
 from foveate.precision.maps import Levels, PrecisionMap, input_level_for, tile_levels
 
 
@@ -43,7 +45,7 @@ class ResidentRegistry(Registry):
         hooks: what was put on the model.
     """
 
-    residency: Residency
+    residency: StreamingResidency
     tiers: Tiers
     stored: Mapping[str, Tensor]
     wanted: tuple[PrecisionMap, PrecisionMap] | None
@@ -51,6 +53,8 @@ class ResidentRegistry(Registry):
     auto: AutoLimit | None
     hooks: list[RemovableHandle]
     _gate: PassGate
+    _streaming: Streaming | None
+    _embeddings: tuple[PlaneModule, ...]
     _found: tuple[PrecisionMap, PrecisionMap] | None
     _follows: bool
     _read: dict[str, Tensor]
@@ -60,7 +64,7 @@ class ResidentRegistry(Registry):
     _wait_s: float
 
     @classmethod
-    def of(cls, model: nn.Module, residency: Residency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
+    def of(cls, model: nn.Module, residency: StreamingResidency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
         """Take over from the registry of a model whose weights have gaps (`foveate.checkpoint.read_tiers`)."""
         registry = registry_of(model)
         own = cls.__new__(cls)
@@ -69,7 +73,10 @@ class ResidentRegistry(Registry):
         own.residency, own.tiers, own.strict, own.wanted = residency, tiers, strict, None
         own.stored = tiers.stored
         own._gate = PassGate(model)
+        inputs = set(own.inputs.values())
         own._found = None
+        own._streaming = None
+        own._embeddings = tuple(m for m in model.modules() if isinstance(m, PlaneModule) and m not in inputs)
         own._follows = True
         own._read = {}
         own._short = frozenset()
@@ -117,6 +124,9 @@ class ResidentRegistry(Registry):
 
     def apply(self, plan: PrecisionMap, second: PrecisionMap) -> None:
         """Write the levels of two maps. What they read and is not in memory is fetched; until then less is read."""
+        if self._streaming is not None:
+            with self._gate.alone():
+                self._end_streaming()
         self._write(plan, second)
         self._follows = False
         self.residency.want(self._shares)
@@ -147,7 +157,9 @@ class ResidentRegistry(Registry):
         """A forward pre-hook: a call of the model begins."""
         if self.strict and self._short:
             self._wait()
-        self._gate.begin(self._between, self.residency.arrivals)
+        self._gate.begin(self._between, self.residency.arrivals, one_at_a_time=self._streaming is not None)
+        if self._streaming is not None:
+            self._streaming.begin_pass()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -163,11 +175,13 @@ class ResidentRegistry(Registry):
         if not names:
             return
         for name in names:
-            caps = self.residency.caps[name]
-            self.weights[name].value.stored_levels.copy_(torch.minimum(self.stored[name], caps[:, None]))
+            self._write_caps(name, self.residency.caps[name])
         self._found = None
         self._note_shortfall(self._read)
         self._begin_epoch()
+
+    def _write_caps(self, name: str, caps: Tensor) -> None:
+        self.weights[name].value.stored_levels.copy_(torch.minimum(self.stored[name], caps[:, None]))
 
     def _note_shortfall(self, read: dict[str, Tensor]) -> None:
         """Count what the passes since the last change read below their map, and see which weights do from now on."""
@@ -175,10 +189,16 @@ class ResidentRegistry(Registry):
             self._fallbacks[name] = self._fallbacks.get(name, 0) + self._short_passes
         self._short_passes = 0
         self._read = read
+        self._found = None
         caps = self.residency.caps
+        if self._streaming is not None:  # every layer gets what the map says
+            self._short = frozenset()
+            return
         self._short = frozenset(name for name, levels in read.items() if bool((levels > caps[name]).any()))
 
     def _lowered(self, plan: PrecisionMap) -> PrecisionMap:
+        if self._streaming is not None:
+            return plan
         levels: dict[str, Levels] = dict(plan.levels)
         for name, stored in self.stored.items():
             caps = self.residency.caps[name]
@@ -189,19 +209,36 @@ class ResidentRegistry(Registry):
         return plan if lowered == plan else replace(lowered, predicted_loss=float("nan"))
 
     def _wait(self) -> None:
-        """Wait until all that the map in force reads is in memory (`strict`)."""
+        """Wait until all that the map in force reads is in memory; where it does not fit, begin to stream it."""
         began = time.monotonic()
         while self._short:
             with self._gate.alone():
                 self.residency.between_passes(self._publish, 0)
-                missing = self.residency.missing(self._read)
+                missing = frozenset(self.residency.missing(self._read))
                 if sum(self.residency.held.runs[n].size for n in missing) > self.residency.free(missing):
-                    raise BudgetError(
-                        f"the map in force reads {len(missing)} runs of planes for which there is no room in "
-                        f"{self.residency.limit} bytes: apply a smaller map, resize, or load without strict=True"
-                    )
-                self.residency.settle(numbers=missing)
+                    self._stream()
+                else:
+                    self.residency.settle(numbers=missing)
         self._wait_s += time.monotonic() - began
+
+    def _stream(self) -> None:
+        runs = enumerate(self.residency.held.runs)
+        read = {n for n, r in runs if bool((self._read[r.weight][r.first : r.last] >= r.tag.level).any())}
+        layers = dict.fromkeys((*self.inputs.values(), *self._embeddings))
+        self._streaming = Streaming(layers, self.residency, self.residency.held.closed(read), self._write_caps)
+        try:
+            self.residency.stream(self._streaming.keep, self._publish)
+        except BaseException:
+            self._end_streaming()
+            raise
+        self._note_shortfall(self._read)
+
+    def _end_streaming(self) -> None:
+        if self._streaming is not None:
+            self._streaming.end()
+            self._streaming = None
+            self.residency.stream_no_more()
+            self._note_shortfall(self._read)
 
     # What users ask for.
 
@@ -233,6 +270,7 @@ class ResidentRegistry(Registry):
         levels = None if floor is None else self._strips_of(floor)
         with self._gate.alone():
             self.residency.resize(limit, levels)
+            self._end_streaming()
             self.residency.between_passes(self._publish, 0)
             self._follow()
 
@@ -271,6 +309,7 @@ class ResidentRegistry(Registry):
         """Take all hooks off the model, which holds no planes any more, and close the files."""
         for hook in self.hooks:
             hook.remove()
+        self._end_streaming()
         self.auto = None
         self.residency.close()
 
@@ -295,7 +334,7 @@ def _tiles(levels: Levels, like: Tensor) -> Tensor:
     return torch.frombuffer(bytearray(tile_levels(levels, like.numel())), dtype=torch.uint8).view_as(like)
 
 
-def make_resident(model: nn.Module, residency: Residency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
+def make_resident(model: nn.Module, residency: StreamingResidency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
     """Give a model whose weights have gaps the registry that lets its planes come and go.
 
     Args:
