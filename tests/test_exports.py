@@ -25,6 +25,7 @@ PROMISED = {
     "current_map", "dequantize", "fit_to_loss", "frontier", "load", "load_profile", "measure", "profile_of", "quantize",
     "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify",
     "watch_inputs",
+    "MemoryPlan", "MemoryReport", "memory_report", "plan_memory", "resize",
 }  # fmt: skip
 
 

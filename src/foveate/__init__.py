@@ -47,6 +47,8 @@ from foveate.evaluate.verify import Verification as Verification
 from foveate.evaluate.verify import measure as measure
 from foveate.evaluate.verify import verify as verify
 from foveate.folder.load import load as load
+from foveate.folder.plan_memory import MemoryPlan as MemoryPlan
+from foveate.folder.plan_memory import plan_memory as plan_memory
 from foveate.folder.resize import memory_report as memory_report
 from foveate.folder.resize import resize as resize
 from foveate.folder.save import save as save

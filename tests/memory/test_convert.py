@@ -41,7 +41,9 @@ def test_weights_of_16_bits_become_planes(group: int, dtype: torch.dtype, monkey
     w = (torch.randn(64, 2 * group, generator=generator(0)) * 0.05).to(dtype)
     made = convert.halves_to_planes(w, group)
     empty = torch.zeros(64, 2 * group, dtype=torch.uint8)
-    like = from_codes(empty, empty, torch.ones(64, 2), torch.zeros(64, 2), torch.ones(2, 1).half(), group=group, reach=0)
+    like = from_codes(
+        empty, empty, torch.ones(64, 2), torch.zeros(64, 2), torch.ones(2, 1).half(), group=group, reach=0
+    )
     for found, plane in zip(made.planes, like.planes, strict=True):
         assert found.shape == plane.shape
         plane.copy_(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -67,7 +68,7 @@ def test_every_run_has_whole_pages_at_the_place_that_its_file_has(
     layout = lay_out(runs, units)
     spans = sorted((slot.begin, slot.begin + slot.pages) for slot in layout.slots)
     assert all(begin % PAGE == 0 and end % PAGE == 0 for begin, end in spans)
-    assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     assert spans[-1][1] == layout.total
     for run, slot in zip(runs, layout.slots, strict=True):
         key = (run.weight, run.plane)

@@ -1,4 +1,4 @@
-"""What changes its form while it moves. Each conversion reads its input once and writes its output once, block by block.
+"""What changes its form while it moves: each conversion reads its input once and writes its output once, by blocks.
 
 * `tile_order`: a plane whose rows lie one after another, to the order in which kernels read it. (Our own folders store
   planes in that order already, so that fetching them converts nothing.)

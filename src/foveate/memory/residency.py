@@ -15,6 +15,7 @@ Shapes: NT strips of a weight.
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -30,6 +31,12 @@ from foveate.memory.policy import hot as policy
 from foveate.memory.report import MemoryReport
 from foveate.sizes import format_bytes
 
+#: While the model is called, the mover rests this many times as long as each transfer took: calls need the processor.
+REST = 4.0
+#: Seconds without a call after which the mover does not rest.
+_IDLE_S = 0.25
+#: Seconds between two looks at what may have failed, while something is waited for.
+_LOOK_S = 0.05
 #: Passes after which the policy looks at use again.
 LOOK_EVERY = 64
 
@@ -62,7 +69,6 @@ class Residency:
         importance: Sequence[float],
         settings: policy.Settings = policy.DEFAULT_SETTINGS,
         threads: int = 2,
-        pause: Callable[[float], float] = lambda seconds: 0.0,
     ) -> None:
         """Begin with nothing in memory; `settle` brings what fits.
 
@@ -71,7 +77,7 @@ class Residency:
             limit: bytes that the model may take, `held.fixed` among them.
             importance: the loss that each run saves.
             settings: of the policy.
-            threads, pause: of the mover.
+            threads: of the mover.
 
         Raises:
             BudgetError: less than the least possible.
@@ -89,6 +95,8 @@ class Residency:
         self._leaving: set[int] = set()
         self._arrived: list[int] = []
         self._unsettled = self._streams = False
+        self._passed_s = float("-inf")
+        self._waiters = 0
         self._next: tuple[int, ...] = ()
         self._lock = threading.RLock()
         self._state = policy.start(len(held.runs))
@@ -105,7 +113,11 @@ class Residency:
         self._stale: set[str] = set(held.strips)
         ref = weakref.ref(self)
         self._mover = Mover(
-            held.transfer, lambda n, error: _came_to(ref, n, error), ended=held.close, threads=threads, pause=pause
+            held.transfer,
+            lambda n, error: _came_to(ref, n, error),
+            ended=held.close,
+            threads=threads,
+            pause=lambda took: _rest(ref, took),
         )
         self._finalizer = weakref.finalize(self, self._mover.stop)
 
@@ -170,6 +182,8 @@ class Residency:
             passes: how many passes have begun since the last call.
         """
         self._passes += passes
+        if passes:
+            self._passed_s = time.monotonic()
         if self._streams:
             return
         looks = self._due or (self._unsettled and self._passes - self._passes_looked >= LOOK_EVERY)
@@ -207,24 +221,24 @@ class Residency:
         Raises:
             CheckpointError: one of the runs waited for cannot be read.
         """
-        given = self._mover.waiting() if numbers is None else set(numbers)
-        pending = set(given)
-        while pending:
-            with self._lock:
-                failed = [self._failed[n] for n in pending if n in self._failed]
-            if failed:
-                raise CheckpointError(failed[0])
-            if self._mover.wait(pending, 0.05 if timeout_s is None else min(timeout_s, 0.05)):
+        pending = self._mover.waiting() if numbers is None else set(numbers)
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            self._waiters += 1
+        try:
+            while True:
+                there = self._mover.wait(pending, _LOOK_S)
                 with self._lock:
                     failed = [self._failed[n] for n in pending if n in self._failed]
                 if failed:
                     raise CheckpointError(failed[0])
-                return True
-            if timeout_s is not None:
-                timeout_s -= 0.05
-                if timeout_s <= 0:
+                if there:
+                    return True
+                if deadline is not None and time.monotonic() >= deadline:
                     return False
-        return True
+        finally:
+            with self._lock:
+                self._waiters -= 1
 
     def missing(self, levels: Mapping[str, Tensor]) -> list[int]:
         """The runs that are not resident and that a map reads; `levels` is the highest level of each strip, [NT]."""
@@ -353,3 +367,10 @@ def _came_to(residency: weakref.ref[Residency], number: int, error: Exception | 
     alive = residency()
     if alive is not None:
         alive._came(number, error)
+
+
+def _rest(residency: weakref.ref[Residency], took: float) -> float:
+    alive = residency()
+    if alive is None or alive._waiters or time.monotonic() - alive._passed_s > _IDLE_S:
+        return 0.0
+    return REST * took

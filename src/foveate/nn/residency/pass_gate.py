@@ -7,7 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from foveate.errors import FoveateError
@@ -16,6 +18,27 @@ from foveate.errors import FoveateError
 _PATIENCE_S = 1.0
 #: Seconds after which the threads that are within a call are looked at again: one may have died there.
 _LOOK_S = 0.5
+
+
+class EagerHook:
+    """A hook that a compiler does not trace: it would run when the compiler traces, and not when the model runs.
+
+    A model that has one cannot be copied or pickled: a copy would share its memory.
+    """
+
+    def __init__(self, run: Callable[..., None]) -> None:
+        # imports the compiler, which takes a second: not when foveate is imported
+        self._run: Callable[..., None] = torch.compiler.disable(run)
+
+    def __call__(self, *args: Any) -> None:
+        """Run the hook."""
+        self._run(*args)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise FoveateError(
+            "a model whose planes are partly on disk cannot be copied or pickled: load its folder again, or save it "
+            "with foveate.save"
+        )
 
 
 class PassGate:

@@ -27,7 +27,7 @@ from foveate.memory.report import MemoryReport
 from foveate.memory.streaming import StreamingResidency
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of
-from foveate.nn.residency.pass_gate import PassGate
+from foveate.nn.residency.pass_gate import EagerHook, PassGate
 from foveate.nn.residency.streaming import Streaming
 from foveate.precision.maps import Levels, PrecisionMap, input_level_for, tile_levels
 
@@ -150,9 +150,6 @@ class ResidentRegistry(Registry):
 
     # What happens between two calls of the model.
 
-    # A compiler must not trace these: they would run when it traces, and not when the model runs.
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def begin_pass(self, module: nn.Module, args: Any) -> None:
         """A forward pre-hook: a call of the model begins."""
         if self.strict and self._short:
@@ -161,7 +158,6 @@ class ResidentRegistry(Registry):
         if self._streaming is not None:
             self._streaming.begin_pass()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook: a call of the model has ended."""
         self._gate.end()
@@ -320,12 +316,6 @@ class ResidentRegistry(Registry):
             counts[name] = counts.get(name, 0) + self._short_passes
         return self.residency.report({name: n for name, n in counts.items() if n}, self._wait_s)
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise FoveateError(
-            "a model whose planes are partly on disk cannot be copied or pickled: load its folder again, or save it "
-            "with foveate.save"
-        )
-
 
 def _tiles(levels: Levels, like: Tensor) -> Tensor:
     """The levels of a weight, uint8 [NT, G]."""
@@ -348,8 +338,8 @@ def make_resident(model: nn.Module, residency: StreamingResidency, tiers: Tiers,
     attach(model, registry)
 
     registry.hooks = [
-        model.register_forward_pre_hook(registry.begin_pass, prepend=True),
-        model.register_forward_hook(registry.end_pass, always_call=True),
+        model.register_forward_pre_hook(EagerHook(registry.begin_pass), prepend=True),
+        model.register_forward_hook(EagerHook(registry.end_pass), always_call=True),
         model.register_state_dict_pre_hook(_refuse_state),
         model.register_load_state_dict_pre_hook(_refuse_state),
     ]

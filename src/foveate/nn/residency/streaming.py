@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -20,6 +19,7 @@ from foveate.errors import BudgetError
 from foveate.memory.streaming import StreamingResidency
 from foveate.nn.modules import PlaneLinear
 from foveate.nn.plane_module import PlaneModule
+from foveate.nn.residency.pass_gate import EagerHook
 from foveate.sizes import format_bytes
 
 #: How many times the largest group the window has room for, if there is room for so much.
@@ -83,7 +83,9 @@ class Streaming:
         self._here: list[int] = []  # groups whose runs are here or on their way, in the order in which they are used
         self._urgency = 0.0
         self._now: int | None = None
-        self._hooks: list[RemovableHandle] = [module.register_forward_pre_hook(self._before) for module in layers]
+        self._hooks: list[RemovableHandle] = [
+            module.register_forward_pre_hook(EagerHook(self._before)) for module in layers
+        ]
 
     def _bytes_of(self, group: int, needed: frozenset[int], floor: frozenset[int]) -> int:
         held = self._residency.held
@@ -103,7 +105,6 @@ class Streaming:
         for group in list(self._here):
             self._let_go(group)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _before(self, module: nn.Module, args: Any) -> None:
         group = self._group_of[id(module)]
         if group == self._now:
