@@ -44,12 +44,14 @@ class Tiers:
         stored: the levels that the folder stores, uint8 [NT, G].
         held: the runs and their places.
         importance: the loss that each run saves.
+        row_frequency: for embeddings, the share of look-ups that read each strip in calibration, float32 [NT].
     """
 
     weights: dict[str, PlaneTensor]
     stored: dict[str, Tensor]
     held: Held
     importance: tuple[float, ...]
+    row_frequency: dict[str, Tensor]
 
 
 def read_tiers(folder: Folder) -> Tiers:
@@ -100,11 +102,13 @@ def read_tiers(folder: Folder) -> Tiers:
         fixed=head.other_bytes + fixed,
     )
     profile = read_profile(folder) if head.profile is not None else None
+    statistics = {} if profile is None else profile.statistics
     return Tiers(
         weights=dict(zip((s.name for s in sites), share_active_levels(weights), strict=True)),
         stored=stored,
         held=held,
         importance=tuple(_importance(runs, stored, profile)),
+        row_frequency={n: k["row_frequency"] for n, k in statistics.items() if "row_frequency" in k},
     )
 
 

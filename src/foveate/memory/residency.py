@@ -100,8 +100,7 @@ class Residency:
         self._next: tuple[int, ...] = ()
         self._lock = threading.RLock()
         self._state = policy.start(len(held.runs))
-        self._use: list[float] = []
-        self._used_passes = 0
+        self._use: tuple[float, ...] = ()
         self._wanted: Callable[[], Sequence[float]] = lambda: ()
         self._due = True
         self._passes = self._passes_looked = 0
@@ -167,11 +166,12 @@ class Residency:
             self._wanted = shares
             self._due = True
 
-    def use(self, rates: Sequence[float]) -> None:
-        """Say how often each run was used in the last pass, relative to what its importance counts on."""
+    def use(self, rates: Sequence[float], passes: int) -> None:
+        """Say how often each run was used in the last passes, relative to what its importance counts on."""
         with self._lock:
-            self._use = list(rates) if not self._use else [a + b for a, b in zip(self._use, rates, strict=True)]
-            self._used_passes += 1
+            self._use = tuple(rates)
+            self._passes_looked = self._passes - passes
+            self._due = True
 
     def between_passes(self, publish: Callable[[Collection[str]], None], passes: int = 1) -> None:
         """Take the changes that are due. No pass may be running.
@@ -302,15 +302,14 @@ class Residency:
 
     def _look(self) -> None:
         """Ask the policy what leaves and what comes."""
-        rates = tuple(rate / self._used_passes for rate in self._use) if self._use else ()
         passes, self._passes_looked = self._passes - self._passes_looked, self._passes
-        self._use, self._used_passes, self._due = [], 0, False
+        rates, self._use, self._due = self._use, (), False
         present = frozenset(n for n, where in enumerate(self._where) if where is not Where.ABSENT)
         seen = policy.Seen(
             passes=passes, use=rates, wanted=tuple(self._wanted()), resident=present, room=self.room, floor=self.floor
         )
         self._state, decision = policy.decide(self._state, seen, self._items, self._settings)
-        self._unsettled = decision.goal != present or bool(rates)
+        self._unsettled = decision.goal != present
         coming = [n for n in decision.evict if self._where[n] is Where.COMING]
         running = self._mover.cancel(coming)
         for number in set(coming) - running:

@@ -24,11 +24,13 @@ from foveate.checkpoint import Tiers
 from foveate.errors import FoveateError
 from foveate.memory.policy.limits import AutoLimit
 from foveate.memory.report import MemoryReport
+from foveate.memory.residency import LOOK_EVERY
 from foveate.memory.streaming import StreamingResidency
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of
 from foveate.nn.residency.pass_gate import EagerHook, PassGate
 from foveate.nn.residency.streaming import Streaming
+from foveate.nn.residency.use import UseCounter
 from foveate.precision.maps import Levels, PrecisionMap, input_level_for, tile_levels
 
 
@@ -60,6 +62,8 @@ class ResidentRegistry(Registry):
     _read: dict[str, Tensor]
     _short: frozenset[str]
     _short_passes: int
+    _uncounted: int
+    _use: UseCounter
     _fallbacks: dict[str, int]
     _wait_s: float
 
@@ -80,10 +84,11 @@ class ResidentRegistry(Registry):
         own._follows = True
         own._read = {}
         own._short = frozenset()
-        own._short_passes = 0
+        own._short_passes = own._uncounted = 0
         own._fallbacks = {}
         own._wait_s = 0.0
         own.auto = None
+        own._use = UseCounter([s for s in own.sites if s.kind == "weight"], _alone(model), tiers.row_frequency)
         for weight in own.weights.values():
             weight.users.discard(registry)
             weight.users.add(own)
@@ -163,6 +168,10 @@ class ResidentRegistry(Registry):
         self._gate.end()
 
     def _between(self) -> None:
+        self._uncounted += 1
+        if self._use.counts and self._uncounted >= LOOK_EVERY:
+            self.residency.use(self._use.rates(self.residency.held.runs), self._uncounted)
+            self._uncounted = 0
         self.residency.between_passes(self._publish)
         self._short_passes += 1
 
@@ -306,6 +315,7 @@ class ResidentRegistry(Registry):
         for hook in self.hooks:
             hook.remove()
         self._end_streaming()
+        self._use.end()
         self.auto = None
         self.residency.close()
 
@@ -315,6 +325,15 @@ class ResidentRegistry(Registry):
         for name in self._short:
             counts[name] = counts.get(name, 0) + self._short_passes
         return self.residency.report({name: n for name, n in counts.items() if n}, self._wait_s)
+
+
+def _alone(model: nn.Module) -> dict[str, PlaneModule]:
+    """For each weight that only one module has, this module."""
+    modules: dict[str, list[PlaneModule]] = {}
+    for module in model.modules():
+        if isinstance(module, PlaneModule):
+            modules.setdefault(module.weight.name, []).append(module)
+    return {name: found[0] for name, found in modules.items() if len(found) == 1}
 
 
 def _tiles(levels: Levels, like: Tensor) -> Tensor:
