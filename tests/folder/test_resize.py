@@ -130,6 +130,19 @@ def test_strict_waits_for_what_the_map_reads(small_runs: Saved) -> None:
         fv.load(folder, strict=True, model=skeleton())
 
 
+def test_strict_exchanges_what_it_must_at_once(small_runs: Saved) -> None:
+    """However much leaves: an allowance against thrashing is not for calls that wait."""
+    folder, model, profile = small_runs
+    first, second = (profile.uniform(2).with_level(name, 8) for name in ("2:weight", "0:weight"))
+    loaded = fv.load(folder, memory=max(p.bytes_resident for p in (first, second)), strict=True, model=skeleton())
+    for plan in (first, second, first):
+        fv.apply(loaded, plan)
+        fv.apply(model, plan)
+        assert torch.equal(loaded(X), model(X))
+        assert fv.current_map(loaded) == plan
+    assert not fv.memory_report(loaded).fallback_count
+
+
 def test_strict_streams_a_map_that_does_not_fit(small_runs: Saved) -> None:
     folder, model, profile = small_runs
     eight, three = profile.uniform(8), profile.uniform(3).bytes_resident

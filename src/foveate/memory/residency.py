@@ -97,6 +97,7 @@ class Residency:
         self._unsettled = self._streams = False
         self._passed_s = float("-inf")
         self._waiters = 0
+        self._must: frozenset[int] = frozenset()
         self._next: tuple[int, ...] = ()
         self._lock = threading.RLock()
         self._state = policy.start(len(held.runs))
@@ -157,14 +158,28 @@ class Residency:
                 asked = {n for n, r in runs if bool((floor[r.weight][r.first : r.last] >= r.tag.level).any())}
                 kept = self.held.closed(asked | self._least)
             self.limit = self._checked(limit, kept)
-            self.floor = kept
+            self.floor, self._must = kept, frozenset()
             self._due = True
 
     def want(self, shares: Callable[[], Sequence[float]]) -> None:
         """Say which share of each run the map in force reads, 0 to 1; `shares` is called when that is needed."""
         with self._lock:
-            self._wanted = shares
+            self._wanted, self._must = shares, frozenset()
             self._due = True
+
+    def require(self, numbers: frozenset[int]) -> bool:
+        """Have these runs in memory, whatever else must leave, until another map or limit is given.
+
+        Returns:
+            Whether there is room for them beside the floor; if not, nothing changes.
+        """
+        with self._lock:
+            needed = self.held.closed(numbers) | self.floor
+            if sum(self._items[n].size for n in needed) > self.room:
+                return False
+            self._must = needed
+            self._due = True
+            return True
 
     def use(self, rates: Sequence[float], passes: int) -> None:
         """Say how often each run was used in the last passes, relative to what its importance counts on."""
@@ -250,11 +265,6 @@ class Residency:
             and bool((levels[run.weight][run.first : run.last] >= run.tag.level).any())
         ]
 
-    def free(self, numbers: Collection[int]) -> int:
-        """Bytes that these runs can take, if all that they do not need leaves."""
-        needed = self.held.closed(numbers) | self.floor
-        return self.room - sum(self._items[n].size for n in needed - set(numbers))
-
     def waiting(self) -> bool:
         """Whether runs are on their way, or are asked for once there is room."""
         return bool(self._next or self._arrived or self._mover.waiting())
@@ -306,7 +316,12 @@ class Residency:
         rates, self._use, self._due = self._use, (), False
         present = frozenset(n for n, where in enumerate(self._where) if where is not Where.ABSENT)
         seen = policy.Seen(
-            passes=passes, use=rates, wanted=tuple(self._wanted()), resident=present, room=self.room, floor=self.floor
+            passes=passes,
+            use=rates,
+            wanted=tuple(self._wanted()),
+            resident=present,
+            room=self.room,
+            floor=self.floor | self._must,
         )
         self._state, decision = policy.decide(self._state, seen, self._items, self._settings)
         self._unsettled = decision.goal != present

@@ -218,19 +218,23 @@ class ResidentRegistry(Registry):
         began = time.monotonic()
         while self._short:
             with self._gate.alone():
+                read = self._read_runs()
+                if not self.residency.require(read):
+                    self._stream(read)
+                    break
                 self.residency.between_passes(self._publish, 0)
-                missing = frozenset(self.residency.missing(self._read))
-                if sum(self.residency.held.runs[n].size for n in missing) > self.residency.free(missing):
-                    self._stream()
-                else:
-                    self.residency.settle(numbers=missing)
+                self.residency.settle(numbers=self.residency.missing(self._read))
         self._wait_s += time.monotonic() - began
 
-    def _stream(self) -> None:
+    def _read_runs(self) -> frozenset[int]:
+        """The runs that the maps in force read, and those that they need."""
         runs = enumerate(self.residency.held.runs)
         read = {n for n, r in runs if bool((self._read[r.weight][r.first : r.last] >= r.tag.level).any())}
+        return self.residency.held.closed(read)
+
+    def _stream(self, read: frozenset[int]) -> None:
         layers = dict.fromkeys((*self.inputs.values(), *self._embeddings))
-        self._streaming = Streaming(layers, self.residency, self.residency.held.closed(read), self._write_caps)
+        self._streaming = Streaming(layers, self.residency, read, self._write_caps)
         try:
             self.residency.stream(self._streaming.keep, self._publish)
         except BaseException:
