@@ -93,8 +93,8 @@ def measure(width: int = 1024, layers: int = 12, seconds: float = 20.0, rounds: 
         "restore_ratio: seconds from 4 to 8 bits, over those of plain reads of the same bytes; restore_ms is the first",
         "disk_ratio: bytes a second of the mover, without checksums in disk_ratio_unverified, over plain reads of the "
         "same offsets and sizes by as many threads, in alternating rounds; both past the page cache",
-        "streaming_ratio: seconds of a call that must read what is missing, over plain reads of those bytes; the limit is "
-        "streaming_limit times what all planes take",
+        "streaming_ratio: seconds of a call that must read what is missing, over plain reads of those bytes; the limit "
+        "is streaming_limit times what all planes take",
         "convert_ratio: the least of the conversions' bytes a second, over a copy's",
     )
     return Measured(figures, found["rounds"], notes)
