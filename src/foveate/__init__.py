@@ -54,12 +54,17 @@ from foveate.evaluate.verify import measure as measure
 from foveate.evaluate.verify import verify as verify
 from foveate.folder.known_frontier import frontier_of as frontier_of
 from foveate.folder.load import load as load
+from foveate.folder.plan_memory import MemoryPlan as MemoryPlan
+from foveate.folder.plan_memory import plan_memory as plan_memory
+from foveate.folder.resize import memory_report as memory_report
+from foveate.folder.resize import resize as resize
 from foveate.folder.save import save as save
 from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kernels.backends.table import backends as backends
 from foveate.kvcache.cache import quantized_cache as quantized_cache
 from foveate.kvcache.calibrate import calibrate_cache as calibrate_cache
 from foveate.kvcache.profile import CacheProfile as CacheProfile
+from foveate.memory.report import MemoryReport as MemoryReport
 from foveate.nn.levels import apply as apply
 from foveate.nn.levels import current_map as current_map
 from foveate.nn.levels import floor as floor

@@ -7,6 +7,7 @@
     calibrate  quantizing: its time by phase over that of forward passes, and its memory over that of the model
     saved    packing and unpacking the tensors that autograd saves
     runtime  the runtime manager: simulated under load on recorded traces, and live around a plain loop
+    memory   planes that come and go: memory given back, the limit, restoring, streaming, conversions
 
 Each benchmark returns one object that can be written as JSON:
 
@@ -26,7 +27,7 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime")
+NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime", "memory")
 
 
 def run(name: str, sizes: Any = None) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from foveate.nn.modules import PlaneConv, take_hooks
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import detach, quantized_part, registry_of
 from foveate.nn.replace import replace_module
+from foveate.nn.residency.registry import ResidentRegistry
 from foveate.sizes import format_bytes
 
 
@@ -48,7 +49,8 @@ def dequantize(model: nn.Module) -> None:
         >>> model.save_pretrained("four-bits/")
     """
     model = quantized_part(model)
-    weights = registry_of(model).weights.values()
+    registry = registry_of(model)
+    weights = registry.weights.values()
     sizes = [w.value.rows * w.value.columns for w in weights]
     needed = sum(n * w.dtype.itemsize for n, w in zip(sizes, weights, strict=True)) + 4 * max(sizes, default=0)
     if needed > free_memory():
@@ -72,6 +74,8 @@ def dequantize(model: nn.Module) -> None:
         replace_module(model, name, made[id(module)])
     join_derived(model)
     detach(model)
+    if isinstance(registry, ResidentRegistry):
+        registry.leave()
 
 
 def _in_stack(model: nn.Module, name: str) -> bool:

@@ -23,6 +23,7 @@ from foveate.checkpoint.head import HEAD as HEAD
 from foveate.checkpoint.head import Head as Head
 from foveate.checkpoint.head import PathLike as PathLike
 from foveate.checkpoint.head import read_head as read_head
+from foveate.checkpoint.runs import StoredWeight as StoredWeight
 from foveate.checkpoint.store import Measurements as Measurements
 from foveate.checkpoint.store import at_most_stored as at_most_stored
 from foveate.checkpoint.store import load_profile as load_profile
@@ -33,3 +34,6 @@ from foveate.checkpoint.store import save_frontier as save_frontier
 from foveate.checkpoint.store import save_map as save_map
 from foveate.checkpoint.store import save_timings as save_timings
 from foveate.checkpoint.store import write as write
+from foveate.checkpoint.tiers import Tiers as Tiers
+from foveate.checkpoint.tiers import read_tiers as read_tiers
+from foveate.checkpoint.tiers import stored_weight as stored_weight

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from foveate.checkpoint.head import DATA_FILE, HEAD, LARGEST_HEAD
+from foveate.checkpoint.runs import Cuts, RunTable, Sums
 from foveate.errors import CheckpointError, FoveateError
-from foveate.files import commit, locked, parse_json, read_regular
+from foveate.files import Pieces, commit, locked, parse_json, read_regular, write_tensors
 
 _STAGING = ".foveate-"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """A data file that was written: its name, the SHA-256 of each tensor, and the runs of those that have several."""
+
+    file: str
+    checksums: Mapping[str, str]
+    runs: Mapping[str, RunTable]
 
 
 class Writer:
@@ -27,13 +37,18 @@ class Writer:
         self.folder, self._staging = folder, staging
         self.made: list[Path] = []
 
-    def tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Write a safetensors file."""
-        temporary = self._staging / name
-        save_file({key: t.contiguous() for key, t in tensors.items()}, temporary)
-        # safetensors lets only the owner read its files; ours have the permissions of the folder
+    def tensors(self, part: str, tensors: Mapping[str, Tensor | Pieces], cuts: Mapping[str, Cuts]) -> Written:
+        """Write the data file of a part. Its name is made from its checksums, which are computed as it is written."""
+        temporary = self._staging / f"{part}.safetensors"
+        sums = {name: Sums(cuts.get(name)) for name in tensors}
+        write_tensors(temporary, tensors, lambda name, piece: sums[name].add(piece))
         temporary.chmod(self.folder.stat().st_mode & 0o666)
-        self._name(temporary, self.folder / name)
+        checksums = {name: one.whole() for name, one in sums.items()}
+        digest = hashlib.sha256(dumped(checksums)).hexdigest()[:12]
+        file = f"foveate-{part}-{digest}.safetensors"
+        self._name(temporary, self.folder / file)
+        runs = {name: table for name, one in sums.items() if (table := one.table()) is not None}
+        return Written(file=file, checksums=checksums, runs=runs)
 
     def content(self, name: str, content: bytes) -> None:
         """Write any other file."""
@@ -76,7 +91,7 @@ def writing(folder: Path) -> Iterator[Writer]:
                 _clear(folder)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         if isinstance(error, FoveateError):
             raise
         raise CheckpointError(f"cannot write {folder}: {error}") from error

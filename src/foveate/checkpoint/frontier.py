@@ -26,7 +26,6 @@ from foveate.checkpoint.files import Writer, dumped
 from foveate.checkpoint.folder import Folder, opened
 from foveate.checkpoint.head import Head, PathLike
 from foveate.errors import CheckpointError, FoveateError, PlaneNotResidentError
-from foveate.files import checksum
 from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS
 from foveate.precision.frontiers import MOST_MAPS, Frontier, Point
 from foveate.precision.maps import Levels, PrecisionMap, Site
@@ -85,13 +84,9 @@ def write_frontier(writer: Writer, head: Head, frontier: Frontier | None) -> Hea
     checksums = {part: of for part, of in head.checksums.items() if part != PART}
     if frontier is None:
         return replace(head, files=files, checksums=checksums, frontier=None)
-    table = table_of(frontier)
-    checksums[PART] = {name: checksum(tensor) for name, tensor in table.items()}
-    about = description_of(frontier)
-    digest = hashlib.sha256(dumped([checksums[PART], about])).hexdigest()[:12]
-    files[PART] = f"foveate-{PART}-{digest}.safetensors"
-    writer.tensors(files[PART], table)
-    return replace(head, files=files, checksums=checksums, frontier=about)
+    written = writer.tensors(PART, table_of(frontier), {})
+    files[PART], checksums[PART] = written.file, written.checksums
+    return replace(head, files=files, checksums=checksums, frontier=description_of(frontier))
 
 
 def check_stored(frontier: Frontier, stored: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from foveate.checkpoint.runs import FEATURE, RunTable
 from foveate.errors import CheckpointError, SiteError
 from foveate.files import parse_json, read_regular
 from foveate.formats.grids import EXPONENTS
@@ -24,8 +25,8 @@ from foveate.precision.maps import PrecisionMap, Site
 VERSION = 2
 HEAD = "foveate.json"
 #: Reserved for later versions: exact 16 and 32-bit tiles, zero masks, input permutations, importance tags. A head that
-#: lists a feature unknown here is refused.
-FEATURES: frozenset[str] = frozenset()
+#: lists a feature unknown here is refused. A head lists only the features that it uses.
+FEATURES: frozenset[str] = frozenset({FEATURE})
 #: The dtypes that weights can have had before they were quantized.
 DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 #: The most bytes that a head may have: a few for each tile of the largest models.
@@ -54,6 +55,7 @@ class Head:
         sha256: the checksum of the head itself; empty if it was not read from a file.
         other_parameters: as of `PrecisionMap`; None in folders of foveate 0.1.
         frontier: the description of the frontier (`foveate.checkpoint.frontier`); None if the folder has none.
+        runs: for each plane's part, the runs of each weight that has several (`foveate.checkpoint.runs`).
     """
 
     sites: tuple[Site, ...]
@@ -70,6 +72,7 @@ class Head:
     sha256: str = field(default="", compare=False)
     other_parameters: Mapping[str, int] | None = None
     frontier: Mapping[str, Any] | None = None
+    runs: Mapping[str, Mapping[str, RunTable]] = field(default_factory=dict)
 
     def of_weights(self) -> dict[str, Mapping[str, Any]]:
         """The tables that only weight sites have, by their keys in the file."""
@@ -85,7 +88,7 @@ def encoded(head: Head) -> bytes:
     data = {
         "format": "foveate",
         "version": VERSION,
-        "features": [],
+        "features": [FEATURE] if any(head.runs.values()) else [],
         "written_by": head.written_by,
         "model": dict(head.model),
         "other_bytes": head.other_bytes,
@@ -97,10 +100,16 @@ def encoded(head: Head) -> bytes:
         "map": head.plan.to_json(),
         "profile": head.profile,
         **({} if head.frontier is None else {"frontier": dict(head.frontier)}),
-        "files": {part: {"file": name, "sha256": head.checksums[part]} for part, name in head.files.items()},
+        "files": {part: _file_entry(head, part) for part in head.files},
     }
     data = json.loads(json.dumps(data))
     return json.dumps({**data, "sha256": head_checksum(data)}, indent=1).encode()
+
+
+def _file_entry(head: Head, part: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"file": head.files[part], "sha256": head.checksums[part]}
+    runs = head.runs.get(part)
+    return entry | ({"runs": {name: table.to_json() for name, table in runs.items()}} if runs else {})
 
 
 def head_checksum(data: Mapping[str, Any]) -> str:
@@ -204,6 +213,7 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         sha256=data["sha256"],
         other_parameters=other_parameters,
         frontier=None if data.get("frontier") is None else dict(data["frontier"]),
+        runs={part: _runs(entry) for part, entry in data["files"].items()} if FEATURE in data["features"] else {},
     )
     if type(head.other_bytes) is not int or head.other_bytes < 0:
         raise ValueError(f"other_bytes (={head.other_bytes!r}) is not a number of bytes")
@@ -217,6 +227,13 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
         if len(over) != len(WEIGHT_LEVELS) or not all(type(x) in (int, float) and 0 < x < _LARGEST for x in over):
             raise ValueError("measured_over_summed is not a positive number for each level")
     return head
+
+
+def _runs(entry: Mapping[str, Any]) -> dict[str, RunTable]:
+    found = {name: RunTable.from_json(table) for name, table in entry.get("runs", {}).items()}
+    if not set(found) <= set(entry["sha256"]):
+        raise ValueError("runs are listed of a weight that the file does not hold")
+    return found
 
 
 def _counts(found: Any) -> dict[str, int] | None:

@@ -7,7 +7,7 @@ the folder stores; then the stored levels of the loaded weights are lower than t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from foveate.checkpoint.files import dumped, writing
 from foveate.checkpoint.folder import Folder, opened
 from foveate.checkpoint.frontier import check_stored, write_frontier
 from foveate.checkpoint.head import HEAD, Head, PathLike, encoded, read_head
+from foveate.checkpoint.runs import Cuts, StoredWeight, cuts_of
 from foveate.errors import BudgetError, CheckpointError, PlaneNotResidentError, SiteError
-from foveate.files import checksum
+from foveate.files import Pieces
 from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_offsets_of
 from foveate.memory.arena import arena
@@ -43,7 +44,7 @@ class Measurements:
 def write(
     path: PathLike,
     *,
-    weights: Mapping[str, PlaneTensor],
+    weights: Mapping[str, PlaneTensor | StoredWeight],
     dtypes: Mapping[str, str],
     rest: Mapping[str, Tensor],
     plan: PrecisionMap,
@@ -52,17 +53,24 @@ def write(
     extra_files: Mapping[str, bytes],
 ) -> None:
     """Write a checkpoint folder, or replace the one that is there; see `foveate.save`."""
-    folder = Path(path)
-    parts: dict[str, dict[str, Tensor]] = {"scales": {}, **{f"plane{p}": {} for p in range(PLANES)}, "rest": dict(rest)}
+    folder, profile = Path(path), measured.profile
+    parts: dict[str, dict[str, Tensor | Pieces]] = {
+        "scales": {},
+        **{f"plane{p}": {} for p in range(PLANES)},
+        "rest": dict(rest),
+    }
+    cuts: dict[str, dict[str, Cuts]] = {f"plane{p}": {} for p in range(PLANES)}
     for name, w in weights.items():
         parts["scales"].update(
             {f"{name}|scales": w.scales, f"{name}|gain": w.gain, f"{name}|resident": w.stored_levels}
         )
-        for p, plane in enumerate(w.planes):
-            if plane.numel():
+        losses = None if profile is None else profile.scaled_losses(name)
+        planes: Sequence[Tensor | Pieces] = w.planes
+        for p, plane in enumerate(planes):
+            if plane.numel() if isinstance(plane, Tensor) else plane.size:
                 parts[f"plane{p}"][name] = plane
+                cuts[f"plane{p}"][name] = cuts_of(w.stored_levels, p, w.group, losses)
     about: dict[str, Any] | None = None
-    profile = measured.profile
     if profile is not None:
         about = {
             "samples": profile.samples,
@@ -76,12 +84,7 @@ def write(
             {f"{name}|{key}": t for name, kept in profile.statistics.items() for key, t in kept.items()}
         )
     with writing(folder) as writer:
-        files, checksums = {}, {}
-        for part, tensors in parts.items():
-            checksums[part] = {name: checksum(t) for name, t in tensors.items()}
-            digest = hashlib.sha256(dumped(checksums[part])).hexdigest()[:12]
-            files[part] = f"foveate-{part}-{digest}.safetensors"
-            writer.tensors(files[part], tensors)
+        written = {part: writer.tensors(part, tensors, cuts.get(part, {})) for part, tensors in parts.items()}
         for name, content in extra_files.items():
             writer.content(name, content)
         head = Head(
@@ -92,8 +95,9 @@ def write(
             reach={name: w.reach for name, w in weights.items()},
             exponent={name: w.exponent for name, w in weights.items()},
             dtype=dtypes,
-            files=files,
-            checksums=checksums,
+            files={part: one.file for part, one in written.items()},
+            checksums={part: one.checksums for part, one in written.items()},
+            runs={part: one.runs for part, one in written.items()},
             model=model,
             profile=about,
             written_by=f"foveate {__version__}",
@@ -112,7 +116,7 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
     with writing(Path(path)) as writer, opened(path) as folder:
         if plan.sites != folder.head.sites:
             raise SiteError(f"the map is of another model than {path}")
-        stored = _stored_levels(folder)
+        stored = stored_levels_in(folder)
         for site in folder.head.weight_sites():
             _wanted(site, stored[site.name], plan.levels[site.name])
         writer.content(HEAD, encoded(replace(folder.head, plan=plan)))
@@ -133,7 +137,7 @@ def save_frontier(path: PathLike, frontier: Frontier | None) -> None:
         if frontier is not None:
             if frontier[0].sites != folder.head.sites:
                 raise SiteError(f"the frontier is of another model than {path}")
-            check_stored(frontier, _stored_levels(folder))
+            check_stored(frontier, stored_levels_in(folder))
         writer.content(HEAD, encoded(write_frontier(writer, folder.head, frontier)))
 
 
@@ -159,7 +163,7 @@ def save_timings(path: PathLike, timings: Timings | None) -> None:
         writer.content(HEAD, encoded(replace(head, profile=about)))
 
 
-def _stored_levels(folder: Folder) -> dict[str, Tensor]:
+def stored_levels_in(folder: Folder) -> dict[str, Tensor]:
     """For each weight site the stored level of each tile, uint8 [NT, G]."""
     stored = {}
     for site in folder.head.weight_sites():
@@ -190,12 +194,62 @@ def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
 def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
     """The map, lowered wherever it reads planes that the folder does not store; the same map if there are none."""
     levels: dict[str, Levels] = dict(plan.levels)
-    for name, stored in _stored_levels(folder).items():
+    for name, stored in stored_levels_in(folder).items():
         level = levels[name]
         tiles = tile_levels(level, stored.numel())
         levels[name] = bytes(map(min, tiles, stored.flatten().tolist()))
     lowered = replace(plan, levels=levels, predicted_loss=float("nan"))
     return plan if lowered == plan else lowered
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaneReader:
+    """Reads planes and scales of the weights of a folder into blocks of memory that they stay in.
+
+    Attributes:
+        folder: the folder.
+        stored: the stored level of each tile of each weight, uint8 [NT, G].
+        wanted: the level up to which each tile is read, at most the stored one.
+    """
+
+    folder: Folder
+    stored: Mapping[str, Tensor]
+    wanted: Mapping[str, Tensor]
+
+    def block(self, part: str, suffix: str, least_level: int, width: Mapping[int, int]) -> list[Tensor]:
+        """One part of every weight, of the tiles whose wanted level is at least `least_level`; `width` has the bytes of
+        a tile for each size of groups.
+        """
+        sites = self.folder.head.weight_sites()
+        sizes = [int((self.wanted[s.name] >= least_level).sum()) * width[s.group] for s in sites]
+        targets = arena(sizes)
+        for site, target in zip(sites, targets, strict=True):
+            if not target.numel():
+                continue
+            have = (self.stored[site.name] >= least_level).view(-1)
+            size = int(have.sum()) * width[site.group]
+            tensor = self.folder.read(part, site.name + suffix, size)
+            if tensor.dtype != torch.uint8 or tensor.numel() != size:
+                raise CheckpointError(f"{self.folder.path}: {part} of {site.name} is malformed")
+            need = (self.wanted[site.name] >= least_level).view(-1)
+            rows = tensor.view(-1, width[site.group])
+            target.copy_((rows if bool((need == have).all()) else rows[need[have]]).view(-1))
+        return targets
+
+    def scales(self) -> list[Tensor]:
+        """The scales of each weight."""
+        return self.block("scales", "|scales", 1, dict.fromkeys(GROUPS, SCALE_BYTES))
+
+    def gain(self, site: Site) -> Tensor:
+        """The gains of a weight."""
+        path = self.folder.path
+        gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
+        gain = self.folder.read("scales", f"{site.name}|gain", 2 * len(GAINED_LEVELS) * gain_rows)
+        if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
+            raise CheckpointError(f"{path}: the gains of {site.name} are malformed")
+        if not bool(gain.isfinite().all()):
+            raise CheckpointError(f"{path}: the gains of {site.name} hold NaN or Inf")
+        return gain
 
 
 def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTensor]:
@@ -206,55 +260,31 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
     """
     head = folder.head
     sites = head.weight_sites()
-    stored = _stored_levels(folder)
+    stored = stored_levels_in(folder)
     wanted = {
         s.name: stored[s.name] if keep is None else _wanted(s, stored[s.name], keep.levels[s.name]) for s in sites
     }
-
-    def block(part: str, suffix: str, least_level: int, width: dict[int, int], dtype: torch.dtype) -> list[Tensor]:
-        sizes = [int((wanted[s.name] >= least_level).sum()) * width[s.group] for s in sites]
-        targets = arena(sizes)
-        for site, target in zip(sites, targets, strict=True):
-            if not target.numel():
-                continue
-            have = (stored[site.name] >= least_level).view(-1)
-            tensor = folder.read(part, site.name + suffix, int(have.sum()) * width[site.group])
-            if tensor.dtype != dtype or tensor.numel() * tensor.element_size() != int(have.sum()) * width[site.group]:
-                raise CheckpointError(f"{folder.path}: {part} of {site.name} is malformed")
-            need = (wanted[site.name] >= least_level).view(-1)
-            rows = tensor.view(torch.uint8).view(-1, width[site.group])
-            target.copy_((rows if bool((need == have).all()) else rows[need[have]]).view(-1))
-        return [t.view(dtype) for t in targets]
-
-    scales = block("scales", "|scales", 1, dict.fromkeys(GROUPS, SCALE_BYTES), torch.uint8)
+    reader = PlaneReader(folder=folder, stored=stored, wanted=wanted)
+    scales = reader.scales()
     planes = [
-        block(f"plane{p}", "", NESTED_LEVELS[p], {g: tile_bytes(p, g) for g in GROUPS}, torch.uint8)
-        for p in range(PLANES)
+        reader.block(f"plane{p}", "", NESTED_LEVELS[p], {g: tile_bytes(p, g) for g in GROUPS}) for p in range(PLANES)
     ]
-    made = []
-    for i, site in enumerate(sites):
-        gain_rows = site.grid[0] * TILE_ROWS if site.row_gains else 1
-        gain = folder.read("scales", f"{site.name}|gain", 2 * len(GAINED_LEVELS) * gain_rows)
-        if gain.dtype != torch.float16 or gain.shape != (len(GAINED_LEVELS), gain_rows):
-            raise CheckpointError(f"{folder.path}: the gains of {site.name} are malformed")
-        if not bool(gain.isfinite().all()):
-            raise CheckpointError(f"{folder.path}: the gains of {site.name} hold NaN or Inf")
-        stored_levels, reach = wanted[site.name], head.reach[site.name]
-        made.append(
-            PlaneTensor(
-                planes=tuple(planes[p][i] for p in range(PLANES)),
-                scales=scales[i],
-                gain=gain,
-                stored_levels=stored_levels,
-                tile_offsets=tile_offsets_of(stored_levels),
-                active_levels=stored_levels[None].clone(),
-                rows=site.rows,
-                columns=site.columns,
-                group=site.group,
-                reach=reach,
-                exponent=head.exponent[site.name],
-            )
+    made = [
+        PlaneTensor(
+            planes=tuple(planes[p][i] for p in range(PLANES)),
+            scales=scales[i],
+            gain=reader.gain(site),
+            stored_levels=wanted[site.name],
+            tile_offsets=tile_offsets_of(wanted[site.name]),
+            active_levels=wanted[site.name][None].clone(),
+            rows=site.rows,
+            columns=site.columns,
+            group=site.group,
+            reach=head.reach[site.name],
+            exponent=head.exponent[site.name],
         )
+        for i, site in enumerate(sites)
+    ]
     return dict(zip((s.name for s in sites), share_active_levels(made), strict=True))
 
 

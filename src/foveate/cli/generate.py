@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -48,9 +48,12 @@ def generate(
             help="Lower the precision while a limit is exceeded, such as latency=50ms,power=45W,quality=0.02.",
         ),
     ] = None,
+    memory: options.Limit = None,
     json_output: options.Json = False,
 ) -> None:
-    """Continue a prompt. Without --level, --bits or --schedule the model is read by the folder's default map."""
+    """Continue a prompt. Without --level, --bits or --schedule the model is read by the folder's default map, or with
+    --memory by the best that fits.
+    """
     head = fv.read_head(out)
     if sum(choice is not None for choice in (level, bits, schedule)) > 1:
         raise LevelError("give at most one of --level, --bits and --schedule")
@@ -74,7 +77,10 @@ def generate(
     if isinstance(most, int) and given.shape[1] + max_tokens > most:
         max_tokens = most - given.shape[1]
         log.info("the model has %d positions: writing %d tokens at most", most, max_tokens)
-    model = load_planes(out, keep)
+    chosen = level is not None or bits is not None
+    model = load_planes(out, None if memory is not None else keep, memory)
+    if memory is not None and chosen:
+        fv.apply(model, keep if isinstance(keep, fv.PrecisionMap) else _uniform(model, cast(int, keep)))
     switches: list[Switch] = []
     manager = None if kept is None else fv.RuntimeManager(model, limits=kept)
     moves: list[dict[str, Any]] = []
@@ -106,6 +112,8 @@ def generate(
     if not json_output:
         print()
         log.info("%d tokens, %.1f a second", len(ids), len(ids) / max(seconds, 1e-9))
+        if memory is not None:
+            log.info("%s", fv.memory_report(model))
         return
     result = {
         "prompt": prompt,
@@ -118,6 +126,8 @@ def generate(
     if manager is not None:
         result["moves"] = moves
         result["expected_kl"] = manager.expected_kl
+    if memory is not None:
+        result["memory"] = asdict(fv.memory_report(model))
     print(emit(result))
 
 
@@ -144,9 +154,13 @@ def _note_moves(manager: fv.RuntimeManager, token: int, moves: list[dict[str, An
             print(f"[index {decided.index}, {bits:.2f} bits: {decided.reason}]", end="", file=sys.stderr, flush=True)
 
 
-def _switch(model: nn.Module, level: int, index: int) -> Switch:
+def _uniform(model: nn.Module, level: int) -> fv.PrecisionMap:
     current = fv.current_map(model)
-    plan = replace(uniform(current.sites, level, current.other_bytes), other_parameters=current.other_parameters)
+    return replace(uniform(current.sites, level, current.other_bytes), other_parameters=current.other_parameters)
+
+
+def _switch(model: nn.Module, level: int, index: int) -> Switch:
+    plan = _uniform(model, level)
     started = time.perf_counter()
     fv.apply(model, plan)
     return Switch(index, level, 1e6 * (time.perf_counter() - started))

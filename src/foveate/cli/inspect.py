@@ -6,31 +6,40 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from foveate.checkpoint import opened
 from foveate.checkpoint.frontier import read_frontier
 from foveate.cli import frontier
 from foveate.cli.shared import options
-from foveate.cli.shared.console import emit, show
+from foveate.cli.shared.console import emit, plain_table, show
 from foveate.cli.shared.tables import bits_line, legend, map_figures, map_table, sizes_table
+from foveate.folder.plan_memory import MemoryPlan, plan_memory
 from foveate.precision.maps import PrecisionMap, Site
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, stored_bytes
+from foveate.sizes import format_bytes
 
 
 def inspect(
     out: options.Folder,
+    memory: options.Limit = None,
     each: Annotated[bool, typer.Option("--all", help="Show a row for each weight instead of each layer.")] = False,
     json_output: options.Json = False,
 ) -> None:
     """Show where a model's bits are: for each layer the share of its tiles at each level, the bytes in total, and the
-    frontier where one is stored.
+    frontier where one is stored. With --memory, what would be in memory under that limit, what would wait on disk, and
+    what that would cost.
     """
     with opened(out) as folder:
         plan, size = folder.head.plan, folder.bytes
         chain = None if folder.head.frontier is None else read_frontier(folder)
+    within = None if memory is None else plan_memory(out, memory)
+    if within is not None:
+        plan = within.plan
     if json_output:
         known = {} if chain is None else {"frontier": frontier.figures(chain)}
-        print(emit({**_figures(out, plan, size, each), **known}))
+        limited = {} if within is None else {"memory": _of_memory(within)}
+        print(emit({**_figures(out, plan, size, each), **known, **limited}))
         return
     weights = sum(s.weights for s in plan.weight_sites())
     show(
@@ -39,7 +48,33 @@ def inspect(
         legend(plan),
         sizes_table(plan, size),
         *([] if chain is None else [frontier.table(chain)]),
+        *([] if within is None else [_memory_table(within)]),
     )
+
+
+def _of_memory(within: MemoryPlan) -> dict[str, Any]:
+    return {
+        "limit": within.limit,
+        "fixed": within.fixed,
+        "stays": within.stays,
+        "waits": within.waits,
+        "bytes_a_token": within.plan.bytes_read,
+        "bytes_a_token_of_all_planes": within.whole.bytes_read,
+        "predicted_loss": within.predicted_loss,
+        "predicted_loss_of_all_planes": within.whole_loss,
+    }
+
+
+def _memory_table(within: MemoryPlan) -> Table:
+    """What stays, what waits, and what both cost."""
+    table = plain_table(f"within {format_bytes(within.limit)}", "planes in memory", "all planes")
+    whole = within.stays + within.waits
+    table.add_row("planes in memory", format_bytes(within.stays), format_bytes(whole))
+    table.add_row("planes that wait on disk", format_bytes(within.waits), format_bytes(0))
+    table.add_row("always in memory", format_bytes(within.fixed), format_bytes(within.fixed))
+    table.add_row("bytes a token", format_bytes(within.plan.bytes_read), format_bytes(within.whole.bytes_read))
+    table.add_row("predicted loss", f"{within.predicted_loss:.4g}", f"{within.whole_loss:.4g}")
+    return table
 
 
 def _row(plan: PrecisionMap, name: str, sites: tuple[Site, ...]) -> dict[str, Any]:

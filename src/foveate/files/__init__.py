@@ -12,5 +12,9 @@ from foveate.files.lock import locked as locked
 from foveate.files.regular import open_regular as open_regular
 from foveate.files.regular import parse_json as parse_json
 from foveate.files.regular import read_regular as read_regular
+from foveate.files.tensor_writer import PAGE as PAGE
+from foveate.files.tensor_writer import Pieces as Pieces
+from foveate.files.tensor_writer import write_tensors as write_tensors
 from foveate.files.tensors import TensorFile as TensorFile
+from foveate.files.tensors import bytes_of as bytes_of
 from foveate.files.tensors import checksum as checksum

@@ -26,7 +26,8 @@ from torch import Tensor
 from foveate.errors import CheckpointError
 from foveate.files.regular import open_regular, parse_json
 
-_DTYPES = {
+#: The dtypes of a safetensors file, by their names in it.
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -102,6 +103,11 @@ class TensorFile:
         """Close the file; no tensor can be read afterwards."""
         self._file.close()
 
+    @property
+    def descriptor(self) -> int:
+        """The number of the open file; it is closed with this object."""
+        return self._file.fileno()
+
     def _read_head(self) -> None:
         self.bytes = self._file.seek(0, 2)
         length = int.from_bytes(self._read(bytearray(8), 0), "little")
@@ -135,7 +141,7 @@ class TensorFile:
             raise CheckpointError(f"{self.path} is damaged: it holds no {name!r}")
         try:
             raw = torch.empty(entry.size, dtype=torch.uint8)
-            self._read(_bytes_of(raw), entry.begin)
+            self._read(bytes_of(raw), entry.begin)
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: not enough memory
             raise CheckpointError(f"{self.path} is damaged: {name!r}: {error}") from error
         if sha256 is not None and checksum(raw) != sha256:
@@ -163,9 +169,9 @@ def _entry(name: str, about: Any, offset: int) -> Entry:
     shape, offsets = about["shape"], about["data_offsets"]
     if not _are_counts(shape) or not _are_counts(offsets):
         raise ValueError(f"{name!r} has a shape or place that is not of whole numbers")
-    if not isinstance(about["dtype"], str) or about["dtype"] not in _DTYPES:
+    if not isinstance(about["dtype"], str) or about["dtype"] not in DTYPES:
         raise ValueError(f"{name!r} has the dtype {about['dtype']!r}")
-    dtype = _DTYPES[about["dtype"]]
+    dtype = DTYPES[about["dtype"]]
     if len(shape) > _MOST_DIMENSIONS or len(offsets) != 2:
         raise ValueError(f"{name!r} has {len(shape)} dimensions")
     if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
@@ -180,10 +186,10 @@ def _are_counts(values: Any) -> bool:
 def checksum(tensor: Tensor) -> str:
     """The SHA-256 of a tensor's bytes."""
     whole = tensor.contiguous()  # kept alive while its bytes are read
-    return hashlib.sha256(_bytes_of(whole)).hexdigest()
+    return hashlib.sha256(bytes_of(whole)).hexdigest()
 
 
-def _bytes_of(tensor: Tensor) -> Any:
+def bytes_of(tensor: Tensor) -> Any:
     """A buffer over a contiguous tensor's bytes, which must outlive it."""
     size = tensor.numel() * tensor.element_size()
     return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else bytearray()

@@ -9,30 +9,18 @@ replaced by modules on planes, and the other tensors are read into their places.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from foveate import checkpoint
-from foveate.allocate import allocate
-from foveate.checkpoint import Folder, Head, PathLike
-from foveate.checkpoint.head import DTYPES
-from foveate.collect.kinds import PRODUCT, QuantizableWeight, kind_of, weight_matrix_shape
-from foveate.errors import CheckpointError, SiteError
-from foveate.folder.known_frontier import keep_frontier
-from foveate.folder.save import _rest, is_finite
-from foveate.folder.skeleton import skeleton
-from foveate.formats.levels import TOP_LEVEL
+from foveate.checkpoint import Folder, PathLike
+from foveate.errors import CheckpointError, DeviceError, SiteError
+from foveate.folder.rebuild import keep_ranges, on_planes_of
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.nn.experts import taken_apart
-from foveate.nn.foreign.derived import split_derived
-from foveate.nn.foreign.folded import fold_skeleton
-from foveate.nn.plane_module import PlaneModule
-from foveate.nn.registry import Registry
-from foveate.nn.replace import install
-from foveate.nn.weight import PlaneWeight
-from foveate.precision.budgets import Budget
+from foveate.memory.allocator import given_back
+from foveate.memory.streaming import StreamingResidency
+from foveate.nn.residency.following import AUTO, first_limit, start_following
+from foveate.nn.residency.registry import make_resident
 from foveate.precision.maps import PrecisionMap, uniform
 from foveate.sizes import parse_bytes
 
@@ -42,6 +30,7 @@ def load(
     *,
     keep: PrecisionMap | int | None = None,
     memory: int | str | None = None,
+    strict: bool = False,
     model: nn.Module | None = None,
 ) -> nn.Module:
     """Read a model from a folder, in evaluation mode.
@@ -50,7 +39,9 @@ def load(
         path: a folder that `save` wrote.
         keep: load only the planes that this map, or this level everywhere, reads, and apply it. If not given, load all
             planes and apply the default map of the folder.
-        memory: load the planes of the best map that fits in so many bytes, `"6GiB"` or a number.
+        memory: what the model may take, `"6GiB"` or a number of bytes, or `"auto"` for what is free. Planes that do not
+            fit stay on disk, and come and go as `foveate.resize` and the maps in force say (docs/memory.md).
+        strict: with `memory`, have calls wait for planes that are not in memory, instead of reading fewer bits.
         model: the skeleton to fill, for models that are not transformers' (nor a SentenceTransformer of the usual
             modules: a transformer, pooling, normalization).
 
@@ -58,135 +49,44 @@ def load(
         CheckpointError: the folder is missing, damaged, of a newer version, or not of this model.
         SiteError: `keep` is a map of another model.
         PlaneNotResidentError: the folder does not store the planes of `keep`.
-        BudgetError: nothing fits in `memory`; the message says the least possible.
+        BudgetError: `memory` is less than the least possible, which the message says.
     """
     ensure_loaded()
+    if memory is not None and keep is not None:
+        raise CheckpointError("give keep or memory, not both")
+    if strict and memory is None:
+        raise CheckpointError("strict says what calls do about planes on disk: give memory too")
     with checkpoint.opened(path) as folder:
-        return _load(folder, keep, memory, model)
+        if memory is not None:
+            return _load_within(folder, memory, strict, model)
+        return _load(folder, keep, model)
 
 
-def _load(
-    folder: Folder, keep: PrecisionMap | int | None, memory: int | str | None, model: nn.Module | None
-) -> nn.Module:
+def _load(folder: Folder, keep: PrecisionMap | int | None, model: nn.Module | None) -> nn.Module:
     head, path = folder.head, folder.path
-    if memory is not None:
-        if keep is not None:
-            raise CheckpointError("give keep or memory, not both")
-        keep = checkpoint.at_most_stored(folder, _fitting(folder, parse_bytes(memory)))
     if isinstance(keep, int):
         keep = replace(uniform(head.sites, keep, head.other_bytes), other_parameters=head.other_parameters)
     if keep is not None and keep.sites != head.sites:
         raise SiteError(f"the map is of another model than {path}")
-    if model is None:
-        model = skeleton(folder)
-    fold_skeleton(model, head.model.get("folded", ()))
-    planes = checkpoint.read_planes(folder, keep)
-    weights = {name: PlaneWeight(p, _dtype(head.dtype[name])) for name, p in planes.items()}
-    sites = head.weight_sites()
-    names = frozenset(n.removesuffix(":weight") for s in sites for n in (s.name, *s.aliases))
-    with taken_apart(model, _stacks(head)), split_derived(model, names):
-        found = [_found(model, (s.name, *s.aliases), s.rows, s.columns) for s in sites]
-        registry = install(model, found, sites, weights)
-    _fill(model, folder)
-    if registry.sites != head.sites:
-        raise CheckpointError(f"{path} is not of this model: its sites differ")
-    registry.other_bytes = head.other_bytes
-    if head.profile is not None:
-        registry.profile_source = checkpoint.profile_later(folder)
-    if head.frontier is not None:
-        keep_frontier(model, checkpoint.frontier_later(folder))
+    model, registry = on_planes_of(folder, checkpoint.read_planes(folder, keep), model)
     plan = head.plan if keep is None else keep
     registry.apply(plan)
-    registry.set_ranges(_ranges(path, head, registry))
+    keep_ranges(folder, registry)
     return model.eval()
 
 
-def _ranges(path: PathLike, head: Head, registry: Registry) -> dict[str, tuple[float, float]]:
-    """The ranges of inputs with static scales that a folder stores."""
-    stored = head.model.get("ranges", {})
-    if not isinstance(stored, dict) or not set(stored) <= set(registry.inputs):
-        raise CheckpointError(f"{path}: the ranges in its head are not of this model's inputs")
-    for name, limits in stored.items():
-        is_range = isinstance(limits, list) and len(limits) == 2 and all(type(v) in (int, float) for v in limits)
-        if not is_range or not -1e38 < limits[0] <= limits[1] < 1e38:
-            raise CheckpointError(f"{path}: the range of {name} (={limits!r}) is not two finite numbers")
-    return {name: (float(low), float(high)) for name, (low, high) in stored.items()}
-
-
-def _fitting(folder: Folder, memory: int) -> PrecisionMap:
-    """The map of least predicted loss among those that fit in `memory` bytes."""
-    profile = checkpoint.read_profile(folder)
-    top = profile.uniform(TOP_LEVEL)
-    return top if top.bytes_resident <= memory else allocate(profile, Budget(bytes=memory))
-
-
-def _stacks(head: Head) -> frozenset[str]:
-    """The layers whose experts may be sites of their own: `a.b` for a site `a.b.5.down_proj:weight`."""
-    return frozenset(s.name.rpartition(".")[0].rpartition(".")[0] for s in head.weight_sites())
-
-
-def _found(model: nn.Module, site_names: tuple[str, ...], rows: int, columns: int) -> QuantizableWeight:
-    names = tuple(name.removesuffix(":weight") for name in site_names)
-    modules = []
-    for name in names:
-        try:
-            module = model.get_submodule(name)
-        except AttributeError as error:
-            raise CheckpointError(f"the model has no module {name!r}, which the checkpoint has planes for") from error
-        module = module._modules.get(PRODUCT) or module
-        if kind_of(module) is None or weight_matrix_shape(module) != (rows, columns):
-            raise CheckpointError(
-                f"{name} of the model does not hold a weight of {rows} x {columns}, as the checkpoint has"
-            )
-        modules.append(module)
-    return QuantizableWeight(names, tuple(modules))
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f"{name!r} is not a dtype")
-    return dtype
-
-
-def _fill(model: nn.Module, folder: Folder) -> None:
-    """Read the tensors that are not on planes into their places. Tensors that the model shares stay shared."""
-    filled: dict[int, tuple[Tensor, Tensor]] = {}  # the old tensors are kept too: a freed one's id could be used again
-    entries = folder.part("rest").entries
-    for full_name in folder.head.checksums["rest"]:
-        prefix, _, name = full_name.rpartition(".")
-        try:
-            module = model.get_submodule(prefix)
-        except AttributeError as error:
-            raise CheckpointError(
-                f"the model has no module {prefix!r}, which the checkpoint has {name!r} for"
-            ) from error
-        place: dict[str, Any] = module._parameters if name in module._parameters else module._buffers
-        old, entry = place.get(name), entries.get(full_name)
-        if entry is None:
-            raise CheckpointError(f"{folder.path} is damaged: it holds no {full_name!r}")
-        if old is None or old.shape != entry.shape:  # before any of its bytes are read
-            have = "missing" if old is None else tuple(old.shape)
-            raise CheckpointError(f"{full_name} of the model is {have}, of the checkpoint {entry.shape}")
-        tensor = folder.read("rest", full_name, entry.size)
-        known = str(tensor.dtype).removeprefix("torch.") in DTYPES
-        if tensor.is_floating_point() and not known and tensor.dtype != old.dtype:
-            raise CheckpointError(f"{full_name} of the checkpoint is {tensor.dtype}, which the model cannot be run in")
-        if tensor.is_floating_point() != old.is_floating_point():
-            raise CheckpointError(f"{full_name} of the model is {old.dtype}, of the checkpoint {tensor.dtype}")
-        if isinstance(old, nn.Parameter) and not is_finite(tensor):  # buffers may hold Inf: masks do
-            raise CheckpointError(f"{full_name} of the checkpoint holds NaN or Inf")
-        new = nn.Parameter(tensor, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else tensor
-        _, first = filled.setdefault(id(old), (old, new))
-        place[name] = first if torch.equal(first, new) else new
-    for module in model.modules():
-        if isinstance(module, PlaneModule):  # its origin shares parameters as before, for `foveate.dequantize`
-            own: dict[str, Any] = module.origin.module._parameters
-            own.update({name: filled[id(old)][1] for name, old in own.items() if id(old) in filled})
-    if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
-        cast(Any, model).tie_weights()
-    empty = [name for name, t in _rest(model).items() if t.is_meta or name not in folder.head.checksums["rest"]]
-    if empty:
-        raise CheckpointError(
-            f"the checkpoint has nothing for {', '.join(empty[:5])}{' and others' if len(empty) > 5 else ''}"
-        )
+def _load_within(folder: Folder, memory: int | str, strict: bool, model: nn.Module | None) -> nn.Module:
+    """A model whose planes stay on disk where they do not fit."""
+    limit = first_limit().limit if memory == AUTO else parse_bytes(memory)
+    if ensure_loaded().isa is None:
+        raise DeviceError("planes on disk need compiled kernels: foveate.backends() says why this machine has none")
+    with given_back(True):
+        tiers = checkpoint.read_tiers(folder)
+        residency = StreamingResidency(tiers.held, limit=limit, importance=tiers.importance)
+        model, _ = on_planes_of(folder, tiers.weights, model)
+        registry = make_resident(model, residency, tiers, strict=strict)
+        registry.fill()
+        keep_ranges(folder, registry)
+    if memory == AUTO:
+        start_following(registry)
+    return model.eval()

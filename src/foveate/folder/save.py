@@ -16,17 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from foveate import checkpoint
-from foveate.checkpoint import PathLike
+from foveate.checkpoint import PathLike, StoredWeight, stored_weight
 from foveate.checkpoint.frontier import check_stored
 from foveate.collect.kinds import PRODUCT, parts_of_adapters
 from foveate.errors import CheckpointError, PlaneNotResidentError
 from foveate.folder import sentence_transformer
 from foveate.folder.known_frontier import known_frontier
 from foveate.nn.foreign.folded import folded_of
-from foveate.nn.levels import current_map, state_of
+from foveate.nn.levels import state_of
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, quantized_part, registry_of
+from foveate.nn.residency.registry import ResidentRegistry
 from foveate.nn.weight import PlaneWeight
+from foveate.planes import PlaneTensor
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap, tile_levels
 
@@ -55,7 +57,8 @@ def save(
     Args:
         model: a quantized model.
         path: the folder; made if it does not exist.
-        keep: store only the planes that this map reads; all that the model has if not given.
+        keep: store only the planes that this map reads; all that the model has if not given. A model that was loaded
+            with `memory=` has all that its folder stores: what is not in memory is copied from there.
         frontier: store this frontier beside the model; `foveate.frontier_of` gives it back after loading. If not given,
             the frontier that the model was loaded with is stored again, unless `keep` leaves out planes that it reads.
 
@@ -69,16 +72,22 @@ def save(
     """
     model = quantized_part(model)
     registry = registry_of(model)
-    plan = keep if keep is not None else current_map(model)
+    resident = registry if isinstance(registry, ResidentRegistry) else None
+    plan = keep if keep is not None else registry.wanted
+    assert plan is not None
     registry.check(plan)
     _check_in_place(model, registry)
     rest = _rest(model)
     for name, _ in model.named_parameters():
         if name in rest and not is_finite(rest[name]):
             raise CheckpointError(f"parameter {name} holds NaN or Inf: a folder with it could not be loaded")
-    weights = {name: w.value for name, w in registry.weights.items()}
-    if keep is not None:
-        weights = {name: w.kept(_level_tiles(keep, name, w.stored_levels)) for name, w in weights.items()}
+    weights: dict[str, PlaneTensor | StoredWeight] = {}
+    for name, w in registry.weights.items():
+        levels = None if keep is None else _level_tiles(keep, name, w.value.stored_levels)
+        if resident is not None:
+            weights[name] = stored_weight(resident.tiers, name, levels)
+        else:
+            weights[name] = w.value if levels is None else w.value.kept(levels)
     about, companions = _about(model)
     frontier = _frontier_to_store(model, registry, frontier, {name: w.stored_levels for name, w in weights.items()})
     checkpoint.write(

@@ -89,7 +89,7 @@ class Registry:
         ensure_loaded()
         self._bind()
         if levels is not None:
-            self.generations.change(lambda _: levels, self._check)
+            self._put(lambda _: levels)
 
     def _bind(self) -> None:
         """Put the levels that modules show side by side, give each site its place, and form the fused groups."""
@@ -176,7 +176,7 @@ class Registry:
         def changed(now: LevelState | None) -> LevelState:
             return now.with_frontier(decider, frontier) if now else LevelState(frontiers={decider: frontier})
 
-        self.generations.change(changed, self._check)
+        self._put(changed)
 
     def change(self, changed: Callable[[LevelState], LevelState]) -> LevelState:
         """Put a changed state of the levels in force, and return it; errors as for `apply`."""
@@ -186,13 +186,21 @@ class Registry:
                 raise FoveateError("the model has no levels yet: apply a map first")
             return changed(now)
 
-        return self.generations.change(of_present, self._check)
+        return self._put(of_present)
+
+    def _put(self, changed: Callable[[LevelState | None], LevelState]) -> LevelState:
+        return self.generations.change(changed, self._check)
+
+    @property
+    def wanted(self) -> PrecisionMap | None:
+        """The map that was decided for rows for which nothing was asked; None before any was applied."""
+        composed = self.generations.composed
+        return None if composed is None else composed.plan
 
     @property
     def plan(self) -> PrecisionMap | None:
-        """The map in force for rows for which nothing was asked; None before any was applied."""
-        composed = self.generations.composed
-        return None if composed is None else composed.plan
+        """The map that is read: `wanted`, unless planes are not in memory."""
+        return self.wanted
 
     @property
     def ranges(self) -> Mapping[str, tuple[float, float]]:

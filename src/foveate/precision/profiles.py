@@ -86,6 +86,13 @@ class Profile:
                 total += float(column[tiles == level].sum()) * factor
         return total
 
+    def scaled_losses(self, name: str) -> Tensor | None:
+        """What each tile of a weight loses at each level, scaled by `measured_over_summed`: float32 [T, 6]; None if the
+        profile has no losses of this weight.
+        """
+        table = self.losses.get(name)
+        return None if table is None else table * torch.tensor(self.measured_over_summed, dtype=table.dtype)
+
     def predict_inputs(self, levels: Mapping[str, Levels]) -> float:
         """The part of the predicted loss that the levels of inputs cost; 0 where it was not measured."""
         return sum(

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from foveate.errors import FoveateError
-from foveate.nn.levels import apply, current_map, set_index, state_of, withdraw
+from foveate.nn.levels import apply, set_index, state_of, withdraw
 from foveate.nn.registry import quantized_part
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap
@@ -70,7 +70,7 @@ class ModelLevels:
         self.index = 0
         self._model, self._root = model, quantized_part(model)
         self._refuse_a_second()
-        self._before = current_map(model)
+        self._before = state_of(model).frontier
         self._lock = threading.Lock()
         self._inside = 0
         self._count, self._started = 0, 0.0
@@ -79,7 +79,8 @@ class ModelLevels:
 
     def current(self) -> PrecisionMap:
         """The map in force before the manager started."""
-        return self._before
+        state = state_of(self._model)
+        return state.frontier[state.index]
 
     def chain(self) -> Frontier | None:
         """The frontier in force, if it has more than one map."""
@@ -89,7 +90,7 @@ class ModelLevels:
     def start(self, frontier: Frontier) -> None:
         """Put a frontier in force, unless it is in force already, and watch the passes."""
         self._refuse_a_second()
-        if current_map(self._model) is not self._before:
+        if state_of(self._model).frontier is not self._before:
             raise FoveateError("another map was applied since the manager was made: make it anew")
         self._root.__dict__[_ATTRIBUTE] = self
         try:

@@ -105,11 +105,11 @@ def load_original(name: str) -> nn.Module:
     return model
 
 
-def load_planes(path: Path, keep: fv.PrecisionMap | int | None = None) -> nn.Module:
+def load_planes(path: Path, keep: fv.PrecisionMap | int | None = None, memory: str | None = None) -> nn.Module:
     """Load a model that `foveate quantize` wrote; the arguments are those of `foveate.load`."""
     fv.read_head(path)
     transformers()
-    return fv.load(path, keep=keep)
+    return fv.load(path, keep=keep, memory=memory)
 
 
 def load_tokenizer(name: str, instead: str = "give token ids with --tokens FILE.npy or .safetensors") -> Any:

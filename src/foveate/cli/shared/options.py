@@ -40,6 +40,12 @@ Memory = Annotated[
     str | None,
     typer.Option(help="Memory that calibration may use, such as 6GiB. Default: three quarters of the free memory."),
 ]
+Limit = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", help="Memory that the model may take, such as 300MiB or auto; planes that do not fit stay on disk."
+    ),
+]
 Levels = Annotated[str, typer.Option(help="Levels to choose among. With 0 among them, tiles may be dropped.")]
 Tie = Annotated[list[str] | None, typer.Option(metavar="PATTERN,...", help="Weights that share one level; repeatable.")]
 PerWeight = Annotated[bool, typer.Option("--per-weight", help="Choose one level for each weight, not for each tile.")]

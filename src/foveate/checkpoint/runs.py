@@ -1,0 +1,227 @@
+"""The runs that a head lists: where the planes of large weights are cut, and a checksum of each piece.
+
+This is the feature `runs` of the format. A weight whose plane is one run is not listed, since the checksum of the plane
+is that of the run. Without the feature (older folders, and folders of small weights) each plane is one run.
+
+Shapes: NT strips, G groups.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foveate.errors import CheckpointError
+from foveate.files import Pieces
+from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
+from foveate.formats.packing import tile_bytes
+from foveate.memory.runs import LEAST_RUN, Run, Tag, first_strips
+from foveate.precision.maps import Site
+
+FEATURE = "runs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTable:
+    """The runs of one plane of one weight, as the head lists them.
+
+    Attributes:
+        strips: the first strip of each run, ascending from 0.
+        sha256: the checksum of each run.
+        importance: the loss that each run saves, or empty if the model was not measured.
+    """
+
+    strips: tuple[int, ...]
+    sha256: tuple[str, ...]
+    importance: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        ascending = all(type(n) is int and a < n for a, n in zip((-1, *self.strips), self.strips, strict=False))
+        if not self.strips or self.strips[0] != 0 or not ascending:
+            raise ValueError(f"the first strips of runs (={self.strips[:5]}...) do not ascend from 0")
+        if len(self.sha256) != len(self.strips) or not all(isinstance(s, str) for s in self.sha256):
+            raise ValueError(f"{len(self.strips)} runs have {len(self.sha256)} checksums")
+        if self.importance and len(self.importance) != len(self.strips):
+            raise ValueError(f"{len(self.strips)} runs have {len(self.importance)} importances")
+        if not all(type(v) in (int, float) and math.isfinite(v) for v in self.importance):
+            raise ValueError("an importance of a run is not a finite number")
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is in the head."""
+        given = {"strips": list(self.strips), "sha256": list(self.sha256)}
+        return given | ({"importance": list(self.importance)} if self.importance else {})
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> RunTable:
+        """The inverse of `to_json`; raises `ValueError`, `TypeError` or `KeyError` for anything else."""
+        return cls(
+            strips=tuple(data["strips"]), sha256=tuple(data["sha256"]), importance=tuple(data.get("importance", ()))
+        )
+
+
+def strip_bytes(stored_levels: Tensor, plane: int, group: int) -> list[int]:
+    """Bytes that each strip stores of a plane, [NT]; `stored_levels` is uint8 [NT, G]."""
+    counts: list[int] = (stored_levels >= NESTED_LEVELS[plane]).sum(1).tolist()
+    return [count * tile_bytes(plane, group) for count in counts]
+
+
+def importance_of(losses: Tensor, stored_levels: Tensor, plane: int) -> list[float]:
+    """The loss that each strip's part of a plane saves, [NT].
+
+    Args:
+        losses: float32 [T, 6], the loss of each tile at each of WEIGHT_LEVELS.
+        stored_levels: uint8 [NT, G].
+        plane: 0 to 4.
+    """
+    column = WEIGHT_LEVELS.index(NESTED_LEVELS[plane])
+    saved = (losses[:, column - 1] - losses[:, column]).double().clamp_min(0).view_as(stored_levels)
+    total: list[float] = torch.where(stored_levels >= NESTED_LEVELS[plane], saved, 0.0).sum(1).tolist()
+    return total
+
+
+def runs_of(
+    site: Site, plane: int, stored_levels: Tensor, sha256: str, offset: int, table: RunTable | None
+) -> list[Run]:
+    """The runs of one plane of one weight.
+
+    Args:
+        site: the weight.
+        plane: 0 to 4.
+        stored_levels: uint8 [NT, G], the levels that the folder stores.
+        sha256: the checksum of the whole plane.
+        offset: where the plane begins in its file.
+        table: what the head lists, or None if the plane is one run.
+
+    Raises:
+        CheckpointError: the head lists strips that the weight does not have, or a run that is empty.
+    """
+    sizes = strip_bytes(stored_levels, plane, site.group)
+    if not sum(sizes):
+        return []
+    if table is None:
+        table = RunTable(strips=(0,), sha256=(sha256,))
+    if table.strips[-1] >= len(sizes):
+        raise CheckpointError(f"the head lists strip {table.strips[-1]} of {site.name}, which has {len(sizes)}")
+    stored = (stored_levels >= NESTED_LEVELS[plane]).double().mean(1)
+    runs = []
+    for i, first in enumerate(table.strips):
+        last = table.strips[i + 1] if i + 1 < len(table.strips) else len(sizes)
+        size = sum(sizes[first:last])
+        if not size:
+            raise CheckpointError(f"the head lists a run of {site.name} at strip {first} that stores nothing")
+        tag = Tag(
+            level=NESTED_LEVELS[plane],
+            importance=table.importance[i] if table.importance else math.nan,
+            sparsity=1 - float(stored[first:last].mean()),
+        )
+        run = Run(
+            weight=site.name,
+            plane=plane,
+            first=first,
+            last=last,
+            offset=offset,
+            size=size,
+            sha256=table.sha256[i],
+            tag=tag,
+        )
+        runs.append(run)
+        offset += size
+    return runs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cuts:
+    """Where a plane that is written is cut into runs.
+
+    Attributes:
+        strips: the first strip of each run.
+        ends: the byte at which each run ends.
+        importance: the loss that each run saves, or empty.
+    """
+
+    strips: tuple[int, ...]
+    ends: tuple[int, ...]
+    importance: tuple[float, ...] = ()
+
+
+def cuts_of(stored_levels: Tensor, plane: int, group: int, losses: Tensor | None) -> Cuts:
+    """Where to cut a plane of a weight; `losses` is that of `importance_of`, or None."""
+    sizes = strip_bytes(stored_levels, plane, group)
+    strips = first_strips(sizes, LEAST_RUN)
+    parts = list(zip(strips, (*strips[1:], len(sizes)), strict=True))
+    ends, at = [], 0
+    for first, last in parts:
+        at += sum(sizes[first:last])
+        ends.append(at)
+    each = [] if losses is None else importance_of(losses, stored_levels, plane)
+    importance = tuple(sum(each[first:last]) for first, last in parts) if each else ()
+    return Cuts(strips=strips, ends=tuple(ends), importance=importance)
+
+
+@dataclass
+class Sums:
+    """The checksums of a tensor that is written: of the whole, and of each of its runs.
+
+    Attributes:
+        cuts: where its runs end, or None if it has no runs.
+    """
+
+    cuts: Cuts | None = None
+    _whole: Any = field(default_factory=hashlib.sha256)
+    _run: Any = field(default_factory=hashlib.sha256)
+    _runs: list[str] = field(default_factory=list)
+    _at: int = 0
+
+    def add(self, piece: memoryview) -> None:
+        """Take the next bytes."""
+        self._whole.update(piece)
+        if self.cuts is None or len(self.cuts.ends) < 2:
+            return
+        while len(piece):
+            end = self.cuts.ends[len(self._runs)]
+            part = piece[: end - self._at]
+            self._run.update(part)
+            self._at += len(part)
+            piece = piece[len(part) :]
+            if self._at == end:
+                self._runs.append(self._run.hexdigest())
+                self._run = hashlib.sha256()
+
+    def whole(self) -> str:
+        """The SHA-256 of all bytes."""
+        return str(self._whole.hexdigest())
+
+    def table(self) -> RunTable | None:
+        """The runs for the head; None if there is only one."""
+        if self.cuts is None or len(self.cuts.ends) < 2:
+            return None
+        return RunTable(strips=self.cuts.strips, sha256=tuple(self._runs), importance=self.cuts.importance)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredWeight:
+    """A weight whose planes are given piece by piece, from memory or from the file they are in.
+
+    Attributes:
+        planes: the bytes of each plane.
+        scales, gain, stored_levels, group, reach, exponent: as of `foveate.planes.PlaneTensor`.
+    """
+
+    planes: tuple[Pieces, ...]
+    scales: Tensor
+    gain: Tensor
+    stored_levels: Tensor
+    group: int
+    reach: int
+    exponent: int
+
+
+def plane_pieces(size: int, pieces: Callable[[], Iterable[Any]]) -> Pieces:
+    """A plane of `size` bytes; `pieces` gives them as buffers."""
+    return Pieces(dtype=torch.uint8, shape=(size,), pieces=pieces)
