@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveate.bench import bandwidth, dense, kernels
+from foveate.bench.limits import bandwidth, dense, kernels
 from foveate.bench.result import BackgroundLoad
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads

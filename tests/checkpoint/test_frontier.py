@@ -68,6 +68,8 @@ def test_a_frontier_is_exchanged_and_taken_away(stored: tuple[Path, Frontier]) -
     before = fv.read_head(folder)
     fv.save_frontier(folder, chain.unmeasured())
     assert fv.load_frontier(folder) == chain.unmeasured()
+    fv.save_frontier(folder, Frontier(chain.maps[:3]))
+    assert fv.load_frontier(folder) == Frontier(chain.maps[:3])
     assert not (folder / before.files["frontier"]).exists()
     fv.save_frontier(folder, None)
     with pytest.raises(CheckpointError, match="holds no frontier"):

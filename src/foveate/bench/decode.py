@@ -37,9 +37,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foveate.bench.bandwidth import Blocks, fastest_loop
 from foveate.bench.extras import require
 from foveate.bench.fresh_process.run import run_in_fresh_process
+from foveate.bench.limits.bandwidth import Blocks, fastest_loop
 from foveate.bench.random_model import random_llama
 from foveate.bench.result import Measured
 from foveate.folder.save import save

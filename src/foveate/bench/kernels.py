@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from foveate.bench import dense
-from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
+from foveate.bench.limits.bandwidth import Blocks, Loop, fastest_loop
 from foveate.bench.result import BackgroundLoad, Measured
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.formats.packing import tile_grid

@@ -1,7 +1,8 @@
 """The speed of packing and unpacking saved tensors, compared with reading the same memory and with torch's copies.
 
 A set of equal float32 tensors far larger than the caches is packed, one tensor after the other. In every round each op
-takes its turn, and so do a read of the same memory (`foveate.bench.bandwidth`), a copy and a conversion to bfloat16:
+takes its turn, and so do a read of the same memory (`foveate.bench.limits.bandwidth`), a copy and a conversion to
+bfloat16:
 
 - `read_share_<op>`: the time of reading the tensors over the time of the op; 1 is the speed of the memory.
 - `over_copy_<op>`: the time of the op over that of a float32 copy (`clone`), which also allocates its result.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.bench.bandwidth import Blocks, Loop, fastest_loop
+from foveate.bench.limits.bandwidth import Blocks, Loop, fastest_loop
 from foveate.bench.result import BackgroundLoad, Measured
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads

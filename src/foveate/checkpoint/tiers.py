@@ -84,7 +84,7 @@ def read_tiers(folder: Folder) -> Tiers:
                 gain=reader.gain(site),
                 stored_levels=nothing,
                 tile_offsets=_tile_offsets(layout, site, stored[site.name]),
-                active_levels=nothing.expand(2, -1, -1).clone(),
+                active_levels=nothing[None].clone(),
                 rows=site.rows,
                 columns=site.columns,
                 group=site.group,
