@@ -14,7 +14,8 @@ from kernels.cases import forced, isas
 OPS = {
     "plane_linear", "plane_linear_no_grad", "plane_linear_by_handle", "plane_handle", "plane_unpack",
     "plane_embedding", "codes_feed", "codes_descend", "group_pack", "group_unpack", "group_variance", "mask_pack",
-    "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
+    "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments", "row_sums", "input_changes",
+    "add_squared_gradients",
 }  # fmt: skip
 
 
