@@ -1,4 +1,4 @@
-"""The ops that collect statistics: the reference's numbers, the same bits with every instruction set and thread count."""
+"""The ops that collect statistics: the reference's numbers, and the same bits with all instruction sets and threads."""
 
 from __future__ import annotations
 

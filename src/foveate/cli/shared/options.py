@@ -35,9 +35,7 @@ Bytes = Annotated[str | None, typer.Option("--bytes", help="Budget: bytes in mem
 Loss = Annotated[float | None, typer.Option(help="Budget: largest loss; nats per token for a language model.")]
 Memory = Annotated[
     str | None,
-    typer.Option(
-        help="Memory that calibration may use, such as 6GiB. Default: three times the model's, or what is free."
-    ),
+    typer.Option(help="Memory that calibration may use, such as 6GiB. Default: three times the model's, or more."),
 ]
 Levels = Annotated[str, typer.Option(help="Levels to choose among. With 0 among them, tiles may be dropped.")]
 Tie = Annotated[list[str] | None, typer.Option(metavar="PATTERN,...", help="Weights that share one level; repeatable.")]
