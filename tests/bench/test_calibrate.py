@@ -20,7 +20,7 @@ def test_a_small_model_in_a_fresh_process() -> None:
     assert 0 < sum(figures[part] for part in parts) < figures["calibrate_over_forward"]
     assert 0 < figures["statistics_over_forward"] < figures["passes_over_forward"]
     assert figures["peak_over_model"] > 0
-    assert any(note.startswith("a sample: calibration needs 8192 tokens") for note in measured.notes)
+    assert any(note.startswith("a sample: calibration needs 16384 tokens") for note in measured.notes)
 
 
 @pytest.mark.parametrize(

@@ -11,14 +11,14 @@ from tiny import llama
 
 
 def test_the_widest_layer_decides() -> None:
-    assert rows_needed([576, 1536]) == 15360
+    assert rows_needed([576, 1536]) == 18432
     assert rows_needed([64, 172]) == LEAST_ROWS
     assert rows_needed([]) == LEAST_ROWS
 
 
 def test_codes_gain_little_by_chance() -> None:
     """A third of the directions of a wide layer are ones in which its inputs vary."""
-    assert overfit_factor(1 / 3 / ROWS_PER_INPUT) == pytest.approx(1.07, abs=0.01)
+    assert overfit_factor(1 / 3 / ROWS_PER_INPUT) == pytest.approx(1.06, abs=0.015)
 
 
 def test_widths_are_those_of_the_weights() -> None:

@@ -276,6 +276,21 @@ def test_the_fastest_schedule_that_fits() -> None:
     assert all(p >= least.peak for p in (roomy.peak, tighter.peak, tight.peak))
 
 
+def test_memory_is_left_where_that_takes_little_time() -> None:
+    costs = [_layer(i) for i in range(8)]
+    kept, replayed, forward, room = 2 << 30, 100 << 20, 10 << 20, 4 << 30
+
+    def chosen(comfort: int) -> tuple[bool, int, bool]:
+        found = make_schedule(costs, kept, replayed, forward, room, comfort)
+        return found.replay, len(found.parts), found.free_early
+
+    assert chosen(4 << 30) == (False, 1, False)
+    assert chosen(1200 << 20) == (True, 1, False)
+    # blocks that run twice are worth it, and two more passes are not; float weights are kept
+    assert chosen(0) == (True, 1, False)
+    assert make_schedule(costs, kept, replayed, forward, 620 << 20, 0).peak <= 620 << 20
+
+
 def test_parts_go_from_the_end_to_the_beginning() -> None:
     costs = [_layer(i) for i in (3, 0, 2, 1)]
     assert cut(costs, 4) == ((0,), (2,), (3,), (1,))

@@ -196,17 +196,9 @@ class _Maker(Arguments):
         return self.done("coordinate_descent", [*common, *ended], still=(9, 10))
 
     def collecting(self) -> OpCall:
-        rows, columns = self.one((0, 1, 5, 64, 65, 130)), self.one((1, 3, 16, 33, 64, 100))
-        x = torch.randn(rows, columns, generator=self.g)
-        which = self.random.randrange(3)
-        if which == 0:
-            return self.done("row_sums", [x])
-        if which == 1:
-            return self.done("input_changes", [x, torch.randn(rows, columns, generator=self.g)])
-        samples, each, outputs = self.one((0, 1, 3)), self.one((1, 5)), self.one((1, 4, 7))
-        total = torch.rand(outputs, columns, generator=self.g)
-        parts = [torch.randn(samples, each, n, generator=self.g) for n in (columns, outputs)]
-        return self.done("add_squared_gradients", [total, *parts])
+        x = torch.randn(self.one((0, 1, 64, 130)), self.one((1, 33, 100)), generator=self.g)
+        squares = ("add_squared_gradients", [x.t() @ x, x[None], x[None]])
+        return self.done(*self.one((("row_sums", [x]), ("input_changes", [x, x.flip(0)]), squares)))
 
     def group(self) -> OpCall:
         bits, size = self.one((2, 4, 8, 16)), self.one((32, 64, 96, 256, 1024))

@@ -36,7 +36,7 @@ from foveate.sensitivity import tile_losses
 
 _GROUP = 64
 #: How many sweeps a weight takes before they stop paying, on average.
-USUAL_SWEEPS = 5
+USUAL_SWEEPS = 4
 
 
 def _product_operations(sweeps: int) -> int:
@@ -93,7 +93,7 @@ class Machine:
 
 def _correlated(size: int) -> torch.Tensor:
     """A covariance with a direction that all share, so that codes go on changing for some sweeps."""
-    return torch.eye(size) + 1.0
+    return torch.eye(size) + 4.0 / size
 
 
 def _round(rows: int, sweeps: int, gradients_BRR: torch.Tensor | None = None) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 #: Rows of input for each input of the widest layer, and the fewest rows of all.
-ROWS_PER_INPUT, LEAST_ROWS = 10, 8192
+ROWS_PER_INPUT, LEAST_ROWS = 12, 16384
 
 
 def rows_needed(widths: Iterable[int]) -> int:
@@ -24,6 +24,6 @@ def rows_needed(widths: Iterable[int]) -> int:
 
     Example:
         >>> rows_needed([576, 1536])
-        15360
+        18432
     """
     return max(LEAST_ROWS, ROWS_PER_INPUT * max(widths, default=0))

@@ -50,10 +50,12 @@ _MEMORY_FRACTION = 0.75
 _COMFORT, _LEAST_COMFORT = 2.0, 512 << 20
 #: An estimate below this many seconds is not printed.
 _WORTH_SAYING = 5.0
+#: Memory below this many bytes is not mentioned.
+_MEMORY_WORTH_SAYING = 1 << 30
 #: How many tensors of the size of the output the objective and its backward take at once: output and direction.
 _OUTPUT_COPIES = 3
 #: How many tensors of the size of a layer's input its statistics, or its backward, take at once.
-_CALL_COPIES = 3
+_CALL_COPIES = 2
 
 
 #: The phases of quantizing, as progress names them. Further passes are `pass 2 of 3`.
@@ -175,6 +177,8 @@ class Calibration:
                 f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(used)} already, and "
                 f"quantizing this model {format_bytes(self.schedule.peak + reference)} more (smaller batches take less)"
             )
+        if options.progress and self.schedule.peak >= _MEMORY_WORTH_SAYING:
+            say(f"quantizing takes up to {format_bytes(self.schedule.peak + reference)} of memory beside the model")
         modules = dict(model.named_modules())
         replay = Replay([(name, modules[name]) for name in blocks] if self.schedule.replay else ())
         parts = [[self.found[i] for i in part] for part in self.schedule.parts]
@@ -285,10 +289,14 @@ class Calibration:
                 seen = self.collector.batches
                 if index == done:
                     self._say_how_long(time.perf_counter() - started, done)
-                if self._resume is not None and (seen % _SAVE_EVERY == 0 or seen in (1, 2, 4, 8)):
+                if self._resume is not None and self._saved_after(seen):
                     write_resume(self._resume, self.collector, self._sample)
-        if self._resume is not None and self.passes > 1:
+        if self._resume is not None and not self._saved_after(self.collector.batches):
             write_resume(self._resume, self.collector, self._sample)
+
+    @staticmethod
+    def _saved_after(batches: int) -> bool:
+        return batches % _SAVE_EVERY == 0 or batches in (1, 2, 4, 8)
 
     def _say_how_long(self, batch: float, done: int) -> None:
         """Tell the bar what to expect, and print an estimate, unless the time is short."""
@@ -300,7 +308,7 @@ class Calibration:
         inputs = [math.inf if self._count is None else float(n * self._count) for n in rows]
         seen = self.dry_run
         found = estimate(self._costs, inputs, self.schedule, Timed(batch, seen.seconds, batches, seen.samples))
-        say(f"{found}; {format_bytes(self.schedule.peak)} of memory beside the model at the most")
+        say(str(found))
         if batches is not None:
             further = (found.passes - batch * batches) / max(self.passes - 1, 1)
             passes = {f"pass {number + 1} of {self.passes}": further for number in range(1, self.passes)}

@@ -77,10 +77,12 @@ def quantize(
             the objective's own.
         group: inputs a group, 32, 64 or 128, for every weight; chosen by width if not given.
         skip: shell patterns of module names to leave as they are.
-        memory: the most bytes that the process may take during the call, the model included, `"6GiB"` or a number; if
-            not given, three quarters of the free memory. Where that is too little to do everything at once, parts of
-            the model run twice, statistics are collected in several passes over the data, and float weights are freed
-            as their planes are finished (an interruption then leaves a model without them). The result is the same.
+        memory: the most bytes that the process may take during the call, the model included, `"6GiB"` or a number. If
+            not given, calibration stays within twice the model's bytes beside the model where that takes little more
+            time, and within three quarters of the free memory otherwise. Where there is too little to do everything at
+            once, parts of the model run twice, statistics are collected in several passes over the data, and float
+            weights are freed as their planes are finished (an interruption then leaves a model without them). The
+            result is the same.
         resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is
             deleted at the end.
         progress: whether to show progress.

@@ -28,7 +28,7 @@ from foveate.collect.statistics import block_rows
 #: The most bytes of temporaries that the search for grids and the scoring take.
 _TEMPORARIES = 288 << 20
 #: A schedule that takes less memory may take so many times as long as the fastest.
-_WORTH_MEMORY = 1.5
+_WORTH_MEMORY = 1.3
 #: Bytes that every schedule takes: code, small statistics, and what allocators keep.
 _SLACK = 32 << 20
 
@@ -113,8 +113,8 @@ def make_schedule(
         kept_replayed: bytes that backward keeps when blocks are replayed.
         forward: bytes that a pass without gradients takes.
         room: bytes that are free beside the model.
-        comfort: bytes that calibration should leave it at where that takes little more time, as on a machine that
-            does other things too; no such bound if not given.
+        comfort: bytes that calibration should leave it at where that takes little more time, or come as near to as that
+            time allows, as on a machine that does other things too; no such bound if not given.
     """
     candidates: dict[tuple[tuple[tuple[int, ...], ...], bool, bool], Schedule] = {}
     for count in (*range(1, 17), *range(20, 64, 4), max(len(costs), 64)):
@@ -126,14 +126,16 @@ def make_schedule(
                     candidates[parts, replay, free_early] = Schedule(replay, parts, free_early, peak)
     fitting = [schedule for schedule in candidates.values() if schedule.peak <= room]
     if fitting:
-        fastest = min(fitting, key=lambda schedule: _relative_time(costs, schedule))
-        modest = [schedule for schedule in fitting if comfort is not None and schedule.peak <= comfort]
-        most = _WORTH_MEMORY * _relative_time(costs, fastest)
-        return min(
-            (schedule for schedule in modest if _relative_time(costs, schedule) <= most),
-            key=lambda schedule: _relative_time(costs, schedule),
-            default=fastest,
-        )
+        fastest = min(_relative_time(costs, schedule) for schedule in fitting)
+        if comfort is not None:
+            # float weights are kept, so that the model is what it was after an interruption
+            kept_weights = [s for s in fitting if not s.free_early]
+            bearable = [s for s in kept_weights if _relative_time(costs, s) <= _WORTH_MEMORY * fastest]
+            modest = [s for s in bearable if s.peak <= comfort]
+            if bearable and not modest:
+                return min(bearable, key=lambda schedule: schedule.peak)
+            fitting = modest or fitting
+        return min(fitting, key=lambda schedule: _relative_time(costs, schedule))
     return min(candidates.values(), key=lambda schedule: schedule.peak)
 
 

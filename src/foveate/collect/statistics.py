@@ -43,6 +43,8 @@ _FEW_ROWS = 128
 #: Rows for each input from which its covariance, and rows for each output of a block from which that of the gradients,
 #: is taken from some of the rows. An error of 1 / 32 in d/n is a fraction of the damping.
 _ROWS_PER_INPUT, _ROWS_PER_OUTPUT = 32, 16
+#: The same for narrow layers, where rows cost little.
+_LEAST_ROWS = 32768
 
 #: The most outputs in one block of the gradients' covariance. A weight with more outputs for each input than the second
 #: number is a vocabulary, whose gradients are hardly correlated: it has no such covariance.
@@ -55,7 +57,7 @@ _MIN_ROWS_PER_OUTPUT = 8
 def block_rows(rows: int) -> int:
     """The outputs in a block of the gradients' covariance: blocks are about equal, and at most `COVARIANCE_BLOCK`."""
     blocks = -(-rows // COVARIANCE_BLOCK)
-    return rows if blocks < 2 else -(-rows // blocks // TILE_ROWS) * TILE_ROWS
+    return rows if blocks < 2 else min(-(-rows // blocks // TILE_ROWS) * TILE_ROWS, COVARIANCE_BLOCK)
 
 
 def _blocks_of(rows: int) -> tuple[int, int, int]:
@@ -241,13 +243,14 @@ class WeightStatistics:
 
     def _covariance_rows(self) -> RowSampler:
         columns = len(self.tensors["covariance_KK"])
-        return RowSampler(self.tensors["covariance_rows"], _ROWS_PER_INPUT * columns)
+        return RowSampler(self.tensors["covariance_rows"], max(_ROWS_PER_INPUT * columns, _LEAST_ROWS))
 
     def _see_gradient_covariance(self, g_TN: Tensor) -> None:
         total_BRR = self.tensors.get("gradients_BRR")
         if total_BRR is not None and len(g_TN):
             blocks, size = total_BRR.shape[:2]
-            taken = RowSampler(self.tensors["gradients_rows"], _ROWS_PER_OUTPUT * size).take(len(g_TN))
+            enough = max(_ROWS_PER_OUTPUT * size, _LEAST_ROWS)
+            taken = RowSampler(self.tensors["gradients_rows"], enough).take(len(g_TN))
             g_TN = g_TN[taken.rows]
             g_BTR = F.pad(g_TN, (0, blocks * size - g_TN.shape[1])).view(-1, blocks, size).transpose(0, 1)
             total_BRR.baddbmm_(g_BTR.transpose(1, 2), g_BTR, alpha=taken.weight)

@@ -38,7 +38,7 @@ Latency = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(help="Memory that calibration may use, such as 6GiB. Default: three quarters of the free memory."),
+    typer.Option(help="Memory that calibration may use, such as 6GiB. Default: three times the model's, or more."),
 ]
 Limit = Annotated[
     str | None,
