@@ -1,6 +1,7 @@
 """Costs, Policy and Setup: what each index costs, the constants of the controller, and both with the limits.
 
-The constants were tuned on the Azure conversation trace of 2023 by `foveate bench runtime` (docs/runtime.md).
+Of the constants, the price of congestion was chosen on the Azure conversation trace of 2023, in the simulation of
+`foveate bench runtime`; docs/decisions.md has the settings that were compared.
 """
 
 from __future__ import annotations
