@@ -21,6 +21,7 @@ from foveate.runtime.policy import Costs, Policy
 from foveate.runtime.readings import Sensor
 from foveate.runtime.records import replay
 from foveate.runtime.status import find_status, status_folder
+from frontiers import measured
 from tiny import mlp, quantized_mlp, rows
 
 TICK = 0.05
@@ -107,6 +108,18 @@ def test_a_frontier_in_force_is_moved_along_and_other_deciders_count() -> None:
         assert fv.current_map(bench.model) is chain[len(chain) - 1]
     assert fv.current_map(bench.model) is chain[0]
     assert fv.state_of(bench.model).indices == {}
+
+
+def test_what_was_measured_of_a_frontier_is_what_its_indices_cost(tmp_path: Path) -> None:
+    bench = Bench()
+    chain = measured(fv.frontier(bench.profile, 8), 4, seed=1)
+    fv.save(bench.model, tmp_path / "out", frontier=chain)
+    bench.model = fv.load(tmp_path / "out", model=mlp())
+    fv.apply(bench.model, chain[0])
+    with bench.manager() as manager:
+        assert manager.frontier == chain
+        assert manager.setup.costs.kl == tuple(chain.kl(i) for i in range(len(chain)))
+        assert manager.setup.costs.seconds_per_token == tuple(chain.seconds(i) for i in range(len(chain)))
 
 
 def test_a_pass_that_fails_ends() -> None:

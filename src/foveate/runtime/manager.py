@@ -25,9 +25,11 @@ from torch import nn
 
 from foveate.allocate import frontier as frontier_of
 from foveate.errors import FoveateError
+from foveate.folder.known_frontier import known_frontier
 from foveate.nn.registry import profile_of
 from foveate.precision.frontiers import Frontier
 from foveate.runtime.controller import Decision, Observation, State, step
+from foveate.runtime.costs import known_costs
 from foveate.runtime.limits import Limits
 from foveate.runtime.options import ManagerOptions
 from foveate.runtime.policy import Costs, Setup
@@ -69,7 +71,8 @@ class RuntimeManager:
         model: a quantized model. With its profile, unless `frontier` and `options.costs` are given.
         limits: what it may take.
         frontier: the chain to move along; if None, the one in force (`fv.apply` takes a frontier), or where that is a
-            single map `fv.frontier(profile, 16)`. Of each map the lesser of its level and the level in force counts.
+            single map the one that the model's folder holds, or `fv.frontier(profile, 16)`. Of each map the lesser of
+            its level and the level in force counts. What was measured of a frontier is what its indices cost.
         control: settings of single sites: `hold`, `floor`, `from_index`.
         sensors: functions (or `Sensor`s) for signals that only the caller knows, `queue_wait` and `load`, or in place
             of the machine's own. A function returns a number, or a sentence that says why there is none.
@@ -109,11 +112,13 @@ class RuntimeManager:
         if in_force is not None and control is None:
             self.frontier = in_force
         else:
-            chain = frontier or in_force or frontier_of(profile_of(model))
-            self.frontier = controlled(below(self._levels.current(), chain), control or SiteControl())
+            chain = frontier or in_force or known_frontier(model) or frontier_of(profile_of(model))
+            if chain[0] != self._levels.current():
+                chain = below(self._levels.current(), chain)
+            self.frontier = chain if control is None else controlled(chain, control)
         self.setup = Setup(
             limits=limits,
-            costs=self._options.costs or _predicted_costs(model, self.frontier),
+            costs=self._options.costs or known_costs(model, self.frontier),
             policy=self._options.policy,
             floor=self._options.floor,
             frees_memory=self._options.residency is not None and bool((self._options.costs or _NO_COSTS).resident),
@@ -379,12 +384,3 @@ def _sensors(limits: Limits, given: Mapping[str, Callable[[], float | str] | Sen
         )
     found = machine_sensors() | own
     return [WatchedSensor(found[name]) for name in wanted if name in found]
-
-
-def _predicted_costs(model: nn.Module, chain: Frontier) -> Costs:
-    """Costs by the losses that the profile predicts; each at least that of the map before, for a chain is nested."""
-    known = [plan.predicted_loss for plan in chain]
-    if any(not math.isfinite(loss) for loss in known):
-        profile = profile_of(model)
-        known = [profile.predict(plan) for plan in chain]
-    return Costs(kl=tuple(itertools.accumulate((max(loss, 0.0) for loss in known), max)))

@@ -19,7 +19,8 @@ class ManagerOptions:
 
     Attributes:
         policy: the constants of the controller.
-        costs: what each index of the frontier costs; if None, the losses that the profile predicts, and no times.
+        costs: what each index of the frontier costs; if None, what was measured of the frontier, or else the losses
+            that the profile predicts, and no times.
         tick: seconds from one decision to the next.
         background: whether a thread of the manager's decides; if not, the loop calls `step`.
         log: a file that gets every observation and decision; None for none.
