@@ -28,6 +28,8 @@ PROMISED = {
     "watch_inputs",
     "Point", "Timings", "frontier_of", "load_frontier", "measure_frontier", "measure_timings", "save_frontier",
     "save_timings",
+    "ImportanceTracker", "TaskProfile", "TileTags", "TrackingOptions", "importance_of", "load_task", "save_task",
+    "track_importance",
 }  # fmt: skip
 
 

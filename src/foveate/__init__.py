@@ -55,6 +55,14 @@ from foveate.evaluate.verify import verify as verify
 from foveate.folder.known_frontier import frontier_of as frontier_of
 from foveate.folder.load import load as load
 from foveate.folder.save import save as save
+from foveate.importance import ImportanceTracker as ImportanceTracker
+from foveate.importance import TaskProfile as TaskProfile
+from foveate.importance import TileTags as TileTags
+from foveate.importance import TrackingOptions as TrackingOptions
+from foveate.importance import importance_of as importance_of
+from foveate.importance import load_task as load_task
+from foveate.importance import save_task as save_task
+from foveate.importance import track_importance as track_importance
 from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kernels.backends.table import backends as backends
 from foveate.kvcache.cache import quantized_cache as quantized_cache

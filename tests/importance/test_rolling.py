@@ -50,8 +50,8 @@ def test_the_estimate_is_the_mean_over_tokens_decayed_by_tokens() -> None:
     for value, tokens in ((1.0, 10), (3.0, 20), (5.0, 10)):
         state = update(state, {"w": Seen(sums=_row(value * tokens), tokens=tokens)}, decay, tokens)
     # weights: what was seen longest ago was halved by 30 tokens, then by 10
-    weights = torch.tensor([10 * 0.5**3, 20 * 0.5, 10.0])
-    expected = float((weights * torch.tensor([1.0, 3.0, 5.0])).sum() / weights.sum())
+    weights = (10 * 0.5**3, 20 * 0.5, 10.0)
+    expected = (weights[0] * 1.0 + weights[1] * 3.0 + weights[2] * 5.0) / sum(weights)
     assert float(state.means()["w"]) == pytest.approx(expected, rel=1e-12)
     assert state.tokens == 40
 

@@ -6,6 +6,10 @@
     decode   a whole model, token by token
     saved    packing and unpacking the tensors that autograd saves
 
+One more trains two small models on texts, minutes of work that are kept for the next time, and needs `FOVEATE_DATA`:
+
+    importance  a mixture of experts that follows its task, beside static maps of equal bytes
+
 Each benchmark returns one object that can be written as JSON:
 
     {"name", "figures": {name: number}, "machine", "versions", "date", "rounds": raw data, "notes": [sentences]}
@@ -24,7 +28,7 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "saved")
+NAMES = ("kernels", "switch", "load", "decode", "saved", "importance")
 
 
 def run(name: str) -> dict[str, Any]:

@@ -54,12 +54,12 @@ class Recipe:
     experts: int = 8
     width: int = 128
     hidden: int = 96
-    layers: int = 3
+    layers: int = 2
     heads: int = 4
-    window: int = 128
+    window: int = 96
     batch: int = 8
-    steps: int = 700
-    rate: float = 4e-3
+    steps: int = 320
+    rate: float = 5e-3
     seed: int = 0
 
 
