@@ -104,19 +104,20 @@ def test_no_level_is_chosen_above_what_is_stored(by_thresholds: bool) -> None:
     assert chain[0].bits > chain[2].bits
 
 
-def test_thresholds_without_budgets_are_taken_as_they_are() -> None:
+def test_thresholds_without_budgets_are_multiples_of_the_mean() -> None:
     profile = random_profile(1)
     sites = profile.weight_sites()
-    rule = Thresholds(levels=(8, 4, 0), at=(10.0, 1.0))
-    cost = {s.name: float(s.tile_costs()[5]) for s in sites}
-    worth = {
-        s.name: torch.tensor([20.0, 5.0, 0.5] * s.tiles, dtype=torch.float64)[: s.tiles] * cost[s.name] for s in sites
-    }
-    plan = thresholds_chain_of(profile, None, fv.Constraints(), rule, worth)[0]
-    for site in sites:
-        expected = bytes(([8, 4, 0] * site.tiles)[: site.tiles])
-        found = plan.levels[site.name]
-        assert (bytes([found]) * site.tiles if isinstance(found, int) else found) == expected
+    worth = {s.name: torch.tensor([20.0, 5.0, 0.5] * s.tiles, dtype=torch.float64)[: s.tiles] for s in sites}
+    size = {s.name: s.tile_costs()[5] for s in sites}
+    mean = sum(float(worth[s.name].sum()) * size[s.name] for s in sites) / sum(size[s.name] * s.tiles for s in sites)
+    rule = Thresholds(levels=(8, 4, 0), at=(10.0 / mean, 1.0 / mean))
+    for factor in (1.0, 1e-6):
+        by = {name: factor * one for name, one in worth.items()}
+        plan = thresholds_chain_of(profile, None, fv.Constraints(), rule, by)[0]
+        for site in sites:
+            expected = bytes(([8, 4, 0] * site.tiles)[: site.tiles])
+            found = plan.levels[site.name]
+            assert (bytes([found]) * site.tiles if isinstance(found, int) else found) == expected
 
 
 def test_inputs_keep_the_levels_of_the_map_that_is_stood_for() -> None:

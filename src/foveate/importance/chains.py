@@ -6,9 +6,9 @@ are two ways to choose levels:
 
 - *Lagrangian* (the default): the steps of all units by the loss that they remove for each byte. The maps are prefixes
   of one sequence of steps, and so are nested.
-- *Thresholds* (patent 10846621): a unit whose importance for each byte is above the first threshold gets the first
-  level, and so on; below the last it gets the last level, such as 0. All thresholds are multiplied by one number, the
-  least for which the map is within the budget. Maps of smaller budgets have higher thresholds, and so are nested.
+- *Thresholds* (patent 10846621): a unit whose importance is above the first threshold gets the first level, and so on;
+  below the last it gets the last level, such as 0. All thresholds are multiplied by one number, the least for which the
+  map is within the budget. Maps of smaller budgets have higher thresholds, and so are nested.
 
 Shapes: U units, L levels.
 """
@@ -43,7 +43,8 @@ class Thresholds:
     Attributes:
         levels: the levels, the highest first; weights on planes have 8, 6, 4, 3, 2 and 0.
         at: the thresholds between them, the highest first, one fewer than levels. Under a budget only their ratios
-            count. The defaults are a factor of 4 for each bit, by which the loss of a tile falls.
+            count; without one they are multiples of the model's mean importance. The defaults are a factor of 4 for
+            each bit, by which the loss of a tile falls.
 
     Raises:
         LevelError: weights cannot have one of the levels, or levels do not fall.
@@ -134,11 +135,10 @@ def thresholds_chain_of(
 
     Args:
         profile: sites; its losses are not used.
-        rooms: the budgets; if None, one map at the thresholds as they are.
+        rooms: the budgets; if None, one map, whose thresholds are multiples of the mean importance.
         constraints: ties, and whether levels differ within a weight; its levels are not used.
         thresholds: the levels and thresholds.
-        importance: of each tile, float64 [T]. A unit of several tiles has their sum. It is compared for each byte that
-            the unit takes at the first level.
+        importance: of a weight, or of a byte, of each tile, float64 [T]. A unit of several tiles has their mean.
         stored: as for `chain_of`.
 
     Raises:
@@ -148,16 +148,17 @@ def thresholds_chain_of(
     problem = _within_stored(_problem(profile, rooms, constraints), stored)
     units = torch.cat([problem.unit_of[s.name] for s in profile.weight_sites()])
     worth = torch.cat([importance[s.name] for s in profile.weight_sites()])
-    worth_U = torch.zeros(len(problem.loss_UL), dtype=torch.float64).index_add_(0, units, worth)
-    per_byte_U = worth_U / problem.cost_UL[:, -1].clamp_min(1.0)
+    size = torch.cat([torch.full((s.tiles,), s.tile_costs()[-1]).double() for s in profile.weight_sites()])
+    zeros_U = torch.zeros(len(problem.loss_UL), dtype=torch.float64)
+    worth_U = zeros_U.index_add(0, units, worth * size) / zeros_U.index_add(0, units, size)
     cuts = torch.tensor(thresholds.at[::-1], dtype=torch.float64)
 
     def choice(factor: float) -> Tensor:
-        return torch.bucketize(per_byte_U, cuts * factor)
+        return torch.bucketize(worth_U, cuts * factor)
 
     if rooms is None:
-        return _frontier(problem, [choice(1.0)], None)
-    choices = [_least_factor(problem, room, choice, per_byte_U / cuts[-1]) for room in rooms.tile_bytes]
+        return _frontier(problem, [choice(float((worth * size).sum() / size.sum()))], None)
+    choices = [_least_factor(problem, room, choice, worth_U / cuts[-1]) for room in rooms.tile_bytes]
     return _frontier(problem, choices, rooms)
 
 

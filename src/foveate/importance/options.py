@@ -85,7 +85,7 @@ PATENT = TrackingOptions(
     warm_up=0,
     observe_every=1,
     caution=Caution(margin=0.0),
-    thresholds=Thresholds(levels=(8, 6, 4, 0), at=(4.0**2, 1.0, 4.0**-4)),
+    thresholds=Thresholds(levels=(8, 6, 4, 0), at=(2.0, 0.5, 0.05)),
     contribution=True,
     shadow=None,
 )

@@ -66,9 +66,7 @@ def track_importance(
     names = [task.name for task in tasks]
     if len({*names, "static", "online"}) < len(names) + 2:
         raise DataError(f"tasks are called {', '.join(names)}: names differ, and are not 'static' or 'online'")
-    tracker = ImportanceTracker(
-        model, budget, options or TrackingOptions(), constraints, tasks, warm_up, on_decision
-    )
+    tracker = ImportanceTracker(model, budget, options or TrackingOptions(), constraints, tasks, warm_up, on_decision)
     TRACKERS[registry] = tracker
     return tracker
 

@@ -13,6 +13,7 @@ import logging
 import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from foveate.allocate.constraints import Constraints
 from foveate.allocate.plan import allocate
 from foveate.collect.objectives import named
-from foveate.errors import DataError, FoveateError
+from foveate.errors import DataError, FloorError, FoveateError, PlaneNotResidentError
 from foveate.importance.chains import Rooms, chain_of, rooms_of, thresholds_chain_of
 from foveate.importance.contribution import magnitude, start_contributions, update_contributions
 from foveate.importance.moves import Held, Proposal, Ratios, chosen, proposal_of, propose
@@ -100,7 +101,8 @@ class ImportanceTracker:
         self._observer = Observer(self._model, self._registry, frozenset(means))
         self._sample = None if options.shadow is None else Sample(options.shadow.calls, options.shadow.tokens)
         self._ones: Ratios = {n: torch.ones(s.tiles, dtype=torch.float64) for n, s in self._sites.items()}
-        self._contributions = self._magnitudes = None
+        self._contributions: dict[str, Tensor] | None = None
+        self._magnitudes: dict[str, Tensor] = {}
         self._tasks = {task.name: ratios(self._profile, _fitting(task, means)) for task in tasks}
         self.shares = start_shares(("static", "online", *self._tasks)) if tasks else {}
         self.source = "static"
@@ -109,13 +111,16 @@ class ImportanceTracker:
         self._passes = self._new_tokens = self._shadow_tokens = 0
         self._decided_at = self._shadowed_at = self._quiet_until = self._refusals = 0
         self._observing = threading.Lock()
-        self._inside = 0
+        self._inside = self._inside_pass = 0
         self._handed_over = False
         self._base: Frontier | None = None
         if options.contribution:
             self._contributions = start_contributions(self._sites)
             weights = self._registry.weights
-            self._magnitudes = {n: magnitude(weights[n].dequantize(), s) for n, s in self._sites.items()}
+            for name, site in self._sites.items():
+                value = weights[name].value
+                whole = replace(value, active_levels=value.stored_levels[None])
+                self._magnitudes[name] = magnitude(whole.dequantize(), site)
         self._take_base(self._state())
         self._hook = _Hook(self)
         self._handles = [
@@ -126,11 +131,11 @@ class ImportanceTracker:
     # what the stream shows
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._inside == threading.get_ident():
+        if self._inside == threading.get_ident() or self._is_suspended():
             return
         self._passes += 1
         self._new_tokens += tokens_of(args, kwargs)
-        if self._passes % self._options.observe_every or self._is_suspended():
+        if self._passes % self._options.observe_every:
             return
         if self._observing.acquire(blocking=False):
             self._inside_pass = threading.get_ident()
@@ -157,11 +162,9 @@ class ImportanceTracker:
     def _see(self, seen: Mapping[str, Seen]) -> None:
         tokens, self._new_tokens = self._new_tokens, 0
         self._rolling = update(self._rolling, seen, self._options.decay, tokens)
-        if self._contributions is not None and self._magnitudes is not None:
+        if self._contributions is not None:
             keep = self._options.decay.after(tokens)
-            self._contributions = update_contributions(
-                self._contributions, seen, self._magnitudes, self._sites, keep
-            )
+            self._contributions = update_contributions(self._contributions, seen, self._magnitudes, self._sites, keep)
 
     # whose frontier is in force
 
@@ -200,10 +203,6 @@ class ImportanceTracker:
         if is_patent:
             self._held = Held(chain=Frontier((self._profile.uniform(8),)), ratios=self._ones)
             self.source = "online"
-        if self._held.chain is not base:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
         apply(self._model, self._held.chain, decider=self.name)
         self._handed_over = True
 
@@ -215,7 +214,11 @@ class ImportanceTracker:
         options, profile = self._options, self._profile
         if options.thresholds is not None:
             if not options.contribution:
-                by = {name: profile.losses[name][:, 0].double() * ratio for name, ratio in by.items()}
+                most = {name: site.tile_costs()[-1] for name, site in self._sites.items()}
+                by = {n: profile.losses[n][:, 0].double() * ratio / most[n] for n, ratio in by.items()}
+            elif len(self._rolling.weights) < len(self._sites):  # what is not followed counts as the average
+                average = torch.cat([by[name] for name in self._rolling.weights]).mean()
+                by = {n: b if n in self._rolling.weights else average.expand(len(b)) for n, b in by.items()}
             return thresholds_chain_of(profile, self._rooms, self._constraints, options.thresholds, by, stored)
         assert self._rooms is not None
         return chain_of(rescaled(profile, by), self._rooms, self._constraints, stored)
@@ -267,20 +270,17 @@ class ImportanceTracker:
         if self._tasks:
             self.shares = update_shares(self.shares, found, Sharing())
             best = max(candidates, key=lambda name: self.shares[name])
-            if found[best] > found["held"] or (best == self.source and proposal is None):
+            if found[best] > found["held"]:
                 best = "held"
         else:
             best = chosen(found, self._options.caution.margin)
-            if best == self.source and proposal is None:
-                best = "held"
         refused = proposal is not None and best != "online"
         if refused:
             assert proposal is not None
             self._wait()
             self._record("online", False, proposal, found["held"], found["online"])
-        if best == "static" and self.source == "static":
-            best = "held"
-        if best != "held":
+        is_new = best != self.source or (best == "online" and proposal is not None)
+        if best != "held" and is_new:
             chosen_one = proposal if best == "online" and proposal is not None else None
             move = chosen_one or proposal_of(self._profile, maps["held"], candidates[best], now, index)
             self._move(best, move, found["held"], found[best])
@@ -291,12 +291,18 @@ class ImportanceTracker:
         self._quiet_until = self._rolling.tokens + self._options.decide_every * longer
 
     def _move(self, source: str, proposal: Proposal, before: float, after: float) -> None:
+        try:
+            apply(self._model, proposal.held.chain, decider=self.name)
+        except (FloorError, PlaneNotResidentError) as error:
+            log.info("%s: a move was not possible: %s", self.name, error)
+            self._wait()
+            self._record(source, False, proposal, before, after)
+            return
         self._held, self.source = proposal.held, source
         if source == "online":
             self._refusals = 0
         elif source == "static":
             self._wait()  # what was rolled back is not proposed again at once
-        self._hand_over()
         self._record(source, True, proposal, before, after)
 
     def _record(self, source: str, accepted: bool, proposal: Proposal, before: float, after: float) -> None:
