@@ -140,8 +140,8 @@ def test_what_cannot_be_is_refused() -> None:
         rooms = Rooms(tile_bytes=(100,) * size, input_levels=(inputs,) * size)
         with pytest.raises(BudgetError, match="as little as 100 bytes"):
             chain_of(profile, rooms, fv.Constraints())
+    worth = {s.name: torch.ones(s.tiles, dtype=torch.float64) for s in profile.weight_sites()}
     with pytest.raises(BudgetError, match="as little as 100 bytes"):
-        worth = {s.name: torch.ones(s.tiles, dtype=torch.float64) for s in profile.weight_sites()}
         thresholds_chain_of(profile, rooms, fv.Constraints(), Thresholds(levels=(4, 2), at=(1.0,)), worth)
     with pytest.raises(LevelError, match="at least two that fall"):
         Thresholds(levels=(2, 4), at=(1.0,))

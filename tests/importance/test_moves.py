@@ -68,7 +68,8 @@ def test_a_cap_on_moves_is_kept_and_moves_go_on(most: int) -> None:
     held, make = _make(PROFILE)
     now = _noise(2.0, 2)
     whole = propose(PROFILE, held, now, make, 0, Caution(margin=0.0))
-    assert whole is not None and whole.moved.tiles > 15
+    assert whole is not None
+    assert whole.moved.tiles > 15
     first = propose(PROFILE, held, now, make, 0, Caution(margin=0.0, most_tiles=most))
     if first is None:
         return  # no move of so few tiles gains anything

@@ -94,7 +94,8 @@ def test_what_has_another_shape_or_is_not_followed_is_left_out() -> None:
     state = start({"w": _row(1.0)}, tokens=1)
     seen = {"w": Seen(sums=_row(1.0, 2.0), tokens=5), "other": Seen(sums=_row(1.0), tokens=5)}
     after = update(state, seen, Decay(), 5)
-    assert after.refused == 1 and set(after.weights) == {"w"}
+    assert after.refused == 1
+    assert set(after.weights) == {"w"}
     assert torch.equal(after.means()["w"], state.means()["w"])
 
 
@@ -124,7 +125,8 @@ def test_losses_follow_the_energy_of_their_own_group() -> None:
 def test_experts_count_as_often_as_they_are_met() -> None:
     profile = _expert_profile()
     means = baseline(profile)
-    assert float(means[EXPERTS[0].name][0, 0]) == 1.0 and float(means[EXPERTS[1].name][0, 0]) == 0.5
+    assert float(means[EXPERTS[0].name][0, 0]) == 1.0
+    assert float(means[EXPERTS[1].name][0, 0]) == 0.5
     # never met: the average expert, met half a time in 100 samples
     assert float(means[EXPERTS[2].name][0, 0]) == pytest.approx(2.0 * 0.5 / 100)
     state = start(means)

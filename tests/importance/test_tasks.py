@@ -23,7 +23,9 @@ from frontiers import random_profile
 
 
 def _task(value: float = 1.0) -> TaskProfile:
-    return TaskProfile(name="code", means={"a:weight": torch.full((1, 300), value), "b:weight": torch.ones(5, 1)}, tokens=7)
+    return TaskProfile(
+        name="code", means={"a:weight": torch.full((1, 300), value), "b:weight": torch.ones(5, 1)}, tokens=7
+    )
 
 
 def test_a_task_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -122,13 +124,16 @@ def test_tags_are_those_of_the_map_and_come_back_from_a_file(tmp_path: Path) -> 
     plan = profile.uniform(4).with_level("layer1:weight", 0)
     ratios = {s.name: torch.full((s.tiles,), 2.0, dtype=torch.float64) for s in profile.weight_sites()}
     tags = tags_of(plan, profile, ratios)
-    assert tags[site.name].level.shape == site.grid and bool((tags[site.name].level == 4).all())
+    assert tags[site.name].level.shape == site.grid
+    assert bool((tags[site.name].level == 4).all())
     torch.testing.assert_close(tags[site.name].importance.flatten(), 2 * profile.losses[site.name][:, 0])
-    assert bool(tags["layer1:weight"].zero.all()) and not bool(tags[site.name].zero.any())
+    assert bool(tags["layer1:weight"].zero.all())
+    assert not bool(tags[site.name].zero.any())
     save_tags(tmp_path / "tags", tags)
     found = load_tags(tmp_path / "tags", profile.sites)
     for name, one in tags.items():
-        assert torch.equal(found[name].level, one.level) and torch.equal(found[name].importance, one.importance)
+        assert torch.equal(found[name].level, one.level)
+        assert torch.equal(found[name].importance, one.importance)
     with pytest.raises(CheckpointError, match="another model"):
         load_tags(tmp_path / "tags", random_profile(0, ((16, 32, 32),)).sites)
     save_tags(tmp_path / "tags", {**tags, site.name: TileTags(level=torch.zeros(1, 1), importance=torch.zeros(1, 1))})

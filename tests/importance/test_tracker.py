@@ -1,9 +1,8 @@
-"""A live model that follows its task: moves between passes for the same bytes, nothing at rest, and a clean withdrawal."""
+"""A live model that follows its task: moves between passes, for the same bytes, and withdraws cleanly."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -54,8 +53,8 @@ def made() -> tuple[nn.Module, fv.Profile]:
 
 
 @pytest.fixture
-def model(made: tuple[nn.Module, fv.Profile]) -> Iterator[nn.Module]:
-    yield copy.deepcopy(made[0])
+def model(made: tuple[nn.Module, fv.Profile]) -> nn.Module:
+    return copy.deepcopy(made[0])
 
 
 def _run(model: nn.Module, side: float, passes: int = 12) -> None:
@@ -76,13 +75,15 @@ def test_bits_follow_the_task_within_the_budget_and_come_back(model: nn.Module) 
         now = fv.current_map(model)
         assert now.bytes_resident <= static.bytes_resident
         assert now.mean_level(first) > static.mean_level(first) > now.mean_level(second)
-        assert tracker.source == "online" and tracker.verdict.moves >= 1
+        assert tracker.source == "online"
+        assert tracker.verdict.moves >= 1
         assert "shift seen" in str(tracker.verdict)
         _run(model, -1, 24)
         assert fv.current_map(model).mean_level(second) > fv.current_map(model).mean_level(first)
         tags = fv.importance_of(model)
         assert float(tags[second.name].importance.sum()) > float(tags[first.name].importance.sum())
-        assert second.name in heat_map(tracker.history) and "importance" in heat_map(tracker.history, importance=True)
+        assert second.name in heat_map(tracker.history)
+        assert "importance" in heat_map(tracker.history, importance=True)
     assert fv.current_map(model) == before
     assert tracker.name not in fv.state_of(model).frontiers
     tracker.close()  # twice does no harm
@@ -103,7 +104,8 @@ def test_levels_never_change_within_a_pass(model: nn.Module) -> None:
     with fv.track_importance(model, BUDGET, options=QUICK) as tracker:
         _run(model, 1)
         assert tracker.verdict.moves
-    assert seen and all(one is other for one, other in seen)
+    assert seen
+    assert all(one is other for one, other in seen)
 
 
 def test_every_map_of_the_frontier_in_force_is_a_budget(model: nn.Module) -> None:
@@ -114,7 +116,9 @@ def test_every_map_of_the_frontier_in_force_is_a_budget(model: nn.Module) -> Non
         assert fv.state_of(model).frontier is chain  # nothing is handed over before there is a reason
         _run(model, 1)
         state = fv.state_of(model)
-        assert state.frontier_by == tracker.name and state.index == 3 and len(state.frontier) == len(chain)
+        assert state.frontier_by == tracker.name
+        assert state.index == 3
+        assert len(state.frontier) == len(chain)
         for mine, theirs in zip(state.frontier, chain, strict=True):
             assert mine.bytes_resident <= theirs.bytes_resident
         fv.withdraw(model, "manager")
@@ -142,17 +146,17 @@ def test_what_is_not_needed_is_zeroed_and_comes_back(model: nn.Module) -> None:
 def test_a_shadow_run_refuses_what_is_worse(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     from foveate.importance import tracker as room
 
-    monkeypatch.setattr(
-        room, "divergences", lambda *args: {name: 2.0 if name == "online" else 1.0 for name in args[3]}
-    )
+    monkeypatch.setattr(room, "divergences", lambda *args: {name: 2.0 if name == "online" else 1.0 for name in args[3]})
     with fv.track_importance(model, BUDGET, options=QUICK) as tracker:
         _run(model, 1)
         assert fv.current_map(model) == fv.allocate(fv.profile_of(model), BUDGET)
     verdict = tracker.verdict
-    assert verdict.moves == 0 and len(verdict.decisions) >= 1
+    assert verdict.moves == 0
+    assert len(verdict.decisions) >= 1
     # it is asked again, but ever more rarely
     assert len(verdict.decisions) <= 3
-    assert "refused" in str(verdict.decisions[0]) and "moves refused" in str(verdict)
+    assert "refused" in str(verdict.decisions[0])
+    assert "moves refused" in str(verdict)
 
 
 def test_a_shadow_run_rolls_back_to_the_static_map(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +178,8 @@ def test_nan_in_a_stream_changes_nothing(model: nn.Module) -> None:
         with torch.no_grad():
             for _ in range(8):
                 model(torch.full((32, 64), float("nan")))
-        assert tracker.verdict.refused_observations > 0 and not tracker.verdict.decisions
+        assert tracker.verdict.refused_observations > 0
+        assert not tracker.verdict.decisions
         assert "observations with NaN or Inf left out" in str(tracker)
 
 
@@ -245,7 +250,9 @@ def test_calls_with_a_cache_are_not_repeated() -> None:
     made = llama()
     ids = torch.randint(3, 50, (2, 6), generator=generator(1))
     first = repeatable((), {"input_ids": ids, "use_cache": True, "attention_mask": torch.ones(2, 6)}, 100)
-    assert first is not None and first.tokens == 6 and first.kwargs["use_cache"] is False
+    assert first is not None
+    assert first.tokens == 6
+    assert first.kwargs["use_cache"] is False
     assert first.kwargs["attention_mask"].shape == (1, 6)
     cache = made(input_ids=ids, use_cache=True).past_key_values
     assert repeatable((), {"input_ids": ids[:, :1], "past_key_values": cache}, 100) is None

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -56,11 +57,11 @@ class Thresholds:
 
     def __post_init__(self) -> None:
         levels, at = tuple(map(check_weight_level, self.levels)), tuple(map(float, self.at))
-        if len(levels) < 2 or any(a <= b for a, b in zip(levels, levels[1:], strict=False)):
+        if len(levels) < 2 or any(a <= b for a, b in pairwise(levels)):
             raise LevelError(f"levels (={levels}) of thresholds are not at least two that fall")
         if len(at) != len(levels) - 1:
             raise BudgetError(f"{len(at)} thresholds for {len(levels)} levels: there is one between each two")
-        if any(a <= b for a, b in zip(at, at[1:], strict=False)) or not 0 < at[-1] < at[0] * 2 < float("inf"):
+        if any(a <= b for a, b in pairwise(at)) or not 0 < at[-1] < at[0] * 2 < float("inf"):
             raise BudgetError(f"thresholds (={at}) are not positive finite numbers that fall")
         object.__setattr__(self, "levels", levels)
         object.__setattr__(self, "at", at)

@@ -3,7 +3,7 @@
     observed passes -> rolling importance -> a chain for the same bytes -> worth it? -> shadow run -> hand over
 
 Everything that decides is a pure function of the other files of this folder. This file holds the state between passes.
-A decision is taken after a pass has ended, on the thread that ran it, and is published whole; no pass sees a part of it.
+A decision is taken after a pass has ended, on the thread that ran it, and published whole: no pass sees a part of it.
 """
 
 from __future__ import annotations
