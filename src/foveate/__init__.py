@@ -59,6 +59,14 @@ from foveate.folder.plan_memory import plan_memory as plan_memory
 from foveate.folder.resize import memory_report as memory_report
 from foveate.folder.resize import resize as resize
 from foveate.folder.save import save as save
+from foveate.importance import ImportanceTracker as ImportanceTracker
+from foveate.importance import TaskProfile as TaskProfile
+from foveate.importance import TileTags as TileTags
+from foveate.importance import TrackingOptions as TrackingOptions
+from foveate.importance import importance_of as importance_of
+from foveate.importance import load_task as load_task
+from foveate.importance import save_task as save_task
+from foveate.importance import track_importance as track_importance
 from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kernels.backends.table import backends as backends
 from foveate.kvcache.cache import quantized_cache as quantized_cache

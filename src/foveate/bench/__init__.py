@@ -9,6 +9,10 @@
     runtime  the runtime manager: simulated under load on recorded traces, and live around a plain loop
     memory   planes that come and go: memory given back, the limit, restoring, streaming, conversions
 
+One more trains two small models on texts, minutes of work that are kept for the next time, and needs `FOVEATE_DATA`:
+
+    importance  a mixture of experts that follows its task, beside static maps of equal bytes
+
 Each benchmark returns one object that can be written as JSON:
 
     {"name", "figures": {name: number}, "machine", "versions", "date", "rounds": raw data, "notes": [sentences]}
@@ -27,7 +31,7 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime", "memory")
+NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime", "memory", "importance")
 
 
 def run(name: str, sizes: Any = None) -> dict[str, Any]:

@@ -21,7 +21,10 @@ _OWN = {"model": "calibrate", "data": "calibrate", "windows": "calibrate", "minu
 
 def bench(
     name: Annotated[
-        str, typer.Argument(help="The benchmark: kernels, switch, load, decode, calibrate, saved, runtime or memory.")
+        str,
+        typer.Argument(
+            help="The benchmark: kernels, switch, load, decode, calibrate, saved, runtime, memory or importance."
+        ),
     ],
     out: Out = None,
     model: Annotated[str | None, typer.Option(help="calibrate: a model's folder. Default: random weights.")] = None,
