@@ -61,7 +61,7 @@ def test_nothing_begins_after_an_error() -> None:
 
 def test_leaving_early_awaits_what_has_begun() -> None:
     begun: list[int] = []
-    for number, _ in itertools.islice(in_parallel(begun.append, range(100)), 2):  # type: ignore[arg-type]
+    for number, _ in itertools.islice(in_parallel(begun.append, range(100)), 2):
         assert number < 2
     assert len(begun) < 10
 

@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import foveate as fv
+from foveate.calibrate.one_weight import QuantizedWeight, round_and_score
 from foveate.calibrate.resuming import _digest, read_resume, sample_of, write_resume
 from foveate.collect.collector import Collector
-from foveate.collect.kinds import find_weights
+from foveate.collect.kinds import QuantizableWeight, find_weights
 from foveate.errors import DataError
 from foveate.files import checksum
 from tiny import mlp, rows
@@ -82,3 +84,30 @@ def test_another_version_and_what_is_no_file(file: Path) -> None:
     os.mkfifo(file)
     with pytest.raises(DataError, match="not a regular file"):
         _read(file)
+
+
+def test_an_interruption_while_rounding_leaves_the_model_and_all_statistics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass is not made again: every batch is in the file, however many there were."""
+    file, model, batches, done = tmp_path / "resume", mlp(), rows(70, 70, 7), []
+    before, expected = model(batches[0]), fv.quantize(mlp(), batches, progress=False)
+
+    def interrupted(entry: QuantizableWeight, *others: Any) -> QuantizedWeight:
+        done.append(entry.names[0])
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        return round_and_score(entry, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("foveate.calibrate.quantize.round_and_score", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fv.quantize(model, batches, resume=file, progress=False)
+    assert torch.equal(model(batches[0]), before)
+    assert float(load_file(file)["batches"]) == 7
+    backward = []
+    monkeypatch.setattr(Collector, "add", lambda *args: backward.append(args))
+    profile = fv.quantize(model, batches, resume=file, progress=False)
+    assert not backward
+    assert all(torch.equal(t, expected.losses[n]) for n, t in profile.losses.items())
+    assert not file.exists()

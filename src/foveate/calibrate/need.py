@@ -4,8 +4,8 @@ Two things are estimated from rows. The sums of squares that score levels are me
 thousand. The covariance of a layer's inputs has as many directions as the layer has inputs, K. Codes are fitted to it,
 and what they gain by chance in d directions on n rows is lost again on other rows: the loss there is 1 / (1 - d/n)^2 of
 the loss here (`foveate.rounding.overfit_factor`). d is less than K, a third of it in the widest layers of language
-models. So the widest layer decides, and all others see more rows than they need. docs/decisions.md has the divergence
-of models calibrated with fewer and with more rows.
+models. So the widest layer decides, and all others see more rows than they need. docs/decisions.md has what a third of
+the rows costs.
 """
 
 from __future__ import annotations

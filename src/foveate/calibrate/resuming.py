@@ -27,7 +27,7 @@ from foveate.files import TensorFile, checksum, replacing
 from foveate.memory.available import free_memory
 from foveate.sizes import format_bytes
 
-_VERSION = "2"
+_VERSION = "3"
 _SAMPLE = "foveate sample"
 #: How many values of each tensor the sample has.
 _VALUES = 64

@@ -27,7 +27,7 @@ from foveate.kernels.planes.reference import INPUT_RANGE
 
 _SCORED_LEVELS = (4, 8)
 #: How many rows with a loss of their own, or how many samples of rows that share one, are enough to score.
-_ENOUGH_ROWS, _ENOUGH_SAMPLES = 2048, 512
+_ENOUGH_ROWS, _ENOUGH_SAMPLES = 1024, 512
 #: How many values are scored at a time.
 _CHUNK = 1 << 20
 
