@@ -8,7 +8,7 @@ else writes the levels of a live model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -153,6 +153,57 @@ def row_precision(model: nn.Module, requests: Sequence[Request | None]) -> Itera
     finally:
         passes.set_rows(before)
         registry.change(removed)
+
+
+def set_floor(model: nn.Module, wanted: Floor, *, decider: str) -> None:
+    """Let a floor stand until its decider withdraws; in place of one that the decider gave before.
+
+    Raises:
+        FloorError: the frontier in force cannot meet it.
+    """
+    registry_of(model).change(lambda now: now.with_floor(decider, wanted))
+
+
+def set_classes(model: nn.Module, requests: Iterable[Request], *, decider: str) -> Mapping[Request, int]:
+    """Let there be a class of rows for each of some requests, in place of those that the decider gave before.
+
+    A server calls it where the requests of a step differ from those of the step before; `row_precision` is for a batch
+    that is computed once.
+
+    Args:
+        model: a quantized model.
+        requests: at most 7 different maps beside the index in force.
+        decider: who decides.
+
+    Returns:
+        The number of the class of each request, as `set_row_classes` takes it. It holds until the next call.
+
+    Raises:
+        FloorError: a floor cannot be met.
+        BudgetError: the requests need more than 8 different maps at once.
+    """
+    names = {request: f"{decider} {number}" for number, request in enumerate(dict.fromkeys(requests))}
+
+    def changed(now: LevelState) -> LevelState:
+        for name in now.requests:
+            if name.rpartition(" ")[0] == decider:
+                now = now.without(name)
+        for request, name in names.items():
+            now = now.with_request(name, request)
+        return now
+
+    classes = registry_of(model).change(changed).classes
+    return {request: classes[name] for request, name in names.items()}
+
+
+def set_row_classes(model: nn.Module, classes: Sequence[int] | None) -> None:
+    """Give each row of this thread's next passes a class (`set_classes`), 0 for the index in force; None ends that.
+
+    Args:
+        model: a quantized model.
+        classes: for each row of the batch, or for each token of packed sequences.
+    """
+    registry_of(model).generations.passes.set_rows(classes)
 
 
 def use_static_scales(model: nn.Module, on: bool = True) -> None:

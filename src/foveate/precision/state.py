@@ -143,6 +143,17 @@ class LevelState:
         """The index in force: the furthest that is demanded, and no further than the floor."""
         return min(max(self.indices.values(), default=0), self.floor)
 
+    def index_of(self, request: Request | None) -> int:
+        """The index at which the rows of a request are read; those without one follow the index in force.
+
+        Raises:
+            FloorError: the frontier in force cannot meet the floor of the request.
+        """
+        if request is not None and request.tier is not None:
+            return min(request.tier, self.floor)
+        own = None if request is None else request.floor
+        return self.index if own is None else min(self.index, own.on(self.frontier))
+
     def with_frontier(self, decider: str, frontier: Frontier) -> LevelState:
         """A frontier is handed over, and is in force from then on."""
         others = {name: one for name, one in self.frontiers.items() if name != decider}
@@ -216,13 +227,8 @@ def compose(state: LevelState) -> Composed:
         FloorError: a floor, standing or of a request, cannot be met.
         BudgetError: the requests need more than 8 different maps.
     """
-    frontier, index, furthest = state.frontier, state.index, state.floor
-    wanted = [index]
-    for request in state.requests.values():
-        if request.tier is not None:
-            wanted.append(min(request.tier, furthest))
-        else:
-            wanted.append(index if request.floor is None else min(index, request.floor.on(frontier)))
+    frontier = state.frontier
+    wanted = [state.index_of(request) for request in (None, *state.requests.values())]
     table = sorted(set(wanted))
     if len(table) > MOST_MAPS:
         raise BudgetError(f"the requests need {len(table)} different maps at once; at most {MOST_MAPS} can be in use")

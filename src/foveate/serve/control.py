@@ -1,0 +1,256 @@
+"""PrecisionControl: who decides the precision of each pass of a served model, and what is said of it.
+
+Three deciders act between two steps, on the thread that runs the model, so that no step is torn: the runtime manager
+moves the index; the operator (the page, or `POST /v1/precision`) holds an index or sets a floor; and each request may
+fix its own tier or floor, for its own rows. While the operator holds the index, the manager waits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from foveate.allocate import frontier as computed_frontier
+from foveate.errors import BudgetError
+from foveate.folder.known_frontier import known_frontier
+from foveate.nn.levels import (
+    apply,
+    current_map,
+    set_classes,
+    set_floor,
+    set_index,
+    set_row_classes,
+    state_of,
+    withdraw,
+)
+from foveate.nn.registry import profile_of
+from foveate.precision.frontiers import Frontier
+from foveate.precision.state import Floor, Request
+from foveate.runtime import Costs, Limits, ManagerOptions, RuntimeManager
+from foveate.runtime.levels import DECIDER as MANAGER
+from foveate.runtime.site_control import below
+
+#: The names under which the server, its operator, and the rows of its requests decide.
+SERVER, OPERATOR, ROWS = "server", "operator", "rows of requests"
+_log = logging.getLogger("foveate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """A change of the index in force: when (seconds since 1970), from where to where, who decided it, and why."""
+
+    at: float
+    before: int
+    index: int
+    by: str
+    reason: str
+
+
+def served_frontier(model: nn.Module, points: int, whole: bool) -> Frontier:
+    """The chain that a server moves along: the one in the folder, else one by the profile.
+
+    Args:
+        model: a quantized model.
+        points: maps of a chain by the profile.
+        whole: whether every plane is loaded. If not, the chain begins with the map in force, and goes on below it.
+    """
+    chain = known_frontier(model) or computed_frontier(profile_of(model), points)
+    return chain if whole else below(current_map(model), chain)
+
+
+class PrecisionControl:
+    """Decides between the steps of one served model.
+
+    Args:
+        model: a quantized model.
+        frontier: the chain of maps, which is put in force at its best map.
+        bend: the limits that the manager keeps; None for no manager.
+        options: how the manager works.
+        queue_wait: seconds that the first request in the queue has waited.
+
+    Attributes:
+        frontier: the chain of maps.
+        bits: the average bits of a weight at each index.
+        decisions: the last changes of the index, the newest last.
+        switches: how many there were, by direction ("down" is to fewer bits) and by who decided.
+        manager: the manager, or None.
+        fault: why the manager no longer decides; empty while it does.
+        held: the index at which the operator holds; None if the manager moves it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        frontier: Frontier,
+        *,
+        bend: Limits | None,
+        options: ManagerOptions,
+        queue_wait: Callable[[], float],
+    ) -> None:
+        self._model, self.frontier = model, frontier
+        apply(model, frontier, decider=SERVER)
+        self.bits = tuple(frontier.bits(index) for index in range(len(frontier)))
+        self.decisions: deque[Decision] = deque(maxlen=256)
+        self.switches: Counter[tuple[str, str]] = Counter()
+        self.fault = ""
+        self.held: int | None = None
+        self.floor: Floor | None = None
+        self.manager: RuntimeManager | None = None
+        self._tick, self._next = options.tick, 0.0
+        self._classes: Mapping[Request, int] = {}
+        self._index = state_of(model).index
+        if bend is not None and len(frontier) > 1:
+            sensors = {"queue_wait": queue_wait} if bend.queue_wait is not None else {}
+            given = replace(options, background=False, costs=options.costs or _measured_costs(frontier))
+            self.manager = RuntimeManager(model, limits=bend, sensors=sensors, options=given)
+
+    @property
+    def index(self) -> int:
+        """The index in force, for rows that ask for nothing."""
+        return self._index
+
+    @property
+    def admits(self) -> bool:
+        """Whether new work may be admitted, which the manager denies while memory is above its limit."""
+        return self.manager is None or bool(self.fault) or self.manager.admits
+
+    def start(self) -> None:
+        """Let the manager begin to decide."""
+        if self.manager is not None:
+            self.manager.start()
+
+    def close(self) -> None:
+        """Withdraw everything that was decided here."""
+        if self.manager is not None and not self.fault:
+            self.manager.close()
+        for decider in (OPERATOR, SERVER):
+            withdraw(self._model, decider)
+        self._set_classes(())
+
+    def turn(self) -> None:
+        """Between two steps: let the manager decide, if it is time and nobody holds the index."""
+        now = time.monotonic()
+        if self.manager is None or self.fault or self.held is not None or now < self._next:
+            return
+        self._next = now + self._tick
+        try:
+            decision = self.manager.step()
+        except Exception as error:  # a log on a full disk, a sensor's driver: the answers go on
+            self.fault = f"{type(error).__name__}: {error}"
+            _log.exception("the runtime manager stopped deciding; the index stays where it is")
+            return
+        self._noted(MANAGER, decision.reason)
+
+    def hold(self, index: int | None) -> None:
+        """Hold an index in place of the manager; None gives it back.
+
+        Raises:
+            BudgetError: the frontier has no such index.
+        """
+        if index is not None:
+            if not 0 <= index < len(self.frontier):
+                raise BudgetError(f"index (={index}) is not on the frontier, 0..{len(self.frontier) - 1}")
+            if self.manager is not None:  # the furthest demand counts, so the manager's is taken back meanwhile
+                set_index(self._model, 0, decider=MANAGER)
+            set_index(self._model, index, decider=OPERATOR)
+            self.held = index
+            self._noted(OPERATOR, f"the operator holds index {index}")
+        elif self.held is not None:
+            set_index(self._model, 0, decider=OPERATOR)
+            if self.manager is not None and not self.fault:
+                set_index(self._model, self.manager.index, decider=MANAGER)
+            self.held = None
+            self._noted(OPERATOR, "the operator gave the index back")
+
+    def stand(self, floor: Floor | None) -> None:
+        """Let a floor stand for all requests; None takes it back.
+
+        Raises:
+            FloorError: the frontier cannot meet it.
+        """
+        if floor is not None:
+            set_floor(self._model, floor, decider=OPERATOR)
+        else:
+            withdraw(self._model, OPERATOR)
+            if self.held is not None:
+                set_index(self._model, self.held, decider=OPERATOR)
+        self.floor = floor
+        self._noted(OPERATOR, "the operator set a floor" if floor else "the operator took the floor back")
+
+    def pass_indices(self, requests: Sequence[Request | None], counts: Sequence[int]) -> tuple[list[int], bool]:
+        """Give the rows of the next pass their maps.
+
+        Args:
+            requests: what the rows of each sequence of the pass ask for.
+            counts: how many tokens each sequence has in the pass.
+
+        Returns:
+            The index at which each sequence is read, and whether rows were given maps of their own.
+        """
+        asked = [request for request in requests if request is not None]
+        if not set(asked) <= set(self._classes):
+            self._set_classes(asked)
+        state = state_of(self._model)
+        if asked:
+            classes = [0 if request is None else self._classes[request] for request in requests]
+            set_row_classes(self._model, [c for c, count in zip(classes, counts, strict=True) for _ in range(count)])
+        else:
+            set_row_classes(self._model, None)
+        indices = {request: state.index_of(request) for request in dict.fromkeys(requests)}
+        return [indices[request] for request in requests], bool(asked)
+
+    def _set_classes(self, requests: Iterable[Request]) -> None:
+        self._classes = set_classes(self._model, requests, decider=ROWS)
+
+    def _noted(self, by: str, reason: str) -> None:
+        index = state_of(self._model).index
+        if index == self._index:
+            return
+        self.decisions.append(Decision(at=time.time(), before=self._index, index=index, by=by, reason=reason))
+        self.switches["down" if index > self._index else "up", by] += 1
+        self._index = index
+
+    def status(self) -> dict[str, Any]:
+        """What `GET /v1/precision` says."""
+        chain, manager = self.frontier, self.manager
+        floors = state_of(self._model).floor
+        return {
+            "index": self._index,
+            "bits": self.bits[self._index],
+            "frontier": [
+                {"index": index, "bits": bits, "bytes_read": chain.bytes_read(index), "kl": _kl(chain, index)}
+                for index, bits in enumerate(self.bits)
+            ],
+            "names": {point.name: point.index for point in chain.points},
+            "held": self.held is not None,
+            "floor": floors,
+            "manager": None if manager is None else {
+                "decides": not self.fault and self.held is None,
+                "fault": self.fault,
+                "limits": manager.setup.given,
+                "admits": self.admits,
+            },
+            "switches": {f"{way} by {by}": count for (way, by), count in sorted(self.switches.items())},
+        }  # fmt: skip
+
+
+def _kl(chain: Frontier, index: int) -> float | None:
+    return chain.kl(index) if chain.points else None
+
+
+def _measured_costs(chain: Frontier) -> Costs | None:
+    """The costs that were measured of a frontier, in place of predicted ones; None if nothing was."""
+    if not chain.points:
+        return None
+    every = range(len(chain))
+    timed = all(point.seconds is not None for point in chain.points)
+    return Costs(
+        kl=tuple(chain.kl(index) for index in every),
+        seconds_per_token=tuple(chain.seconds(index) for index in every) if timed else (),
+    )

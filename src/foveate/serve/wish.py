@@ -1,0 +1,139 @@
+"""Wish and Given: the precision that a request asks for, and the precision that its answer got.
+
+In a body, `precision` is an object with a tier or a floor:
+
+    {"tier": "auto"}   follow the index in force, which the manager moves (the default)
+    {"tier": 2}        index 2 of the frontier for all of this answer; {"tier": "4.25"} the point of that name
+    {"floor": 3}       follow the index in force, but no further than index 3; {"floor": "4.25"} at least 4.25 bits
+
+So a whole number is an index of the frontier, of which 0 is the best, and a text is a name or average bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from foveate.errors import BudgetError, FloorError
+from foveate.precision.frontiers import Frontier
+from foveate.precision.state import Floor, Request
+from foveate.serve.refused import RefusedRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """The precision that a request asks for, before it is known what the frontier has.
+
+    Attributes:
+        tier: a fixed index or the name of a point; None follows the index in force.
+        floor: the furthest index, or the least average bits as a text; None accepts all.
+    """
+
+    tier: int | str | None = None
+    floor: int | str | None = None
+
+    @staticmethod
+    def parse(value: Any) -> Wish:
+        """The wish in a body's field `precision`; raises `RefusedRequest`."""
+        if value is None:
+            return Wish()
+        if not isinstance(value, dict) or not set(value) <= {"tier", "floor"}:
+            raise RefusedRequest("precision is not an object with tier or floor", parameter="precision")
+        for name, one in value.items():
+            is_index = type(one) is int and 0 <= one < 256
+            if one is not None and not is_index and not (isinstance(one, str) and 0 < len(one) <= 80):
+                raise RefusedRequest(
+                    f"precision.{name} (={one!r}) is neither an index of the frontier nor the name of a point",
+                    parameter=f"precision.{name}",
+                )
+        tier, floor = value.get("tier"), value.get("floor")
+        if tier not in (None, "auto") and floor is not None:
+            raise RefusedRequest("precision has a tier or a floor, not both: a tier is fixed", parameter="precision")
+        return Wish(tier=None if tier == "auto" else tier, floor=floor)
+
+    def on(self, frontier: Frontier) -> Request | None:
+        """What the rows of the request ask for; None if they follow the index in force.
+
+        Raises:
+            RefusedRequest: the frontier has no such point, or cannot meet the floor.
+        """
+        try:
+            if self.tier is not None:
+                return Request(tier=_index_of(self.tier, frontier))
+            if self.floor is None:
+                return None
+            floor = floor_of(self.floor, frontier)
+            floor.on(frontier)
+            return Request(floor=floor)
+        except (BudgetError, FloorError) as error:
+            name = "floor" if self.tier is None else "tier"
+            raise RefusedRequest(f"precision.{name}: {error}", parameter=f"precision.{name}") from error
+
+
+def floor_of(value: int | str, frontier: Frontier) -> Floor:
+    """The floor that an index, the name of a point or average bits mean; raises `BudgetError`."""
+    if isinstance(value, int) or value in {point.name for point in frontier.points}:
+        return Floor(index=_index_of(value, frontier))
+    try:
+        bits = float(value)
+    except ValueError:
+        raise BudgetError(f"floor (={value!r}) is neither the name of a point nor average bits") from None
+    return Floor(bits=bits)
+
+
+def _index_of(value: int | str, frontier: Frontier) -> int:
+    if isinstance(value, str):
+        return frontier.find(value)
+    if value >= len(frontier):
+        raise BudgetError(f"index (={value}) is not on the frontier, which has the indices 0 to {len(frontier) - 1}")
+    return value
+
+
+@dataclass(kw_only=True)
+class Given:
+    """The precision that one answer got, written down pass by pass.
+
+    Attributes:
+        passes: how many passes read at each index, prompt included.
+        tokens: how many tokens of the answer came from passes at each index.
+        switches: how often the index differed from that of the pass before.
+        last: the index of the last pass; None before the first.
+    """
+
+    passes: Counter[int] = field(default_factory=Counter)
+    tokens: Counter[int] = field(default_factory=Counter)
+    switches: int = 0
+    last: int | None = None
+
+    def add(self, index: int, token: bool) -> None:
+        """Write down one pass, and whether a token of the answer came from it."""
+        self.passes[index] += 1
+        self.tokens[index] += token
+        self.switches += self.last is not None and self.last != index
+        self.last = index
+
+    def report(self, bits: Sequence[float], wish: Wish) -> dict[str, Any]:
+        """What the answer says of it.
+
+        Args:
+            bits: the average bits of a weight at each index.
+            wish: what was asked for.
+
+        Returns:
+            `tier` ("auto" or the index that was fixed), `best` and `worst` (the indices of its passes), `bits` (the
+            mean over the tokens of the answer), `min_bits`, and `switches`. Before the first pass the numbers are None.
+        """
+        counted = self.tokens if self.tokens.total() else self.passes
+        total = counted.total()
+        mean = sum(bits[index] * count for index, count in counted.items()) / total if total else math.nan
+        return {
+            "tier": "auto" if wish.tier is None else self.last,
+            "best": min(self.passes, default=None),
+            "worst": max(self.passes, default=None),
+            "bits": round(mean, 4) if total else None,
+            "min_bits": round(min(bits[index] for index in self.passes), 4) if total else None,
+            "switches": self.switches,
+        }
