@@ -55,6 +55,8 @@ from foveate.evaluate.verify import verify as verify
 from foveate.folder.known_frontier import frontier_of as frontier_of
 from foveate.folder.load import load as load
 from foveate.folder.save import save as save
+from foveate.inputs import adapt_to_input as adapt_to_input
+from foveate.inputs import explain as explain
 from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kernels.backends.table import backends as backends
 from foveate.kvcache.cache import quantized_cache as quantized_cache
