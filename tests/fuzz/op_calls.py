@@ -143,10 +143,41 @@ class _Maker(Arguments):
         codes = torch.randint(0, len(LEVELS), (maps, sum(tiles)), generator=self.g)
         levels = torch.tensor(LEVELS, dtype=torch.uint8)[codes]
         inputs = torch.tensor([4, 8, 16, 32], dtype=torch.uint8)[torch.randint(0, 4, (maps, 2), generator=self.g)]
-        args = [book, levels, inputs, torch.tensor([0.0, 0.0, -1.0, 1.0]), self.pairs(2)]
+        pairs, choices = self.pairs(2), []
+        if maps == 2 and self.chance(0.5):
+            pairs, choices = torch.tensor([[1, 0], [0, 0]], dtype=torch.uint8), self.choices(tiles)
+        args = [book, levels, inputs, torch.tensor([0.0, 0.0, -1.0, 1.0]), pairs, choices]
         if maps == 2:
             torch.ops.foveate.publish(*args)
         return book, args
+
+    def choices(self, tiles: Sequence[int]) -> list[Tensor]:
+        """What decides between maps 1 and 0: for each weight that has tiles one strip."""
+        begins = torch.tensor([0, *(int(n > 0) for n in tiles)]).cumsum(0)
+        samples = int(begins[-1])
+        return [
+            torch.tensor([[1, 0]], dtype=torch.uint8),
+            torch.rand(1, len(tiles), generator=self.g),
+            begins[None],
+            torch.zeros(samples, dtype=torch.int64),
+            torch.rand(samples, 16, generator=self.g),
+            torch.zeros(1, len(tiles), 2, dtype=torch.int64),
+        ]
+
+    def estimate(self) -> OpCall:
+        w = self.weight()
+        x, strips = self.floats(*self.leading(), w.columns), max(1, w.grid[0])
+        level = torch.tensor([8, self.one((4, 8, 16, 32))], dtype=torch.uint8)
+        count = self.one((0, 1, 3)) if w.grid[0] else 0
+        if self.chance(0.5):
+            limits = self.one((None, torch.tensor([-1.0, 2.0])))
+            sample = [torch.randint(0, strips, (count,), generator=self.g), torch.rand(count, 16, generator=self.g)]
+            maps = [self.one((0, 1)), self.one((0, 1))]
+            return self.done("plane_error", [x, list(w.tensors), list(w.geometry), level, limits, maps, *sample])
+        book = self.reads([w.stored_levels.numel(), 8])
+        rows = x.shape[:-1].numel()
+        pairs = torch.tensor([[self.one((0, 1)), 0]] * rows, dtype=torch.uint8).view(rows, 2)
+        return self.done("pass_choice", [book, [0, self.one((0, 1))], x, list(w.tensors), list(w.geometry), pairs])
 
     def reads(self, tiles: Sequence[int] = (8, 0, 16)) -> Tensor:
         """A book, mostly with a pass that is open; its rows have classes of their own, one time in two."""
@@ -262,6 +293,7 @@ def op_call(seed: int, number: int) -> OpCall:
         make.backward,
         make.generation,
         make.generation,
+        make.estimate,
         make.rounding,
         make.collecting,
         make.group,

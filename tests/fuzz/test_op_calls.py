@@ -14,7 +14,7 @@ from kernels.cases import forced, isas
 OPS = {
     "plane_linear", "plane_linear_no_grad", "plane_linear_by_handle", "plane_handle", "plane_unpack",
     "plane_linear_backward", "generation_book", "publish", "rows_of_passes", "begin_pass", "end_pass",
-    "pass_levels", "pass_input",
+    "pass_levels", "pass_input", "pass_choice", "plane_error",
     "pass_rows", "pass_owners", "pass_generation", "plane_embedding",
     "error_feedback", "coordinate_descent", "group_pack", "group_unpack", "group_variance",
     "mask_pack", "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",

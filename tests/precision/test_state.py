@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import BudgetError, FloorError
+from foveate.precision.adaptation import Adaptation, Estimator
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap, Site, uniform
 from foveate.precision.state import MOST_MAPS, Floor, LevelState, Request, compose, raised_level
@@ -37,13 +39,18 @@ def _chain(length: int) -> Frontier:
 
 
 START = LevelState(frontiers={"user": _chain(6)})
+ESTIMATOR = Estimator(gradients={"a:weight": torch.ones(32), "b:weight": torch.ones(16)})
+
+
+def _adaptation(below: int, above: int, multiplier: float = 1.0) -> Adaptation:
+    return Adaptation(below=below, above=above, multiplier=multiplier, estimator=ESTIMATOR)
 
 
 @st.composite
 def _moves(draw: st.DrawFn) -> tuple[str, str, Change]:
     """Something that a decider does: (its name, what it does, the change)."""
     name = draw(st.sampled_from(NAMES))
-    what = draw(st.sampled_from(("frontier", "index", "floor", "request", "raise")))
+    what = draw(st.sampled_from(("frontier", "index", "floor", "request", "raise", "adapt")))
     number = draw(st.integers(0, 3))
     if what == "frontier":
         return name, what, lambda now: now.with_frontier(name, _chain(4 + number % 3))
@@ -52,7 +59,12 @@ def _moves(draw: st.DrawFn) -> tuple[str, str, Change]:
     if what == "floor":
         return name, what, lambda now: now.with_floor(name, Floor(index=number))
     if what == "request":
-        return name, what, lambda now: now.with_request(name, Request(tier=number))
+        requests = (Request(tier=number), Request(floor=Floor(index=number)), Request())
+        request = draw(st.sampled_from(requests))
+        return name, what, lambda now: now.with_request(name, request)
+    if what == "adapt":
+        adaptation = _adaptation(draw(st.integers(0, 2)), number)
+        return name, what, lambda now: now.with_adaptation(name, adaptation)
     return name, what, lambda now: now.with_raises(name, {"a:input": number % 3})
 
 
@@ -85,8 +97,18 @@ def test_no_floor_is_undercut_and_all_that_is_read_is_on_the_frontier(moves: lis
         weights = [{n: level for n, level in plan.levels.items() if n.endswith("weight")} for plan in composed.maps]
         for levels in weights:
             assert any(all(plan.levels[n] == level for n, level in levels.items()) for plan in state.frontier)
-        for low, high in composed.pairs:
-            assert low == high < len(composed.maps)
+        assert set(composed.choices) == {pair for pair in composed.pairs if pair[0] != pair[1]}
+        for (low, high), (far, near), request in zip(
+            composed.pairs, state.ends, (Request(), *state.requests.values()), strict=True
+        ):
+            assert near <= far <= state.floor
+            assert high <= low < len(composed.maps)
+            assert near == far or state.adaptation is not None
+            if request.tier is not None:
+                assert near == far
+            if request.floor is not None:
+                assert far <= request.floor.on(state.frontier)
+            assert composed.encoded[low] == replace(state.frontier.encoded(far), inputs=composed.encoded[low].inputs)
         for encoded, plan in zip(composed.encoded, composed.maps, strict=True):
             assert encoded.inputs == bytes(plan.levels[n] for n in ("a:input", "b:input"))  # type: ignore[arg-type]
             assert len(encoded.weights) == SITES[0].tiles + SITES[1].tiles
@@ -123,6 +145,41 @@ def test_rows_have_maps_of_their_own() -> None:
     assert compose(state.with_floor("f", Floor(index=0))).maps == (state.frontier[0],)
 
 
+def test_inputs_choose_between_two_maps_around_the_index() -> None:
+    state = START.with_index("runtime", 2).with_adaptation("inputs", _adaptation(1, 2))
+    assert state.ends == ((3, 0),)
+    composed = compose(state)
+    assert [plan.levels["a:weight"] for plan in composed.maps] == [8, 3]
+    assert composed.pairs == ((1, 0),)
+    assert composed.plan is state.frontier[0]
+    assert compose(state.with_floor("f", Floor(index=2))).pairs == ((1, 0),)
+    assert state.with_floor("f", Floor(index=2)).ends == ((2, 0),)
+    state = state.with_request("tier", Request(tier=1)).with_request("floor", Request(floor=Floor(index=1)))
+    assert state.ends == ((3, 0), (1, 1), (1, 0))
+    assert compose(state.without("inputs")).choices == {}
+    # what was handed over last is in force, and withdraws
+    assert state.with_adaptation("other", _adaptation(0, 0)).ends == ((2, 2), (1, 1), (1, 1))
+    assert state.with_adaptation("other", _adaptation(0, 0)).without("other") == state
+
+
+def test_a_price_is_a_multiple_of_the_slope_of_the_frontier() -> None:
+    maps = [replace(_map(level), predicted_loss=loss) for level, loss in ((8, 0.1), (4, 0.5))]
+    chain = Frontier(tuple(maps))
+    more = {s.name: maps[0].tile_bytes(s) - maps[1].tile_bytes(s) for s in SITES[:2]}
+    rows = replace(ESTIMATOR, rows={"b:weight": 4.0})
+    choice = Adaptation(below=1, above=0, multiplier=2.0, estimator=rows).choice(chain, 1, 0)
+    price = 2 * 0.4 / sum(more.values())
+    assert choice.thresholds == pytest.approx([price * more["a:weight"], price * more["b:weight"] / 4])
+    unknown = replace(ESTIMATOR, gradients={"a:weight": torch.ones(32)})
+    choice = Adaptation(below=1, above=0, multiplier=2.0, estimator=unknown).choice(chain, 1, 0)
+    assert choice.thresholds[1] == -1  # not estimated: it reads the higher map
+    assert len(choice.samples[1].strips) == 0
+    # a frontier without predictions counts bytes as they are
+    assert _adaptation(1, 0, 3.0).choice(START.frontier, 1, 0).thresholds[0] == 3 * (
+        START.frontier[0].tile_bytes(SITES[0]) - START.frontier[1].tile_bytes(SITES[0])
+    )
+
+
 def test_more_maps_than_a_generation_holds_are_refused() -> None:
     maps = [replace(_map(6), levels={**_map(6).levels, "a:weight": bytes([6] * (4 - i) + [4] * i)}) for i in range(5)]
     maps += [replace(_map(4), levels={**_map(4).levels, "a:weight": bytes([4] * (4 - i) + [3] * i)}) for i in range(4)]
@@ -157,6 +214,7 @@ def test_two_watches_raise_as_far_as_either() -> None:
 
 def test_states_are_values() -> None:
     state = START.with_index("runtime", 1).with_floor("f", Floor(index=2)).with_raises("w", {"a:input": 1})
+    assert copy.deepcopy(state.with_adaptation("i", _adaptation(1, 1))) == state.with_adaptation("i", _adaptation(1, 1))
     assert copy.deepcopy(state) == state == pickle.loads(pickle.dumps(state))
     with pytest.raises(TypeError):
         state.indices["runtime"] = 5  # type: ignore[index]
@@ -173,6 +231,9 @@ def test_states_are_values() -> None:
         (lambda: Request(tier=-2), r"tier \(=-2\) is not a whole number"),
         (lambda: START.with_index("x", 6), r"index \(=6\) is not on the frontier, 0..5"),
         (lambda: START.with_index("x", True), r"index \(=True\) is not on the frontier"),
+        (lambda: _adaptation(-1, 0), r"below \(=-1\) is not a whole number from 0 on"),
+        (lambda: _adaptation(0, 0, -1.0), r"multiplier \(=-1.0\) is not a finite number from 0 on"),
+        (lambda: Estimator(gradients={}, strips=0), r"strips \(=0\) is not a whole number from 1 on"),
         (lambda: LevelState(frontiers={}), "a state has at least one frontier"),
     ],
 )

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from foveate.collect.objectives import Objective, named
 from foveate.errors import FoveateError, LevelError
 from foveate.evaluate.float32_floor import ratio, ratio_text
-from foveate.evaluate.verify import highest_map, measure
+from foveate.evaluate.verify import measure
 from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS, check_weight_level
+from foveate.nn.levels import highest_map
 from foveate.nn.registry import profile_of, registry_of
 from foveate.precision.maps import PrecisionMap, Site, find_sites
 from foveate.precision.profiles import Profile

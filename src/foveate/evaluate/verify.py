@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +19,9 @@ from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Objective, check_batches, infer, named, run
 from foveate.errors import DataError
 from foveate.evaluate.float32_floor import BOTH_AT_FLOOR, both_at_floor, no_worse, ratio
-from foveate.formats.levels import TOP_LEVEL
-from foveate.nn.levels import apply, withdraw
+from foveate.nn.levels import apply, highest_map, withdraw
 from foveate.nn.registry import registry_of
-from foveate.precision.maps import PrecisionMap, input_level_for, uniform, uniform_of_bytes
+from foveate.precision.maps import PrecisionMap, uniform_of_bytes
 from foveate.progress import track
 
 #: Its maps are in force while it measures, and are withdrawn.
@@ -258,11 +257,3 @@ def verify(
         "divergence" if objective is None else objective.unit,
         limit,
     )
-
-
-def highest_map(model: nn.Module) -> PrecisionMap:
-    """The map in which every tile has the highest level that is loaded."""
-    registry = registry_of(model)
-    plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
-    levels = {name: bytes(w.value.stored_levels.flatten().tolist()) for name, w in registry.weights.items()}
-    return replace(plan, levels={**plan.levels, **levels}, other_parameters=registry.other_parameters)

@@ -11,12 +11,13 @@ and `weight.dequantize()` read them, no product of a live model does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from foveate.nn.passes import Passes
+from foveate.precision.adaptation import Choice
 from foveate.precision.state import Composed, LevelState, compose
 
 Check = Callable[[Composed, Tensor], None]
@@ -48,7 +49,10 @@ class Generations:
         self.composed: Composed | None = None
         self.number = 0
         passes.bind(self.book)
-        self._publish(shown[0][None], shown[1][None], shown[2], torch.zeros(1, 2, dtype=torch.uint8))
+        #: Of the newest generation, for each pair of maps that inputs choose between: int64 [weights, 2], rows that
+        #: were decided and rows that read the higher map.
+        self.counts: Mapping[tuple[int, int], Tensor] = {}
+        self._publish(shown[0][None], shown[1][None], shown[2], torch.zeros(1, 2, dtype=torch.uint8), [])
 
     def change(self, changed: Callable[[LevelState | None], LevelState], check: Check) -> LevelState:
         """Put a changed state in force from the next pass on; if it is refused, nothing changes.
@@ -80,13 +84,35 @@ class Generations:
             ranges = torch.tensor([composed.ranges.get(name, (0.0, 0.0)) for name in self._inputs]).view(-1)
         else:
             ranges = torch.zeros(2 * len(self._inputs))
-        self._publish(levels, inputs, ranges, torch.tensor(composed.pairs, dtype=torch.uint8))
+        choices = _choices(composed.choices)
+        self._publish(levels, inputs, ranges, torch.tensor(composed.pairs, dtype=torch.uint8), choices)
+        self.counts = dict(zip(composed.choices, choices[-1] if choices else (), strict=True))
 
-    def _publish(self, levels: Tensor, inputs: Tensor, ranges: Tensor, pairs: Tensor) -> None:
-        self.number = torch.ops.foveate.publish(self.book, levels, inputs, ranges, pairs)
-        first = int(pairs[0, 0])
+    def _publish(
+        self, levels: Tensor, inputs: Tensor, ranges: Tensor, pairs: Tensor, choices: Sequence[Tensor]
+    ) -> None:
+        self.number = torch.ops.foveate.publish(self.book, levels, inputs, ranges, pairs, choices)
+        first = int(pairs[0, 1])
         for shown, now in zip(self._shown, (levels[first], inputs[first], ranges), strict=True):
             shown.copy_(now)
+
+
+def _choices(choices: Mapping[tuple[int, int], Choice]) -> list[Tensor]:
+    """What decides between the maps of each pair, as the op `publish` takes it."""
+    if not choices:
+        return []
+    samples = [sample for choice in choices.values() for sample in choice.samples]
+    weights = len(samples) // len(choices)
+    ends = torch.tensor([0] + [len(sample.strips) for sample in samples]).cumsum(0)
+    begins = torch.stack([ends[weights * d : weights * (d + 1) + 1] for d in range(len(choices))])
+    return [
+        torch.tensor(list(choices), dtype=torch.uint8),
+        torch.tensor([choice.thresholds for choice in choices.values()], dtype=torch.float32).view(-1, weights),
+        begins,
+        torch.cat([sample.strips for sample in samples]),
+        torch.cat([sample.row_weights for sample in samples]),
+        torch.zeros(len(choices), weights, 2, dtype=torch.int64),
+    ]
 
 
 def _block(parts: list[bytes]) -> Tensor:

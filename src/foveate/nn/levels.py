@@ -10,13 +10,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from torch import nn
 
 from foveate.errors import BudgetError, FoveateError
+from foveate.formats.levels import TOP_LEVEL
 from foveate.nn.registry import profile_of, registry_of
+from foveate.precision.adaptation import Adaptation
 from foveate.precision.frontiers import Frontier
-from foveate.precision.maps import PrecisionMap
+from foveate.precision.maps import PrecisionMap, input_level_for, uniform
 from foveate.precision.state import Floor, LevelState, Request
 
 #: The decider that `apply`, and everything else that a user calls without a name, decides for.
@@ -65,6 +68,15 @@ def set_raises(model: nn.Module, raises: Mapping[str, int], *, decider: str) -> 
         decider: who decides.
     """
     registry_of(model).change(lambda now: now.with_raises(decider, raises))
+
+
+def set_adaptation(model: nn.Module, adaptation: Adaptation, *, decider: str) -> None:
+    """Let every input choose between two maps around the index in force (`foveate.adapt_to_input` finds the price).
+
+    Raises:
+        PlaneNotResidentError: the higher map reads planes that are not stored.
+    """
+    registry_of(model).change(lambda now: now.with_adaptation(decider, adaptation))
 
 
 def withdraw(model: nn.Module, decider: str) -> None:
@@ -238,3 +250,11 @@ def current_map(model: nn.Module) -> PrecisionMap:
     plan = registry_of(model).plan
     assert plan is not None
     return plan
+
+
+def highest_map(model: nn.Module) -> PrecisionMap:
+    """The map in which every tile has the highest level that is loaded."""
+    registry = registry_of(model)
+    plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
+    levels = {name: bytes(w.value.stored_levels.flatten().tolist()) for name, w in registry.weights.items()}
+    return replace(plan, levels={**plan.levels, **levels}, other_parameters=registry.other_parameters)

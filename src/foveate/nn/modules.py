@@ -144,10 +144,11 @@ class PlaneConv(PlaneModule):
 
         if maps is None or torch.compiler.is_dynamo_compiling():  # a graph cannot branch on which maps are in use
             return of_map(0, x)
-        used = maps[:, 0].unique().tolist()
+        better = maps[:, 1]  # an unpacked weight has no estimate
+        used = better.unique().tolist()
         if len(used) <= 1:
             return of_map(used[0] if used else 0, x)
-        rows = [(maps[:, 0] == which).nonzero()[:, 0] for which in used]
+        rows = [(better == which).nonzero()[:, 0] for which in used]
         parts = [of_map(which, x[mine]) for which, mine in zip(used, rows, strict=True)]
         return torch.cat(parts)[torch.cat(rows).argsort()]
 

@@ -63,7 +63,12 @@ class PlaneModule(nn.Module):
         tensors, maps = self.weight.read(x, 1, owners)
         level, limits = self.input_level, self.input_range
         if self.weight.passes is not None and maps is not None:
-            level, limits = torch.ops.foveate.pass_input(self.weight.passes.book, self.input_place)
+            book, places = self.weight.passes.book, [self.weight.place, self.input_place]
+            level, limits = torch.ops.foveate.pass_input(book, self.input_place)
+            given = x.float() if x.dtype == torch.float64 else x
+            maps = torch.ops.foveate.pass_choice(
+                book, places, given.detach(), tensors, self.weight.value.geometry, maps
+            )
         return multiplied(x, tensors, self.weight.value.geometry, [bias], level, maps, input_range=limits)[0]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:

@@ -170,7 +170,7 @@ class Registry:
             raise SiteError(f"{plan!r} is not a PrecisionMap; profile.uniform(4) is one")
         state, composed = self.generations.state, self.generations.composed
         if state is not None and composed is not None and plan is composed.plan:
-            plan = state.frontier[state.index]  # what is in force, but for raises
+            plan = state.frontier[state.ends[0][1]]  # what is in force, but for raises
         frontier = Frontier((plan,)) if isinstance(plan, PrecisionMap) else plan
 
         def changed(now: LevelState | None) -> LevelState:

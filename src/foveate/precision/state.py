@@ -9,7 +9,9 @@ Deciders never write levels. Each gives its part of the state under a name of it
 - *requests* of single rows: a fixed index, or a floor of their own. Rows of one request are a class;
 - *raises* of inputs above the level of their map, in steps along 4, 8 and 16 bits: the watch for drift. While any input
   is raised, static ranges are suspended, since they come from the same calibration data;
-- static *ranges* of inputs.
+- static *ranges* of inputs;
+- an *adaptation*: each input chooses, weight by weight, between two maps around the index. That which was handed over
+  last is in force.
 
 `compose` is pure. What it makes is what a generation of the model holds: a table of maps, and for each class of rows
 which of them its rows read.
@@ -23,6 +25,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from foveate.errors import BudgetError, FloorError
+from foveate.precision.adaptation import Adaptation, Choice
 from foveate.precision.encoding import EncodedLevels
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap
@@ -99,6 +102,7 @@ class LevelState:
         requests: the classes of rows beside the default one, in the order of their numbers, from 1 on.
         raises: for inputs, by how many steps of 4, 8 and 16 bits they are raised.
         ranges: the static range of inputs that have one, unless they are suspended.
+        adaptations: how inputs choose between two maps, the one in force last.
     """
 
     frontiers: Mapping[str, Frontier]
@@ -107,11 +111,12 @@ class LevelState:
     requests: Mapping[str, Request] = field(default_factory=dict)
     raises: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    adaptations: Mapping[str, Adaptation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.frontiers:
             raise BudgetError("a state has at least one frontier")
-        for name in ("frontiers", "indices", "floors", "requests", "raises", "ranges"):
+        for name in self.__dataclass_fields__:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def __reduce__(self) -> Any:  # a view of a dictionary can neither be copied nor pickled
@@ -154,6 +159,25 @@ class LevelState:
         own = None if request is None else request.floor
         return self.index if own is None else min(self.index, own.on(self.frontier))
 
+    @property
+    def adaptation(self) -> Adaptation | None:
+        """How inputs choose; None if they do not."""
+        return next(reversed(list(self.adaptations.values())), None)
+
+    @property
+    def ends(self) -> tuple[tuple[int, int], ...]:
+        """For each class of rows the indices (low, high) of its maps, the default class first."""
+        adaptation, found = self.adaptation, []
+        for request in (None, *self.requests.values()):
+            at = self.index_of(request)
+            if adaptation is None or (request is not None and request.tier is not None):  # a tier is fixed
+                found.append((at, at))
+                continue
+            own = None if request is None else request.floor
+            limit = self.floor if own is None else min(self.floor, own.on(self.frontier))
+            found.append(adaptation.around(at, limit))
+        return tuple(found)
+
     def with_frontier(self, decider: str, frontier: Frontier) -> LevelState:
         """A frontier is handed over, and is in force from then on."""
         others = {name: one for name, one in self.frontiers.items() if name != decider}
@@ -182,6 +206,11 @@ class LevelState:
         """Inputs have static ranges."""
         return replace(self, ranges=dict(ranges))
 
+    def with_adaptation(self, decider: str, adaptation: Adaptation) -> LevelState:
+        """Inputs choose between two maps around the index from then on."""
+        others = {name: one for name, one in self.adaptations.items() if name != decider}
+        return replace(self, adaptations={**others, decider: adaptation})
+
     def without(self, decider: str) -> LevelState:
         """A decider withdraws all that it gave, but for the only frontier, since a model always has one."""
         return replace(
@@ -191,6 +220,7 @@ class LevelState:
             floors=_without(self.floors, decider),
             requests=_without(self.requests, decider),
             raises=_without(self.raises, decider),
+            adaptations=_without(self.adaptations, decider),
         )
 
 
@@ -207,17 +237,19 @@ class Composed:
         encoded: the levels of each.
         pairs: for each class of rows the numbers of its maps, low and high; class 0 is the default.
         ranges: the static ranges of inputs that are in force.
+        choices: for each pair whose two maps differ, what decides between them.
     """
 
     maps: tuple[PrecisionMap, ...]
     encoded: tuple[EncodedLevels, ...]
     pairs: tuple[tuple[int, int], ...]
     ranges: Mapping[str, tuple[float, float]]
+    choices: Mapping[tuple[int, int], Choice] = field(default_factory=dict)
 
     @property
     def plan(self) -> PrecisionMap:
-        """The map of rows for which nothing was asked."""
-        return self.maps[self.pairs[0][0]]
+        """The map of rows for which nothing was asked; where inputs choose, the higher of the two."""
+        return self.maps[self.pairs[0][1]]
 
 
 def compose(state: LevelState) -> Composed:
@@ -227,9 +259,8 @@ def compose(state: LevelState) -> Composed:
         FloorError: a floor, standing or of a request, cannot be met.
         BudgetError: the requests need more than 8 different maps.
     """
-    frontier = state.frontier
-    wanted = [state.index_of(request) for request in (None, *state.requests.values())]
-    table = sorted(set(wanted))
+    frontier, adaptation, wanted = state.frontier, state.adaptation, state.ends
+    table = sorted({index for ends in wanted for index in ends})
     if len(table) > MOST_MAPS:
         raise BudgetError(f"the requests need {len(table)} different maps at once; at most {MOST_MAPS} can be in use")
     raises: dict[str, int] = {}
@@ -241,8 +272,13 @@ def compose(state: LevelState) -> Composed:
     return Composed(
         maps=maps,
         encoded=tuple(_encoded(frontier, i, plan) for i, plan in zip(table, maps, strict=True)),
-        pairs=tuple((table.index(i), table.index(i)) for i in wanted),
+        pairs=tuple((table.index(low), table.index(high)) for low, high in wanted),
         ranges=MappingProxyType({}) if suspended else state.ranges,
+        choices={
+            (table.index(low), table.index(high)): adaptation.choice(frontier, low, high)
+            for low, high in dict.fromkeys(wanted)
+            if adaptation is not None and low != high
+        },
     )
 
 

@@ -228,7 +228,22 @@ class _Fields:
 
 
 _BOTH = frozenset(
-    ["model", "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "stream", "stream_options", "stop", "precision"]
+    [
+        "model",
+        "temperature",
+        "top_p",
+        "top_k",
+        "seed",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "logprobs",
+        "max_tokens",
+        "stream",
+        "stream_options",
+        "stop",
+        "precision",
+    ]
 )
 _NOTHING: Mapping[str, Callable[[Any], bool]] = {
     "n": lambda value: type(value) is int and value == 1,

@@ -30,12 +30,30 @@ MAX_MAPS = 8
 
 
 @dataclass(frozen=True, eq=False)
+class Choice:
+    """What the decisions between the maps of one pair take, for each weight of a model.
+
+    Attributes:
+        thresholds: float32 [W].
+        strips: for each weight the numbers of its sampled strips.
+        row_weights: for each weight float32 [strips, 16].
+        counts: int64 [W, 2], rows that were decided and those that read the higher map; added to by every decision.
+    """
+
+    thresholds: Tensor
+    strips: list[Tensor]
+    row_weights: list[Tensor]
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class _Generation:
     number: int
     levels: list[Tensor]
     input_levels: Tensor
     ranges: Tensor
     pairs: Tensor
+    choices: dict[tuple[int, int], Choice]
 
 
 @dataclass(eq=False)
@@ -83,7 +101,9 @@ def generation_book(device: Tensor, tiles: Sequence[int], inputs: int) -> Tensor
     return made
 
 
-def publish(book: Tensor, levels: Tensor, input_levels: Tensor, ranges: Tensor, pairs: Tensor) -> int:
+def publish(
+    book: Tensor, levels: Tensor, input_levels: Tensor, ranges: Tensor, pairs: Tensor, choices: Sequence[Tensor] = ()
+) -> int:
     """Make a generation the newest of a book, whole.
 
     Args:
@@ -93,6 +113,10 @@ def publish(book: Tensor, levels: Tensor, input_levels: Tensor, ranges: Tensor, 
         ranges: float32 [2 I], the least and greatest of each input; zeros where each row has a scale of its own.
         pairs: uint8 [C, 2], the maps (low, high) of the rows of each class. Class 0 is that of rows for which nothing
             was asked.
+        choices: what decides between the maps of the D pairs whose two differ (`foveate.kernels.planes.choice`), none
+            or six tensors: the pairs uint8 [D, 2]; thresholds float32 [D, W]; int64 [D, W + 1], where each weight's
+            sampled strips begin in the next two; the strips int64 [n]; the weights of their rows float32 [n, 16]; and
+            int64 [D, W, 2], to which the rows that were decided, and those that read the higher map, are added.
 
     Returns:
         The number of the generation, counted from 1.
@@ -104,13 +128,30 @@ def publish(book: Tensor, levels: Tensor, input_levels: Tensor, ranges: Tensor, 
         raise RuntimeError(f"levels have shape (={list(levels.shape)}), not [1..{MAX_MAPS}, {tiles}]")
     if bool((pairs >= maps).any()) or pairs.shape[1:] != (2,):
         raise RuntimeError(f"a class reads map (={int(pairs.max())}), and there are {maps}")
+    found = _choices_in(choices, maps)
+    for low, high in pairs.tolist():
+        if low != high and (low, high) not in found:
+            raise RuntimeError(f"a class reads one of maps {low} and {high}, and no choice says which")
     padded, padded_inputs = levels.new_zeros(MAX_MAPS, tiles), levels.new_full((MAX_MAPS, into.inputs), 8)
     padded[:maps], padded_inputs[:maps] = levels, input_levels
     number = 1 if into.newest is None else into.newest.number + 1
     into.newest = _Generation(
-        number, list(padded.split(into.tiles, 1)), padded_inputs, ranges.clone().view(-1), pairs.clone()
+        number, list(padded.split(into.tiles, 1)), padded_inputs, ranges.clone().view(-1), pairs.clone(), found
     )
     return number
+
+
+def _choices_in(parts: Sequence[Tensor], maps: int) -> dict[tuple[int, int], Choice]:
+    if not parts:
+        return {}
+    pairs, thresholds, begins, strips, row_weights, counts = parts
+    found = {}
+    for (low, high), own, begin, seen in zip(pairs.tolist(), thresholds, begins.tolist(), counts, strict=True):
+        if not (low < maps and high < maps and low != high):
+            raise RuntimeError(f"a choice is between maps (={low}, {high}), which are not two of {maps}")
+        spans = [slice(first, last) for first, last in itertools.pairwise(begin)]
+        found[low, high] = Choice(own, [strips[s] for s in spans], [row_weights[s] for s in spans], seen)
+    return found
 
 
 def rows_of_passes(book: Tensor, classes: Tensor | None) -> None:
@@ -220,13 +261,24 @@ def pass_owners(book: Tensor, count: int) -> Tensor:
     return torch.arange(count) // max(1, count // rows)
 
 
+def choice_of(book: Tensor, low: int, high: int) -> Choice:
+    """What decides between two maps in a pass; raises `RuntimeError` if nothing does."""
+    found = _pass_of(book).generation.choices.get((low, high))
+    if found is None:
+        raise RuntimeError(f"a row reads one of maps {low} and {high}, and no choice says which")
+    return found
+
+
 def pass_generation(book: Tensor) -> int:
     """The number of the generation that a pass reads."""
     return _pass_of(book).generation.number
 
 
 define("generation_book(Tensor device, int[] tiles, int inputs) -> Tensor", generation_book)
-define("publish(Tensor book, Tensor levels, Tensor input_levels, Tensor ranges, Tensor pairs) -> int", publish)
+define(
+    "publish(Tensor book, Tensor levels, Tensor input_levels, Tensor ranges, Tensor pairs, Tensor[] choices) -> int",
+    publish,
+)
 define("rows_of_passes(Tensor book, Tensor? classes) -> ()", rows_of_passes)
 define("pass_owners(Tensor book, int count) -> Tensor", pass_owners)
 define("begin_pass(Tensor(a!) book, SymInt length) -> ()", begin_pass)

@@ -134,8 +134,9 @@ def _dense_tiles(w: Weight, which: int) -> Tensor:
 def plane_embedding(
     indices: Tensor, weight: Sequence[Tensor], geometry: Sequence[int], maps: Tensor | None = None
 ) -> Tensor:
-    """Rows of the dense weight, float32 [*indices.shape, columns], each at the levels of its own map."""
+    """Rows of the dense weight, float32 [*indices.shape, columns], each at the (higher) map of its pair."""
     out = weight[0].new_empty(indices.numel(), geometry[1], dtype=torch.float32)
+    maps = None if maps is None else maps[:, 1:].expand(-1, 2)
     for which, mine in _rows_of_maps(maps, indices.numel()):
         out[mine] = F.embedding(indices.reshape(-1)[mine], plane_unpack(weight, geometry, which))
     return out.view(*indices.shape, geometry[1])
@@ -275,6 +276,14 @@ def _product(
     return acc * x_scale
 
 
+def product_at(x_MK: Tensor, w: Weight, which: int, level: int, input_range: Tensor | None) -> Tensor:
+    """[M, NT * 16] outputs of inputs that are quantized at `level`, with the weight as map `which` reads it."""
+    levels = _levels_read(w.active_levels, w.stored_levels, which)
+    centred = _centred_codes(w.planes, w.stored_levels, levels, w.group, w.reach)
+    scaled, offset = _scales(w, levels)
+    return _product(x_MK, centred, scaled, offset, level, input_range)
+
+
 def plane_linear(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -298,10 +307,7 @@ def plane_linear(
                 dense = tiles_to_matrix(_dense_tiles(w, which), y_MN.shape[1], x_MK.shape[1])
                 y_MN[mine] = F.linear(x_MK[mine], dense)
             else:
-                levels = _levels_read(w.active_levels, w.stored_levels, which)
-                centred = _centred_codes(w.planes, w.stored_levels, levels, w.group, w.reach)
-                scaled, offset = _scales(w, levels)
-                y_MN[mine] = _product(x_MK[mine], centred, scaled, offset, level, input_range)
+                y_MN[mine] = product_at(x_MK[mine], w, which, level, input_range)
         y_MN = y_MN[:, : w.rows]
         if bias.numel():
             y_MN = y_MN + bias
@@ -383,6 +389,8 @@ def plane_linear_by_handle(
             strips, groups = weight[-1].shape[1:]
             weight = (*weight[:-1], ops.pass_levels(book, held.places[i], strips, groups))
             level, limits = ops.pass_input(book, held.inputs[i])
-        bias = biases[i] if biases else torch.empty(0)
-        outputs += plane_linear(x, weight, [bias], geometry, level, maps, input_range=limits)
+        bias, own = biases[i] if biases else torch.empty(0), maps
+        if book is not None:
+            own = ops.pass_choice(book, [held.places[i], held.inputs[i]], x, weight, geometry, maps)
+        outputs += plane_linear(x, weight, [bias], geometry, level, own, input_range=limits)
     return outputs

@@ -56,7 +56,49 @@ Tensor generation_book(const Tensor&, at::IntArrayRef tiles, int64_t inputs) {
   return NumberTable<Book>::only().hold(std::move(book));
 }
 
-int64_t publish(const Tensor& book, const Tensor& levels, const Tensor& input_levels, const Tensor& ranges, const Tensor& pairs) {
+// What `publish` is given for the pairs whose two maps differ, checked: none, or the six tensors that its schema names.
+std::shared_ptr<const Choices> choices_in(at::TensorList parts, const Generation& of) {
+  if (parts.empty()) return nullptr;
+  TORCH_CHECK(parts.size() == 6, "choices are 6 tensors or none, not ", parts.size());
+  const Tensor &pairs = parts[0], &thresholds = parts[1], &begins = parts[2], &strips = parts[3], &row_weights = parts[4], &counts = parts[5];
+  check_vector(pairs, at::kByte, "pairs of choices");
+  check_vector(thresholds, at::kFloat, "thresholds");
+  check_vector(begins, at::kLong, "begins");
+  check_vector(strips, at::kLong, "strips");
+  check_vector(row_weights, at::kFloat, "row_weights");
+  check_vector(counts, at::kLong, "counts");
+  const int64_t count = pairs.dim() == 2 && pairs.size(1) == 2 ? pairs.size(0) : 0, weights = of.weights(), samples = strips.numel();
+  TORCH_CHECK(count >= 1 && count <= kMaxMaps * kMaxMaps, "pairs of choices have shape (=", pairs.sizes(), "), not [1..", kMaxMaps * kMaxMaps, ", 2]");
+  TORCH_CHECK(thresholds.dim() == 2 && thresholds.size(0) == count && thresholds.size(1) == weights, "thresholds have shape (=",
+              thresholds.sizes(), "), not [", count, ", ", weights, "]");
+  TORCH_CHECK(begins.dim() == 2 && begins.size(0) == count && begins.size(1) == weights + 1, "begins have shape (=", begins.sizes(),
+              "), not [", count, ", ", weights + 1, "]");
+  TORCH_CHECK(row_weights.dim() == 2 && row_weights.size(0) == samples && row_weights.size(1) == kTileRows, "row_weights have shape (=",
+              row_weights.sizes(), "), not [", samples, ", ", kTileRows, "]");
+  TORCH_CHECK(counts.dim() == 3 && counts.size(0) == count && counts.size(1) == weights && counts.size(2) == 2, "counts have shape (=",
+              counts.sizes(), "), not [", count, ", ", weights, ", 2]");
+  auto made = std::make_shared<Choices>();
+  made->weights = weights;
+  std::fill_n(made->of_pair, kMaxMaps * kMaxMaps, int8_t{-1});
+  for (int64_t d = 0; d < count; ++d) {
+    const uint8_t low = pairs.const_data_ptr<uint8_t>()[2 * d], high = pairs.const_data_ptr<uint8_t>()[2 * d + 1];
+    TORCH_CHECK(low < of.maps && high < of.maps && low != high, "a choice is between maps (=", static_cast<int>(low), ", ", static_cast<int>(high),
+                "), which are not two of ", of.maps);
+    made->of_pair[kMaxMaps * low + high] = static_cast<int8_t>(d);
+    const int64_t* begin = begins.const_data_ptr<int64_t>() + d * (weights + 1);
+    for (int64_t w = 0; w <= weights; ++w)
+      TORCH_CHECK(begin[w] >= (w ? begin[w - 1] : 0) && begin[w] <= samples, "begins (=", begin[w], ") do not rise from 0 to ", samples);
+  }
+  made->thresholds.assign(thresholds.const_data_ptr<float>(), thresholds.const_data_ptr<float>() + thresholds.numel());
+  made->begins.assign(begins.const_data_ptr<int64_t>(), begins.const_data_ptr<int64_t>() + begins.numel());
+  made->strips.assign(strips.const_data_ptr<int64_t>(), strips.const_data_ptr<int64_t>() + samples);
+  made->row_weights.assign(row_weights.const_data_ptr<float>(), row_weights.const_data_ptr<float>() + row_weights.numel());
+  made->counts = counts;
+  return made;
+}
+
+int64_t publish(const Tensor& book, const Tensor& levels, const Tensor& input_levels, const Tensor& ranges, const Tensor& pairs,
+                at::TensorList choices) {
   const std::shared_ptr<Book> into = book_of(book);
   check_vector(levels, at::kByte, "levels");
   check_vector(input_levels, at::kByte, "input_levels");
@@ -75,6 +117,11 @@ int64_t publish(const Tensor& book, const Tensor& levels, const Tensor& input_le
   made->pairs.assign(pairs.const_data_ptr<uint8_t>(), pairs.const_data_ptr<uint8_t>() + pairs.numel());
   for (const uint8_t map : made->pairs)
     TORCH_CHECK(map < made->maps, "a class reads map (=", static_cast<int>(map), "), and there are ", made->maps);
+  made->choices = choices_in(choices, *made);
+  for (size_t c = 0; c < made->pairs.size(); c += 2)
+    TORCH_CHECK(made->pairs[c] == made->pairs[c + 1] || (made->choices && made->choices->of_pair[kMaxMaps * made->pairs[c] + made->pairs[c + 1]] >= 0),
+                "class ", c / 2, " reads one of maps ", static_cast<int>(made->pairs[c]), " and ", static_cast<int>(made->pairs[c + 1]),
+                ", and no choice says which");
   const std::vector<int64_t>& begins = *into->tiles;
   made->levels.reset(new uint8_t[static_cast<size_t>(std::max<int64_t>(1, kMaxMaps * begins.back()))]);
   for (size_t w = 0; levels.numel() && w + 1 < begins.size(); ++w)

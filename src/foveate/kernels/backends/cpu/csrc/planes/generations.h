@@ -8,6 +8,9 @@
 // Each row of x reads one map of the generation. A row belongs to a class, and the generation says for each class which
 // pair of maps (low, high) its rows read; class 0 is that of rows for which nothing was asked.
 //
+// Where the two maps of a pair differ, the input decides, weight by weight (planes/choice.h); a generation then holds what
+// that takes: sampled strips of each weight, the weights of their rows, and a threshold.
+//
 // Torch code knows the generations of a model by its book, a small tensor. `begin_pass` and `end_pass` say that they
 // change it. So no compiler moves products, which take the book, to the other side of them, or drops one of them. Which
 // pass is open is known for each thread.
@@ -21,6 +24,17 @@
 
 namespace foveate {
 
+// What the decisions between two maps take, for each of D pairs of maps and each weight of the model.
+struct Choices {
+  int64_t weights = 0;
+  int8_t of_pair[kMaxMaps * kMaxMaps];  // the number of a pair (low, high) at kMaxMaps * low + high, or -1
+  std::vector<float> thresholds;        // [D, weights]: the higher map is read where the estimated error is above
+  std::vector<int64_t> begins;          // [D, weights + 1]: where the sampled strips of each weight begin
+  std::vector<int64_t> strips;          // the sampled strips
+  std::vector<float> row_weights;       // [strips, kTileRows]
+  at::Tensor counts;                    // int64 [D, weights, 2]: rows that were decided, and those that read the higher map
+};
+
 struct Generation {
   int64_t number = 0;
   int64_t maps = 0, inputs = 0;
@@ -29,6 +43,7 @@ struct Generation {
   std::vector<uint8_t> input_levels;  // [kMaxMaps, inputs]
   std::vector<float> ranges;          // [inputs, 2]: the least and the greatest; zeros: each row has its own scale
   std::vector<uint8_t> pairs;         // [classes, 2]: the maps, low and high, of each class of rows
+  std::shared_ptr<const Choices> choices;  // null where no class has two maps
 
   int64_t weights() const { return static_cast<int64_t>(tiles->size()) - 1; }
 

@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -14,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "planes/choice.h"
 #include "planes/handles.h"
 #include "planes/products.h"
 
@@ -51,28 +53,6 @@ std::string cpu_isa(std::string force) {
   return kernels().name;
 }
 
-// Where the level of an input under each map is, and its range.
-struct InputSource {
-  const uint8_t* levels;
-  int64_t stride, maps;
-  const float* range;  // least and greatest of all rows of x, or null
-
-  int level(int64_t map) const {
-    TORCH_CHECK(map < maps, "a row reads map (=", map, "), and there are ", maps, " of its input");
-    const int found = levels[map * stride];
-    TORCH_CHECK(found == 4 || found == 8 || found == 16 || found == 32, "input level (=", found, ") is not one of 4, 8, 16, 32");
-    return found;
-  }
-
-  // Whether two inputs are quantized alike, under all maps.
-  bool same(const InputSource& other) const {
-    if (maps != other.maps) return false;
-    for (int64_t map = 0; map < maps; ++map)
-      if (levels[map * stride] != other.levels[map * other.stride]) return false;
-    return range == other.range || (range && other.range && std::memcmp(range, other.range, 2 * sizeof(float)) == 0);
-  }
-};
-
 void set_bias(Weight& w, const Tensor& bias) {
   if (bias.numel() == 0) return;
   check_vector(bias, at::kFloat, "a bias");
@@ -89,7 +69,16 @@ int64_t rows_of(const Tensor& x) {
   return rows;
 }
 
-// The map that each row reads, one byte a row, of pairs (low, high).
+// x as a matrix, whose rows are contiguous.
+Tensor matrix_of(const Tensor& x) {
+  TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
+  type_of(x);
+  check_memory(x, "x");
+  const Tensor x_MK = x.dim() == 2 ? x : x.reshape({rows_of(x), x.size(-1)});
+  return x_MK.stride(1) == 1 ? x_MK : x_MK.contiguous();
+}
+
+// The map that each row reads, one byte a row, of pairs (low, high) whose two are the same.
 std::vector<uint8_t> chosen_maps(const std::vector<uint8_t>& pairs) {
   std::vector<uint8_t> maps(pairs.size() / 2);
   for (size_t r = 0; r < maps.size(); ++r) {
@@ -133,16 +122,12 @@ std::vector<MapRows> rows_by_map(const std::vector<uint8_t>& maps, int64_t m, co
   return parts;
 }
 
-// x times weights that share it, with their biases set. `pairs` has the maps of each row, or is empty: all read map 0.
-std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights, const InputSource& input, const std::vector<uint8_t>& pairs,
+// x times weights that share it, with their biases set. `maps` has the map of each row, or is empty: all read map 0.
+std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights, const InputSource& input, const std::vector<uint8_t>& maps,
                              const std::optional<Tensor>& order) {
   const size_t count = weights.size();
-  TORCH_CHECK(x.dim() > 0, "x has no dimension of columns");
-  type_of(x);
-  check_memory(x, "x");
-  const int64_t columns = x.size(-1), m = rows_of(x);
-  Tensor x_MK = x.dim() == 2 ? x : x.reshape({m, columns});
-  if (x_MK.stride(1) != 1) x_MK = x_MK.contiguous();
+  const Tensor x_MK = matrix_of(x);
+  const int64_t columns = x.size(-1), m = x_MK.size(0);
 
   std::vector<Tensor> outputs;
   outputs.reserve(count);
@@ -165,7 +150,7 @@ std::vector<Tensor> multiply(const Tensor& x, const std::vector<Weight>& weights
   for (size_t i = 0; i < count; ++i) flat.push_back(outputs[i].dim() == 2 ? outputs[i] : outputs[i].view({m, weights[i].rows}));
   std::vector<int64_t> row_of;
   std::vector<MapRows> integers;
-  for (MapRows& part : rows_by_map(chosen_maps(pairs), m, weights, input, row_of)) {
+  for (MapRows& part : rows_by_map(maps, m, weights, input, row_of)) {
     if (part.level == 32) float_products(part, x_MK, order ? &*order : nullptr, flat);
     else integers.push_back(std::move(part));
   }
@@ -198,7 +183,13 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
   }
   const float* const range = input_range ? input_range->const_data_ptr<float>() : nullptr;
   const InputSource input{input_level.const_data_ptr<uint8_t>(), 1, input_level.numel(), range};
-  return multiply(x, weights, input, pairs_in(maps, rows_of(x)), order);
+  return multiply(x, weights, input, chosen_maps(pairs_in(maps, rows_of(x))), order);
+}
+
+// Input number `input` of a model, as a generation has it.
+InputSource input_of(const Generation& generation, int64_t input) {
+  TORCH_CHECK(input >= 0 && input < generation.inputs, "input (=", input, ") is not one of the ", generation.inputs, " of the pass's model");
+  return {generation.input_levels.data() + input, generation.inputs, generation.maps, generation.ranges.data() + 2 * input};
 }
 
 // Weight number `i` of a handle and its input, as a pass reads them; without a pass at the levels of their own tensors.
@@ -211,12 +202,10 @@ std::pair<Weight, InputSource> read_by(const Held& held, size_t i, const Generat
     return {w, {held.input_levels[i].const_data_ptr<uint8_t>(), 1, held.input_levels[i].numel(), range}};
   }
   TORCH_CHECK(!held.places.empty(), "the handle does not say where its weights are in a pass");
-  const int64_t input = held.inputs[i];
-  TORCH_CHECK(input >= 0 && input < generation->inputs, "input (=", input, ") is not one of the ", generation->inputs, " of the pass's model");
   w.active_levels = generation->levels_of(held.places[i], w.strips * w.groups);
   w.maps = generation->maps;
   w.map_stride = w.strips * w.groups;
-  return {w, {generation->input_levels.data() + input, generation->inputs, generation->maps, generation->ranges.data() + 2 * input}};
+  return {w, input_of(*generation, held.inputs[i])};
 }
 
 // The products of the weights of a handle with one x: those that quantize it alike in one go.
@@ -232,33 +221,74 @@ std::vector<Tensor> plane_linear_by_handle(const Tensor& x, const Tensor& handle
   std::vector<InputSource> inputs;
   weights.reserve(count);
   inputs.reserve(count);
-  bool alike = true;
   for (size_t i = 0; i < count; ++i) {
     auto [w, input] = read_by(*held, i, reading ? reading->generation.get() : nullptr);
     TORCH_CHECK(w.rows == rows[i], "rows (=", rows[i], ") are not those of the weight, ", w.rows);
     if (!biases.empty()) set_bias(w, biases[i]);
     weights.push_back(w);
     inputs.push_back(input);
-    alike = alike && inputs[0].same(input);
   }
   if (count == 0) return {};
   std::vector<uint8_t> pairs;
   if (reading) row_maps(*reading, x.sizes().slice(0, static_cast<size_t>(x.dim() - 1)), rows_of(x), owners, pairs);
-  if (alike) return multiply(x, weights, inputs[0], pairs, std::nullopt);
+  // the maps of each row: the same for all weights, or decided for each
+  std::vector<std::vector<uint8_t>> maps;
+  if (differ(pairs)) {
+    const Tensor x_MK = matrix_of(x);
+    for (size_t i = 0; i < count; ++i) maps.push_back(decided_maps(*reading->generation, held->places[i], weights[i], inputs[i], x_MK, pairs));
+  } else {
+    maps.push_back(chosen_maps(pairs));
+  }
+  const auto maps_of = [&](size_t i) -> const std::vector<uint8_t>& { return maps[maps.size() > 1 ? i : 0]; };
   std::vector<Tensor> outputs(count);
   for (size_t first = 0; first < count; ++first) {
     if (outputs[first].defined()) continue;
     std::vector<Weight> some;
     std::vector<size_t> places;
     for (size_t i = first; i < count; ++i) {
-      if (outputs[i].defined() || !inputs[first].same(inputs[i])) continue;
+      if (outputs[i].defined() || !inputs[first].same(inputs[i]) || maps_of(first) != maps_of(i)) continue;
       some.push_back(weights[i]);
       places.push_back(i);
     }
-    std::vector<Tensor> found = multiply(x, some, inputs[first], pairs, std::nullopt);
+    std::vector<Tensor> found = multiply(x, some, inputs[first], maps_of(first), std::nullopt);
     for (size_t i = 0; i < places.size(); ++i) outputs[places[i]] = std::move(found[i]);
   }
   return outputs;
+}
+
+// The maps of each row of x for one weight of a pass, as `plane_linear_by_handle` decides them: pairs whose two are the same.
+Tensor pass_choice(const Tensor& book, at::IntArrayRef places, const Tensor& x, TensorList tensors, at::IntArrayRef geometry, const Tensor& maps) {
+  TORCH_CHECK(places.size() == 2, "places are those of a weight and of its input, not ", places.size(), " numbers");
+  const Tensor x_MK = matrix_of(x);
+  std::vector<uint8_t> pairs = pairs_in(maps, x_MK.size(0));
+  if (differ(pairs)) {
+    const std::shared_ptr<const Generation> generation = pass_of(book)->generation;
+    const Weight w = weight_of(tensors, geometry, 0);
+    const std::vector<uint8_t> decided = decided_maps(*generation, places[0], w, input_of(*generation, places[1]), x_MK, pairs);
+    for (size_t r = 0; r < decided.size(); ++r) pairs[2 * r] = pairs[2 * r + 1] = decided[r];
+  }
+  Tensor out = at::empty({x_MK.size(0), 2}, at::kByte);
+  if (!pairs.empty()) std::memcpy(out.data_ptr(), pairs.data(), pairs.size());
+  return out;
+}
+
+// The estimated error of reading map maps[0] instead of map maps[1], for each row of x.
+Tensor plane_error(const Tensor& x, TensorList tensors, at::IntArrayRef geometry, const Tensor& input_level, const std::optional<Tensor>& input_range,
+                   at::IntArrayRef maps, const Tensor& strips, const Tensor& row_weights) {
+  check_input_level(input_level);
+  if (input_range) check_input_range(*input_range);
+  check_vector(strips, at::kLong, "strips");
+  check_vector(row_weights, at::kFloat, "row_weights");
+  TORCH_CHECK(maps.size() == 2, "maps are a lower and a higher one, not ", maps.size());
+  TORCH_CHECK(row_weights.numel() / kTileRows == strips.numel() && row_weights.numel() % kTileRows == 0, "row_weights have ", row_weights.numel(),
+              " values, not ", kTileRows, " for each of ", strips.numel(), " strips");
+  const Tensor x_MK = matrix_of(x);
+  const Weight w = weight_of(tensors, geometry, 0);
+  const InputSource input{input_level.const_data_ptr<uint8_t>(), 1, input_level.numel(), input_range ? input_range->const_data_ptr<float>() : nullptr};
+  Tensor out = at::zeros({x_MK.size(0)}, at::kFloat);
+  const Sample sample{strips.const_data_ptr<int64_t>(), row_weights.const_data_ptr<float>(), strips.numel()};
+  estimated_errors(x_MK, w, input, {maps[0], maps[1]}, sample, {nullptr, x_MK.size(0)}, out.data_ptr<float>());
+  return out;
 }
 
 // Makes a weight read map `map`.
@@ -291,7 +321,7 @@ Tensor plane_embedding(const Tensor& indices, TensorList weight, at::IntArrayRef
   shape.push_back(w.columns);
   Tensor out = at::empty(shape, weight[0].options().dtype(at::kFloat));
   if (out.numel() == 0) return out;
-  const std::vector<uint8_t> map_of = chosen_maps(pairs_in(maps, count));
+  const std::vector<uint8_t> map_of = better_maps(pairs_in(maps, count));
   for (const uint8_t map : map_of) TORCH_CHECK(map < w.maps, "an index reads map (=", static_cast<int>(map), "), and there are ", w.maps);
   float* to = out.data_ptr<float>();
   Faults faults;
@@ -321,6 +351,8 @@ TORCH_LIBRARY_IMPL(foveate, CPU, m) {
   m.impl("plane_linear_by_handle", foveate::plane_linear_by_handle);
   m.impl("plane_handle", foveate::plane_handle);
   m.impl("plane_unpack", foveate::plane_unpack);
+  m.impl("pass_choice", foveate::pass_choice);
+  m.impl("plane_error", foveate::plane_error);
   m.impl("plane_embedding", foveate::plane_embedding);
 }
 

@@ -52,6 +52,28 @@ Type type_of(const Tensor& x) {
   }
 }
 
+// Where the level of an input under each map is, and its range.
+struct InputSource {
+  const uint8_t* levels;
+  int64_t stride, maps;
+  const float* range;  // least and greatest of all rows of x, or null
+
+  int level(int64_t map) const {
+    TORCH_CHECK(map < maps, "a row reads map (=", map, "), and there are ", maps, " of its input");
+    const int found = levels[map * stride];
+    TORCH_CHECK(found == 4 || found == 8 || found == 16 || found == 32, "input level (=", found, ") is not one of 4, 8, 16, 32");
+    return found;
+  }
+
+  // Whether two inputs are quantized alike, under all maps.
+  bool same(const InputSource& other) const {
+    if (maps != other.maps) return false;
+    for (int64_t map = 0; map < maps; ++map)
+      if (levels[map * stride] != other.levels[map * other.stride]) return false;
+    return range == other.range || (range && other.range && std::memcmp(range, other.range, 2 * sizeof(float)) == 0);
+  }
+};
+
 // The rows of x that read one map, and the weights as that map reads them.
 struct MapRows {
   int64_t rows;
