@@ -69,7 +69,7 @@ def test_a_change_anywhere_is_noticed(file: Path) -> None:
 def test_what_makes_no_sense_is_refused(file: Path, key: str, change: Callable[[Tensor], Tensor]) -> None:
     tensors = load_file(file)
     tensors[key] = change(tensors[key])
-    about = {"foveate_resume": "2", "objective": "Logits"}
+    about = {"foveate_resume": "3", "objective": "Logits"}
     about["sha256"] = _digest(about, {name: checksum(t) for name, t in tensors.items()})
     save_file(tensors, file, about)
     with pytest.raises(DataError, match="makes no sense"):

@@ -159,7 +159,7 @@ class _Resumed:
             tensors = load_file(self.file)
             name = choice.choice([name for name in tensors if name != _SAMPLE])
             tensors[name] = _changed(tensors[name], choice)
-            about = {"foveate_resume": "2", "objective": "Logits"}
+            about = {"foveate_resume": "3", "objective": "Logits"}
             about["sha256"] = _digest(about, {key: checksum(t) for key, t in tensors.items()})
             save_file(tensors, self.file, about)
 

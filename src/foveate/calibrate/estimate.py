@@ -9,7 +9,7 @@ Rounding a weight of N rows and K columns, whose rows are chosen jointly in bloc
     (10 s + 12) N K^2    five error streams in s sweeps, and scores of six levels seconds a float32 operation
 
 A weight is left when its sweeps stop paying, so s is the number that weights took on average (`USUAL_SWEEPS`), and one
-for the feedback before. How long each kind takes on one thread of this machine is measured in half a second; some
+for the feedback before. How long each kind takes on one thread of this machine is measured in a second or two; some
 weights are rounded at the same time (`foveate.calibrate.parallel`).
 """
 
@@ -34,7 +34,8 @@ from foveate.progress import in_words
 from foveate.rounding import round_weight, with_descent
 from foveate.sensitivity import tile_losses
 
-_GROUP = 64
+#: The inputs, and those of a group, of the piece that is timed: larger pieces take long, smaller ones time the calls.
+_COLUMNS, _GROUP = 256, 64
 #: How many sweeps a weight takes before they stop paying, on average.
 USUAL_SWEEPS = 4
 
@@ -68,7 +69,7 @@ class Machine:
         """Time small pieces of the work itself. Without compiled kernels one sweep is timed, since it takes seconds."""
         compiled = ensure_loaded().isa is not None
         sweeps = USUAL_SWEEPS if compiled else 1
-        size, rows, columns = 768, 512, 2 * _GROUP
+        size, rows, columns = 768, 512, _COLUMNS
         with threads(1):
             a = torch.randn(size, size, generator=torch.Generator().manual_seed(0))
             flop = _seconds(lambda: a @ a) / (2 * size**3)
@@ -97,7 +98,7 @@ def _correlated(size: int) -> torch.Tensor:
 
 
 def _round(rows: int, sweeps: int, gradients_BRR: torch.Tensor | None = None) -> None:
-    columns = 2 * _GROUP
+    columns = _COLUMNS
     w_NK = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     r = round_weight(w_NK, group=_GROUP)
     if sweeps:
@@ -108,12 +109,14 @@ def _round(rows: int, sweeps: int, gradients_BRR: torch.Tensor | None = None) ->
 
 
 def _seconds(work: Callable[[], object]) -> float:
-    """The mean of two runs after a first one. Other programs on this machine go on running, and count."""
+    """The shorter of two runs after a first one. Other programs on this machine go on running, and count."""
     work()
-    started = time.perf_counter()
-    work()
-    work()
-    return (time.perf_counter() - started) / 2
+    taken = []
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - started)
+    return min(taken)
 
 
 @dataclass(frozen=True)
