@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from foveate.importance.moves import Caution
 from foveate.importance.options import PATENT, Shadow, TrackingOptions
 from foveate.importance.rolling import Decay
 from foveate.importance.verdict import heat_map
+from foveate.kvcache.cache_argument import cache_of
 from tiny import TRANSFORMER, generator, llama
 
 BUDGET = fv.Budget(bits=4.0)
@@ -224,6 +226,32 @@ def test_one_tracker_at_a_time_and_copies_are_free(model: nn.Module) -> None:
     fv.track_importance(model).close()
 
 
+@pytest.mark.parametrize("order", list(itertools.permutations(("tracker", "manager", "watch"))))
+def test_deciders_can_leave_in_any_order(model: nn.Module, order: tuple[str, ...]) -> None:
+    chain = fv.frontier(fv.profile_of(model), 6)
+    fv.apply(model, chain)
+    tracker = fv.track_importance(model, options=replace(QUICK, shadow=None))
+    watch = fv.watch_inputs(model)
+    fv.set_index(model, 2, decider="manager")
+    with torch.no_grad():
+        for seed in range(20):
+            model(8 * _rows(1, seed=seed))
+    assert tracker.verdict.moves
+    assert watch.raised
+    assert fv.state_of(model).raises
+    leave = {"tracker": tracker.close, "manager": lambda: fv.withdraw(model, "manager"), "watch": watch.close}
+    present = set(order)
+    for name in order:
+        leave[name]()
+        present.remove(name)
+        state = fv.state_of(model)
+        assert (state.frontier is chain) == ("tracker" not in present)
+        assert state.index == (2 if "manager" in present else 0)
+        assert "watch" in present or not state.raises
+    assert fv.current_map(model) == chain[0]
+    assert set(fv.state_of(model).frontiers) == {"user"}
+
+
 def test_experts_and_embeddings_are_followed_in_a_mixture() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -254,8 +282,9 @@ def test_calls_with_a_cache_are_not_repeated() -> None:
     assert first.tokens == 6
     assert first.kwargs["use_cache"] is False
     assert first.kwargs["attention_mask"].shape == (1, 6)
-    cache = made(input_ids=ids, use_cache=True).past_key_values
-    assert repeatable((), {"input_ids": ids[:, :1], "past_key_values": cache}, 100) is None
-    assert repeatable((), {"input_ids": ids, "past_key_values": type(cache)()}, 100) is not None
+    cache = cache_of(made(input_ids=ids, use_cache=True))
+    for name in ("cache", "past_key_values"):
+        assert repeatable((), {"input_ids": ids[:, :1], name: cache}, 100) is None
+        assert repeatable((), {"input_ids": ids, name: type(cache)()}, 100) is not None
     assert repeatable((ids,), {}, 5) is None
     assert repeatable((), {}, 5) is None

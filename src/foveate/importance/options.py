@@ -10,6 +10,9 @@ from foveate.importance.contribution import PATENT_DECAY
 from foveate.importance.moves import Caution
 from foveate.importance.rolling import Decay
 
+#: A pass of so many tokens and more counts as several.
+TOKENS_OF_A_PASS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shadow:
@@ -43,7 +46,8 @@ class TrackingOptions:
     Attributes:
         decay: how fast the past is forgotten.
         warm_up: how many tokens the calibration's own importance, or that of a task, counts as at the start.
-        observe_every: one pass in so many is observed.
+        observe_every: one pass in so many is observed. A long pass counts as one for each 16 tokens, since observing it
+            costs little beside it.
         decide_every: levels are decided at most once in so many tokens.
         caution: what a move must be worth.
         thresholds: choose levels by thresholds; by the loss that each byte saves if None.
@@ -57,7 +61,7 @@ class TrackingOptions:
 
     decay: Decay = field(default_factory=Decay)
     warm_up: int = 2048
-    observe_every: int = 16
+    observe_every: int = 32
     decide_every: int = 4096
     caution: Caution = field(default_factory=Caution)
     thresholds: Thresholds | None = None

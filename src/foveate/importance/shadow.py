@@ -27,8 +27,8 @@ from foveate.nn.registry import Registry
 from foveate.precision.maps import PrecisionMap
 from foveate.precision.sites import Levels
 
-#: Keywords that hold what earlier calls left; a call is repeated without them.
-_CACHES = ("past_key_values", "cache_params", "past_key_value", "cache_position")
+#: Keywords that hold what earlier calls left, in releases of transformers old and new; a call is repeated without them.
+_CACHES = ("cache", "past_key_values", "cache_params", "past_key_value", "cache_position")
 _DECIDER = "importance, shadow"
 
 

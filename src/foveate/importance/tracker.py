@@ -29,7 +29,7 @@ from foveate.importance.chains import Rooms, chain_of, rooms_of, thresholds_chai
 from foveate.importance.contribution import magnitude, start_contributions, update_contributions
 from foveate.importance.moves import Held, Proposal, Ratios, chosen, proposal_of, propose
 from foveate.importance.observe import Observer
-from foveate.importance.options import TrackingOptions
+from foveate.importance.options import TOKENS_OF_A_PASS, TrackingOptions
 from foveate.importance.rolling import Seen, baseline, ratios, rescaled, start, update
 from foveate.importance.shadow import Sample, divergences, tokens_of
 from foveate.importance.tags import TileTags, tags_of
@@ -108,7 +108,7 @@ class ImportanceTracker:
         self.source = "static"
         self.history: list[Snapshot] = []
         self._decisions: list[Decision] = []
-        self._passes = self._new_tokens = self._shadow_tokens = 0
+        self._unobserved = self._new_tokens = self._shadow_tokens = 0
         self._decided_at = self._shadowed_at = self._quiet_until = self._refusals = 0
         self._observing = threading.Lock()
         self._inside = self._inside_pass = 0
@@ -133,11 +133,13 @@ class ImportanceTracker:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._inside == threading.get_ident() or self._is_suspended():
             return
-        self._passes += 1
-        self._new_tokens += tokens_of(args, kwargs)
-        if self._passes % self._options.observe_every:
+        tokens = tokens_of(args, kwargs)
+        self._new_tokens += tokens
+        self._unobserved += max(1, tokens // TOKENS_OF_A_PASS)
+        if self._unobserved < self._options.observe_every:
             return
         if self._observing.acquire(blocking=False):
+            self._unobserved = 0
             self._inside_pass = threading.get_ident()
             self._observer.begin()
             if self._sample is not None:

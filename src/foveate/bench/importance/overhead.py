@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from foveate.bench.importance.stream import Subject
 from foveate.importance.options import TrackingOptions
 from foveate.importance.track import track_importance
+from foveate.kvcache.cache_argument import cache_argument, cache_of
 from foveate.precision.budgets import Budget
 
 
@@ -19,11 +20,11 @@ def _decode(model: nn.Module, prompt: Tensor, tokens: int) -> float:
     """The seconds of so many tokens after a prompt, with a cache."""
     with torch.inference_mode():
         output: Any = model(input_ids=prompt, use_cache=True)
-        last, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        last, cache = output.logits[:, -1:].argmax(-1), cache_of(output)
         started = time.perf_counter()
         for _ in range(tokens):
-            output = model(input_ids=last, past_key_values=cache, use_cache=True)
-            last, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            output = model(input_ids=last, **cache_argument(model, cache), use_cache=True)
+            last, cache = output.logits[:, -1:].argmax(-1), cache_of(output)
         return time.perf_counter() - started
 
 
