@@ -227,9 +227,8 @@ class _Fields:
     neutral: Mapping[str, Callable[[Any], bool]]
 
 
-_BOTH = frozenset(
-    ["model", "temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs", "max_tokens", "stream", "stream_options", "stop", "precision"]
-)
+_SAMPLING = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
+_BOTH = frozenset(("model", "max_tokens", "stream", "stream_options", "stop", "precision", *_SAMPLING))
 _NOTHING: Mapping[str, Callable[[Any], bool]] = {
     "n": lambda value: type(value) is int and value == 1,
     "user": lambda value: isinstance(value, str),
