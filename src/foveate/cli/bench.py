@@ -16,7 +16,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JS
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode, saved or runtime.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode, saved, runtime or serve.")],
     out: Out = None,
     minutes: Annotated[
         float | None, typer.Option(min=0.0, help="Of runtime: how long the live loop runs; 0 leaves it out.")

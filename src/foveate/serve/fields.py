@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from foveate.serve.refused import RefusedRequest
 from foveate.serve.wish import Wish
@@ -192,7 +192,7 @@ def _bias(value: Any) -> Mapping[int, float]:
     return MappingProxyType(biases)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
