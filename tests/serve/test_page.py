@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 from http.client import HTTPResponse
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +52,17 @@ def test_events_have_all_that_the_page_shows(served: Served) -> None:
     assert third["decisions"][-1]["index"] == 3
     assert sum(bits for _, bits in third["layers"]) < sum(bits for _, bits in first["layers"])
     assert served.ask("POST", "/v1/precision", {"hold": False}).status == 200
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(served: Served) -> None:
+    served.complete()
+    text = served.ask("GET", "/metrics").body.decode()
+    there = set(re.findall(r"^# TYPE (foveate:\w+)", text, re.MULTILINE))
+    there |= {f"{name}_bucket" for name in there}
+    dashboard = (Path(__file__).parents[2] / "examples" / "grafana.json").read_text(encoding="utf-8")
+    asked = set(re.findall(r"foveate:\w+", dashboard))
+    assert len(asked) > 8
+    assert asked <= there
 
 
 @pytest.fixture(scope="module")

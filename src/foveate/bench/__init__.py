@@ -6,7 +6,7 @@
     decode   a whole model, token by token
     saved    packing and unpacking the tensors that autograd saves
     runtime  the runtime manager: simulated under load on recorded traces, and live around a plain loop
-    serve    the server's engine: tokens a second under more load than it carries, and what a step costs beside the model
+    serve    the server's engine: tokens a second under too much load, and what a step costs beside the model
 
 Each benchmark returns one object that can be written as JSON:
 
