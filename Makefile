@@ -8,7 +8,7 @@ WORKERS ?= 2
 # For environments that are not pinned: the newest torch of which there is a CPU build at hand.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test test-newest test-oldest coverage check pins fuzz bench bench-peers clean
+.PHONY: demo serve-demo test test-newest test-oldest coverage check pins fuzz bench bench-peers clean
 
 # An environment, and foveate with its development packages in it, under further arguments of pip. What builds foveate is
 # installed beside it, since pip would otherwise fetch that into an environment of its own, where no pin holds.
@@ -30,6 +30,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/foveate demo --out demo-out
+
+# Serves the demo's model, which `make demo` trains, and sends it more than it can carry. MODEL=out/ serves another one.
+serve-demo: $(VENV)/.installed
+	$(BIN)/foveate serve-demo $(MODEL)
 
 test: $(VENV)/.installed
 	$(call pytest,$(VENV))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from hypothesis import given
@@ -22,7 +23,7 @@ def test_stop_strings_do_not_depend_on_the_pieces(text: str, stops: list[str], c
     held = StopStrings(stops)
     places = sorted({0, len(text), *(min(cut, len(text)) for cut in cuts)})
     out = ""
-    for begin, end in zip(places, places[1:], strict=False):
+    for begin, end in pairwise(places):
         piece = held.feed(text[begin:end])
         out += piece
         assert text.startswith(out)

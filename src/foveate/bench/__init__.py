@@ -7,6 +7,7 @@
     calibrate  quantizing: its time by phase over that of forward passes, and its memory over that of the model
     saved    packing and unpacking the tensors that autograd saves
     runtime  the runtime manager: simulated under load on recorded traces, and live around a plain loop
+    serve    the server's engine: tokens a second under too much load, and what a step costs beside the model
     memory   planes that come and go: memory given back, the limit, restoring, streaming, conversions
 
 One more trains two small models on texts, minutes of work that are kept for the next time, and needs `FOVEATE_DATA`:
@@ -31,7 +32,7 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime", "memory", "importance")
+NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime", "memory", "serve", "importance")
 
 
 def run(name: str, sizes: Any = None) -> dict[str, Any]:

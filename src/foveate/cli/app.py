@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import foveate
-from foveate.cli import allocate, audit, bench, evaluate, generate, inspect, quantize, report, serve, top
+from foveate.cli import allocate, audit, bench, evaluate, generate, inspect, quantize, report, serve, serve_demo, top
 from foveate.cli.shared.options import Json
 from foveate.errors import FoveateError
 from foveate.version import __version__
@@ -103,6 +103,7 @@ app.command("audit")(audit.audit)
 app.command("generate")(generate.generate)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
+app.command("serve-demo")(serve_demo.serve_demo)
 app.command("top")(top.top)
 app.command("bench")(bench.bench)
 

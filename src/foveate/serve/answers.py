@@ -51,7 +51,7 @@ async def pieces(engine: Engine, job: Job) -> AsyncGenerator[Piece, None]:
     finally:
         if not done:
             engine.metrics.ended(job, "abort")
-        engine.cancel(job)
+            engine.cancel(job)
 
 
 @dataclass(kw_only=True)

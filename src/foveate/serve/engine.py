@@ -192,6 +192,9 @@ class Engine:
             except Exception as error:
                 answer.set_exception(error)
         self.control.turn()
+        unread = self._manager.output_router.output_queue  # of requests that ended while they were cancelled
+        while not unread.empty():
+            unread.get_nowait()
         if self._manager.batch_processor is not None and not self.jobs.all():
             self._before = None  # time without work is no time between steps
 

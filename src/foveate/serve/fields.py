@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from foveate.serve.refused import RefusedRequest
 from foveate.serve.wish import Wish
@@ -192,7 +192,7 @@ def _bias(value: Any) -> Mapping[int, float]:
     return MappingProxyType(biases)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -227,24 +227,8 @@ class _Fields:
     neutral: Mapping[str, Callable[[Any], bool]]
 
 
-_BOTH = frozenset(
-    [
-        "model",
-        "temperature",
-        "top_p",
-        "top_k",
-        "seed",
-        "presence_penalty",
-        "frequency_penalty",
-        "logit_bias",
-        "logprobs",
-        "max_tokens",
-        "stream",
-        "stream_options",
-        "stop",
-        "precision",
-    ]
-)
+_SAMPLING = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
+_BOTH = frozenset(("model", "max_tokens", "stream", "stream_options", "stop", "precision", *_SAMPLING))
 _NOTHING: Mapping[str, Callable[[Any], bool]] = {
     "n": lambda value: type(value) is int and value == 1,
     "user": lambda value: isinstance(value, str),

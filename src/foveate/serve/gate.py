@@ -24,8 +24,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 #: Set when the client of this request has gone away.
 GONE: ContextVar[asyncio.Event] = ContextVar("GONE")
-#: What an API key is not asked for: orchestrators and scrapers have none.
-OPEN_PATHS = ("/health", "/ready", "/metrics")
+#: What an API key is not asked for: orchestrators and scrapers have none, and the page has a field for it, and no data.
+OPEN_PATHS = ("/", "/health", "/ready", "/metrics")
 #: Seconds that a body may take to arrive.
 _BODY_SECONDS = 30.0
 

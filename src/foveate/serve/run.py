@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
@@ -84,3 +85,32 @@ def _tell(server: DrainingServer, told: Callable[[int], None]) -> None:
         threading.Event().wait(0.02)
     if server.started:
         told(server.servers[0].sockets[0].getsockname()[1])
+
+
+@contextmanager
+def in_background(engine: Engine, *, host: str = "127.0.0.1", port: int = 0) -> Iterator[int]:
+    """Serve in a thread within this context, and end as `serve` does; yields the port.
+
+    Args:
+        engine: what computes; it is started and stopped here.
+        host, port: where to listen; port 0 takes a free one.
+
+    Raises:
+        OSError: it cannot listen there.
+    """
+    engine.start()
+    config = uvicorn.Config(build_app(engine), host=host, port=port, log_level="warning", access_log=False)
+    server = DrainingServer(config)
+    server.engine = engine
+    thread = threading.Thread(target=server.run, name="foveate-server", daemon=True)
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise OSError(f"cannot listen at {host}:{port}")
+            thread.join(0.01)
+        yield int(server.servers[0].sockets[0].getsockname()[1])
+    finally:
+        server.should_exit = engine.draining = True
+        thread.join(engine.options.drain_seconds + 5)
+        engine.stop(engine.options.drain_seconds)
