@@ -96,6 +96,11 @@ def test_tiers_are_fixed_and_floors_hold(quantized: tuple[nn.Module, fv.Profile]
             assert fv.state_of(model).ends == ((high, max(high - adapted.adaptation.above, 0)),)
         set_index(model, low, decider="runtime")
         assert fv.state_of(model).ends[0][0] > low
+        price = adapted.correction.multiplier
+        model(x)
+        adapted.correct()  # the mean is not its own to hold now
+        assert (adapted.correction.multiplier, adapted.correction.rows) == (price, 0)
+        fv.withdraw(model, "runtime")
 
 
 def test_explain(quantized: tuple[nn.Module, fv.Profile]) -> None:
