@@ -25,7 +25,7 @@ PROMISED = {
     "backends",
     "current_map", "dequantize", "fit_to_loss", "frontier", "load", "load_profile", "measure", "profile_of", "quantize",
     "read_head", "save", "save_map", "smooth", "uniform_of_bytes", "use_static_scales", "variance_proxy", "verify",
-    "watch_inputs",
+    "adapt_to_input", "explain", "watch_inputs",
     "Point", "Timings", "frontier_of", "load_frontier", "measure_frontier", "measure_timings", "save_frontier",
     "save_timings",
 }  # fmt: skip

@@ -33,7 +33,7 @@ def quantized() -> tuple[nn.Module, fv.Profile]:
 
 
 def test_the_mean_of_the_bits_is_the_target_and_withdraws(quantized: tuple[nn.Module, fv.Profile]) -> None:
-    model, profile = quantized
+    model, _ = quantized
     before = fv.state_of(model)
     x = torch.cat(_data(9))
     plain = model(x)

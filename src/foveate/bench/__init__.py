@@ -5,6 +5,7 @@
     load     the bytes read and the memory taken by loading a model at a precision
     decode   a whole model, token by token
     saved    packing and unpacking the tensors that autograd saves
+    inputs   what it costs that each input chooses its precision
 
 Each benchmark returns one object that can be written as JSON:
 
@@ -24,7 +25,7 @@ from typing import Any
 from foveate.bench.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "saved")
+NAMES = ("kernels", "switch", "load", "decode", "saved", "inputs")
 
 
 def run(name: str) -> dict[str, Any]:

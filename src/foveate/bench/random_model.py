@@ -24,7 +24,8 @@ from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.precision.maps import uniform
 
 
-def _random_planes(rows: int, columns: int, generator: torch.Generator) -> PlaneTensor:
+def random_planes(rows: int, columns: int, generator: torch.Generator) -> PlaneTensor:
+    """A weight of random codes, all planes stored and read."""
     group = group_for(columns)
 
     def codes() -> torch.Tensor:
@@ -45,7 +46,7 @@ def _with_its_own_index(planes: PlaneTensor) -> PlaneTensor:
     )
 
 
-def on_random_planes(model: nn.Module) -> nn.Module:
+def onrandom_planes(model: nn.Module) -> nn.Module:
     """Give a model on the meta device planes of random codes, all of them, read at 8 bits.
 
     All other tensors become ones. The model is changed in place and returned.
@@ -54,7 +55,7 @@ def on_random_planes(model: nn.Module) -> nn.Module:
     found = find_weights(model)
     generator = torch.Generator().manual_seed(0)
     shapes = [weight_matrix_shape(f.modules[0]) for f in found]
-    by_shape = {shape: _random_planes(*shape, generator) for shape in sorted(set(shapes))}
+    by_shape = {shape: random_planes(*shape, generator) for shape in sorted(set(shapes))}
     planes = [_with_its_own_index(p) for p in gathered([by_shape[shape] for shape in shapes])]
     sites = [site_of(f, p) for f, p in zip(found, planes, strict=True)]
     weights = {s.name: PlaneWeight(p, torch.float32) for s, p in zip(sites, planes, strict=True)}
@@ -80,4 +81,4 @@ def random_llama(**config: Any) -> nn.Module:
     transformers = require("transformers")
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
-    return on_random_planes(model)
+    return onrandom_planes(model)

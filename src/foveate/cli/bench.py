@@ -16,7 +16,7 @@ Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JS
 
 
 def bench(
-    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode or saved.")],
+    name: Annotated[str, typer.Argument(help="The benchmark: kernels, switch, load, decode, saved or inputs.")],
     out: Out = None,
     json_output: Json = False,
 ) -> None:
