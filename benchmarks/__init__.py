@@ -1,7 +1,8 @@
 """Benchmarks for developers: quality on real models, real trainings, and comparisons with other libraries.
 
     quality          models/ at every level, and allocated      quality/levels.py
-    inputs           levels of inputs, and inputs that drift    quality/inputs.py
+    inputs           inputs that choose their precision         quality/inputs.py
+    input-levels     levels of inputs, and inputs that drift    quality/input_levels.py
     cache            packed key/value caches                    quality/cache.py
     activations      compressed activations in real training    training/
     peers            one layer beside other libraries'          peers/speed/linear_layers.py
@@ -19,7 +20,7 @@ from importlib import import_module
 from typing import Any
 
 from foveate import bench
-from foveate.bench.result import finished
+from foveate.bench.shared.result import finished
 from foveate.errors import FoveateError
 
 #: The module of each benchmark, whose `measure` runs it; those of the wheel come first.
@@ -27,6 +28,7 @@ MODULES = {
     **{name: f"foveate.bench.{name}" for name in bench.NAMES},
     "quality": "benchmarks.quality.levels",
     "inputs": "benchmarks.quality.inputs",
+    "input-levels": "benchmarks.quality.input_levels",
     "cache": "benchmarks.quality.cache",
     "activations": "benchmarks.training.activations",
     "peers": "benchmarks.peers.speed.linear_layers",

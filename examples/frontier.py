@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 import foveate as fv
-from foveate.bench.extras import require
+from foveate.bench.shared.extras import require
 from foveate.report.plot import Mark, plot
 
 STYLE = (

@@ -19,8 +19,8 @@ import torch
 from benchmarks.architectures.families import TRANSFORMERS, Family
 from benchmarks.architectures.layers import LAYERS
 from benchmarks.architectures.trial import Outcome, attempt
-from foveate.bench.extras import require
-from foveate.bench.result import Measured
+from foveate.bench.shared.extras import require
+from foveate.bench.shared.result import Measured
 from foveate.errors import FoveateError
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.progress import track

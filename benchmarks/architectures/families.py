@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.bench.extras import require
+from foveate.bench.shared.extras import require
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from benchmarks.models.resnet import MEAN, STD, ResNet
-from foveate.bench.extras import require
+from foveate.bench.shared.extras import require
 from foveate.collect.objectives import Embedding, Logits, Objective
 from foveate.errors import DataError
 

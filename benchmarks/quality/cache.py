@@ -30,8 +30,8 @@ from torch import Tensor
 from benchmarks.models.cases import VARIABLE, Case, babyllama105, data_folder, mixed_llama, stories260k
 from benchmarks.peers.child import SCRIPTS, Child, PeerError
 from benchmarks.peers.environments import ENVIRONMENTS
-from foveate.bench.extras import require
-from foveate.bench.result import Measured
+from foveate.bench.shared.extras import require
+from foveate.bench.shared.result import Measured
 from foveate.collect.objectives import Logits
 from foveate.errors import BudgetError
 from foveate.kvcache.cache import WINDOW, quantized_cache

@@ -1,305 +1,197 @@
-"""The cost of low input levels, and how much `watch_inputs` recovers when the data drift.
+"""Inputs that choose their precision beside the best static map: `python -m benchmarks inputs`.
 
-**Levels.** Weights take the bytes of 4 bits, and inputs are chosen for 6 bits on average. The outputs are compared with
-those of float32, and with those of inputs at 6 bits everywhere. No kernel of ours has 6-bit inputs, so they are
-simulated: each row is rounded to 6 bits, once symmetric as our 8 and 16 bits are, and once with a zero point as our 4
-bits have.
+Real Llamas read real text. Two neighbouring maps of one frontier stand 0.25 bits below and above the target, and every
+token chooses between them for each weight (`foveate.adapt_to_input`). The price of a byte is found on the calibration
+data; all figures are of held-out text, against the float32 model:
 
-**Drift.** Scales are calibrated on clean data. Static scales lose quality on shifted data; the benchmark measures how
-much of that loss `watch_inputs` recovers, and that it changes nothing where nothing shifted. The shifts are images made
-brighter, images rounded as in a JPEG of low quality (Wallace, IEEE Trans. Consumer Electronics 1992), and a language
-model that was calibrated on English prose and reads C and Python. A watch reacts after the batch that showed the drift,
-and that text has only two batches: `recovered_after_first_batch_*` leave the first one out.
+    dynamic_over_static_kl_<model>_b<bits>   KL over that of the best static map (strips) of as many bits
+    random_over_static_kl_<model>_b<bits>    the same where each token draws one of the two maps
+    at_resident_bytes_<model>_b<bits>        KL over that of the static map as large as the higher of the two
+    bits_off_<model>_b<bits>                 how far the mean bits are from the target, as a share
+    bits_batch8_<model>_b<bits>              the bits that a batch of 8 tokens reads: the union of what its rows choose
+    estimate_rank_correlation_<model>        Spearman's correlation of estimated and true relative output error within a
+                                             layer, the median over layers; estimate_ratio the median of their ratio
+    dynamic_over_static_kl, models_significant   the geometric mean, and models whose bootstrap interval is below 1
 
-Legend: B images, C channels, H and W sizes, K inputs, M rows, n samples, D width of what is compared.
+`foveate bench inputs` measures the time of the decision; its figures are added.
+
+Legend: M rows of inputs, n samples.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.models.cases import VARIABLE, Case, data_folder, mixed_llama, resnet20, resnet32, sentences
-from benchmarks.models.resnet import MEAN, STD
-from foveate.allocate import Constraints, allocate, variance_proxy
-from foveate.bench.result import Measured
+from benchmarks.models.cases import VARIABLE, Case, babyllama105, data_folder, mixed_llama, stories260k
+from foveate.allocate import allocate
+from foveate.bench.inputs import measure as measure_times
+from foveate.bench.inputs import spearman
+from foveate.bench.shared.result import Measured
 from foveate.calibrate.quantize import quantize
-from foveate.collect.objectives import run
-from foveate.evaluate.verify import measure as measure_maps
-from foveate.inputs import watch_inputs
-from foveate.nn.levels import apply, use_static_scales, withdraw
-from foveate.nn.modules import PlaneLinear
-from foveate.nn.registry import registry_of
+from foveate.inputs.adapt import InputAdaptation, adapt_to_input
+from foveate.inputs.explain import chosen_maps, explain
+from foveate.inputs.multiplier import Shares
+from foveate.inputs.verdict import as_decided, divergences, ratio_interval, static
+from foveate.nn.levels import apply, row_precision, state_of, withdraw
 from foveate.precision.budgets import Budget
-from foveate.precision.maps import Levels, PrecisionMap
+from foveate.precision.frontiers import Frontier
 from foveate.precision.profiles import Profile
+from foveate.precision.state import Request
 from foveate.progress import log
 
-AVERAGE = 6
-PROSE, CODE = ("stories", "wiki", "shakespeare"), ("c", "python")
-#: The quantization of luminance in annex K of the JPEG standard (ITU-T T.81), rows of 8.
-JPEG = (
-    (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
-    (14, 17, 22, 29, 51, 87, 80, 62), (18, 22, 37, 56, 68, 109, 103, 77), (24, 35, 55, 64, 81, 104, 113, 92),
-    (49, 64, 78, 87, 103, 121, 120, 101), (72, 92, 95, 98, 112, 100, 103, 99),
-)  # fmt: skip
+BITS = (3.25, 4.0, 5.0)
+_CASES: tuple[Callable[[Path, float], Case], ...] = (stories260k, babyllama105, mixed_llama)
+_DECIDER = "benchmark"
 
 
 def measure() -> Measured:
-    """Measure the ResNets, MiniLM and lm of the data folder; without one, no figures and a note that says so."""
-    folder = data_folder()
+    """Measure the Llamas of the data folder; without one only times, and a note that says so."""
+    folder, times = data_folder(), measure_times()
     if folder is None:
-        return Measured({}, (), (f"skipped: {VARIABLE} is not set, and it names the folder with models and data",))
-    return measure_all(folder)
+        note = f"models skipped: {VARIABLE} is not set, and it names the folder with models and data"
+        return Measured(times.figures, times.rounds, (*times.notes, note))
+    models = measure_models(folder)
+    return Measured({**models.figures, **times.figures}, [*models.rounds, *times.rounds], times.notes)
 
 
-def measure_all(folder: Path, share: float = 1.0) -> Measured:
-    """Measure with a share of the data."""
-    rounds: list[dict[str, Any]] = []
-    for load in (resnet20, resnet32, sentences):
+def measure_models(folder: Path, share: float = 1.0, cases: Sequence[Callable[..., Case]] = _CASES) -> Measured:
+    """The figures of models, with a share of the data."""
+    rounds = []
+    for load in cases:
         started = time.perf_counter()
         case = load(folder, share)
         reference = copy.deepcopy(case.model)
         profile = quantize(case.model, case.calibration, objective=case.objective)
-        rounds += _levels(case, reference, profile)
-        if case.metric_name == "top1":
-            shifts = {name: [shift(b) for b in case.evaluation] for name, shift in SHIFTS.items()}
-            rounds += _drift(case, reference, profile, shifts)
+        for bits in BITS:
+            rounds.append(_row(case, reference, profile, bits))
+            log.info("%s", rounds[-1])
         log.info("%s: %.0f s", case.name, time.perf_counter() - started)
-    case = mixed_llama(folder, share, PROSE, PROSE)
-    reference = copy.deepcopy(case.model)
-    profile = quantize(case.model, case.calibration, objective=case.objective)
-    rounds += _drift(case, reference, profile, {"code": mixed_llama(folder, share, PROSE, CODE).evaluation})
-    notes = (
-        "inputs under 8 bits save no time on a CPU: the kernels multiply bytes",
-        "uniform 6-bit inputs are simulated by rounding each row in float32, and multiplied in float32",
-    )
-    return Measured(_figures(rounds), rounds, notes)
+    return Measured(_figures(rounds), rounds)
 
 
-def rounded_rows(x_MK: Tensor, bits: int, zero_point: bool) -> Tensor:
-    """Each row rounded to `bits`, symmetric or with a zero point, in its own range."""
-    largest = 2**bits - 1 if zero_point else 2 ** (bits - 1) - 1
-    step: Tensor
-    if zero_point:
-        low, high = x_MK.amin(-1, keepdim=True).clamp_max(0), x_MK.amax(-1, keepdim=True).clamp_min(0)
-        step = ((high - low) / largest).clamp_min(1e-30)
-        zero = torch.round(-low / step)
-        return step * torch.minimum(torch.maximum(torch.round(x_MK / step), -zero), largest - zero)
-    step = (x_MK.abs().amax(-1, keepdim=True) / largest).clamp_min(1e-30)
-    return step * torch.round(x_MK / step)
+def _row(case: Case, reference: nn.Module, profile: Profile, bits: float) -> dict[str, Any]:
+    """One model at one number of bits."""
+    model = case.model
+    best = allocate(profile, Budget(bits=bits))
+    with adapt_to_input(model, bits=bits, batches=case.calibration, objective=case.objective, verdict=False) as adapted:
+        low, high = chosen_maps(model)
+        ((far, near),) = state_of(model).ends
+        chain = adapted.frontier
+        tallies: list[tuple[float, float]] = []
+        ways: list[Callable[[], AbstractContextManager[None]]] = [
+            as_decided(model, lambda: tallies.append(_since(adapted))),
+            static(model, best),
+            static(model, high),
+        ]
+        ours_n, static_n, high_n = divergences(model, case.evaluation, case.objective, ways, reference=reference)
+        seen = explain(model, case.evaluation[0])
+        correlation, ratio = _estimates(model, case.evaluation[0])
+        shares = Shares.between(low, high)
+        union = shares.bits({layer.site: _any_of_8(layer.reads_high) for layer in seen.layers})
+    share = (bits - chain.bits(far)) / (chain.bits(near) - chain.bits(far))
+    drawn = _drawn(model, chain, (far, near), share, [batch.numel() for batch in case.evaluation])
+    (random_n,) = divergences(model, case.evaluation, case.objective, [drawn], reference=reference)
+    samples = sum(count for count, _ in tallies)
+    interval = ratio_interval(ours_n, static_n)
+    return {
+        "model": case.name,
+        "bits": bits,
+        "kl": float(ours_n.double().mean()),
+        "static_kl": float(static_n.double().mean()),
+        "high_kl": float(high_n.double().mean()),
+        "random_kl": float(random_n.double().mean()),
+        "interval": interval,
+        "bits_read": sum(count * mean for count, mean in tallies) / samples,
+        "static_bits": best.bits,
+        "ends": (chain.bits(far), chain.bits(near)),
+        "union_bits": union,
+        "correlation": correlation,
+        "ratio": ratio,
+        "multiplier": adapted.correction.multiplier,
+        "samples": len(ours_n),
+    }
 
 
-@contextmanager
-def rounded_inputs(model: nn.Module, bits: int, zero_point: bool) -> Iterator[None]:
-    """Within the block every input is rounded by `rounded_rows` and multiplied in float32.
-
-    The weights are those that the model reads when the block begins.
-    """
-
-    def product(module: Any) -> Callable[[Tensor], Tensor]:
-        w_NK = module.weight.dequantize()
-        return lambda x: F.linear(rounded_rows(x.float(), bits, zero_point), w_NK, module.bias)
-
-    modules = [cast(Any, m) for m in registry_of(model).inputs.values()]
-    try:
-        for module in modules:
-            module.__dict__["forward" if isinstance(module, PlaneLinear) else "_product"] = product(module)
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
-            module.__dict__.pop("_product", None)
+def _since(adapted: InputAdaptation) -> tuple[float, float]:
+    """The samples and mean bits since the last batch. A batch in which the correction took a step counts by it."""
+    before = adapted.correction
+    samples, bits = adapted.tally()
+    return (samples, bits) if samples else (float(before.every), before.mean)
 
 
-def _levels(case: Case, reference: nn.Module, profile: Profile) -> list[dict[str, Any]]:
-    """Rows for weights at the bytes of 4 bits, and at 8 bits, with every choice of inputs."""
-    rows, constraints = [], Constraints(input_bits=AVERAGE)
-    for weights, base in (
-        ("4 bits", allocate(profile, Budget(bytes=profile.uniform(4).bytes_resident))),
-        ("8 bits", profile.uniform(8)),
-    ):
-        chosen = {
-            "gradient": allocate(profile, Budget(bits=1e6), constraints),
-            "variance": allocate(variance_proxy(profile), Budget(bits=1e6), constraints),
-        }
-        plans = {name: _with_inputs(profile, base, plan.levels) for name, plan in chosen.items()}
-        for level in (4, 8, 32):
-            plans[f"uniform {level}"] = _with_inputs(profile, base, {s.name: level for s in profile.input_sites()})
-
-        def outcomes(maps: Sequence[PrecisionMap]) -> list[Any]:
-            return measure_maps(
-                case.model, maps, case.evaluation, reference=reference, objective=case.objective, metric=case.metric
-            )
-
-        *measured_outcomes, exact = outcomes(list(plans.values()))
-        measured = dict(zip(plans, measured_outcomes, strict=True))
-        apply(case.model, plans["uniform 32"], decider="benchmark")
-        for zero_point in (False, True):
-            with rounded_inputs(case.model, AVERAGE, zero_point):
-                name = f"uniform {AVERAGE}" + (" with zero point" if zero_point else "")
-                measured[name] = outcomes([plans["uniform 32"]])[0]
-        withdraw(case.model, "benchmark")
-        for name, outcome in measured.items():
-            plan = plans.get(name)
-            rows.append(
-                {
-                    "model": case.name,
-                    "weights": weights,
-                    "inputs": name,
-                    "input_bits": float(AVERAGE) if plan is None else profile.input_bits(plan),
-                    "divergence": outcome.divergence,
-                    "standard_error": outcome.standard_error,
-                    "predicted": None if plan is None else plan.predicted_loss,
-                    "agreement": outcome.agreement,
-                    "metric": case.metric_name,
-                    "value": outcome.metric,
-                    "exact_value": exact.metric,
-                }
-            )
-    return rows
+def _any_of_8(reads_high: Tensor) -> float:
+    """The share of batches of 8 rows of which any reads the higher map."""
+    whole = reads_high[: len(reads_high) // 8 * 8].view(-1, 8)
+    return float(whole.any(1).float().mean())
 
 
-def _with_inputs(profile: Profile, base: PrecisionMap, levels: Any) -> PrecisionMap:
-    """The map `base` with the given levels of inputs."""
-    inputs: dict[str, Levels] = {s.name: levels[s.name] for s in profile.input_sites()}
-    plan = replace(base, levels={**base.levels, **inputs})
-    return replace(plan, predicted_loss=profile.predict(plan))
+def _drawn(
+    model: nn.Module, chain: Frontier, ends: tuple[int, int], share: float, tokens: Sequence[int]
+) -> Callable[[], AbstractContextManager[None]]:
+    """A way of reading the model: each token draws one of two maps."""
+    generator, counts = torch.Generator().manual_seed(0), iter(tokens)
+
+    @contextmanager
+    def way() -> Iterator[None]:
+        apply(model, chain, decider=_DECIDER)
+        high = torch.rand(next(counts), generator=generator) < share
+        with row_precision(model, [Request(tier=ends[int(one)]) for one in high.tolist()]):
+            yield
+        withdraw(model, _DECIDER)
+
+    return way
 
 
-def brighter(x_BCHW: Tensor) -> Tensor:
-    """Images 1.5 times as bright, clipped at white."""
-    return _normalised((_pixels(x_BCHW) * 1.5 + 0.1).clamp(0, 1))
+def _estimates(model: nn.Module, batch: Any) -> tuple[float, float]:
+    """The median over layers of Spearman's correlation of estimated and true relative error, and of their ratio."""
+    sizes: dict[str, Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if hasattr(module, "input_place"):
 
+            def keep(_: nn.Module, args: Any, y: Tensor, name: str = name) -> None:
+                sizes[f"{name}:input"] = y.flatten(0, -2).float().square().sum(1)
 
-def jpeg_like(x_BCHW: Tensor, quality: float = 4.0) -> Tensor:
-    """Images rounded as in a JPEG whose table is multiplied by `quality`, without subsampling of colours."""
-    n = torch.arange(8.0)
-    dct = torch.cos((2 * n + 1) * n[:, None] * math.pi / 16) / 2
-    dct[0] /= 2**0.5
-    table = torch.tensor(JPEG) * quality / 255
-    p = _pixels(x_BCHW)
-    b, c, h, w = p.shape
-    blocks = (p - 0.5).view(b, c, h // 8, 8, w // 8, 8).transpose(3, 4)
-    kept = (dct @ blocks @ dct.t() / table).round() * table
-    back = (dct.t() @ kept @ dct).transpose(3, 4).reshape(b, c, h, w)
-    return _normalised((back + 0.5).clamp(0, 1))
-
-
-SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {"brightness": brighter, "jpeg": jpeg_like}
-
-
-def _pixels(x_BCHW: Tensor) -> Tensor:
-    return x_BCHW * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-
-
-def _normalised(p_BCHW: Tensor) -> Tensor:
-    return (p_BCHW - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The outcome of a run: mean divergence, that of all batches but the first, and what the watch changed."""
-
-    divergence: float
-    later: float
-    changes: int
-    raised: int
-
-
-def _drift(
-    case: Case, reference: nn.Module, profile: Profile, shifts: Mapping[str, Sequence[Any]]
-) -> list[dict[str, Any]]:
-    """Rows for static scales with and without a watch, on clean and on shifted data.
-
-    Weights have 8 bits, inputs 6 on average or 8.
-    """
-    bases = {AVERAGE: allocate(profile, Budget(bits=1e6), Constraints(input_bits=AVERAGE)), 8: profile.uniform(8, 8)}
-    model, rows = case.model, []
-    for (bits, base), (name, batches) in itertools.product(bases.items(), {"none": case.evaluation, **shifts}.items()):
-        row: dict[str, Any] = {"model": case.name, "input_bits": bits, "shift": name}
-        for label, static, watched in (("token", False, False), ("static", True, False), ("watched", True, True)):
-            apply(model, base)
-            use_static_scales(model, static)
-            outcome = _run(case, reference, batches, watched)
-            row[f"divergence_{label}"] = outcome.divergence
-            row[f"divergence_{label}_later"] = outcome.later
-            if watched:
-                row.update(changes=outcome.changes, raised=outcome.raised, inputs=len(profile.input_sites()))
-        use_static_scales(model, False)
-        rows.append(row)
-    return rows
-
-
-def _run(case: Case, reference: nn.Module, batches: Sequence[Any], watched: bool) -> _Run:
-    parts: list[tuple[float, int]] = []
-    watch = watch_inputs(case.model) if watched else None
-    with torch.no_grad():
-        for batch in batches:
-            wanted = case.objective.outcome(run(reference, batch), batch)
-            got = case.objective.outcome(run(case.model, batch), batch)
-            parts.append((float(case.objective.divergence(wanted, got).double().sum()), len(wanted)))
-    changes, raised = (len(watch.changes), len(watch.raised)) if watch is not None else (0, 0)
-    if watch is not None:
-        watch.close()
-    return _Run(_mean(parts), _mean(parts[1:]), changes, raised)
-
-
-def _mean(parts: Sequence[tuple[float, int]]) -> float:
-    """The mean over all samples, from the sums and counts of batches."""
-    return sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1)
+            hooks.append(module.register_forward_hook(keep))
+    found = explain(model, batch)
+    for hook in hooks:
+        hook.remove()
+    correlations, ratios = [], []
+    for layer in found.layers:
+        if not bool((layer.true > 0).any()):
+            continue
+        size = sizes[layer.input_site]
+        correlations.append(spearman(layer.estimated / size, layer.true / size))
+        ratios.append(float((layer.estimated / layer.true.clamp_min(1e-30)).median()))
+    return statistics.median(correlations), statistics.median(ratios)
 
 
 def _figures(rounds: Sequence[dict[str, Any]]) -> dict[str, float]:
     figures: dict[str, float] = {}
-    by_case: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
+    ratios, significant = [], set()
     for row in rounds:
-        if "inputs" in row and "shift" not in row:
-            by_case.setdefault(row["model"], {})[row["weights"], row["inputs"]] = row
-    for model, rows in by_case.items():
-        ours = rows["4 bits", "gradient"]
-        figures[f"input_bits_{model}"] = ours["input_bits"]
-        figures[f"agreement_{model}"] = ours["agreement"]
-        lost = 100 * (ours["exact_value"] - ours["value"])
-        figures[f"{ours['metric']}_loss_points_{model}"] = lost
-        for weights, label in (("4 bits", "kl"), ("8 bits", "kl_of_inputs")):
-            chosen = rows[weights, "gradient"]["divergence"]
-            for other, name in (
-                (f"uniform {AVERAGE}", "over_uniform6"),
-                (f"uniform {AVERAGE} with zero point", "over_uniform6_zero_point"),
-                ("variance", "over_variance"),
-            ):
-                figures[f"{label}_{name}_{model}"] = chosen / max(rows[weights, other]["divergence"], 1e-12)
-    if by_case:
-        figures["kl_over_uniform6_worst"] = max(figures[f"kl_over_uniform6_{model}"] for model in by_case)
-    recovered: dict[int, list[float]] = {}
-    changes = 0
-    for row in rounds:
-        if "shift" not in row:
-            continue
-        if row["shift"] == "none":
-            changes += row["changes"]
-            continue
-        static, watched = row["divergence_static"], row["divergence_watched"]
-        name = f"{row['model']}_{row['shift']}_b{row['input_bits']}"
-        figures[f"kl_static_{name}"] = static
-        figures[f"raised_{name}"] = row["raised"]
-        figures[f"recovered_{name}"] = (static - watched) / max(static, 1e-12)
-        later = row["divergence_static_later"] - row["divergence_watched_later"]
-        figures[f"recovered_after_first_batch_{name}"] = later / max(row["divergence_static_later"], 1e-12)
-        recovered.setdefault(row["input_bits"], []).append(figures[f"recovered_{name}"])
-    if recovered:
-        figures.update({f"recovered_worst_b{bits}": min(shares) for bits, shares in recovered.items()})
-        figures["changes_without_shift"] = changes
+        name = f"{row['model']}_b{row['bits']:g}"
+        ratios.append(row["kl"] / row["static_kl"])
+        figures[f"dynamic_over_static_kl_{name}"] = ratios[-1]
+        figures[f"random_over_static_kl_{name}"] = row["random_kl"] / row["static_kl"]
+        figures[f"at_resident_bytes_{name}"] = row["kl"] / row["high_kl"]
+        figures[f"bits_off_{name}"] = row["bits_read"] / row["bits"] - 1
+        figures[f"bits_batch8_{name}"] = row["union_bits"]
+        figures[f"estimate_rank_correlation_{name}"] = row["correlation"]
+        figures[f"estimate_ratio_{name}"] = row["ratio"]
+        if row["interval"][1] < 1:
+            significant.add(row["model"])
+    if ratios:
+        figures["dynamic_over_static_kl"] = math.exp(statistics.fmean(map(math.log, ratios)))
+        figures["models_significant"] = len(significant)
     return figures

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.models.cases import VARIABLE, Case, cases, data_folder
 from foveate.allocate import Constraints, allocate
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.calibrate.quantize import quantize
 from foveate.evaluate.verify import measure as measure_maps
 from foveate.formats.levels import NESTED_LEVELS

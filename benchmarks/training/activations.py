@@ -19,7 +19,7 @@ from benchmarks.training.budgets import measure_budgets
 from benchmarks.training.paired import measure_training
 from benchmarks.training.tasks import tasks
 from benchmarks.training.times import Sizes, measure_times
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.errors import BudgetError, FoveateError
 
 PARTS = ("training", "bounds", "budgets", "times")

@@ -24,7 +24,7 @@ from benchmarks.training.paired import train_step
 from benchmarks.training.tasks import Task
 from foveate.activations.compress import compress_activations
 from foveate.activations.policy.options import ActivationOptions
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.progress import log
 
 BOUNDS = (0.003, 0.01, 0.03, 0.1)

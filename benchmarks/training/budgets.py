@@ -25,7 +25,7 @@ from benchmarks.training.tasks import Task
 from foveate.activations.compress import compress_activations
 from foveate.activations.memory.peak import PeakTracker
 from foveate.activations.store import ActivationStore
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.errors import BudgetError
 from foveate.progress import log
 

@@ -28,8 +28,8 @@ from foveate.activations.compress import compress_activations
 from foveate.activations.memory.peak import PeakTracker
 from foveate.activations.policy.options import ActivationOptions
 from foveate.activations.store import ActivationStore
-from foveate.bench.extras import require
-from foveate.bench.result import Measured
+from foveate.bench.shared.extras import require
+from foveate.bench.shared.result import Measured
 from foveate.collect.evaluation import evaluating
 from foveate.progress import log
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks.models.cases import SentenceEncoder, pairs
 from benchmarks.models.resnet import MEAN, STD, ResNet
-from foveate.bench.extras import require
+from foveate.bench.shared.extras import require
 
 TEXT = "tinystories_train_head2MiB.txt"
 

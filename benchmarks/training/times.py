@@ -29,7 +29,7 @@ from benchmarks.training.tasks import byte_llama, next_byte
 from foveate.activations.compress import compress_activations
 from foveate.activations.policy.options import ActivationOptions
 from foveate.activations.store import ActivationStore
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.kernels.threads import threads
 from foveate.progress import log
 

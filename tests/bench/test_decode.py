@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foveate.bench import decode
-from foveate.bench.random_model import on_random_planes, random_llama
+from foveate.bench.shared.random_model import on_random_planes, random_llama
 from foveate.nn.levels import apply, current_map
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from foveate.bench.limits import bandwidth, dense, kernels
-from foveate.bench.result import BackgroundLoad
+from foveate.bench.shared.result import BackgroundLoad
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads
 from kernels.cases import isas

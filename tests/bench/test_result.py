@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from foveate import bench
-from foveate.bench import result
+from foveate.bench.shared import result
 from foveate.errors import FoveateError
 
 
@@ -37,7 +37,7 @@ def test_importing_the_benchmarks_needs_no_extra():
         "from importlib import import_module\n"
         "from foveate import bench\n"
         "for name in bench.NAMES: import_module(f'foveate.bench.{name}')\n"
-        "from foveate.bench.extras import require\n"
+        "from foveate.bench.shared.extras import require\n"
         "from foveate.errors import MissingExtraError\n"
         "try: require('scipy.stats')\n"
         "except MissingExtraError as error: print(error)\n"

@@ -15,7 +15,7 @@ from benchmarks import architectures
 from benchmarks.architectures import FAMILIES, page
 from benchmarks.architectures.families import Family
 from benchmarks.architectures.trial import attempt
-from foveate.bench.result import finished
+from foveate.bench.shared.result import finished
 
 pytest.importorskip("transformers")
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 import benchmarks
 import foveate
 from benchmarks.__main__ import app
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.errors import FoveateError
 
 Run = Callable[..., Result]

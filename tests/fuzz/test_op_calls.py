@@ -29,7 +29,7 @@ def test_random_calls_are_answered_or_refused() -> None:
     for isa in isas():
         with forced(isa):
             for number in range(700):
-                call = op_call(1, number)
+                call = op_call(2, number)
                 (answered if run(call) else refused)[call.op] += 1
     assert set(answered) == set(answered | refused) == OPS
     assert min(answered.total(), refused.total()) > 250

@@ -33,7 +33,7 @@ def quantized() -> tuple[nn.Module, fv.Profile]:
 
 
 def test_the_mean_of_the_bits_is_the_target_and_withdraws(quantized: tuple[nn.Module, fv.Profile]) -> None:
-    model, profile = quantized
+    model, _ = quantized
     before = fv.state_of(model)
     x = torch.cat(_data(9))
     plain = model(x)
@@ -96,6 +96,11 @@ def test_tiers_are_fixed_and_floors_hold(quantized: tuple[nn.Module, fv.Profile]
             assert fv.state_of(model).ends == ((high, max(high - adapted.adaptation.above, 0)),)
         set_index(model, low, decider="runtime")
         assert fv.state_of(model).ends[0][0] > low
+        price = adapted.correction.multiplier
+        model(x)
+        adapted.correct()  # the mean is not its own to hold now
+        assert (adapted.correction.multiplier, adapted.correction.rows) == (price, 0)
+        fv.withdraw(model, "runtime")
 
 
 def test_explain(quantized: tuple[nn.Module, fv.Profile]) -> None:

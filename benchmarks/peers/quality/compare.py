@@ -31,7 +31,7 @@ from benchmarks.peers.quality.one_level import round_for_one_level
 from benchmarks.peers.quality.rounded import Peers, Work
 from benchmarks.peers.quality.settings import POINTS, SETTINGS, STAND_IN, WINDOW, Setting
 from foveate.allocate import Constraints, allocate
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.calibrate.one_weight import group_for
 from foveate.calibrate.quantize import quantize
 from foveate.collect.kinds import Kind, find_weights, kind_of

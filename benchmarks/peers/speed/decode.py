@@ -16,7 +16,7 @@ from benchmarks.peers.child import SCRIPTS, Child, PeerError
 from benchmarks.peers.environments import ENVIRONMENTS
 from foveate.bench import decode
 from foveate.bench.decode import Sizes
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 
 log = logging.getLogger("foveate")
 #: By level, the nearest type of llama.cpp.

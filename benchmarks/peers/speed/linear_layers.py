@@ -28,8 +28,8 @@ from torch import nn
 from benchmarks.peers.child import SCRIPTS, Child, PeerError
 from benchmarks.peers.environments import ENVIRONMENTS
 from foveate.bench.limits.bandwidth import Blocks, fastest_loop
-from foveate.bench.random_model import on_random_planes
-from foveate.bench.result import Measured
+from foveate.bench.shared.random_model import on_random_planes
+from foveate.bench.shared.result import Measured
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads

@@ -6,6 +6,7 @@
     decode   a whole model, token by token
     calibrate  quantizing: its time by phase over that of forward passes, and its memory over that of the model
     saved    packing and unpacking the tensors that autograd saves
+    inputs   what it costs that each input chooses its precision
     runtime  the runtime manager: simulated under load on recorded traces, and live around a plain loop
     serve    the server's engine: tokens a second under too much load, and what a step costs beside the model
     memory   planes that come and go: memory given back, the limit, restoring, streaming, conversions
@@ -29,10 +30,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from foveate.bench.result import finished
+from foveate.bench.shared.result import finished
 from foveate.errors import FoveateError
 
-NAMES = ("kernels", "switch", "load", "decode", "calibrate", "saved", "runtime", "memory", "serve", "importance")
+NAMES = (
+    "kernels",
+    "switch",
+    "load",
+    "decode",
+    "calibrate",
+    "saved",
+    "runtime",
+    "memory",
+    "serve",
+    "inputs",
+    "importance",
+)
 
 
 def run(name: str, sizes: Any = None) -> dict[str, Any]:

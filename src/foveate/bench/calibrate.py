@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from foveate.bench.fresh_process.run import run_in_fresh_process
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.errors import DataError
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.sizes import format_bytes

@@ -37,11 +37,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from foveate.bench.extras import require
 from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.bench.limits.bandwidth import Blocks, fastest_loop
-from foveate.bench.random_model import random_llama
-from foveate.bench.result import Measured
+from foveate.bench.shared.extras import require
+from foveate.bench.shared.random_model import random_llama
+from foveate.bench.shared.result import Measured
 from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.threads import threads

@@ -13,7 +13,7 @@ The other figures are ratios of times for one row of x:
     zero_tiles_ratio       4 bits with a random half of the tiles at level 0 and not stored, over 4 bits everywhere
     zero_tags_ratio        the same with every tile stored at 4 bits, as in a live model after a switch
 
-`foveate.bench.dense` has the comparison with torch's own layers.
+`foveate.bench.shared.dense` has the comparison with torch's own layers.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.bench import dense
 from foveate.bench.limits.bandwidth import Blocks, Loop, fastest_loop
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared import dense
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.formats.packing import tile_grid
 from foveate.kernels.backends.table import ensure_loaded

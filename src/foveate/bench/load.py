@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from foveate.bench.fresh_process.run import run_in_fresh_process
-from foveate.bench.random_model import random_llama
-from foveate.bench.result import Measured
+from foveate.bench.shared.random_model import random_llama
+from foveate.bench.shared.result import Measured
 from foveate.checkpoint import HEAD, Head, read_head
 from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS, PLANES

@@ -20,7 +20,7 @@ import torch
 
 from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.bench.load import write_model
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory import convert
 

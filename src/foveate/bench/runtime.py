@@ -8,7 +8,7 @@ always, and a clairvoyant that knows the trace. `slo_over_lowest` is the control
 as promised, over that of the last index. `kl_over_clairvoyant` is its mean KL over that of the clairvoyant, which
 serves at least as many.
 
-*Live.* See `foveate.bench.live`.
+*Live.* See `foveate.bench.shared.live`.
 
 Data are in the folder that `FOVEATE_DATA` names: `traces/` and the small language model `lm/`.
 """
@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from foveate.bench.live import run_live
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared.live import run_live
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.bench.simulation.clairvoyant import Search, clairvoyant
 from foveate.bench.simulation.costs import CostSizes, mean_level, server_costs, subject, timed
 from foveate.bench.simulation.policies import WINDOW, Controlled, Outcome, run_controlled, run_static

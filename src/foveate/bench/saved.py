@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from foveate.bench.limits.bandwidth import Blocks, Loop, fastest_loop
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads
 from foveate.progress import track

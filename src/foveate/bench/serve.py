@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from foveate.bench.random_model import random_llama
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared.random_model import random_llama
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.nn.levels import current_map
 from foveate.nn.registry import registry_of
 from foveate.precision.frontiers import Frontier

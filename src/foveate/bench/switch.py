@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.calibrate.quantize import quantize
 from foveate.collect.objectives import Embedding
 from foveate.folder.load import load

@@ -23,7 +23,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="The benchmark: kernels, switch, load, decode, calibrate, saved, runtime, memory, serve or importance."
+            help="kernels, switch, load, decode, calibrate, saved, runtime, memory, serve, inputs or importance."
         ),
     ],
     out: Out = None,

@@ -113,8 +113,16 @@ class InputAdaptation:
         return self._adaptation
 
     def correct(self) -> None:
-        """Take a step of the correction now. Eager calls of the model do so by themselves, compiled ones do not."""
+        """Take a step of the correction now. Eager calls of the model do so by themselves, compiled ones do not.
+
+        Where another decider has moved the index, or a floor has cut the lower map off, the mean bits are theirs to
+        decide, and nothing is corrected.
+        """
         samples, bits = self.tally()
+        state = self._registry.generations.state
+        own = self._adaptation.around(self.index, len(self.frontier) - 1)
+        if state is None or state.frontier is not self.frontier or state.ends[0] != own:
+            return
         self.correction = corrected(self.correction, round(samples), bits)
         if self.correction.multiplier != self._adaptation.multiplier:
             self.renew(replace(self._adaptation, multiplier=self.correction.multiplier))

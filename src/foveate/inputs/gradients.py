@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ def output_gradients(
             def add(gradient: Tensor) -> None:
                 # of a convolution [B, N, ...]: outputs are the second dimension
                 rows = gradient.transpose(1, -1) if hasattr(module, "kernel_size") else gradient
-                g_MN = rows.reshape(-1, module.weight.shape[0]).double()  # type: ignore[union-attr, operator, index]
+                g_MN = rows.reshape(-1, int(cast(Any, module).weight.shape[0])).double()
                 sums[name] = sums.get(name, torch.zeros(())) + g_MN.square().sum(0)
                 counts[name] = counts.get(name, 0) + len(g_MN)
 
@@ -87,7 +87,7 @@ def output_gradients(
         with frozen(model), torch.enable_grad():
             for batch in track(batches, "measuring gradients", show=progress):
                 loss, count = objective.loss(run(model, batch), batch, generator)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 samples += count
     finally:
         for one in hooks:

@@ -63,7 +63,7 @@ def observing(model: nn.Module, take: Callable[[Observed], None], *, true_errors
     registry = registry_of(model)
     composed = registry.generations.composed
     pair = None if composed is None else composed.pairs[0]
-    if composed is None or pair not in composed.choices:
+    if composed is None or pair is None or pair not in composed.choices:
         raise FoveateError("inputs of this model do not choose between maps: call foveate.adapt_to_input first")
     choice, ops, book = composed.choices[pair], torch.ops.foveate, registry.generations.book
     assert registry.generations.state is not None

@@ -90,7 +90,8 @@ class Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object; raises `RefusedRequest` with status 500 if the engine failed."""
-        text, chosen, reason = "", [], "stop"
+        text, reason = "", "stop"
+        chosen: list[Any] = []
         async with aclosing(pieces(self.engine, self.job)) as parts:
             async for piece in parts:
                 if piece.error is not None:

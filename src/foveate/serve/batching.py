@@ -8,7 +8,7 @@ runs the model, and once in each turn of its loop. Nothing else of transformers'
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -52,6 +52,7 @@ class RowScheduler(FIFOScheduler):
     """
 
     steps: Steps | None = None
+    _waited: list[Hashable]
 
     def _process_candidates(self, candidates: list[Any], *args: Any, **kwargs: Any) -> Any:
         assert self.steps is not None
@@ -68,7 +69,7 @@ class RowScheduler(FIFOScheduler):
     def reset(self) -> None:
         """Begin anew."""
         super().reset()
-        self._waited: list[Hashable] = []
+        self._waited = []
 
 
 class RowRunner(ModelRunner):
@@ -158,4 +159,4 @@ def _greedy(model: Any) -> Any:
     end = getattr(model.generation_config, "eos_token_id", None)
     if end is None:
         end = getattr(model.config, "eos_token_id", None)
-    return GenerationConfig(do_sample=False, eos_token_id=-1 if end is None else end, use_cache=False)
+    return cast(Any, GenerationConfig)(do_sample=False, eos_token_id=-1 if end is None else end, use_cache=False)

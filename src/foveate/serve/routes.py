@@ -55,7 +55,8 @@ def add_routes(app: FastAPI, engine: Engine) -> None:
     async def change(body: dict[str, Any]) -> dict[str, Any]:
         """Hold an index, give it back, or set a floor: `{"index": 3}`, `{"hold": false}`, `{"floor": "4.25"}`."""
         change_precision(engine, body)
-        return await _between_steps(engine, partial(_changed, engine, body))
+        changed: dict[str, Any] = await _between_steps(engine, partial(_changed, engine, body))
+        return changed
 
     @app.get("/", response_class=HTMLResponse)
     def page() -> HTMLResponse:

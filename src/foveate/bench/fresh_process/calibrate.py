@@ -17,8 +17,8 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from foveate.bench.extras import require
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
+from foveate.bench.shared.extras import require
 from foveate.calibrate.need import rows_needed
 from foveate.calibrate.passes import CalibrationOptions
 from foveate.calibrate.quantize import quantize_with

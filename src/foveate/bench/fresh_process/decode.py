@@ -17,7 +17,7 @@ import torch
 import foveate
 from foveate.bench.decode import generate
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
-from foveate.bench.random_model import random_llama
+from foveate.bench.shared.random_model import random_llama
 
 _FLOAT = 4
 

@@ -16,8 +16,8 @@ import psutil
 import torch
 
 import foveate
-from foveate.bench.extras import require
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
+from foveate.bench.shared.extras import require
 from foveate.kernels.backends.table import ensure_loaded
 
 

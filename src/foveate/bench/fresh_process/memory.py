@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 import foveate
-from foveate.bench.extras import require
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
+from foveate.bench.shared.extras import require
 from foveate.errors import BudgetError
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.held import Held

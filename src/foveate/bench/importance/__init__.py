@@ -14,7 +14,7 @@ from foveate.bench.importance.mixture import DENSE, MIXTURE, Recipe, default_cac
 from foveate.bench.importance.overhead import measure_overhead
 from foveate.bench.importance.sparsity import measure_half_zero, measure_zeros
 from foveate.bench.importance.stream import ORDERS, Lengths, measure_streams, steady_moves, subject
-from foveate.bench.result import BackgroundLoad, Measured
+from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.precision.budgets import Budget
 
 BITS = 3.0

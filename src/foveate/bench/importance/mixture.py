@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from foveate.bench.extras import require
+from foveate.bench.shared.extras import require
 from foveate.errors import CheckpointError, DataError
 from foveate.files import TensorFile, replacing
 from foveate.progress import say, track

@@ -22,8 +22,8 @@ from torch import Tensor
 
 import foveate as fv
 from foveate.bench.decode import Shape
-from foveate.bench.extras import require
-from foveate.bench.random_model import random_llama
+from foveate.bench.shared.extras import require
+from foveate.bench.shared.random_model import random_llama
 from foveate.bench.simulation.server import ServerCosts
 from foveate.errors import DataError
 from foveate.formats.levels import NESTED_LEVELS

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.bench.result import Measured
+from foveate.bench.shared.result import Measured
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS
 from foveate.nn.modules import PlaneLinear
 from foveate.nn.weight import PlaneWeight

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from foveate.bench.extras import require
+from foveate.bench.shared.extras import require
 from foveate.calibrate.one_weight import group_for
 from foveate.collect.kinds import find_weights, weight_matrix_shape
 from foveate.formats.levels import GAINED_LEVELS
@@ -24,7 +24,8 @@ from foveate.planes import PlaneTensor, from_codes, gathered
 from foveate.precision.maps import uniform
 
 
-def _random_planes(rows: int, columns: int, generator: torch.Generator) -> PlaneTensor:
+def random_planes(rows: int, columns: int, generator: torch.Generator) -> PlaneTensor:
+    """A weight of random codes, all planes stored and read."""
     group = group_for(columns)
 
     def codes() -> torch.Tensor:
@@ -54,7 +55,7 @@ def on_random_planes(model: nn.Module) -> nn.Module:
     found = find_weights(model)
     generator = torch.Generator().manual_seed(0)
     shapes = [weight_matrix_shape(f.modules[0]) for f in found]
-    by_shape = {shape: _random_planes(*shape, generator) for shape in sorted(set(shapes))}
+    by_shape = {shape: random_planes(*shape, generator) for shape in sorted(set(shapes))}
     planes = [_with_its_own_index(p) for p in gathered([by_shape[shape] for shape in shapes])]
     sites = [site_of(f, p) for f, p in zip(found, planes, strict=True)]
     weights = {s.name: PlaneWeight(p, torch.float32) for s, p in zip(sites, planes, strict=True)}

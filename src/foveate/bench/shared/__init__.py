@@ -1,0 +1,1 @@
+"""What several benchmarks use: results, models of random weights, dense layers, other processes beside them."""
