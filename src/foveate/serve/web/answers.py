@@ -1,6 +1,6 @@
 """Answers: the tokens of a job as OpenAI's objects, whole or as server-sent events, with the precision that it got.
 
-Beside OpenAI's fields an answer has `precision` (`foveate.serve.wish.Given.report`), and its last event has it where it
+Beside OpenAI's fields an answer has `precision` (`foveate.serve.calls.wish.Given.report`), and its last event has it where it
 streams. The headers `x-foveate-tier`, `x-foveate-bits` and `x-foveate-switches` say the same of an answer as a whole; a
 stream, whose headers go out first, has the tier and the bits of the moment at which it begins.
 """
@@ -14,11 +14,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveate.serve.engine import Engine
-from foveate.serve.jobs import Ended, Job
-from foveate.serve.refused import RefusedRequest, error_body
-from foveate.serve.sampling import Chosen
-from foveate.serve.text import TextStream
+from foveate.serve.calls.refused import RefusedRequest, error_body
+from foveate.serve.calls.text import TextStream
+from foveate.serve.engine.engine import Engine
+from foveate.serve.engine.jobs import Ended, Job
+from foveate.serve.engine.sampling import Chosen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foveate.precision.state import Request
-from foveate.serve.fields import Call
+from foveate.serve.calls.fields import Call
+from foveate.serve.calls.refused import RefusedRequest
+from foveate.serve.calls.wish import Given
+from foveate.serve.engine.sampling import Chosen, Sampler
 from foveate.serve.options import ServerLimits
-from foveate.serve.refused import RefusedRequest
-from foveate.serve.sampling import Chosen, Sampler
-from foveate.serve.wish import Given
 
 #: The weight of the newest step in the running mean of the rate of prefill.
 _NEWEST = 0.2

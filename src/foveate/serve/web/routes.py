@@ -15,11 +15,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from foveate.errors import FoveateError
-from foveate.serve.engine import Engine
-from foveate.serve.gate import GONE
-from foveate.serve.metrics import Gauges
-from foveate.serve.refused import RefusedRequest
-from foveate.serve.wish import Wish, floor_of
+from foveate.serve.calls.refused import RefusedRequest
+from foveate.serve.calls.wish import Wish, floor_of
+from foveate.serve.engine.engine import Engine
+from foveate.serve.engine.metrics import Gauges
+from foveate.serve.web.gate import GONE
 
 T = TypeVar("T")
 #: Seconds from one event of the page to the next.
@@ -60,7 +60,7 @@ def add_routes(app: FastAPI, engine: Engine) -> None:
     @app.get("/", response_class=HTMLResponse)
     def page() -> HTMLResponse:
         """The built-in page."""
-        text = resources.files("foveate.serve").joinpath("page.html").read_text(encoding="utf-8")
+        text = resources.files("foveate.serve.web").joinpath("page.html").read_text(encoding="utf-8")
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(text, headers={"content-security-policy": policy, "x-frame-options": "DENY"})
 
