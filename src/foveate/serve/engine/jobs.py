@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from foveate.precision.state import Request
 from foveate.serve.calls.fields import Call
@@ -165,8 +164,3 @@ class Jobs:
     def _retry_after(self, tokens: int) -> int:
         seconds = tokens / self._rate if self._rate else 1.0
         return min(max(math.ceil(seconds), _SOONEST), _LATEST)
-
-
-def error_of(event: Any) -> str | None:
-    """The error of an event, if it is the end of an answer by one."""
-    return event.error if isinstance(event, Ended) else None

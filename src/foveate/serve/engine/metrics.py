@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from foveate.serve.engine.jobs import Job
 
@@ -120,7 +121,7 @@ class Metrics:
         return generate_latest(whole)
 
 
-class _Collected:
+class _Collected(Collector):
     """The counters of a server with its gauges of the moment."""
 
     def __init__(self, registry: CollectorRegistry, gauges: Gauges) -> None:

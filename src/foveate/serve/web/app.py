@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -102,7 +102,7 @@ class Handler(BaseHandler):
         if isinstance(call.prompt, str):
             return list(tokenizer(call.prompt)["input_ids"])
         if not self._chat:
-            return [int(token) for token in call.prompt]  # type: ignore[call-overload]
+            return list(cast("tuple[int, ...]", call.prompt))
         if not tokenizer.chat_template:
             raise RefusedRequest("the model has no chat template: use /v1/completions", parameter="messages")
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from importlib import resources
 from typing import Any, TypeVar
@@ -103,7 +103,7 @@ def _changed(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     return control.status()
 
 
-async def _between_steps(engine: Engine, change: Any) -> Any:
+async def _between_steps(engine: Engine, change: Callable[[], T]) -> T:
     try:
         return await asyncio.wait_for(asyncio.wrap_future(engine.ask(change)), _CHANGE_SECONDS)
     except asyncio.TimeoutError:
