@@ -13,10 +13,10 @@ from typing import Any
 import uvicorn
 
 import foveate as fv
-from foveate.serve.app import build_app
-from foveate.serve.engine import Engine
+from foveate.serve.engine.engine import Engine
 from foveate.serve.options import ServeOptions
 from foveate.serve.run import DrainingServer, made_engine
+from foveate.serve.web.app import build_app
 from tiny import llama, tokens
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"

@@ -15,9 +15,9 @@ import torch
 import foveate as fv
 from foveate.precision.state import Floor, Request
 from foveate.runtime import Limits, ManagerOptions, Policy
+from foveate.serve.calls.refused import RefusedRequest
+from foveate.serve.calls.wish import Given, Wish
 from foveate.serve.options import ServeOptions, ServerLimits
-from foveate.serve.refused import RefusedRequest
-from foveate.serve.wish import Given, Wish
 from served import Served, serving
 
 PROMPT = "def f(x):"

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.serve.fields import Sampling
-from foveate.serve.sampling import Sampler
+from foveate.serve.calls.fields import Sampling
+from foveate.serve.engine.sampling import Sampler
 
 LOGITS = torch.tensor([0.0, 2.0, 1.0, -1.0, 1.9])
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.serve.text import StopStrings, TextStream
+from foveate.serve.calls.text import StopStrings, TextStream
 
 _LETTERS = st.text(alphabet="abc", max_size=30)
 

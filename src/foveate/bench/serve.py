@@ -107,7 +107,7 @@ def _throughput(model: Any, chain: Frontier, sizes: Sizes, batch: int, *, bends:
 @contextmanager
 def _engine(model: Any, chain: Frontier, batch: int, *, bends: bool) -> Iterator[Any]:
     from foveate.runtime import Costs, Limits, ManagerOptions, Policy
-    from foveate.serve.engine import Engine
+    from foveate.serve.engine.engine import Engine
     from foveate.serve.options import ServeOptions, ServerLimits
 
     options = ServeOptions(
@@ -127,8 +127,8 @@ def _engine(model: Any, chain: Frontier, batch: int, *, bends: bool) -> Iterator
 
 
 async def _loaded(engine: Any, sizes: Sizes, batch: int) -> dict[str, float]:
-    from foveate.serve.fields import Call, Sampling
-    from foveate.serve.jobs import Ended
+    from foveate.serve.calls.fields import Call, Sampling
+    from foveate.serve.engine.jobs import Ended
 
     call = Call(prompt=(1, 2, 3, 4), sampling=Sampling(temperature=0), max_tokens=sizes.answer)
     counted = {"tokens": 0, "answers": 0, "lost": 0, "worst": 0}

@@ -11,10 +11,10 @@ from typing import Any
 import uvicorn
 from torch import nn
 
-from foveate.serve.app import build_app
-from foveate.serve.control import served_frontier
-from foveate.serve.engine import Engine, warm_up
+from foveate.serve.engine.control import served_frontier
+from foveate.serve.engine.engine import Engine, warm_up
 from foveate.serve.options import ServeOptions
+from foveate.serve.web.app import build_app
 
 _log = logging.getLogger("foveate")
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
-from foveate.serve.jobs import Job
+from foveate.serve.engine.jobs import Job
 
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
@@ -120,7 +121,7 @@ class Metrics:
         return generate_latest(whole)
 
 
-class _Collected:
+class _Collected(Collector):
     """The counters of a server with its gauges of the moment."""
 
     def __init__(self, registry: CollectorRegistry, gauges: Gauges) -> None:

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError
 from foveate.nn.levels import set_row_classes
 from foveate.precision.frontiers import Frontier
-from foveate.serve.batching import StepManager
-from foveate.serve.control import PrecisionControl
-from foveate.serve.fields import Call
-from foveate.serve.jobs import Ended, Job, Jobs
-from foveate.serve.metrics import Metrics
+from foveate.serve.calls.fields import Call
+from foveate.serve.calls.refused import RefusedRequest
+from foveate.serve.engine.batching import StepManager
+from foveate.serve.engine.control import PrecisionControl
+from foveate.serve.engine.jobs import Ended, Job, Jobs
+from foveate.serve.engine.metrics import Metrics
+from foveate.serve.engine.sampling import Chosen, Sampler
 from foveate.serve.options import ServeOptions
-from foveate.serve.refused import RefusedRequest
-from foveate.serve.sampling import Chosen, Sampler
 
 T = TypeVar("T")
 _log = logging.getLogger("foveate")

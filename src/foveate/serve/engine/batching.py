@@ -7,8 +7,8 @@ runs the model, and once in each turn of its loop. Nothing else of transformers'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, cast
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -101,7 +101,6 @@ class StepManager(ContinuousBatchingManager):
 
     def __init__(self, model: Any, limits: ServerLimits, steps: Steps) -> None:
         self._steps = steps
-        self.fatal: Callable[[BaseException], None] | None = None
         SCHEDULER_MAPPING.setdefault(_SCHEDULER, RowScheduler)
         super().__init__(
             model=model,

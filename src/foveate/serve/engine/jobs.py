@@ -11,14 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from foveate.precision.state import Request
-from foveate.serve.fields import Call
+from foveate.serve.calls.fields import Call
+from foveate.serve.calls.refused import RefusedRequest
+from foveate.serve.calls.wish import Given
+from foveate.serve.engine.sampling import Chosen, Sampler
 from foveate.serve.options import ServerLimits
-from foveate.serve.refused import RefusedRequest
-from foveate.serve.sampling import Chosen, Sampler
-from foveate.serve.wish import Given
 
 #: The weight of the newest step in the running mean of the rate of prefill.
 _NEWEST = 0.2
@@ -165,8 +164,3 @@ class Jobs:
     def _retry_after(self, tokens: int) -> int:
         seconds = tokens / self._rate if self._rate else 1.0
         return min(max(math.ceil(seconds), _SOONEST), _LATEST)
-
-
-def error_of(event: Any) -> str | None:
-    """The error of an event, if it is the end of an answer by one."""
-    return event.error if isinstance(event, Ended) else None

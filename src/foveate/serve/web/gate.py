@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any
 
-from foveate.serve.refused import RefusedRequest
+from foveate.serve.calls.refused import RefusedRequest
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]

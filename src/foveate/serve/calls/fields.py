@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeGuard
 
-from foveate.serve.refused import RefusedRequest
-from foveate.serve.wish import Wish
+from foveate.serve.calls.refused import RefusedRequest
+from foveate.serve.calls.wish import Wish
 
 #: The most alternatives to a token whose log probabilities can be asked for.
 MOST_LOGPROBS = 20

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from foveate.serve.fields import Sampling
+from foveate.serve.calls.fields import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,12 +19,12 @@ from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import BaseHandler, GenerationState
 
-from foveate.serve.answers import Answer
-from foveate.serve.engine import Engine
-from foveate.serve.fields import Call, chat_call, completion_call
-from foveate.serve.gate import GONE, Gate
-from foveate.serve.refused import RefusedRequest, error_body
-from foveate.serve.routes import add_routes
+from foveate.serve.calls.fields import Call, chat_call, completion_call
+from foveate.serve.calls.refused import RefusedRequest, error_body
+from foveate.serve.engine.engine import Engine
+from foveate.serve.web.answers import Answer
+from foveate.serve.web.gate import GONE, Gate
+from foveate.serve.web.routes import add_routes
 
 #: The routes of transformers' app that stay. Its others load models by name, unload this one, or are not served.
 _KEPT = ("/v1/chat/completions", "/v1/completions", "/v1/models")
@@ -102,7 +102,7 @@ class Handler(BaseHandler):
         if isinstance(call.prompt, str):
             return list(tokenizer(call.prompt)["input_ids"])
         if not self._chat:
-            return [int(token) for token in cast("list[int]", call.prompt)]
+            return list(cast("tuple[int, ...]", call.prompt))
         if not tokenizer.chat_template:
             raise RefusedRequest("the model has no chat template: use /v1/completions", parameter="messages")
         try:

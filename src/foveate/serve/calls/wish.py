@@ -20,7 +20,7 @@ from typing import Any
 from foveate.errors import BudgetError, FloorError
 from foveate.precision.frontiers import Frontier
 from foveate.precision.state import Floor, Request
-from foveate.serve.refused import RefusedRequest
+from foveate.serve.calls.refused import RefusedRequest
 
 
 @dataclass(frozen=True, kw_only=True)

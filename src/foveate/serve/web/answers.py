@@ -1,8 +1,8 @@
 """Answers: the tokens of a job as OpenAI's objects, whole or as server-sent events, with the precision that it got.
 
-Beside OpenAI's fields an answer has `precision` (`foveate.serve.wish.Given.report`), and its last event has it where it
-streams. The headers `x-foveate-tier`, `x-foveate-bits` and `x-foveate-switches` say the same of an answer as a whole; a
-stream, whose headers go out first, has the tier and the bits of the moment at which it begins.
+Beside OpenAI's fields an answer has `precision` (`Given.report`), and its last event has it where it streams. The
+headers `x-foveate-tier`, `x-foveate-bits` and `x-foveate-switches` say the same of an answer as a whole. A stream's
+headers go out first, and have the tier and the bits of the moment at which it begins.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from foveate.serve.engine import Engine
-from foveate.serve.jobs import Ended, Job
-from foveate.serve.refused import RefusedRequest, error_body
-from foveate.serve.sampling import Chosen
-from foveate.serve.text import TextStream
+from foveate.serve.calls.refused import RefusedRequest, error_body
+from foveate.serve.calls.text import TextStream
+from foveate.serve.engine.engine import Engine
+from foveate.serve.engine.jobs import Ended, Job
+from foveate.serve.engine.sampling import Chosen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """The answer as one object; raises `RefusedRequest` with status 500 if the engine failed."""
         text, reason = "", "stop"
-        chosen: list[Any] = []
+        chosen: list[Chosen] = []
         async with aclosing(pieces(self.engine, self.job)) as parts:
             async for piece in parts:
                 if piece.error is not None:
@@ -101,7 +101,7 @@ class Answer:
                 reason = piece.reason or reason
         if self.job.call.echo:
             text = self._prompt_text() + text
-        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(chosen)}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(chosen)}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
@@ -134,7 +134,11 @@ class Answer:
         chosen: tuple[Chosen, ...] = (),
         last: Mapping[str, Any] | None = None,
     ) -> str:
-        choice = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(list(chosen)) if chosen else None}
+        choice: dict[str, Any] = {
+            "index": 0,
+            "finish_reason": reason,
+            "logprobs": self._logprobs(list(chosen)) if chosen else None,
+        }
         choice["delta" if self.chat else "text"] = content
         usage = {"usage": None} if self.job.call.usage_in_stream else {}
         return _sse({**self._head(".chunk"), "choices": [choice], **usage, **(last or {})})

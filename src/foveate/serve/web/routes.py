@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from functools import partial
 from importlib import resources
 from typing import Any, TypeVar
@@ -15,11 +15,11 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from foveate.errors import FoveateError
-from foveate.serve.engine import Engine
-from foveate.serve.gate import GONE
-from foveate.serve.metrics import Gauges
-from foveate.serve.refused import RefusedRequest
-from foveate.serve.wish import Wish, floor_of
+from foveate.serve.calls.refused import RefusedRequest
+from foveate.serve.calls.wish import Wish, floor_of
+from foveate.serve.engine.engine import Engine
+from foveate.serve.engine.metrics import Gauges
+from foveate.serve.web.gate import GONE
 
 T = TypeVar("T")
 #: Seconds from one event of the page to the next.
@@ -61,7 +61,7 @@ def add_routes(app: FastAPI, engine: Engine) -> None:
     @app.get("/", response_class=HTMLResponse)
     def page() -> HTMLResponse:
         """The built-in page."""
-        text = resources.files("foveate.serve").joinpath("page.html").read_text(encoding="utf-8")
+        text = resources.files("foveate.serve.web").joinpath("page.html").read_text(encoding="utf-8")
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(text, headers={"content-security-policy": policy, "x-frame-options": "DENY"})
 
@@ -104,7 +104,7 @@ def _changed(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     return control.status()
 
 
-async def _between_steps(engine: Engine, change: Any) -> Any:
+async def _between_steps(engine: Engine, change: Callable[[], T]) -> T:
     try:
         return await asyncio.wait_for(asyncio.wrap_future(engine.ask(change)), _CHANGE_SECONDS)
     except asyncio.TimeoutError:

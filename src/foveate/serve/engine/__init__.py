@@ -1,0 +1,1 @@
+"""What computes answers: continuous batching with rows of different precision, and who decides between its steps."""
