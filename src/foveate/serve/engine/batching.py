@@ -8,7 +8,7 @@ runs the model, and once in each turn of its loop. Nothing else of transformers'
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
