@@ -354,7 +354,8 @@ def _child(extra: int | None) -> dict[str, Any]:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from /proc")
 def test_the_limit_is_kept_and_changes_nothing() -> None:
     free = _child(None)
-    assert free["peak"] > 560 << 20
+    # where nothing is said, blocks run twice if that takes little time: what backward keeps alone would be more
+    assert 220 << 20 < free["peak"] < 560 << 20
     assert free["passes"] == 1
     for limit, several in ((290 << 20, False), (220 << 20, True)):
         bounded = _child(limit)
