@@ -145,7 +145,7 @@ def _correlation(planes: PlaneTensor, rows: int) -> float:
         return found
 
     every = torch.arange(planes.grid[0])
-    return spearman(error(every[:: max(1, len(every) // STRIPS)][:STRIPS]), error(every))
+    return spearman(error(every[:: max(1, len(every) // STRIPS)][:STRIPS].contiguous()), error(every))
 
 
 def spearman(a_M: Tensor, b_M: Tensor) -> float:
