@@ -47,7 +47,7 @@ def _blocks(page: Path, language: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _small_llama() -> dict[str, Any]:
-    """What docs/api.md and docs/adapters.md start from: a Llama of 2 layers, before and after `quantize`."""
+    """What most pages start from: a Llama of 2 layers, before and after `quantize`."""
     pytest.importorskip("transformers")
     model = llama(max_position_embeddings=512)
     original = copy.deepcopy(model)
@@ -91,6 +91,7 @@ def _names_of(page: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "README.md": functools.partial(_readme, monkeypatch),
         "docs/api.md": _api,
         "docs/adapters.md": _adapters,
+        "docs/inputs.md": _small_llama,
     }
     return makers[_name(page)]() if _name(page) in makers else {}
 
