@@ -47,7 +47,7 @@ def _blocks(page: Path, language: str) -> Iterator[tuple[int, str, bool]]:
 
 
 def _small_llama() -> dict[str, Any]:
-    """What api.md, adapters.md and runtime.md start from: a Llama of 2 layers, before and after `quantize`."""
+    """What most pages start from: a Llama of 2 layers, before and after `quantize`."""
     pytest.importorskip("transformers")
     model = llama(max_position_embeddings=512)
     original = copy.deepcopy(model)
@@ -98,6 +98,7 @@ def _names_of(page: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "docs/adapters.md": _adapters,
         "docs/runtime.md": _runtime,
         "docs/concepts.md": _small_llama,
+        "docs/inputs.md": _small_llama,
     }
     return makers[_name(page)]() if _name(page) in makers else {}
 

@@ -19,17 +19,32 @@ from foveate.precision.maps import PrecisionMap, Site
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, stored_bytes
 from foveate.sizes import format_bytes
 
+Text = Annotated[
+    str | None,
+    typer.Option("--input", help="Show what this text makes of the model: which weights and words get more bits."),
+]
+Data = Annotated[Path | None, typer.Option("--data", help="With --input: a text like those that the model will see.")]
+Bits = Annotated[float, typer.Option("--bits", help="With --input: the average bits of a weight.")]
+
 
 def inspect(
     out: options.Folder,
     memory: options.Limit = None,
     each: Annotated[bool, typer.Option("--all", help="Show a row for each weight instead of each layer.")] = False,
+    text: Text = None,
+    data: Data = None,
+    bits: Bits = 4.0,
     json_output: options.Json = False,
 ) -> None:
     """Show where a model's bits are: for each layer the share of its tiles at each level, the bytes in total, and the
     frontier where one is stored. With --memory, what would be in memory under that limit, what would wait on disk, and
-    what that would cost.
+    what that would cost. With --input, where the bits of one text are.
     """
+    if text is not None:
+        from foveate.cli.explain import show_explanation
+
+        show_explanation(out, text, data, bits, json_output)
+        return
     with opened(out) as folder:
         plan, size = folder.head.plan, folder.bytes
         chain = None if folder.head.frontier is None else read_frontier(folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def output_gradients(
     counts: dict[str, int] = {}
     generator = torch.Generator().manual_seed(seed)
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def hook(name: str, outputs: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def observe(module: nn.Module, args: Any, output: Tensor) -> Tensor:
             # a copy, for in-place operations on it are allowed
             y = output if output.requires_grad else output.detach().requires_grad_().clone()
@@ -71,7 +71,7 @@ def output_gradients(
             def add(gradient: Tensor) -> None:
                 # of a convolution [B, N, ...]: outputs are the second dimension
                 rows = gradient.transpose(1, -1) if hasattr(module, "kernel_size") else gradient
-                g_MN = rows.reshape(-1, int(cast(Any, module).weight.shape[0])).double()
+                g_MN = rows.reshape(-1, outputs).double()
                 sums[name] = sums.get(name, torch.zeros(())) + g_MN.square().sum(0)
                 counts[name] = counts.get(name, 0) + len(g_MN)
 
@@ -81,7 +81,7 @@ def output_gradients(
         return observe
 
     modules = products_of(model).values()
-    hooks = [module.register_forward_hook(hook(module.weight.name)) for module in modules]
+    hooks = [module.register_forward_hook(hook(module.weight.name, module.weight.shape[0])) for module in modules]
     samples = 0
     try:
         with frozen(model), torch.enable_grad():

@@ -65,6 +65,7 @@ def observing(model: nn.Module, take: Callable[[Observed], None], *, true_errors
     pair = None if composed is None else composed.pairs[0]
     if composed is None or pair is None or pair not in composed.choices:
         raise FoveateError("inputs of this model do not choose between maps: call foveate.adapt_to_input first")
+    maps = list(pair)
     choice, ops, book = composed.choices[pair], torch.ops.foveate, registry.generations.book
     assert registry.generations.state is not None
     adaptation = registry.generations.state.adaptation
@@ -81,7 +82,7 @@ def observing(model: nn.Module, take: Callable[[Observed], None], *, true_errors
 
             def error(strips: Tensor, row_weights: Tensor) -> Tensor:
                 found: Tensor = ops.plane_error(
-                    x, tensors, weight.value.geometry, level, limits, list(pair), strips, row_weights
+                    x, tensors, weight.value.geometry, level, limits, maps, strips, row_weights
                 )
                 return found
 
