@@ -371,6 +371,7 @@ class ImportanceTracker:
             handle.remove()
         self._handles.clear()
         self._hook.tracker = None
+        self._observer.end()  # a pass of another thread may be observed just now
         withdraw(self._model, self.name)
         self._handed_over = False
         TRACKERS.pop(self._registry, None)

@@ -15,6 +15,7 @@ from foveate.bench.importance.mixture import Text, windows
 from foveate.bench.importance.stream import Lengths, Subject, mean_kl
 from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.importance.tags import zero_share
+from foveate.kernels.backends.table import ensure_loaded
 from foveate.planes import PlaneTensor, from_codes, linear
 from foveate.precision.budgets import Budget
 from foveate.precision.maps import PrecisionMap
@@ -92,7 +93,10 @@ def measure_half_zero(size: int = 3072, copies: int = 6, rounds: int = 15) -> di
         rounds: how many rounds are timed.
     """
     generator = torch.Generator().manual_seed(1)
-    all_four = [_planes(size).kept(torch.full((size // 16, size // 128), 4, dtype=torch.uint8)) for _ in range(copies)]
+    ensure_loaded()
+    made = _planes(size)
+    # `kept` copies the planes, so each of these lies in memory of its own
+    all_four = [made.kept(torch.full((size // 16, size // 128), 4, dtype=torch.uint8)) for _ in range(copies)]
     half = torch.rand(size // 16, size // 128, generator=generator) < 0.5
     levels = torch.where(half, 0, 4).to(torch.uint8)
     tagged = [replace(planes, active_levels=levels[None].clone()) for planes in all_four]
