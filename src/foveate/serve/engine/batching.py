@@ -52,6 +52,7 @@ class RowScheduler(FIFOScheduler):
     """
 
     steps: Steps | None = None
+    _waited: list[Hashable]
 
     def _process_candidates(self, candidates: list[Any], *args: Any, **kwargs: Any) -> Any:
         assert self.steps is not None
@@ -68,7 +69,7 @@ class RowScheduler(FIFOScheduler):
     def reset(self) -> None:
         """Begin anew."""
         super().reset()
-        self._waited: list[Hashable] = []
+        self._waited = []
 
 
 class RowRunner(ModelRunner):

@@ -83,12 +83,11 @@ class Sampler:
             else:
                 self.generator.manual_seed(how.seed)
         if how.top_k and how.top_k < len(logits_V):
-            kept = logits_V.topk(how.top_k)
+            values, tokens = logits_V.topk(how.top_k)
         elif how.top_p < 1:
-            kept = logits_V.sort(descending=True)
+            values, tokens = logits_V.sort(descending=True)
         else:
             return int(torch.multinomial(logits_V.softmax(-1), 1, generator=self.generator))
-        values, tokens = kept
         probabilities = values.softmax(-1)
         # the first token always stays: what lies before it is no probability at all
         before = probabilities.cumsum(-1) - probabilities
