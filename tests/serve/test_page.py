@@ -86,7 +86,7 @@ def test_the_page_in_a_browser(served: Served, browser: Any) -> None:
     page.on("request", lambda one: wrong.append(one.url) if str(served.port) not in one.url else None)
     page.goto(f"http://127.0.0.1:{served.port}/")
     page.wait_for_selector("#link:text('live')", timeout=60_000)
-    assert page.locator("#layers td.cell").count() == len(served.engine.control.frontier[0].weight_sites())
+    assert page.locator("#layers td.cell").count() == len(list(served.engine.control.frontier[0].weight_sites()))
     assert page.locator("#frontier circle").count() == len(served.engine.control.frontier)
     best = page.locator("#layers td.cell").first.evaluate("cell => cell.style.backgroundColor")
     last = len(served.engine.control.frontier) - 1
