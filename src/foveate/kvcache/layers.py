@@ -77,7 +77,7 @@ class History:
         return self.packed.nbytes + self.end_BHTD.numel() * self.end_BHTD.element_size()
 
 
-class QuantizedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class QuantizedLayer(DynamicLayer):
     """One layer's keys and values. Gradients flow through the exact end only.
 
     Args:
