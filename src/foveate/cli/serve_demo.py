@@ -19,8 +19,8 @@ from foveate.cli.shared.models import load_planes, load_tokenizer, transformers
 from foveate.cli.shared.options import Json
 
 #: Seconds of calm, of load, and at most of coming back.
-_CALM, _LOAD, _BACK = 6.0, 30.0, 75.0
-_PLACES, _CLIENTS, _TOKENS = 4, 16, 48
+_CALM, _LOAD, _BACK = 6.0, 30.0, 100.0
+_PLACES, _CLIENTS, _TOKENS = 4, 16, 24
 _PROMPT = "def read_config(path, default=None):\n"
 
 
@@ -113,7 +113,7 @@ def _story(console: Console, engine: Any, load: Load) -> dict[str, Any]:
         bits_now = control.bits[control.index]
         console.print(
             f"{passed:5.0f} s  {load.wanted:2d} clients  {running:2d} computed  {waiting:2d} wait  "
-            f"index {control.index:2d}  {bits_now:5.2f} bits  {'#' * round(4 * bits_now)}"
+            f"index {control.index:2d}  {bits_now:5.2f} bits  {'#' * round(2 * bits_now)}"
         )
         if passed > _CALM + _LOAD and control.index == 0:
             came_back = passed - _CALM - _LOAD
