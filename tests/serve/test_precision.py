@@ -91,7 +91,9 @@ def test_the_operator_holds_an_index_and_floors_and_tiers_keep_theirs(served: Se
     assert served.complete().json["precision"]["worst"] == 4
     status = served.ask("POST", "/v1/precision", {"floor": None, "hold": False}).json
     assert (status["index"], status["held"], status["floor"]) == (0, False, last)
-    assert [d.index for d in served.engine.control.decisions][-3:] == [last, 4, 0]
+    decided = [d.index for d in served.engine.control.decisions]
+    assert decided[-1] == 0
+    assert last in decided[: decided.index(4)]
 
 
 @pytest.mark.parametrize(
