@@ -41,7 +41,7 @@ def inspect(
     what that would cost. With --input, where the bits of one text are.
     """
     if text is not None:
-        from foveate.cli.explain import show_explanation
+        from foveate.cli.shared.explain import show_explanation
 
         show_explanation(out, text, data, bits, json_output)
         return
