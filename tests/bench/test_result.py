@@ -10,7 +10,7 @@ from foveate.errors import FoveateError
 
 
 def test_unknown_name_lists_the_names():
-    with pytest.raises(FoveateError, match=r"'speed'.*kernels, switch, load, decode, saved"):
+    with pytest.raises(FoveateError, match=r"'speed'.*kernels, switch, load, decode, calibrate, saved"):
         bench.run("speed")
 
 
