@@ -196,7 +196,7 @@ class _Maker(Arguments):
             "rows_of_passes": lambda: [self.published()[0], self.pairs(3)[:, 0].contiguous()],
             "begin_pass": lambda: [self.published()[0], self.one((0, 1, 7))],
             "end_pass": lambda: [reads],
-            "pass_levels": lambda: [reads, self.one((0, 0, 1)), self.one((2, 4)), self.one((2, 4))],
+            "pass_levels": lambda: [reads, *self.one(((0, 2, 4), (0, 4, 2), (1, 0, 3), (2, 4, 4)))],
             "pass_input": lambda: [reads, self.one((0, 1))],
             "pass_rows": lambda: [reads, x, self.one((0, 1)), None],
             "pass_owners": lambda: [reads, self.one((0, 2, 6))],

@@ -28,7 +28,7 @@ def test_random_calls_are_answered_or_refused() -> None:
     refused: Counter[str] = Counter()
     for isa in isas():
         with forced(isa):
-            for number in range(700):
+            for number in range(1000):
                 call = op_call(2, number)
                 (answered if run(call) else refused)[call.op] += 1
     assert set(answered) == set(answered | refused) == OPS
