@@ -290,7 +290,7 @@ def test_what_cannot_be_written_is_refused_before_the_work(run: Run, folder: Pat
 
 
 def test_bench_prints_one_object(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(name: str) -> dict[str, Any]:
+    def fake(name: str, sizes: Any = None) -> dict[str, Any]:
         return {"name": name, "figures": {"bytes_moved": 0.0, "unknown": float("nan")}}
 
     monkeypatch.setattr("foveate.bench.run", fake)
