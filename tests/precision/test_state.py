@@ -13,10 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.errors import BudgetError, FloorError
+from foveate.kernels.planes.generations import MAX_MAPS
 from foveate.precision.adaptation import Adaptation, Estimator
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap, Site, uniform
-from foveate.precision.state import MOST_MAPS, Floor, LevelState, Request, compose, raised_level
+from foveate.precision.state import Floor, LevelState, Request, compose, raised_level
 
 SITES = (
     Site("a:weight", "weight", 32, 64, 32),
@@ -92,7 +93,7 @@ def test_no_floor_is_undercut_and_all_that_is_read_is_on_the_frontier(moves: lis
         state = change(state)
         composed = compose(state)
         assert state.index <= min(f.on(state.frontier) for f in (*state.floors.values(), Floor(index=99)))
-        assert 1 <= len(composed.maps) <= MOST_MAPS
+        assert 1 <= len(composed.maps) <= MAX_MAPS
         assert len(composed.pairs) == 1 + len(state.requests)
         weights = [{n: level for n, level in plan.levels.items() if n.endswith("weight")} for plan in composed.maps]
         for levels in weights:

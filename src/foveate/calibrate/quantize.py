@@ -118,6 +118,7 @@ def quantize_with(
     """As `quantize`, with a bar of the caller's, which then knows the seconds of each phase."""
     ensure_loaded()
     with taken_apart(model), split_derived(model), given_back(options.memory is not None), closing(bar):
+        # a function of its own: its statistics are freed before memory is given back
         return _quantized(model, batches, group, skip, options, bar)
 
 

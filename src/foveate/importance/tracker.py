@@ -14,7 +14,6 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -35,6 +34,7 @@ from foveate.importance.shadow import Sample, divergences, tokens_of
 from foveate.importance.tags import TileTags, tags_of
 from foveate.importance.tasks import Sharing, TaskProfile, start_shares, task_of, update_shares
 from foveate.importance.verdict import Decision, Snapshot, Verdict
+from foveate.nn.closing import Closing
 from foveate.nn.levels import USER, apply, withdraw
 from foveate.nn.registry import Registry, profile_of, quantized_part, registry_of
 from foveate.precision.budgets import Budget
@@ -69,7 +69,7 @@ class _Hook:
             self.tracker._end(output is not None)
 
 
-class ImportanceTracker:
+class ImportanceTracker(Closing):
     """Follows a stream, made by `track_importance`. It is a context manager; leaving it withdraws all that it decided.
 
     Attributes:
@@ -375,14 +375,6 @@ class ImportanceTracker:
         withdraw(self._model, self.name)
         self._handed_over = False
         TRACKERS.pop(self._registry, None)
-
-    def __enter__(self) -> ImportanceTracker:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __str__(self) -> str:
         return str(self.verdict)

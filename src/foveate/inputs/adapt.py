@@ -17,7 +17,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -31,6 +30,7 @@ from foveate.inputs.gradients import output_gradients
 from foveate.inputs.multiplier import Correction, Shares, corrected, solved
 from foveate.inputs.observe import Observed, observing
 from foveate.inputs.verdict import Verdict, as_decided, divergences, ratio_interval, static
+from foveate.nn.closing import Closing
 from foveate.nn.levels import apply, set_adaptation, set_index, withdraw
 from foveate.nn.registry import profile_of, quantized_part, registry_of
 from foveate.precision.adaptation import Adaptation, Estimator
@@ -49,7 +49,7 @@ _NEAR = 0.002
 _NUMBERS = itertools.count(1)
 
 
-class InputAdaptation:
+class InputAdaptation(Closing):
     """Inputs of a model that choose, made by `adapt_to_input`. A context manager; leaving it withdraws the choice.
 
     Attributes:
@@ -148,14 +148,6 @@ class InputAdaptation:
         """End the choice: the model is read as it would be without it."""
         self._hook.remove()
         withdraw(self._model, self._decider)
-
-    def __enter__(self) -> InputAdaptation:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __str__(self) -> str:
         low, high = self._adaptation.around(self.index, len(self.frontier) - 1)

@@ -15,7 +15,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError
 from foveate.inputs.drift import Calibrated, Decision, Observation, State, Tolerance, step
+from foveate.nn.closing import Closing
 from foveate.nn.levels import current_map, set_raises, withdraw
 from foveate.nn.registry import profile_of, quantized_part, registry_of
 from foveate.precision.profiles import Profile
@@ -58,7 +58,7 @@ class Change:
         )
 
 
-class InputWatch:
+class InputWatch(Closing):
     """A watch over a model's inputs, made by `watch_inputs`. It is a context manager; leaving it ends the watch.
 
     Attributes:
@@ -150,14 +150,6 @@ class InputWatch:
         self._hooks.clear()
         withdraw(self._model, self._decider)
         self._decisions.clear()
-
-    def __enter__(self) -> InputWatch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def __str__(self) -> str:
         lines = [f"{self.calls} calls, {len(self.changes)} changes, {len(self.raised)} inputs raised now"]

@@ -114,8 +114,7 @@ def floor(
         FloorError: the frontier in force cannot meet it; or, from a later `apply`, the new frontier cannot.
     """
     name = decider or f"floor {next(_NUMBERS)}"
-    wanted = Floor(bits=bits, index=index)
-    registry_of(model).change(lambda now: now.with_floor(name, wanted))
+    set_floor(model, Floor(bits=bits, index=index), decider=name)
     try:
         yield
     finally:
@@ -144,27 +143,14 @@ def row_precision(model: nn.Module, requests: Sequence[Request | None]) -> Itera
     """
     if not requests:
         raise BudgetError("no requests are given: one for each row of the batch, or None")
-    registry = registry_of(model)
-    names = {request: f"rows {next(_NUMBERS)}" for request in dict.fromkeys(requests) if request is not None}
-
-    def added(now: LevelState) -> LevelState:
-        for request, name in names.items():
-            now = now.with_request(name, request)
-        return now
-
-    def removed(now: LevelState) -> LevelState:
-        for name in names.values():
-            now = now.without(name)
-        return now
-
-    classes = registry.change(added).classes
-    passes = registry.generations.passes
-    before = passes.set_rows([0 if request is None else classes[names[request]] for request in requests])
+    name, passes = f"rows {next(_NUMBERS)}", registry_of(model).generations.passes
+    classes = set_classes(model, (request for request in requests if request is not None), decider=name)
+    before = passes.set_rows([0 if request is None else classes[request] for request in requests])
     try:
         yield
     finally:
         passes.set_rows(before)
-        registry.change(removed)
+        set_classes(model, (), decider=name)
 
 
 def set_floor(model: nn.Module, wanted: Floor, *, decider: str) -> None:

@@ -3,8 +3,8 @@
 The hooks of a quantized model mark where a pass begins and ends (`foveate.kernels.planes.generations` says what a pass
 is). Products take the book of the model, by which the kernels find the pass that is open in their thread.
 
-Which class each row of the next passes belongs to is set for a thread (`Passes.rows`). The kernels know the rows of a
-pass by the first dimension of what the outermost module is given; a tensor of integers [B, S] is B rows of S tokens.
+Which class each row of the next passes belongs to is set for a thread (`Passes.set_rows`). The kernels know the rows of
+a pass by the first dimension of what the outermost module is given; a tensor of integers [B, S] is B rows of S tokens.
 
 Limits: a model that calls itself within its own forward ends the outer pass early. Where torch.utils.checkpoint runs a
 part again during backward, that part reads the newest generation.

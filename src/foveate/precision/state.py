@@ -25,6 +25,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from foveate.errors import BudgetError, FloorError
+from foveate.kernels.planes.generations import MAX_MAPS
 from foveate.precision.adaptation import Adaptation, Choice
 from foveate.precision.encoding import EncodedLevels
 from foveate.precision.frontiers import Frontier
@@ -32,8 +33,6 @@ from foveate.precision.maps import PrecisionMap
 from foveate.precision.sites import Levels
 
 T = TypeVar("T")
-#: The most maps that a generation holds.
-MOST_MAPS = 8
 _RAISED = (4, 8, 16)
 #: How far below a floor a map's bits may be: the bits of an existing map, printed and read again, must be met.
 _ROUNDING = 0.005
@@ -261,8 +260,8 @@ def compose(state: LevelState) -> Composed:
     """
     frontier, adaptation, wanted = state.frontier, state.adaptation, state.ends
     table = sorted({index for ends in wanted for index in ends})
-    if len(table) > MOST_MAPS:
-        raise BudgetError(f"the requests need {len(table)} different maps at once; at most {MOST_MAPS} can be in use")
+    if len(table) > MAX_MAPS:
+        raise BudgetError(f"the requests need {len(table)} different maps at once; at most {MAX_MAPS} can be in use")
     raises: dict[str, int] = {}
     for given in state.raises.values():
         for site, steps in given.items():

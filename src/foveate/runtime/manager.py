@@ -273,7 +273,7 @@ class RuntimeManager:
         if not rises and residency is not None:
             try:
                 residency(decision.index)
-            except Exception as error:
+            except Exception as error:  # the move itself is done, and what stays in memory is counted there
                 _log.warning("memory beyond index %d could not be given back: %s", decision.index, error)
 
     def _say(self, seen: Observation, decision: Decision) -> None:

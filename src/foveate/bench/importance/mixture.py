@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from foveate.bench.shared.extras import require
 from foveate.errors import CheckpointError, DataError
-from foveate.files import TensorFile, replacing
+from foveate.files.kept_model import keep_model, kept_path, restore_model
+from foveate.kernels.backends.cpu.compiled import cache_folder
 from foveate.progress import say, track
 
 #: The texts by name: the file to train on, and the file that a stream is read from.
@@ -148,7 +148,7 @@ def new_model(recipe: Recipe) -> nn.Module:
 
 def default_cache() -> Path:
     """`foveate/bench` under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveate" / "bench"
+    return cache_folder() / "bench"
 
 
 def trained(recipe: Recipe, sources: Mapping[str, Text], cache: Path) -> nn.Module:
@@ -163,29 +163,16 @@ def trained(recipe: Recipe, sources: Mapping[str, Text], cache: Path) -> nn.Modu
     for text in sources.values():
         digest.update(text.train.numpy().data)
     identity = json.dumps({"recipe": asdict(recipe), "texts": digest.hexdigest()}, sort_keys=True)
-    path = cache / f"importance-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.safetensors"
+    path = kept_path(cache, "importance", identity)
     model = new_model(recipe)
     if path.exists():
         try:
-            return _restored(model, path, identity)
+            restore_model(model, path, identity)
+            return model.eval()
         except CheckpointError as error:
             say(f"{error}; training anew")
     train(model, recipe, [text.train for text in sources.values()])
-    with replacing(path) as temporary:
-        tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
-        temporary.write_bytes(save(tensors, metadata={"identity": identity}))
-    return model.eval()
-
-
-def _restored(model: nn.Module, path: Path, identity: str) -> nn.Module:
-    with TensorFile(path) as file:
-        if file.metadata.get("identity") != identity:
-            raise CheckpointError(f"the kept model {path} is of another recipe")
-        tensors = {name: file.read(name) for name in file.entries}
-    wanted = model.state_dict()
-    if {n: t.shape for n, t in tensors.items()} != {n: t.shape for n, t in wanted.items()}:
-        raise CheckpointError(f"the kept model {path} has other tensors")
-    model.load_state_dict(tensors)
+    keep_model(model, path, identity, {})
     return model.eval()
 
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor, nn
 
 from foveate.cli.demo.corpus import Corpus
 from foveate.cli.demo.training import Progress, Recipe, Trained, new_model, train
 from foveate.errors import CheckpointError
-from foveate.files import replacing
+from foveate.files.kept_model import keep_model, kept_path, restore_model
+from foveate.kernels.backends.cpu.compiled import cache_folder
 
 
 def default_cache() -> Path:
     """`foveate/demo` under the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "foveate" / "demo"
+    return cache_folder() / "demo"
 
 
 def trained(
@@ -45,51 +38,18 @@ def trained(
         notice: told, in a sentence, of a cached file that cannot be used or written.
     """
     identity = json.dumps({"recipe": asdict(recipe), "python": sys.version_info[:3]}, sort_keys=True)
-    path = cache / f"llama-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.safetensors"
+    path = kept_path(cache, "llama", identity)
     model = new_model(recipe)
     if path.exists():
         try:
-            return _restored(model, path, identity)
+            about = restore_model(model, path, identity)
+            return Trained(model.eval(), True, **about)
         except CheckpointError as error:
             notice(f"{error}; training anew")
     result = train(model, recipe, text, watch)
     try:
-        _keep(result, path, identity)
+        about = {name: value for name, value in vars(result).items() if name not in ("model", "cached")}
+        keep_model(result.model, path, identity, about)
     except OSError as error:
         notice(f"the trained model could not be kept for next time: {error}")
     return result
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _keep(result: Trained, path: Path, identity: str) -> None:
-    tensors = {name: t.detach().contiguous() for name, t in result.model.state_dict().items()}
-    about = {
-        "seconds": result.seconds,
-        "steps": result.steps,
-        "bytes_seen": result.bytes_seen,
-        "threads": result.threads,
-        "products": result.products,
-    }
-    content = save(tensors, metadata={"identity": identity, "about": json.dumps(about), "sha256": _checksum(tensors)})
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def _restored(model: nn.Module, path: Path, identity: str) -> Trained:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"the kept model {path} cannot be read ({error})") from error
-    if metadata.get("identity") != identity or metadata.get("sha256") != _checksum(tensors):
-        raise CheckpointError(f"the kept model {path} was altered since it was written")
-    model.load_state_dict(tensors)
-    return Trained(model.eval(), True, **json.loads(metadata["about"]))

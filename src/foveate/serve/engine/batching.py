@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 from transformers.generation.continuous_batching.model_runner import ModelRunner
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from foveate.precision.state import MOST_MAPS
+from foveate.kernels.planes.generations import MAX_MAPS
 from foveate.serve.options import ServerLimits
 
 #: Tokens of a page of the cache of keys and values.
@@ -58,11 +58,11 @@ class RowScheduler(FIFOScheduler):
         assert self.steps is not None
         wishes = {state.request_id: self.steps.class_of(state.request_id) for state in candidates}
         different = dict.fromkeys(wish for wish in wishes.values() if wish is not None)
-        if len(different) > MOST_MAPS - 1:
+        if len(different) > MAX_MAPS - 1:
             order = [wish for wish in self._waited if wish in different]
             order += [wish for wish in different if wish not in self._waited]
-            now = order[: MOST_MAPS - 1]
-            self._waited = order[MOST_MAPS - 1 :] + now
+            now = order[: MAX_MAPS - 1]
+            self._waited = order[MAX_MAPS - 1 :] + now
             candidates = [s for s in candidates if wishes[s.request_id] is None or wishes[s.request_id] in now]
         return super()._process_candidates(candidates, *args, **kwargs)
 

@@ -189,7 +189,7 @@ class Engine:
                 continue
             try:
                 answer.set_result(change())
-            except Exception as error:
+            except Exception as error:  # raised where the change was asked for
                 answer.set_exception(error)
         self.control.turn()
         unread = self._manager.output_router.output_queue  # of requests that ended while they were cancelled
