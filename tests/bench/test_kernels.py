@@ -3,7 +3,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from foveate.bench.limits import bandwidth, dense, kernels
+from foveate.bench import kernels
+from foveate.bench.limits import bandwidth
+from foveate.bench.shared import dense
 from foveate.bench.shared.result import BackgroundLoad
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.threads import threads

@@ -141,7 +141,9 @@ def solve_loss(problem: Choices, limit: float, inputs: float = 0.0) -> Tensor:
     slack = limit - taken
     loss, cost = predicted, problem.cost_UL
     all_units = torch.arange(len(loss))
-    below = (choice - 1).clamp_min(0)
+    # a level that loses more than a lower one counts as that one (problem.build), so the lower one is read
+    lowest = (problem.loss_UL[:, :, None] == problem.loss_UL[:, None, :]).int().argmax(2)
+    below = lowest[all_units, (choice - 1).clamp_min(0)]
     rise = loss[all_units, below] - loss[all_units, choice]
     saved = cost[all_units, choice] - cost[all_units, below]
     for unit in torch.sort(saved / rise.clamp_min(1e-30), descending=True, stable=True).indices[:4096].tolist():
