@@ -353,6 +353,11 @@ def plane_handle(
     return handle
 
 
+def rows_of_handle(handle: Tensor) -> list[int]:
+    """The rows of each weight that a handle of this reference stands for."""
+    return list(_HELD[int(handle)].geometries[::GEOMETRY_NUMBERS])
+
+
 def plane_linear_by_handle(
     x: Tensor,
     handle: Tensor,

@@ -18,6 +18,7 @@
 #include "planes/choice.h"
 #include "planes/handles.h"
 #include "planes/products.h"
+#include "planes/reading.h"
 
 namespace foveate {
 namespace {
@@ -46,18 +47,18 @@ const Kernels& kernels() {
   return *now;
 }
 
+std::shared_ptr<const Held> held_by(const at::Tensor& handle) {
+  const int64_t number = number_in(handle, "a handle");
+  const std::shared_ptr<const Held> found = NumberTable<const Held>::only().find(number);
+  TORCH_CHECK(found, "handle (=", number, ") stands for no weight of this process: its weight is gone");
+  return found;
+}
+
 namespace {
 
 std::string cpu_isa(std::string force) {
   if (!force.empty()) active.store(find_kernels(force));
   return kernels().name;
-}
-
-void set_bias(Weight& w, const Tensor& bias) {
-  if (bias.numel() == 0) return;
-  check_vector(bias, at::kFloat, "a bias");
-  TORCH_CHECK(bias.numel() == w.rows, "a bias has ", bias.numel(), " values, not ", w.rows);
-  w.bias = bias.const_data_ptr<float>();
 }
 
 // M, which without columns is not seen from the number of elements.
@@ -76,50 +77,6 @@ Tensor matrix_of(const Tensor& x) {
   check_memory(x, "x");
   const Tensor x_MK = x.dim() == 2 ? x : x.reshape({rows_of(x), x.size(-1)});
   return x_MK.stride(1) == 1 ? x_MK : x_MK.contiguous();
-}
-
-// The map that each row reads, one byte a row, of pairs (low, high) whose two are the same.
-std::vector<uint8_t> chosen_maps(const std::vector<uint8_t>& pairs) {
-  std::vector<uint8_t> maps(pairs.size() / 2);
-  for (size_t r = 0; r < maps.size(); ++r) {
-    TORCH_CHECK(pairs[2 * r] == pairs[2 * r + 1], "row ", r, " reads one of maps ", static_cast<int>(pairs[2 * r]), " and ",
-                static_cast<int>(pairs[2 * r + 1]), ", and nothing says which");
-    maps[r] = pairs[2 * r];
-  }
-  return maps;
-}
-
-// The rows of each map that is read, in ascending order of maps; `row_of` holds their numbers where there are several maps.
-std::vector<MapRows> rows_by_map(const std::vector<uint8_t>& maps, int64_t m, const std::vector<Weight>& weights, const InputSource& input,
-                                 std::vector<int64_t>& row_of) {
-  int64_t counts[kMaxMaps] = {m};
-  if (!maps.empty()) {
-    counts[0] = 0;
-    for (const uint8_t map : maps) {
-      TORCH_CHECK(map < kMaxMaps, "a row reads map (=", static_cast<int>(map), "), which is not one of ", kMaxMaps);
-      ++counts[map];
-    }
-  }
-  const bool several = std::count_if(counts, counts + kMaxMaps, [](int64_t count) { return count > 0; }) > 1;
-  int64_t first[kMaxMaps] = {};
-  for (int64_t map = 1; map < kMaxMaps; ++map) first[map] = first[map - 1] + counts[map - 1];
-  if (several) {
-    row_of.resize(static_cast<size_t>(m));
-    int64_t at[kMaxMaps];
-    std::copy_n(first, kMaxMaps, at);
-    for (int64_t r = 0; r < m; ++r) row_of[static_cast<size_t>(at[maps[static_cast<size_t>(r)]]++)] = r;
-  }
-  std::vector<MapRows> parts;
-  for (int64_t map = 0; map < kMaxMaps; ++map) {
-    if (counts[map] == 0) continue;
-    MapRows part{counts[map], several ? row_of.data() + first[map] : nullptr, input.level(map), input.range, weights};
-    for (Weight& w : part.weights) {
-      TORCH_CHECK(map < w.maps, "a row reads map (=", map, "), and there are ", w.maps);
-      w.active_levels += map * w.map_stride;
-    }
-    parts.push_back(std::move(part));
-  }
-  return parts;
 }
 
 // x times weights that share it, with their biases set. `maps` has the map of each row, or is empty: all read map 0.
@@ -186,26 +143,22 @@ std::vector<Tensor> plane_linear(const Tensor& x, TensorList tensors, TensorList
   return multiply(x, weights, input, chosen_maps(pairs_in(maps, rows_of(x))), order);
 }
 
-// Input number `input` of a model, as a generation has it.
-InputSource input_of(const Generation& generation, int64_t input) {
-  TORCH_CHECK(input >= 0 && input < generation.inputs, "input (=", input, ") is not one of the ", generation.inputs, " of the pass's model");
-  return {generation.input_levels.data() + input, generation.inputs, generation.maps, generation.ranges.data() + 2 * input};
-}
-
-// Weight number `i` of a handle and its input, as a pass reads them; without a pass at the levels of their own tensors.
-std::pair<Weight, InputSource> read_by(const Held& held, size_t i, const Generation* generation) {
-  Weight w = weight_of(held.tensors, held.geometries, i);
-  if (!generation) {
-    check_input_level(held.input_levels[i]);
-    if (!held.input_ranges.empty()) check_input_range(held.input_ranges[i]);
-    const float* const range = held.input_ranges.empty() ? nullptr : held.input_ranges[i].const_data_ptr<float>();
-    return {w, {held.input_levels[i].const_data_ptr<uint8_t>(), 1, held.input_levels[i].numel(), range}};
+at::Tensor plane_handle(at::TensorList weights, at::IntArrayRef geometries, at::TensorList input_levels, at::TensorList input_ranges,
+                        at::IntArrayRef places, at::IntArrayRef inputs) {
+  Held made{weights.vec(), geometries.vec(), input_levels.vec(), input_ranges.vec(), places.vec(), inputs.vec(), {}, {}};
+  TORCH_CHECK(geometries.size() == input_levels.size() * kGeometryNumbers, "there are ", input_levels.size(), " input levels, and ", geometries.size(),
+              " numbers of geometries, not ", kGeometryNumbers, " an input level");
+  TORCH_CHECK(input_ranges.empty() || input_ranges.size() == input_levels.size(), "there are ", input_levels.size(),
+              " input levels, and ", input_ranges.size(), " input ranges");
+  TORCH_CHECK(places.size() == inputs.size() && (places.empty() || places.size() == input_levels.size()), "there are ", input_levels.size(),
+              " input levels, and places of ", places.size(), " weights and ", inputs.size(), " inputs");
+  for (const at::Tensor& range : input_ranges) check_input_range(range);
+  for (size_t i = 0; i < input_levels.size(); ++i) {
+    check_input_level(input_levels[i]);
+    made.weights.push_back(weight_of(weights, geometries, i));  // raises here what a call would raise
   }
-  TORCH_CHECK(!held.places.empty(), "the handle does not say where its weights are in a pass");
-  w.active_levels = generation->levels_of(held.places[i], w.strips * w.groups);
-  w.maps = generation->maps;
-  w.map_stride = w.strips * w.groups;
-  return {w, input_of(*generation, held.inputs[i])};
+  for (const Tensor& t : made.tensors) made.seen.push_back(Held::look(t));
+  return NumberTable<const Held>::only().hold(std::make_shared<const Held>(std::move(made)));
 }
 
 // The products of the weights of a handle with one x: those that quantize it alike in one go.

@@ -85,12 +85,19 @@ struct MapRows {
 
 int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-// Quantized rows and the memory they lie in.
-class Quantized {
- public:
-  Quantized(const MapRows& part, const Tensor& x, const int64_t* order)
-      : rows_{x.const_data_ptr(), x.stride(0), x.size(1), part.row_of, order, type_of(x)} {
+// Rows of x that are to be quantized as the weights of a part want them, in memory that somebody else keeps.
+struct QuantizedRows {
+  static constexpr int64_t kAlign = 64;
+
+  // How many bytes the rows take.
+  static int64_t bytes(int64_t rows, int level, const Weight& w) {
+    const int64_t lanes = level == 16 ? 2 * rows : rows;
+    return in_lines(w.groups * lanes * w.group) + in_lines(w.groups * rows * 4) + in_lines(rows * 4);
+  }
+
+  QuantizedRows(const MapRows& part, const InputRows& x, char* memory) : x_rows(x) {
     const Weight& w = part.weights[0];
+    x_rows.row_of = part.row_of;
     inputs.rows = part.rows;
     inputs.wide = part.level == 16;
     inputs.lanes = inputs.wide ? 2 * part.rows : part.rows;
@@ -100,62 +107,106 @@ class Quantized {
     inputs.low = part.range ? part.range[0] : std::numeric_limits<float>::quiet_NaN();
     inputs.high = part.range ? part.range[1] : inputs.low;
     const int64_t code_bytes = in_lines(w.groups * inputs.lanes * w.group);
-    const int64_t sum_bytes = in_lines(w.groups * part.rows * 4);
-    memory_.reset(new char[static_cast<size_t>(code_bytes + sum_bytes + part.rows * 4 + 64)]);
-    char* const aligned = memory_.get() + (64 - reinterpret_cast<uintptr_t>(memory_.get()) % 64) % 64;
-    inputs.codes = reinterpret_cast<int8_t*>(aligned);
-    inputs.sums = reinterpret_cast<float*>(aligned + code_bytes);
-    inputs.scales = reinterpret_cast<float*>(aligned + code_bytes + sum_bytes);
+    inputs.codes = reinterpret_cast<int8_t*>(memory);
+    inputs.sums = reinterpret_cast<float*>(memory + code_bytes);
+    inputs.scales = reinterpret_cast<float*>(memory + code_bytes + in_lines(w.groups * part.rows * 4));
+  }
+
+  Fault quantize(int64_t row, int64_t row_end) const { return kernels().quantize(x_rows, inputs, row, row_end); }
+
+  Inputs inputs{};
+  InputRows x_rows;
+};
+
+// Quantized rows and the memory they lie in.
+class Quantized {
+ public:
+  Quantized(const MapRows& part, const Tensor& x, const int64_t* order)
+      : memory_(new char[static_cast<size_t>(QuantizedRows::bytes(part.rows, part.level, part.weights[0]) + QuantizedRows::kAlign)]) {
+    char* const aligned = memory_.get() + (QuantizedRows::kAlign - reinterpret_cast<uintptr_t>(memory_.get()) % QuantizedRows::kAlign) % QuantizedRows::kAlign;
+    const QuantizedRows rows(part, {x.const_data_ptr(), x.stride(0), x.size(1), nullptr, order, type_of(x)}, aligned);
+    inputs = rows.inputs;
     Faults faults;
-    const bool parallel = part.rows > 1 && worth_threads(part.rows, w.groups, w.group);
-    share(part.rows, 1, parallel,
-          [&](int64_t row, int64_t row_end) { faults.note(kernels().quantize(rows_, inputs, row, row_end)); });
+    const bool parallel = part.rows > 1 && worth_threads(part.rows, inputs.groups, inputs.group);
+    share(part.rows, 1, parallel, [&](int64_t row, int64_t row_end) { faults.note(rows.quantize(row, row_end)); });
     faults.raise();
   }
 
   Inputs inputs{};
 
  private:
-  InputRows rows_;
   std::unique_ptr<char[]> memory_;
 };
 
-// All parts go along the weights together: what one has read of a strip the next finds in the cache.
-void integer_products(const std::vector<MapRows>& parts, const Tensor& x, const int64_t* order, const std::vector<Tensor>& outputs) {
-  const Kernels& isa = kernels();
-  std::vector<Quantized> quantized;
-  int64_t rows = 0, lanes = 0;
-  for (const MapRows& part : parts) {
-    quantized.emplace_back(part, x, order);
-    rows = std::max(rows, part.rows);
-    lanes += quantized.back().inputs.lanes;
+// Products of quantized rows with weights that share them, as units of work: a strip of a weight, times a chunk of rows
+// where strips are few. All parts go along the weights together: what one has read of a strip the next finds in the cache.
+class ProductUnits {
+ public:
+  // `outputs` has one a weight, with no rows of its own; threads is how many will share the units, 1 for one alone.
+  ProductUnits(const std::vector<MapRows>& parts, const std::vector<Inputs>& quantized, std::vector<Output> outputs, int64_t threads)
+      : parts_(parts), quantized_(quantized), outputs_(std::move(outputs)) {
+    int64_t rows = 0, lanes = 0;
+    for (const Inputs& inputs : quantized_) {
+      rows = std::max(rows, inputs.rows);
+      lanes += inputs.lanes;
+    }
+    for (const Weight& w : parts_[0].weights) strips_ += w.strips;
+    int64_t chunk = std::max<int64_t>(1, std::min(kRowChunk, rows));
+    while (threads > 1 && chunk > 32 && over(rows, chunk) * strips_ < 4 * threads) chunk = (chunk + 1) / 2;
+    chunks_ = over(rows, chunk);
+    lean_ = lanes <= kernels().lean_lanes;
   }
-  const std::vector<Weight>& weights = parts[0].weights;
-  int64_t strips = 0;
-  for (const Weight& w : weights) strips += w.strips;
-  if (strips == 0) return;
-  const bool parallel = worth_threads(strips, kTileRows, weights[0].groups, weights[0].group, lanes);
-  int64_t chunk = std::min(kRowChunk, rows);
-  while (parallel && chunk > 32 && (rows + chunk - 1) / chunk * strips < 4 * at::get_num_threads()) chunk = (chunk + 1) / 2;
-  const int64_t chunks = (rows + chunk - 1) / chunk;
-  const bool lean = lanes <= isa.lean_lanes;
-  Faults faults;
-  share(strips * chunks, lean ? 1 : 2, parallel, [&](int64_t begin, int64_t end) {
+
+  int64_t count() const { return strips_ * chunks_; }
+  int64_t least() const { return lean_ ? 1 : 2; }
+
+  void run(int64_t begin, int64_t end, Faults& faults) const {
+    const std::vector<Weight>& weights = parts_[0].weights;
     while (begin < end && !faults.any()) {
-      const int64_t c = begin / strips;
-      int64_t strip = begin % strips;
+      const int64_t c = begin / strips_;
+      int64_t strip = begin % strips_;
       size_t w = 0;
       while (strip >= weights[w].strips) strip -= weights[w++].strips;
       int64_t strip_end = std::min(weights[w].strips, strip + end - begin);
-      if (parts.size() > 1) strip_end = std::min(strip_end, strip + (lean ? 1 : 2));
-      for (size_t i = 0; i < parts.size(); ++i) {
-        const Inputs& q = quantized[i].inputs;
-        const Output y{outputs[w].data_ptr(), weights[w].rows, parts[i].row_of, type_of(x)};
-        faults.note(isa.product(parts[i].weights[w], q, y, strip, strip_end, q.rows * c / chunks, q.rows * (c + 1) / chunks));
+      if (parts_.size() > 1) strip_end = std::min(strip_end, strip + least());
+      for (size_t i = 0; i < parts_.size(); ++i) {
+        const Inputs& q = quantized_[i];
+        Output y = outputs_[w];
+        y.row_of = parts_[i].row_of;
+        faults.note(kernels().product(parts_[i].weights[w], q, y, strip, strip_end, q.rows * c / chunks_, q.rows * (c + 1) / chunks_));
       }
       begin += strip_end - strip;
     }
-  });
+  }
+
+ private:
+  const std::vector<MapRows>& parts_;
+  const std::vector<Inputs>& quantized_;
+  std::vector<Output> outputs_;
+  int64_t strips_ = 0, chunks_ = 0;
+  bool lean_ = true;
+};
+
+void integer_products(const std::vector<MapRows>& parts, const Tensor& x, const int64_t* order, const std::vector<Tensor>& outputs) {
+  std::vector<Quantized> memory;
+  std::vector<Inputs> quantized;
+  int64_t lanes = 0, strips = 0;
+  for (const MapRows& part : parts) {
+    memory.emplace_back(part, x, order);
+    quantized.push_back(memory.back().inputs);
+    lanes += quantized.back().lanes;
+  }
+  const std::vector<Weight>& weights = parts[0].weights;
+  std::vector<Output> targets;
+  for (size_t w = 0; w < weights.size(); ++w) {
+    strips += weights[w].strips;
+    targets.push_back({outputs[w].data_ptr(), weights[w].rows, nullptr, type_of(x)});
+  }
+  if (strips == 0) return;
+  const bool parallel = worth_threads(strips, kTileRows, weights[0].groups, weights[0].group, lanes);
+  const ProductUnits units(parts, quantized, std::move(targets), parallel ? at::get_num_threads() : 1);
+  Faults faults;
+  share(units.count(), units.least(), parallel, [&](int64_t begin, int64_t end) { units.run(begin, end, faults); });
   faults.raise();
 }
 

@@ -2,6 +2,7 @@
 // saturate on bytes (2 x 255 x 127 > 32767); on nibbles eight products fit. So codes are always nibbles here: four
 // fields are added in 16 bits, then widened, and levels 6 and 8 are two nibble products, put together in integers.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>

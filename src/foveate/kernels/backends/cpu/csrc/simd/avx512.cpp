@@ -4,6 +4,7 @@
 // High nibbles are not shifted down: masked in place they are 16 times too large, so they have sums of their own, which
 // are divided once a tile. That also makes two chains of sums, enough to hide the instruction's latency at one lane.
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "collect/collect.h"
+#include "decoder/decoder.h"
 #include "planes/planes.h"
 #include "rounding/column_block.h"
 #include "saved/saved.h"
@@ -27,6 +28,7 @@ struct Kernels {
   void (*error_feedback)(const ColumnBlock&);
   const SavedKernels* saved;
   CollectKernels collect;
+  DecoderKernels decoder;
 };
 
 // Null where the machine does not have the instructions.

@@ -1,0 +1,72 @@
+// The blocks of a decoder by handle: weights, norms and numbers, checked once.
+#pragma once
+
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "decoder/decoder.h"
+#include "planes/handles.h"
+#include "simd/kernels.h"
+
+namespace foveate {
+
+// The groups of weights of a block that share an input, and how many weights each may have: q, k and v, or one that is
+// all three; the output of attention; gate and up, or one that is both; down.
+enum GroupSlot { kQkv, kOutput, kGateUp, kDown, kGroups };
+constexpr size_t kGroupWeights[kGroups] = {3, 1, 2, 1};
+constexpr size_t kBiases = 7;
+
+enum NormSlot { kInputNorm, kQueryNorm, kKeyNorm, kOutputNorm, kMlpNorm, kMlpOutputNorm, kNorms };
+
+struct Norm {
+  NormKind kind = NormKind::kNone;
+  float eps = 0.0f;
+  at::Tensor weight;  // float32
+
+  // y may be x.
+  void row(const float* x, float* y, int64_t count) const {
+    if (kind != NormKind::kNone) kernels().decoder.norm(x, y, count, weight.const_data_ptr<float>(), eps, kind);
+    else if (x != y) std::memcpy(y, x, static_cast<size_t>(count) * sizeof(float));
+  }
+};
+
+// The numbers of a block, in the order in which `decoder_handle` takes them.
+struct Numbers {
+  int64_t heads, kv_heads, head_size;
+  int64_t rotary_size;   // 0: no rotary positions
+  int64_t rotary_table;  // which table of angles
+  int64_t window;        // positions that a query sees; 0: all
+  int64_t whole_norms;   // queries and keys are normed whole, not head by head
+  int64_t activation;
+
+  int64_t queries() const { return heads * head_size; }
+  int64_t keys() const { return kv_heads * head_size; }
+};
+struct Constants {
+  double scale;     // of scores
+  double cap;       // of scores; 0: none
+  double residual;  // by which outputs are multiplied before they are added
+};
+constexpr size_t kNumbers = sizeof(Numbers) / sizeof(int64_t), kConstants = sizeof(Constants) / sizeof(double);
+
+struct Block {
+  Numbers numbers;
+  Constants constants;
+  std::array<std::shared_ptr<const Held>, kGroups> groups;
+  std::array<std::vector<at::Tensor>, kGroups> biases;  // one a weight, empty where it has none
+  std::array<Norm, kNorms> norms;
+  int64_t inner;
+};
+
+struct Decoder {
+  static constexpr int64_t kFirstNumber = 0;
+
+  std::vector<Block> blocks;
+  Norm last;
+  int64_t width = 0, rotary_size = 0, rotary_tables = 0;
+  // the most of any block: of what its groups are given and put out, and of its heads
+  int64_t most_input = 0, most_projected = 0, most_heads = 0, most_head_size = 0;
+};
+
+}  // namespace foveate

@@ -1,0 +1,245 @@
+"""The meaning of a decoder's ops, in plain torch.
+
+A block of a decoder, for hidden states h [B, S, H]:
+
+    q, k, v = products of norm(h);  q and k are normed, head by head or whole, then turned by the angles of their position
+    k and v are put into the caches at positions past .. past + S
+    o = product of attention(q, cached k, cached v)
+    h = h + residual * norm(o)
+    gate, up = products of norm(h);  d = product of activation(gate) * up
+    h = h + residual * norm(d)
+
+Each norm may be none. After the last block h is normed once more. A query at position p of sequence b sees cached
+positions from max(first[b], p - window + 1) up to p; one that sees none gets zeros.
+
+Shapes: B sequences, S positions of each in this call, H model width, D head size, T positions of a cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from foveate.kernels.planes.reference import plane_linear_by_handle, rows_of_handle
+
+#: The groups of weights of a block that share an input, and how many weights each may have: q, k and v, or one that is
+#: all three; the output of attention; gate and up, or one that is both; down.
+GROUPS = (3, 1, 2, 1)
+#: The norms of a block: of its input, of queries, of keys, of attention's output, of the MLP's input and of its output.
+NORMS = 6
+#: The kinds of a norm: none, x * weight and x * (1 + weight), of an x whose mean square is 1.
+NO_NORM, RMS_NORM, RMS_NORM_ONE_PLUS = range(3)
+#: Activations, by number.
+ACTIVATIONS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
+    ("silu", F.silu),
+    ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+    ("gelu", F.gelu),
+    ("relu", F.relu),
+)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of a block, in the order in which `decoder_handle` takes them.
+
+    Attributes:
+        heads, kv_heads, head_size: of queries, and of keys and values.
+        rotary_size: how much of a head is turned; 0 for no rotary positions.
+        rotary_table: which table of angles.
+        window: positions that a query sees, itself among them; 0 for all.
+        whole_norms: 1 if queries and keys are normed whole, 0 if head by head.
+        activation: a number of `ACTIVATIONS`.
+    """
+
+    heads: int
+    kv_heads: int
+    head_size: int
+    rotary_size: int
+    rotary_table: int
+    window: int
+    whole_norms: int
+    activation: int
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The constants of a block, in the order in which `decoder_handle` takes them.
+
+    Attributes:
+        scale: of scores.
+        cap: scores are cap * tanh(score / cap); 0 for scores as they are.
+        residual: what outputs are multiplied by before they are added.
+    """
+
+    scale: float
+    cap: float
+    residual: float
+
+
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A norm: its kind, its weight (empty for none) and its epsilon."""
+
+    kind: int
+    weight: Tensor
+    eps: float
+
+    def of(self, x: Tensor) -> Tensor:
+        """x [..., N], normed over its last dimension."""
+        if self.kind == NO_NORM:
+            return x
+        unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return unit * (self.weight + (self.kind == RMS_NORM_ONE_PLUS))
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    groups: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    norms: tuple[Norm, ...]
+    numbers: Numbers
+    constants: Constants
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoder:
+    blocks: tuple[_Block, ...]
+    last: Norm
+
+
+_DECODERS: dict[int, _Decoder] = {}
+_NUMBERS = itertools.count(1)
+
+
+def decoder_handle(
+    groups: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    numbers: Sequence[int],
+    constants: Sequence[float],
+) -> Tensor:
+    """A tensor, int64 [1], that stands for the blocks of a decoder, as long as it lives.
+
+    Args:
+        groups: for each block the handles (`plane_handle`) of its four groups of weights.
+        biases: for each block seven: of q, k and v, of the output, of gate and up, and of down. They are float32, empty
+            where there is none. A weight that is several has its bias at the place of the first.
+        norms: for each block the weights of its six norms, float32, then that of the last norm; empty for none.
+        numbers: for each block its `Numbers`, then the kinds of its norms; at last the kind of the last norm, the model
+            width, the rotary size and the number of tables of angles.
+        constants: for each block its `Constants`, then the epsilons of its norms; at last that of the last norm.
+    """
+    count = len(groups) // len(GROUPS)
+    per_numbers, per_constants = 8 + NORMS, 3 + NORMS
+    sizes = (len(groups), len(biases), len(norms), len(numbers), len(constants))
+    if sizes != (4 * count, 7 * count, NORMS * count + 1, per_numbers * count + 4, per_constants * count + 1):
+        raise RuntimeError(f"of {count} blocks there are groups, biases, norms, numbers and constants (={sizes})")
+    blocks = []
+    for b in range(count):
+        own_numbers = numbers[b * per_numbers : (b + 1) * per_numbers]
+        own_constants = constants[b * per_constants : (b + 1) * per_constants]
+        own_norms = zip(own_numbers[8:], norms[b * NORMS : (b + 1) * NORMS], own_constants[3:], strict=True)
+        blocks.append(
+            _Block(
+                tuple(groups[4 * b : 4 * b + 4]),
+                tuple(biases[7 * b : 7 * b + 7]),
+                tuple(Norm(kind, weight, eps) for kind, weight, eps in own_norms),
+                Numbers(*own_numbers[:8]),
+                Constants(*own_constants[:3]),
+            )
+        )
+    number = next(_NUMBERS)
+    _DECODERS[number] = _Decoder(tuple(blocks), Norm(numbers[-4], norms[-1], constants[-1]))
+    handle = torch.tensor([number])
+    weakref.finalize(handle, _DECODERS.pop, number)
+    return handle
+
+
+def decoder_blocks(
+    x: Tensor,
+    handle: Tensor,
+    book: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    first: Tensor | None,
+    past: int,
+) -> Tensor:
+    """Hidden states x [B, S, H] after all blocks and the last norm, in the dtype of x.
+
+    Args:
+        x: hidden states; float32, bfloat16 or float16.
+        handle: of the blocks.
+        book: of the generations of the model.
+        keys, values: for each block [B, kv_heads, T, D], which are written at positions past .. past + S.
+        cosine, sine: the angles of this call's positions, float32 [tables, B or 1, S, rotary size].
+        first: int64 [B], the first position of each sequence that is no padding; None for 0.
+        past: how many positions are cached.
+    """
+    if int(handle) not in _DECODERS:
+        raise RuntimeError(f"decoder (={int(handle)}) stands for no decoder of this process: it is gone")
+    decoder = _DECODERS[int(handle)]
+    h = x.float()
+    for block, key, value in zip(decoder.blocks, keys, values, strict=True):
+        n, norms = block.numbers, block.norms
+        shapes = (n.heads * n.head_size, n.kv_heads * n.head_size, n.kv_heads * n.head_size)
+        q, k, v = _products(block, 0, norms[0].of(h), book).split(shapes, -1)
+        angles = (cosine[n.rotary_table], sine[n.rotary_table]) if n.rotary_size else None
+        q = _placed(q, norms[1], n.heads, n, angles) * block.constants.scale
+        k = _placed(k, norms[2], n.kv_heads, n, angles)
+        end = past + x.shape[1]
+        key[:, :, past:end] = k.transpose(1, 2).to(key.dtype)
+        value[:, :, past:end] = v.unflatten(-1, (n.kv_heads, -1)).transpose(1, 2).to(value.dtype)
+        attended = _attention(q, key[:, :, :end].float(), value[:, :, :end].float(), block, first)
+        h = h + block.constants.residual * norms[3].of(_products(block, 1, attended, book))
+        gate, up = _products(block, 2, norms[4].of(h), book).chunk(2, -1)
+        inner = ACTIVATIONS[n.activation][1](gate) * up
+        h = h + block.constants.residual * norms[5].of(_products(block, 3, inner, book))
+    return decoder.last.of(h).to(x.dtype)
+
+
+def _products(block: _Block, group: int, x: Tensor, book: Tensor) -> Tensor:
+    """The products of a group's weights, one after the other in the last dimension."""
+    first, handle = sum(GROUPS[:group]), block.groups[group]
+    rows = rows_of_handle(handle)
+    return torch.cat(
+        plane_linear_by_handle(x.contiguous(), handle, book, None, block.biases[first : first + len(rows)], rows), -1
+    )
+
+
+def _placed(x: Tensor, norm: Norm, heads: int, n: Numbers, angles: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Queries or keys [B, S, heads * D], normed and turned: [B, S, heads, D]."""
+    split = norm.of(x).unflatten(-1, (heads, -1)) if n.whole_norms else norm.of(x.unflatten(-1, (heads, -1)))
+    if angles is None:
+        return split
+    turned, rest = split[..., : n.rotary_size], split[..., n.rotary_size :]
+    front, back = turned.chunk(2, -1)
+    cosine, sine = (table[:, :, None] for table in angles)
+    return torch.cat([turned * cosine + torch.cat([-back, front], -1) * sine, rest], -1)
+
+
+def _attention(q: Tensor, keys: Tensor, values: Tensor, block: _Block, first: Tensor | None) -> Tensor:
+    """q [B, S, heads, D], keys and values [B, kv_heads, T, D] -> [B, S, heads * D]."""
+    n, length, total = block.numbers, q.shape[1], keys.shape[2]
+    shared = n.heads // n.kv_heads
+    scores = q.transpose(1, 2) @ keys.repeat_interleave(shared, 1).transpose(2, 3)
+    if block.constants.cap:
+        scores = block.constants.cap * torch.tanh(scores / block.constants.cap)
+    position = torch.arange(total - length, total)[:, None]
+    cached = torch.arange(total)
+    seen: Any = cached <= position
+    if n.window:
+        seen = seen & (cached > position - n.window)
+    seen = seen[None, None]
+    if first is not None:
+        seen = seen & (cached >= first[:, None, None, None])
+    weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), -1).masked_fill(~seen, 0.0)
+    return (weights @ values.repeat_interleave(shared, 1)).transpose(1, 2).flatten(2)

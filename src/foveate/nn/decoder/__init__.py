@@ -1,0 +1,1 @@
+"""Fused decoders: all blocks of a decoder of transformers in one op."""

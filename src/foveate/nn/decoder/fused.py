@@ -1,0 +1,288 @@
+"""FusedForward: the forward of a decoder of transformers, which runs all its blocks in one op where it can.
+
+It stands in the place of `forward` on the decoder itself (`model.model` of a causal language model). A call is fused if
+nothing asks for what lies between the blocks: no gradients, no hooks on the blocks or their layers, no adapters, no
+attentions or hidden states; exact caches; padding on the left, if any. Every other call, and every compiled one, is that
+of the decoder's own class.
+
+Before its first fused call it compares both ways on a few random tokens, once. A decoder of which they differ stays as it
+is: its blocks compute something that their structure does not tell.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from foveate.kernels.decoder.reference import NO_NORM
+from foveate.nn.decoder.caches import Room, room_in, scratch
+from foveate.nn.decoder.structure import Block, Structure, structure_of
+from foveate.nn.linear_call import LinearCall
+from foveate.nn.plane_module import NO_BIAS
+from foveate.nn.weight import PlaneWeight
+
+_NONE = torch.empty(0)
+#: The relative difference of the last hidden states, below which both ways count as the same. Rounding differs between
+#: them, and an input of 8 bits turns a difference of rounding into one of a step now and then.
+_SAME = 0.03
+#: Arguments of a decoder's forward that a fused call knows.
+_KNOWN = frozenset(
+    ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "inputs_embeds", "use_cache", "cache_position")
+)
+_LEAST_POSITIONS = 256
+
+
+class FusedForward:
+    """The forward of one decoder.
+
+    Args:
+        base: the decoder.
+        structure: what it is made of.
+
+    Attributes:
+        reason: why the decoder runs block by block; empty if it is fused.
+        fused_calls: how many calls were fused.
+    """
+
+    def __init__(self, base: nn.Module, structure: Structure) -> None:
+        self._base = base
+        self._structure = structure
+        self.reason = ""
+        self.fused_calls = 0
+        self._is_checked = False
+        self._is_checking = False
+        self._handle: Tensor | None = None
+        self._angles: tuple[Tensor, Tensor] | None = None
+        self._look()
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        parameters = list(inspect.signature(type(self._base).forward).parameters.values())
+        return inspect.Signature(parameters[1:])
+
+    def __reduce__(self) -> Any:
+        return _fused_again, (self._base,)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A call of the decoder."""
+        if not torch.compiler.is_compiling():
+            output = self._fused(args, kwargs)
+            if output is not None:
+                return output
+        return type(self._base).forward(self._base, *args, **kwargs)
+
+    def renew(self) -> None:
+        """Take the planes that the weights have now; called when one of them was replaced."""
+        self._handle = None
+
+    def _look(self) -> None:
+        """Note which modules there are and what hooks they have: what a later call must find again."""
+        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks: list[tuple[dict[int, Any], int]] = []
+        parts = [layer for layer in self._base.layers] + [self._structure.last]  # type: ignore[union-attr]
+        for part in parts:
+            for module in part.modules():
+                if isinstance(module, PlaneWeight):
+                    continue
+                self._places += [(module._modules, name, child) for name, child in module._modules.items()]
+                self._places += [(module._parameters, name, own) for name, own in module._parameters.items()]
+                self._hooks += [(hooks, len(hooks)) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        config: Any = self._base.config  # type: ignore[assignment]
+        self._drops = bool(getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0))
+
+    def _is_as_before(self) -> bool:
+        """Whether the blocks have the modules and hooks that they had. A parameter may have been changed in place."""
+        return all(held.get(name) is own for held, name, own in self._places) and all(
+            len(hooks) == count for hooks, count in self._hooks
+        )
+
+    def _weights(self) -> Iterator[PlaneWeight]:
+        for block in self._structure.blocks:
+            for group in block.groups:
+                for layer in group:
+                    yield layer.weight
+
+    def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The output of a fused call; None if the call cannot be fused."""
+        if self.reason or self._is_checking or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return None
+        given = dict(kwargs)
+        if args:
+            given["input_ids"] = args[0]
+            if len(args) > 1 or "input_ids" in kwargs:
+                return None
+        return_dict = given.pop("return_dict", None)
+        if any(value is not None and value is not False for name, value in given.items() if name not in _KNOWN):
+            return None
+        base: Any = self._base
+        config = base.config
+        if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+            return None
+        if (base.training and self._drops) or not self._is_as_before():
+            return None
+        if not self._is_checked:
+            self._check()
+            if self.reason:
+                return None
+        ids, x = given.get("input_ids"), given.get("inputs_embeds")
+        if (ids is None) == (x is None):
+            return None
+        cache = given.get("cache") if given.get("cache") is not None else given.get("past_key_values")
+        if cache is None and given.get("use_cache", getattr(config, "use_cache", False)):
+            from transformers import DynamicCache
+
+            cache = DynamicCache(config=config)
+        mask = given.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            return None
+        if x is None:
+            x = base.embed_tokens(ids)
+        if x.dim() != 3 or x.device.type != "cpu" or not x.numel() or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return None
+        room = room_in(cache, self._structure, x)
+        if room is None:
+            return None
+        first = _first_of(mask, room.past + x.shape[1])
+        if first is False:
+            return None
+        hidden = self._run(x.contiguous(), room, given.get("position_ids"), first)
+        if hidden is None:
+            return None
+        self.fused_calls += 1
+        output = _output_class()(last_hidden_state=hidden, **{_cache_field(): cache})
+        return output.to_tuple() if return_dict is False else output
+
+    def _run(self, x: Tensor, room: Room, positions: Tensor | None, first: Any) -> Tensor | None:
+        angles = self._angles_of(positions, room.past, x)
+        if angles is None:
+            return None
+        if self._handle is None:
+            self._handle = self._hold()
+        book = next(self._weights()).passes.book  # type: ignore[union-attr]
+        hidden: Tensor = torch.ops.foveate.decoder_blocks(
+            x, self._handle, book, room.keys, room.values, *angles, first, room.past
+        )
+        room.advance(x.shape[1])
+        return hidden
+
+    def _angles_of(self, positions: Tensor | None, past: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of the positions of a call, float32 [1, B or 1, S, rotary size]."""
+        rotary: Any = self._base.rotary_emb
+        length = x.shape[1]
+        if positions is not None and (positions.dim() != 2 or positions.shape[0] not in (1, x.shape[0])):
+            return None
+        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # angles that depend on the length
+            if positions is None:
+                positions = torch.arange(past, past + length)[None]
+            cosine, sine = rotary(_NONE.new_empty(0), positions)
+            return cosine[None].contiguous(), sine[None].contiguous()
+        begin = past
+        if positions is not None:
+            if positions.shape[0] == 1 and length == 1:
+                begin = int(positions)
+                positions = None
+            elif positions.shape[0] == 1 and torch.equal(positions[0], torch.arange(past, past + length)):
+                positions = None
+        last = begin + length if positions is None else int(positions.max()) + 1
+        if begin < 0 or (positions is not None and int(positions.min()) < 0):
+            return None
+        if self._angles is None or self._angles[0].shape[0] < last:
+            count = max(_LEAST_POSITIONS, 1 << (last - 1).bit_length())
+            cosine, sine = rotary(_NONE.new_empty(0), torch.arange(count)[None])
+            self._angles = cosine[0].contiguous(), sine[0].contiguous()
+        if positions is None:
+            return tuple(table[begin : begin + length][None, None] for table in self._angles)  # type: ignore[return-value]
+        return tuple(table[positions][None] for table in self._angles)  # type: ignore[return-value]
+
+    def _hold(self) -> Tensor:
+        """The handle of the blocks as they are now."""
+        self._look()
+        groups, biases, norms, numbers, constants = [], [], [], [], []  # type: ignore[var-annotated]
+        for block in self._structure.blocks:
+            groups += [LinearCall(layers).handle for layers in block.groups]
+            biases += _biases(block)
+            norms += [_weight(norm, kind) for norm, kind in zip(block.norms, block.norm_kinds, strict=True)]
+            numbers += [*vars(block.numbers).values(), *(kind for kind, _ in block.norm_kinds)]
+            constants += [*vars(block.constants).values(), *(eps for _, eps in block.norm_kinds)]
+        structure = self._structure
+        norms.append(_weight(structure.last, structure.last_kind))
+        numbers += [structure.last_kind[0], structure.width, structure.rotary_size, 1]
+        constants.append(structure.last_kind[1])
+        for weight in self._weights():
+            weight.users.add(self)
+        handle: Tensor = torch.ops.foveate.decoder_handle(groups, biases, norms, numbers, constants)
+        return handle
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Compare both ways on random tokens: some at once, and one after them."""
+        base: Any = self._base
+        self._is_checked, self._is_checking = True, True
+        try:
+            ids = torch.randint(0, base.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
+            x = base.embed_tokens(ids)
+            room = scratch(self._structure, x, shared=False)
+            parts = []
+            for begin, end in ((0, 4), (4, 5)):
+                room.past = begin
+                parts.append(self._run(x[:, begin:end].contiguous(), room, None, None))
+            expected = type(base).forward(base, input_ids=ids, use_cache=False).last_hidden_state.float()
+            if any(part is None for part in parts):
+                self.reason = "its rotary positions cannot be had"
+                return
+            got = torch.cat([part.float() for part in parts if part is not None], 1)
+            difference = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+            if not difference <= _SAME:
+                self.reason = f"its blocks compute something else: on random tokens they differ by {difference:.2g}"
+        finally:
+            self._is_checking = False
+
+
+def _fused_again(base: nn.Module) -> FusedForward:
+    return FusedForward(base, structure_of(base))
+
+
+def _weight(norm: nn.Module | None, kind: tuple[int, float]) -> Tensor:
+    if norm is None or kind[0] == NO_NORM:
+        return _NONE
+    weight: Tensor = norm.weight  # type: ignore[assignment]
+    return weight.detach().float().contiguous()
+
+
+def _biases(block: Block) -> list[Tensor]:
+    """The biases of a block's layers, in the seven places of `decoder_handle`."""
+    made = []
+    for layers, places in zip(block.groups, (3, 1, 2, 1), strict=True):
+        own = [NO_BIAS if layer.bias is None else layer.bias.detach().float() for layer in layers]
+        made += [*own, *[NO_BIAS] * (places - len(own))]
+    return made
+
+
+def _first_of(mask: Tensor | None, length: int) -> Any:
+    """The first position of each sequence that is no padding, int64 [B]; None for 0, False if padding is not on the left."""
+    if mask is None:
+        return None
+    if mask.dtype == torch.bool:
+        mask = mask.long()
+    if not mask.is_floating_point() and bool((mask == 1).all()) and mask.shape[1] == length:
+        return None
+    if mask.is_floating_point() or mask.shape[1] != length:
+        return False
+    first = length - mask.sum(1)
+    expected = torch.arange(length) >= first[:, None]
+    return first if torch.equal(mask, expected.to(mask.dtype)) else False
+
+
+def _output_class() -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    return BaseModelOutputWithPast
+
+
+def _cache_field() -> str:
+    fields = _output_class().__dataclass_fields__
+    return "cache" if "cache" in fields else "past_key_values"

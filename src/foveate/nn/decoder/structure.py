@@ -1,0 +1,218 @@
+"""What a decoder of transformers is made of, found by its structure: the blocks as the op `decoder_blocks` takes them.
+
+Names of modules and attributes are those that transformers' decoders share. A model that has anything else (another
+module in a block, another activation, a norm that computes something else) is not recognized, and a sentence says why.
+Norms and activations are recognized by what they compute. Whether the whole does what the model does is seen when it
+first runs: see `foveate.nn.decoder.fused`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from foveate.kernels.decoder.reference import (
+    ACTIVATIONS,
+    NO_NORM,
+    RMS_NORM,
+    RMS_NORM_ONE_PLUS,
+    Constants,
+    Norm,
+    Numbers,
+)
+from foveate.nn.modules import PlaneLinear
+
+#: The norms of a block by the names of its modules, in the order of `decoder_handle`: of the input, of queries, of
+#: keys, of attention's output, of the MLP's input and of its output.
+_NORMS: Mapping[frozenset[str], tuple[str | None, str | None, str | None, str | None]] = {
+    frozenset(("input_layernorm", "post_attention_layernorm")): (
+        "input_layernorm",
+        None,
+        "post_attention_layernorm",
+        None,
+    ),
+    frozenset(("post_attention_layernorm", "post_feedforward_layernorm")): (
+        None,
+        "post_attention_layernorm",
+        None,
+        "post_feedforward_layernorm",
+    ),
+    frozenset(
+        ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    ): (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+_ACTIVATION_NAMES = ("act_fn", "activation_fn")
+
+
+class NotRecognized(Exception):
+    """Why a module is no decoder that can be fused, in a sentence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A block of a decoder.
+
+    Attributes:
+        groups: its linear layers, those that share an input together: q, k and v; the output; gate and up; down.
+        norms: its six norms; None where there is none.
+        norm_kinds: what each computes.
+        numbers, constants: as `decoder_handle` takes them.
+    """
+
+    groups: tuple[tuple[PlaneLinear, ...], ...]
+    norms: tuple[nn.Module | None, ...]
+    norm_kinds: tuple[tuple[int, float], ...]
+    numbers: Numbers
+    constants: Constants
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A decoder: its blocks, its last norm and what that computes, and its model width."""
+
+    blocks: tuple[Block, ...]
+    last: nn.Module
+    last_kind: tuple[int, float]
+    width: int
+    rotary_size: int
+
+
+def structure_of(base: nn.Module) -> Structure:
+    """The structure of a decoder, such as `transformers.LlamaModel`; raises `NotRecognized`."""
+    children = dict(base.named_children())
+    layers, last = children.pop("layers", None), children.pop("norm", None)
+    children.pop("embed_tokens", None)
+    rotary = children.pop("rotary_emb", None)
+    if not isinstance(layers, nn.ModuleList) or last is None or rotary is None:
+        raise NotRecognized("it has no `layers`, `norm` and `rotary_emb`")
+    if children:
+        raise NotRecognized(f"it has further modules: {', '.join(children)}")
+    config: Any = base.config
+    inverse = getattr(rotary, "inv_freq", None)
+    if not isinstance(inverse, Tensor):
+        raise NotRecognized("its rotary positions are not one table of angles")
+    rotary_size = 2 * inverse.numel()
+    count = int(getattr(config, "num_hidden_layers", len(layers)))
+    blocks = tuple(_block(layer, config, i, rotary_size) for i, layer in enumerate(list(layers)[:count]))
+    if not blocks:
+        raise NotRecognized("it has no blocks")
+    width = blocks[0].groups[0][0].weight.shape[1]
+    return Structure(blocks, last, _kind_of_norm(last, "norm"), width, rotary_size)
+
+
+def _block(layer: nn.Module, config: Any, number: int, rotary_size: int) -> Block:
+    children = dict(layer.named_children())
+    attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
+    names = _NORMS.get(frozenset(children))
+    if attention is None or mlp is None or names is None:
+        raise NotRecognized(f"block {number} is made of {', '.join(sorted(dict(layer.named_children())))}")
+    own = dict(attention.named_children())
+    query_norm, key_norm = own.pop("q_norm", None), own.pop("k_norm", None)
+    projections = _linears(own, (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)), ("o_proj",), f"block {number}")
+    inner = dict(mlp.named_children())
+    activation = next((inner.pop(name) for name in _ACTIVATION_NAMES if name in inner), getattr(mlp, "act_fn", None))
+    expansions = _linears(inner, (("gate_proj", "up_proj"), ("gate_up_proj",)), ("down_proj",), f"block {number}")
+    for part in (layer, attention, mlp):
+        if any(True for _ in part.parameters(recurse=False)):
+            raise NotRecognized(f"block {number} has parameters outside of its layers and norms")
+    head_size = int(getattr(attention, "head_dim", 0))
+    kv_rows = projections[0][1].weight.shape[0] if len(projections[0]) > 1 else 0
+    queries = projections[1][0].weight.shape[1]
+    if not head_size or queries % head_size:
+        raise NotRecognized(f"block {number} has heads of unknown size")
+    if not kv_rows:
+        kv_rows = (projections[0][0].weight.shape[0] - queries) // 2
+    heads, kv_heads = queries // head_size, kv_rows // head_size
+    before, after, mlp_before, mlp_after = (None if name is None else children[name] for name in names)
+    norms = (before, query_norm, key_norm, after, mlp_before, mlp_after)
+    whole = query_norm is not None and cast(Tensor, query_norm.weight).numel() == queries != head_size
+    turned = bool(getattr(attention, "use_rope", True))
+    return Block(
+        groups=(*projections, *expansions),
+        norms=norms,
+        norm_kinds=tuple(
+            (NO_NORM, 0.0) if n is None else _kind_of_norm(n, f"a norm of block {number}") for n in norms
+        ),
+        numbers=Numbers(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_size=head_size,
+            rotary_size=rotary_size if turned else 0,
+            rotary_table=0,
+            window=_window(attention, config, number),
+            whole_norms=int(whole),
+            activation=_kind_of_activation(activation, number),
+        ),
+        constants=Constants(
+            scale=float(attention.scaling),  # type: ignore[arg-type]
+            cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
+            residual=float(getattr(layer, "residual_multiplier", 1.0)),
+        ),
+    )
+
+
+def _linears(
+    children: dict[str, nn.Module], first: Sequence[tuple[str, ...]], second: tuple[str, ...], where: str
+) -> tuple[tuple[PlaneLinear, ...], tuple[PlaneLinear, ...]]:
+    """The linear layers of a part of a block: those of one of the names of `first`, and those of `second`."""
+    for names in first:
+        if set(children) == {*names, *second}:
+            made = [children[name] for name in (*names, *second)]
+            for name, layer in zip((*names, *second), made, strict=True):
+                if not isinstance(layer, PlaneLinear):
+                    raise NotRecognized(f"{name} of {where} is not on planes but {type(layer).__name__}")
+            linears = cast("list[PlaneLinear]", made)
+            return tuple(linears[: len(names)]), tuple(linears[len(names) :])
+    raise NotRecognized(f"{where} has layers {', '.join(sorted(children))}")
+
+
+def _window(attention: nn.Module, config: Any, number: int) -> int:
+    """How many positions a query of a block sees; 0 for all."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    if kinds is not None:
+        if kinds[number] not in ("full_attention", "sliding_attention"):
+            raise NotRecognized(f"block {number} has an attention of kind {kinds[number]}")
+        return int(window) if window and kinds[number] == "sliding_attention" else 0
+    own = getattr(attention, "sliding_window", window)
+    return int(own) if own else 0
+
+
+@torch.no_grad()
+def _kind_of_norm(norm: nn.Module, what: str) -> tuple[int, float]:
+    """What a norm computes, and its epsilon; seen from what it makes of a few random rows."""
+    weight = getattr(norm, "weight", None)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(weight, Tensor) or not isinstance(eps, float) or list(norm.children()) or len(norm._parameters) > 1:
+        raise NotRecognized(f"{what} is {type(norm).__name__}, which is not one weight and an epsilon")
+    x = torch.randn(3, weight.numel(), generator=torch.Generator().manual_seed(0)) * 2
+    got = type(norm).forward(norm, x.to(weight.dtype)).float()
+    for kind in (RMS_NORM, RMS_NORM_ONE_PLUS):
+        expected = Norm(kind, weight.float(), eps).of(x.to(weight.dtype).float())
+        if _near(got, expected, 1e-5 if weight.dtype == torch.float32 else 2e-2):
+            return kind, eps
+    raise NotRecognized(f"{what} is {type(norm).__name__}, which is not an RMS norm")
+
+
+@torch.no_grad()
+def _kind_of_activation(activation: Any, number: int) -> int:
+    x = torch.linspace(-6, 6, 97)
+    if callable(activation):
+        got = activation(x)
+        for kind, (_, expected) in enumerate(ACTIVATIONS):
+            if isinstance(got, Tensor) and _near(got, expected(x), 1e-6):
+                return kind
+    raise NotRecognized(f"block {number} has an activation of class {type(activation).__name__}")
+
+
+def _near(got: Tensor, expected: Tensor, error: float) -> bool:
+    return got.shape == expected.shape and float((got - expected).norm()) <= error * float(expected.norm())
