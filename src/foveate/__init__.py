@@ -70,11 +70,14 @@ from foveate.importance import track_importance as track_importance
 from foveate.inputs import adapt_to_input as adapt_to_input
 from foveate.inputs import explain as explain
 from foveate.inputs import watch_inputs as watch_inputs
-from foveate.kernels.backends.table import backends as backends
 from foveate.kvcache.cache import quantized_cache as quantized_cache
 from foveate.kvcache.calibrate import calibrate_cache as calibrate_cache
 from foveate.kvcache.profile import CacheProfile as CacheProfile
 from foveate.memory.report import MemoryReport as MemoryReport
+from foveate.nn.decoder.fuse import Fused as Fused
+from foveate.nn.decoder.fuse import backends as backends
+from foveate.nn.decoder.fuse import fuse as fuse
+from foveate.nn.decoder.fuse import unfuse as unfuse
 from foveate.nn.levels import apply as apply
 from foveate.nn.levels import current_map as current_map
 from foveate.nn.levels import floor as floor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foveate.collect.kinds import Kind
 from foveate.errors import BudgetError
 from foveate.memory.available import free_memory
+from foveate.nn.decoder.fuse import unfuse
 from foveate.nn.experts import DOWN, PlaneExperts, is_transposed
 from foveate.nn.foreign.derived import join_derived
 from foveate.nn.modules import PlaneConv, take_hooks
@@ -73,6 +74,7 @@ def dequantize(model: nn.Module) -> None:
     for name, module in places:
         replace_module(model, name, made[id(module)])
     join_derived(model)
+    unfuse(model)
     detach(model)
     if isinstance(registry, ResidentRegistry):
         registry.leave()

@@ -32,6 +32,7 @@ from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.allocator import given_back
+from foveate.nn.decoder.fuse import fuse
 from foveate.nn.experts import left_notes, merged, taken_apart
 from foveate.nn.foreign.derived import split_derived
 from foveate.nn.plane_module import PlaneModule
@@ -183,6 +184,7 @@ def _quantized(
             top = profile.uniform(TOP_LEVEL)
             registry.apply(top)
     calibration.finish()
+    fuse(model)
     return profile
 
 

@@ -19,6 +19,7 @@ from foveate.folder.rebuild import keep_ranges, on_planes_of
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.allocator import given_back
 from foveate.memory.streaming import StreamingResidency
+from foveate.nn.decoder.fuse import fuse
 from foveate.nn.residency.following import AUTO, first_limit, start_following
 from foveate.nn.residency.registry import make_resident
 from foveate.precision.maps import PrecisionMap, uniform
@@ -72,6 +73,7 @@ def _load(folder: Folder, keep: PrecisionMap | int | None, model: nn.Module | No
     plan = head.plan if keep is None else keep
     registry.apply(plan)
     keep_ranges(folder, registry)
+    fuse(model)
     return model.eval()
 
 
@@ -89,4 +91,5 @@ def _load_within(folder: Folder, memory: int | str, strict: bool, model: nn.Modu
         keep_ranges(folder, registry)
     if memory == AUTO:
         start_following(registry)
+    fuse(model)
     return model.eval()

@@ -4,9 +4,9 @@ A model of thirty small layers spends more time between its products than in the
 of a decoder in one call: norms, products with weights on planes, rotary positions, attention over exact caches, gates
 and residuals. `reference.py` beside this file has the meaning.
 
-Its products are those of `plane_linear_by_handle`, to the bit. What lies between them is float32, whatever the dtype of
-x, and rounds otherwise than torch's own functions, by a few units of the last place. A query's attention depends neither
-on the other rows, nor on the threads.
+Its products are those of `plane_linear_by_handle`, to the bit. What lies between them is float32, whatever the dtype
+of x, and rounds otherwise than torch's own functions, by a few units of the last place. A query's attention depends
+neither on the other rows, nor on the threads.
 """
 
 from __future__ import annotations
@@ -25,12 +25,11 @@ define(
 )
 define(
     "decoder_blocks(Tensor x, Tensor handle, Tensor book, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine,"
-    " Tensor sine, Tensor? first, int past) -> Tensor",
+    " Tensor sine, Tensor? first, int[] past) -> Tensor",
     reference.decoder_blocks,
 )
 
 
-@torch.library.register_fake("foveate::decoder_blocks", lib=LIBRARY)
 def _blocks_fake(
     x: Tensor,
     handle: Tensor,
@@ -40,6 +39,9 @@ def _blocks_fake(
     cosine: Tensor,
     sine: Tensor,
     first: Tensor | None,
-    past: int,
+    past: Sequence[int],
 ) -> Tensor:
     return torch.empty_like(x)
+
+
+torch.library.register_fake("foveate::decoder_blocks", _blocks_fake, lib=LIBRARY)

@@ -2,7 +2,8 @@
 
 A block of a decoder, for hidden states h [B, S, H]:
 
-    q, k, v = products of norm(h);  q and k are normed, head by head or whole, then turned by the angles of their position
+    q, k, v = products of norm(h)
+    q and k are normed, head by head or whole, then turned by the angles of their position
     k and v are put into the caches at positions past .. past + S
     o = product of attention(q, cached k, cached v)
     h = h + residual * norm(o)
@@ -171,7 +172,7 @@ def decoder_blocks(
     cosine: Tensor,
     sine: Tensor,
     first: Tensor | None,
-    past: int,
+    past: Sequence[int],
 ) -> Tensor:
     """Hidden states x [B, S, H] after all blocks and the last norm, in the dtype of x.
 
@@ -181,23 +182,23 @@ def decoder_blocks(
         book: of the generations of the model.
         keys, values: for each block [B, kv_heads, T, D], which are written at positions past .. past + S.
         cosine, sine: the angles of this call's positions, float32 [tables, B or 1, S, rotary size].
-        first: int64 [B], the first position of each sequence that is no padding; None for 0.
-        past: how many positions are cached.
+        first: int64 [B], the first cached position of each sequence that is no padding, in all caches; None for 0.
+        past: for each block how many positions its cache holds.
     """
     if int(handle) not in _DECODERS:
         raise RuntimeError(f"decoder (={int(handle)}) stands for no decoder of this process: it is gone")
     decoder = _DECODERS[int(handle)]
     h = x.float()
-    for block, key, value in zip(decoder.blocks, keys, values, strict=True):
+    for block, key, value, held in zip(decoder.blocks, keys, values, past, strict=True):
         n, norms = block.numbers, block.norms
         shapes = (n.heads * n.head_size, n.kv_heads * n.head_size, n.kv_heads * n.head_size)
         q, k, v = _products(block, 0, norms[0].of(h), book).split(shapes, -1)
         angles = (cosine[n.rotary_table], sine[n.rotary_table]) if n.rotary_size else None
         q = _placed(q, norms[1], n.heads, n, angles) * block.constants.scale
         k = _placed(k, norms[2], n.kv_heads, n, angles)
-        end = past + x.shape[1]
-        key[:, :, past:end] = k.transpose(1, 2).to(key.dtype)
-        value[:, :, past:end] = v.unflatten(-1, (n.kv_heads, -1)).transpose(1, 2).to(value.dtype)
+        end = held + x.shape[1]
+        key[:, :, held:end] = k.transpose(1, 2).to(key.dtype)
+        value[:, :, held:end] = v.unflatten(-1, (n.kv_heads, -1)).transpose(1, 2).to(value.dtype)
         attended = _attention(q, key[:, :, :end].float(), value[:, :, :end].float(), block, first)
         h = h + block.constants.residual * norms[3].of(_products(block, 1, attended, book))
         gate, up = _products(block, 2, norms[4].of(h), book).chunk(2, -1)

@@ -19,19 +19,23 @@ _LEAST_ROOM = 64
 
 
 @functools.cache
-def growing_layer() -> type:
-    """The class `GrowingLayer`, a `transformers.DynamicLayer`; made when first asked for, since transformers is an extra."""
-    from transformers.cache_utils import DynamicLayer
+def growing(kind: type) -> type:
+    """The class of layers of a cache that grow in place.
 
-    class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-        """A dynamic layer of a cache whose keys and values are the beginning of larger tensors.
+    Args:
+        kind: `DynamicLayer` or `DynamicSlidingWindowLayer` of transformers, which is an extra: the class is made when
+            it is first asked for.
+    """
+
+    class GrowingLayer(kind):  # type: ignore[misc]
+        """A dynamic layer of a cache whose keys and values are a part of larger tensors.
 
         What is put in by others replaces those tensors. So a view that somebody holds is never written to: room beyond
         what was put in is used once.
 
         Attributes:
             room: the tensors, [B, heads, T, D] each; None before anything was put in.
-            length: how many of their positions are shown.
+            length: how many of their positions are in use; of those a sliding window shows the last.
         """
 
         room: list[Tensor | None]
@@ -54,30 +58,33 @@ def growing_layer() -> type:
             self._put(1, value)
 
         def _shown(self, which: int) -> Tensor | None:
-            held = self.__dict__.get("room", (None, None))[which]
-            if held is None or self.length >= held.shape[-2]:
+            held: Tensor | None = self.__dict__.get("room", (None, None))[which]
+            if held is None or held.dim() < 2:
                 return held
-            return held[..., : self.length, :]
+            end = min(self.length, held.shape[-2])
+            return held[..., _dropped(self, end) : end, :]
 
         def _put(self, which: int, value: Tensor | None) -> None:
             room = self.__dict__.setdefault("room", [None, None])
-            other = room[1 - which]
-            if other is not None and other.shape[-2] > self.length:
-                room[1 - which] = other[..., : self.length, :]  # both are as long as what is shown
+            room[1 - which] = self._shown(1 - which)  # both are as long as what is shown
             room[which] = value
             self.length = 0 if value is None or value.dim() < 2 else value.shape[-2]
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            state = {k: v for k, v in self.__dict__.items() if k not in ("room", "length")}
-            return _as_dynamic, ({**state, "keys": self.keys, "values": self.values},)
+            state = {name: value for name, value in self.__dict__.items() if name not in ("room", "length")}
+            return _plain, (kind, {**state, "keys": self.keys, "values": self.values})
 
     return GrowingLayer
 
 
-def _as_dynamic(state: dict[str, Any]) -> Any:
-    from transformers.cache_utils import DynamicLayer
+def _dropped(layer: Any, length: int) -> int:
+    """How many of the first `length` positions a layer does not show any more."""
+    window = getattr(layer, "sliding_window", None)
+    return max(0, length - window + 1) if window else 0
 
-    layer = DynamicLayer()
+
+def _plain(kind: Any, state: dict[str, Any]) -> Any:
+    layer = kind.__new__(kind)
     layer.__dict__.update(state)
     return layer
 
@@ -87,23 +94,35 @@ class Room:
 
     Attributes:
         keys, values: for each block [B, kv_heads, T, D].
-        past: how many positions are cached.
+        past: how many positions were seen before.
+        pasts: for each block how many of them its tensors hold.
     """
 
-    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], past: int, layers: Sequence[Any]) -> None:
-        self.keys, self.values, self.past = keys, values, past
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        past: int,
+        pasts: Sequence[int],
+        layers: Sequence[Any] = (),
+    ) -> None:
+        self.keys, self.values, self.past, self.pasts = keys, values, past, pasts
         self._layers = layers
 
     def advance(self, count: int) -> None:
         """Say that so many positions were written."""
-        layers = self._layers
-        if not layers:
-            return
-        if isinstance(layers[0], growing_layer()):
-            for layer in layers:
+        static = []
+        for layer in self._layers:
+            if hasattr(layer, "room"):
                 layer.length += count
-        else:
-            torch._foreach_add_([layer.cumulative_length for layer in layers], count)
+                if layer.is_sliding:
+                    layer.cumulative_length += count
+            else:
+                static.append(layer.cumulative_length)
+                if layer.is_sliding:
+                    layer.cumulative_length_int += count
+        if static:
+            torch._foreach_add_(static, count)
 
 
 def room_in(cache: Any, structure: Structure, x: Tensor) -> Room | None:
@@ -115,20 +134,21 @@ def room_in(cache: Any, structure: Structure, x: Tensor) -> Room | None:
     if cache is None:
         return scratch(structure, x)
     layers = getattr(cache, "layers", None)
-    if not isinstance(layers, list) or type(cache).__module__ != "transformers.cache_utils" or cache.__dict__.get("offloading"):
+    known = type(cache).__module__ == "transformers.cache_utils" and not cache.__dict__.get("offloading")
+    if not isinstance(layers, list) or not known:
         return None
-    from transformers.cache_utils import DynamicLayer, StaticLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
-    blocks = structure.blocks
-    growing = growing_layer()
-    if len(layers) < len(blocks) and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
-        layers += [DynamicLayer() for _ in range(len(blocks) - len(layers))]
-    if len(layers) != len(blocks):
+    count = len(structure.blocks)
+    if len(layers) < count and getattr(cache, "layer_class_to_replicate", None) is DynamicLayer:
+        layers += [DynamicLayer() for _ in range(count - len(layers))]
+    if len(layers) != count:
         return None
     kinds = {type(layer) for layer in layers}
-    if kinds == {StaticLayer}:
+    if kinds <= {StaticLayer, StaticSlidingWindowLayer}:
         return _static(layers, structure, x)
-    if kinds <= {DynamicLayer, growing}:
+    dynamic = (DynamicLayer, DynamicSlidingWindowLayer)
+    if kinds <= {*dynamic, *map(growing, dynamic)}:
         return _growing(layers, structure, x)
     return None
 
@@ -143,7 +163,7 @@ def scratch(structure: Structure, x: Tensor, *, shared: bool = True) -> Room:
         if place not in made:
             made[place] = x.new_empty(2, x.shape[0], heads, x.shape[1], size)
         keys.append(made[place])
-    return Room([both[0] for both in keys], [both[1] for both in keys], 0, ())
+    return Room([both[0] for both in keys], [both[1] for both in keys], 0, [0] * len(keys))
 
 
 def _static(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | None:
@@ -151,42 +171,54 @@ def _static(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | No
         if not layer.is_initialized:
             states = x.new_empty(x.shape[0], block.numbers.kv_heads, 0, block.numbers.head_size)
             layer.lazy_initialization(states, states)
-    past = int(layers[0].cumulative_length)
-    if past + x.shape[1] > layers[0].max_cache_len or layers[0].keys.shape[0] != x.shape[0]:
+    past, length = int(layers[0].cumulative_length), x.shape[1]
+    if any(past + length > layer.max_cache_len or layer.keys.shape[0] != x.shape[0] for layer in layers):
+        return None  # a window that is full rolls
+    if any(layer.is_sliding and layer.cumulative_length_int != past for layer in layers):
         return None
-    return Room([layer.keys for layer in layers], [layer.values for layer in layers], past, layers)
+    keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
+    return Room(keys, values, past, [past] * len(layers), layers)
 
 
 def _growing(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | None:
-    growing = growing_layer()
     batch, length = x.shape[:2]
-    for layer in layers:
-        if type(layer) is not growing:
+    keys, values, pasts = [], [], []
+    for layer, block in zip(layers, structure.blocks, strict=True):
+        if not hasattr(layer, "room"):
             held = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
-            layer.__class__ = growing
+            kind: Any = type(layer)
+            layer.__class__ = growing(kind)
             layer.room, layer.length = [None, None], 0
             if layer.is_initialized and held[0] is not None and held[0].numel():
                 layer.keys, layer.values = held
-    past = layers[0].length
-    keys, values = [], []
-    for layer, block in zip(layers, structure.blocks, strict=True):
-        if layer.length != past:
+        if layer.is_sliding and layer.record_past:
             return None
-        room = layer.room
-        if room[0] is None or room[0].shape[-2] < past + length:
-            count = max(_LEAST_ROOM, 2 * past, past + length)
-            shape = (batch, block.numbers.kv_heads, count, block.numbers.head_size)
-            shown = layer.keys, layer.values
-            room = [x.new_empty(shape), x.new_empty(shape)]
-            if past:
-                if shown[0].shape != (*shape[:2], past, shape[3]) or shown[0].dtype != x.dtype:
-                    return None
-                for new, old in zip(room, shown, strict=True):
-                    new[..., :past, :] = old
-            layer.device, layer.is_initialized = x.device, True
-            layer.room, layer.length = room, past
-        keys.append(room[0])
-        values.append(room[1])
-    if keys[0].shape[0] != batch:
+        held_keys = layer.room[0]
+        is_full = held_keys is None or held_keys.shape[-2] < layer.length + length
+        if is_full and not _grow(layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x):
+            return None
+        keys.append(layer.room[0])
+        values.append(layer.room[1])
+        pasts.append(layer.length)
+    past = int(layers[0].get_seq_length())
+    if any(key.shape[0] != batch for key in keys) or any(layer.get_seq_length() != past for layer in layers):
         return None
-    return Room(keys, values, past, layers)
+    return Room(keys, values, past, pasts, layers)
+
+
+def _grow(layer: Any, shape: tuple[int, int, int, int], x: Tensor) -> bool:
+    """Make room in a layer for keys and values of a shape beyond those that it shows; False if they do not fit them."""
+    batch, heads, length, size = shape
+    shown = layer.keys, layer.values
+    past = 0 if shown[0] is None or shown[0].dim() < 2 else shown[0].shape[-2]
+    if past and (shown[0].shape != (batch, heads, past, size) or shown[0].dtype != x.dtype):
+        return False
+    count = max(_LEAST_ROOM, 2 * past, past + length)
+    room = [x.new_empty(batch, heads, count, size) for _ in range(2)]
+    if past:
+        for new, old in zip(room, shown, strict=True):
+            new[..., :past, :] = old
+    if not layer.is_initialized:
+        layer.lazy_initialization(x.new_empty(0), x.new_empty(0))
+    layer.room, layer.length = room, past
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -52,15 +53,13 @@ def fuse(model: nn.Module) -> tuple[Fused, ...]:
         FoveateError: the model is not quantized.
     """
     registry_of(model)
-    for name, module in _decoders(model):
-        if isinstance(module.__dict__.get("forward"), FusedForward) or "forward" in module.__dict__:
+    for _, module in _decoders(model):
+        if "forward" in module.__dict__ or ensure_loaded().isa is None:
             continue
-        if ensure_loaded().isa is None:
-            continue
-        try:
-            module.__dict__["forward"] = FusedForward(module, structure_of(module))
-        except NotRecognized:
-            continue
+        made = FusedForward(module)
+        with suppress(NotRecognized):
+            made.structure  # noqa: B018  looks for it
+            module.__dict__["forward"] = made
     return _fused(model)
 
 
@@ -94,7 +93,7 @@ def _decoders(model: nn.Module) -> list[tuple[str, nn.Module]]:
         for name, module in model.named_modules()
         if isinstance(module._modules.get("layers"), nn.ModuleList)
         and type(module).__module__.startswith("transformers.models.")
-        and any(isinstance(m, PlaneModule) for m in module.layers.modules())  # type: ignore[union-attr]
+        and any(isinstance(m, PlaneModule) for m in module.layers.modules())
     ]
 
 

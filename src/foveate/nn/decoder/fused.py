@@ -1,12 +1,12 @@
 """FusedForward: the forward of a decoder of transformers, which runs all its blocks in one op where it can.
 
-It stands in the place of `forward` on the decoder itself (`model.model` of a causal language model). A call is fused if
-nothing asks for what lies between the blocks: no gradients, no hooks on the blocks or their layers, no adapters, no
-attentions or hidden states; exact caches; padding on the left, if any. Every other call, and every compiled one, is that
-of the decoder's own class.
+It stands in the place of `forward` on the decoder itself (`model.model` of a causal language model). A call is fused
+if nothing asks for what lies between the blocks: no gradients, no hooks on the blocks or their layers, no adapters, no
+attentions or hidden states; exact caches; padding on the left, if any. Every other call, and every compiled one, is
+that of the decoder's own class.
 
-Before its first fused call it compares both ways on a few random tokens, once. A decoder of which they differ stays as it
-is: its blocks compute something that their structure does not tell.
+Before its first fused call it compares both ways on a few random tokens, once. A decoder of which they differ stays as
+it is: its blocks compute something that their structure does not tell.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from foveate.kernels.decoder.reference import NO_NORM
 from foveate.nn.decoder.caches import Room, room_in, scratch
-from foveate.nn.decoder.structure import Block, Structure, structure_of
+from foveate.nn.decoder.structure import Block, NotRecognized, Structure, angles, structure_of
 from foveate.nn.linear_call import LinearCall
 from foveate.nn.plane_module import NO_BIAS
 from foveate.nn.weight import PlaneWeight
@@ -30,10 +30,13 @@ _NONE = torch.empty(0)
 #: them, and an input of 8 bits turns a difference of rounding into one of a step now and then.
 _SAME = 0.03
 #: Arguments of a decoder's forward that a fused call knows.
+_CACHES = ("cache", "past_key_values")  # the second in older releases of transformers
 _KNOWN = frozenset(
-    ("input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "inputs_embeds", "use_cache", "cache_position")
+    ("input_ids", "attention_mask", "position_ids", *_CACHES, "inputs_embeds", "use_cache", "cache_position")
 )
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_POSITIONS = 256
+_CHANGING = frozenset(("dynamic", "longrope"))  # rotary positions whose angles depend on the length
 
 
 class FusedForward:
@@ -41,31 +44,46 @@ class FusedForward:
 
     Args:
         base: the decoder.
-        structure: what it is made of.
 
     Attributes:
         reason: why the decoder runs block by block; empty if it is fused.
         fused_calls: how many calls were fused.
     """
 
-    def __init__(self, base: nn.Module, structure: Structure) -> None:
+    def __init__(self, base: nn.Module) -> None:
         self._base = base
-        self._structure = structure
+        self._begin()
+
+    def _begin(self) -> None:
+        self._found: Structure | None = None
         self.reason = ""
         self.fused_calls = 0
         self._is_checked = False
         self._is_checking = False
         self._handle: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._look()
+        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        self._hooks: list[tuple[dict[int, Any], int]] = []
 
     @property
     def __signature__(self) -> inspect.Signature:
         parameters = list(inspect.signature(type(self._base).forward).parameters.values())
         return inspect.Signature(parameters[1:])
 
-    def __reduce__(self) -> Any:
-        return _fused_again, (self._base,)
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_base": self._base}  # a copy looks at its own decoder when it is first called
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin()
+
+    @property
+    def structure(self) -> Structure:
+        """What the decoder is made of; raises `NotRecognized`."""
+        if self._found is None:
+            self._found = structure_of(self._base)
+            self._look(self._found)
+        return self._found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """A call of the decoder."""
@@ -79,11 +97,10 @@ class FusedForward:
         """Take the planes that the weights have now; called when one of them was replaced."""
         self._handle = None
 
-    def _look(self) -> None:
+    def _look(self, structure: Structure) -> None:
         """Note which modules there are and what hooks they have: what a later call must find again."""
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._hooks: list[tuple[dict[int, Any], int]] = []
-        parts = [layer for layer in self._base.layers] + [self._structure.last]  # type: ignore[union-attr]
+        self._places, self._hooks = [], []
+        parts = [*self._base.layers, structure.last]  # type: ignore[misc]
         for part in parts:
             for module in part.modules():
                 if isinstance(module, PlaneWeight):
@@ -91,7 +108,7 @@ class FusedForward:
                 self._places += [(module._modules, name, child) for name, child in module._modules.items()]
                 self._places += [(module._parameters, name, own) for name, own in module._parameters.items()]
                 self._hooks += [(hooks, len(hooks)) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        config: Any = self._base.config  # type: ignore[assignment]
+        config: Any = self._base.config
         self._drops = bool(getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0))
 
     def _is_as_before(self) -> bool:
@@ -101,13 +118,18 @@ class FusedForward:
         )
 
     def _weights(self) -> Iterator[PlaneWeight]:
-        for block in self._structure.blocks:
+        for block in self.structure.blocks:
             for group in block.groups:
                 for layer in group:
                     yield layer.weight
 
     def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The output of a fused call; None if the call cannot be fused."""
+        if self._found is None and not self.reason:
+            try:
+                self.structure  # noqa: B018
+            except NotRecognized as error:
+                self.reason = str(error)
         if self.reason or self._is_checking or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
         given = dict(kwargs)
@@ -131,7 +153,7 @@ class FusedForward:
         ids, x = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (x is None):
             return None
-        cache = given.get("cache") if given.get("cache") is not None else given.get("past_key_values")
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         if cache is None and given.get("use_cache", getattr(config, "use_cache", False)):
             from transformers import DynamicCache
 
@@ -141,13 +163,18 @@ class FusedForward:
             return None
         if x is None:
             x = base.embed_tokens(ids)
-        if x.dim() != 3 or x.device.type != "cpu" or not x.numel() or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if (
+            x.dim() != 3
+            or x.device.type != "cpu"
+            or not x.numel()
+            or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+        ):
             return None
-        room = room_in(cache, self._structure, x)
+        room = room_in(cache, self.structure, x)
         if room is None:
             return None
         first = _first_of(mask, room.past + x.shape[1])
-        if first is False:
+        if first is False or (first is not None and set(room.pasts) != {room.past}):
             return None
         hidden = self._run(x.contiguous(), room, given.get("position_ids"), first)
         if hidden is None:
@@ -157,60 +184,64 @@ class FusedForward:
         return output.to_tuple() if return_dict is False else output
 
     def _run(self, x: Tensor, room: Room, positions: Tensor | None, first: Any) -> Tensor | None:
-        angles = self._angles_of(positions, room.past, x)
-        if angles is None:
+        turned = self._angles_of(positions, room.past, x)
+        if turned is None:
             return None
         if self._handle is None:
             self._handle = self._hold()
         book = next(self._weights()).passes.book  # type: ignore[union-attr]
         hidden: Tensor = torch.ops.foveate.decoder_blocks(
-            x, self._handle, book, room.keys, room.values, *angles, first, room.past
+            x, self._handle, book, room.keys, room.values, *turned, first, room.pasts
         )
         room.advance(x.shape[1])
         return hidden
 
     def _angles_of(self, positions: Tensor | None, past: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines of the positions of a call, float32 [1, B or 1, S, rotary size]."""
+        """Cosines and sines of the positions of a call, float32 [tables, B or 1, S, rotary size]."""
         rotary: Any = self._base.rotary_emb
         length = x.shape[1]
         if positions is not None and (positions.dim() != 2 or positions.shape[0] not in (1, x.shape[0])):
             return None
-        if getattr(rotary, "rope_type", "default") in ("dynamic", "longrope"):  # angles that depend on the length
+        kinds = getattr(rotary, "rope_type", "default")
+        if _CHANGING & set(kinds.values() if isinstance(kinds, dict) else (kinds,)):  # angles that depend on the length
             if positions is None:
                 positions = torch.arange(past, past + length)[None]
-            cosine, sine = rotary(_NONE.new_empty(0), positions)
-            return cosine[None].contiguous(), sine[None].contiguous()
+            return self._tables_of(positions)
         begin = past
         if positions is not None:
             if positions.shape[0] == 1 and length == 1:
-                begin = int(positions)
-                positions = None
+                begin, positions = int(positions), None
             elif positions.shape[0] == 1 and torch.equal(positions[0], torch.arange(past, past + length)):
                 positions = None
         last = begin + length if positions is None else int(positions.max()) + 1
         if begin < 0 or (positions is not None and int(positions.min()) < 0):
             return None
-        if self._angles is None or self._angles[0].shape[0] < last:
+        if self._angles is None or self._angles[0].shape[2] < last:
             count = max(_LEAST_POSITIONS, 1 << (last - 1).bit_length())
-            cosine, sine = rotary(_NONE.new_empty(0), torch.arange(count)[None])
-            self._angles = cosine[0].contiguous(), sine[0].contiguous()
-        if positions is None:
-            return tuple(table[begin : begin + length][None, None] for table in self._angles)  # type: ignore[return-value]
-        return tuple(table[positions][None] for table in self._angles)  # type: ignore[return-value]
+            self._angles = self._tables_of(torch.arange(count)[None])
+        cosine, sine = self._angles
+        if positions is not None:
+            return cosine[:, 0, positions], sine[:, 0, positions]
+        cosine, sine = cosine[:, :, begin : begin + length], sine[:, :, begin : begin + length]
+        return (cosine, sine) if cosine.shape[0] == 1 else (cosine.contiguous(), sine.contiguous())
+
+    def _tables_of(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        rotary: Any = self._base.rotary_emb
+        found = [angles(rotary, positions, table) for table in self.structure.tables]
+        return torch.stack([cosine for cosine, _ in found]), torch.stack([sine for _, sine in found])
 
     def _hold(self) -> Tensor:
         """The handle of the blocks as they are now."""
-        self._look()
-        groups, biases, norms, numbers, constants = [], [], [], [], []  # type: ignore[var-annotated]
-        for block in self._structure.blocks:
+        groups, biases, norms, numbers, constants = [], [], [], [], []
+        for block in self.structure.blocks:
             groups += [LinearCall(layers).handle for layers in block.groups]
             biases += _biases(block)
             norms += [_weight(norm, kind) for norm, kind in zip(block.norms, block.norm_kinds, strict=True)]
             numbers += [*vars(block.numbers).values(), *(kind for kind, _ in block.norm_kinds)]
             constants += [*vars(block.constants).values(), *(eps for _, eps in block.norm_kinds)]
-        structure = self._structure
+        structure = self.structure
         norms.append(_weight(structure.last, structure.last_kind))
-        numbers += [structure.last_kind[0], structure.width, structure.rotary_size, 1]
+        numbers += [structure.last_kind[0], structure.width, structure.rotary_size, len(structure.tables)]
         constants.append(structure.last_kind[1])
         for weight in self._weights():
             weight.users.add(self)
@@ -225,10 +256,10 @@ class FusedForward:
         try:
             ids = torch.randint(0, base.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
             x = base.embed_tokens(ids)
-            room = scratch(self._structure, x, shared=False)
+            room = scratch(self.structure, x, shared=False)
             parts = []
             for begin, end in ((0, 4), (4, 5)):
-                room.past = begin
+                room.past, room.pasts = begin, [begin] * len(room.keys)
                 parts.append(self._run(x[:, begin:end].contiguous(), room, None, None))
             expected = type(base).forward(base, input_ids=ids, use_cache=False).last_hidden_state.float()
             if any(part is None for part in parts):
@@ -240,10 +271,6 @@ class FusedForward:
                 self.reason = f"its blocks compute something else: on random tokens they differ by {difference:.2g}"
         finally:
             self._is_checking = False
-
-
-def _fused_again(base: nn.Module) -> FusedForward:
-    return FusedForward(base, structure_of(base))
 
 
 def _weight(norm: nn.Module | None, kind: tuple[int, float]) -> Tensor:
@@ -263,7 +290,11 @@ def _biases(block: Block) -> list[Tensor]:
 
 
 def _first_of(mask: Tensor | None, length: int) -> Any:
-    """The first position of each sequence that is no padding, int64 [B]; None for 0, False if padding is not on the left."""
+    """The first position of each sequence that is no padding, int64 [B]; None for 0.
+
+    Returns:
+        False if padding is not on the left.
+    """
     if mask is None:
         return None
     if mask.dtype == torch.bool:

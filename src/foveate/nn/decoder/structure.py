@@ -77,13 +77,23 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """A decoder: its blocks, its last norm and what that computes, and its model width."""
+    """A decoder.
+
+    Attributes:
+        blocks: its blocks.
+        last: its last norm.
+        last_kind: what that computes.
+        width: the model width.
+        rotary_size: how much of a head is turned.
+        tables: the kinds of blocks that have angles of their own; None for the one kind of most models.
+    """
 
     blocks: tuple[Block, ...]
     last: nn.Module
     last_kind: tuple[int, float]
     width: int
     rotary_size: int
+    tables: tuple[str | None, ...]
 
 
 def structure_of(base: nn.Module) -> Structure:
@@ -97,20 +107,38 @@ def structure_of(base: nn.Module) -> Structure:
     if children:
         raise NotRecognized(f"it has further modules: {', '.join(children)}")
     config: Any = base.config
-    inverse = getattr(rotary, "inv_freq", None)
-    if not isinstance(inverse, Tensor):
-        raise NotRecognized("its rotary positions are not one table of angles")
-    rotary_size = 2 * inverse.numel()
+    tables = _tables(rotary, config)
+    rotary_size = angles(rotary, torch.zeros(1, 1, dtype=torch.int64), tables[0])[0].shape[-1]
     count = int(getattr(config, "num_hidden_layers", len(layers)))
-    blocks = tuple(_block(layer, config, i, rotary_size) for i, layer in enumerate(list(layers)[:count]))
+    blocks = tuple(_block(layer, config, i, rotary_size, tables) for i, layer in enumerate(list(layers)[:count]))
     if not blocks:
         raise NotRecognized("it has no blocks")
     width = blocks[0].groups[0][0].weight.shape[1]
-    return Structure(blocks, last, _kind_of_norm(last, "norm"), width, rotary_size)
+    return Structure(blocks, last, _kind_of_norm(last, "norm"), width, rotary_size, tables)
 
 
-def _block(layer: nn.Module, config: Any, number: int, rotary_size: int) -> Block:
-    children = dict(layer.named_children())
+def angles(rotary: nn.Module, positions: Tensor, table: str | None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of positions [B, S], float32 [B, S, rotary size]; `NotRecognized` if the module has others."""
+    more = () if table is None else (table,)
+    try:
+        cosine, sine = rotary(torch.empty(0), positions, *more)
+    except Exception as error:  # whatever a module of another kind makes of these arguments
+        raise NotRecognized("its rotary positions are not tables of angles") from error
+    if not isinstance(cosine, Tensor) or cosine.dim() != 3 or cosine.shape != sine.shape or cosine.shape[-1] % 2:
+        raise NotRecognized("its rotary positions are not tables of angles")
+    return cosine.float(), sine.float()
+
+
+def _tables(rotary: nn.Module, config: Any) -> tuple[str | None, ...]:
+    kinds = getattr(rotary, "layer_types", None)
+    if kinds is None:
+        return (None,)
+    own = set(getattr(config, "layer_types", ()))
+    return tuple(sorted(own & set(kinds))) or (None,)
+
+
+def _block(layer: nn.Module, config: Any, number: int, rotary_size: int, tables: tuple[str | None, ...]) -> Block:
+    children = {name: own for name, own in layer.named_children() if not isinstance(own, nn.Dropout)}
     attention, mlp = children.pop("self_attn", None), children.pop("mlp", None)
     names = _NORMS.get(frozenset(children))
     if attention is None or mlp is None or names is None:
@@ -139,15 +167,13 @@ def _block(layer: nn.Module, config: Any, number: int, rotary_size: int) -> Bloc
     return Block(
         groups=(*projections, *expansions),
         norms=norms,
-        norm_kinds=tuple(
-            (NO_NORM, 0.0) if n is None else _kind_of_norm(n, f"a norm of block {number}") for n in norms
-        ),
+        norm_kinds=tuple((NO_NORM, 0.0) if n is None else _kind_of_norm(n, f"a norm of block {number}") for n in norms),
         numbers=Numbers(
             heads=heads,
             kv_heads=kv_heads,
             head_size=head_size,
             rotary_size=rotary_size if turned else 0,
-            rotary_table=0,
+            rotary_table=0 if tables[0] is None else tables.index(config.layer_types[number]),
             window=_window(attention, config, number),
             whole_norms=int(whole),
             activation=_kind_of_activation(activation, number),
@@ -192,10 +218,15 @@ def _kind_of_norm(norm: nn.Module, what: str) -> tuple[int, float]:
     """What a norm computes, and its epsilon; seen from what it makes of a few random rows."""
     weight = getattr(norm, "weight", None)
     eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(weight, Tensor) or not isinstance(eps, float) or list(norm.children()) or len(norm._parameters) > 1:
+    if (
+        not isinstance(weight, Tensor)
+        or not isinstance(eps, float)
+        or list(norm.children())
+        or len(norm._parameters) > 1
+    ):
         raise NotRecognized(f"{what} is {type(norm).__name__}, which is not one weight and an epsilon")
     x = torch.randn(3, weight.numel(), generator=torch.Generator().manual_seed(0)) * 2
-    got = type(norm).forward(norm, x.to(weight.dtype)).float()
+    got = norm.forward(x.to(weight.dtype)).float()
     for kind in (RMS_NORM, RMS_NORM_ONE_PLUS):
         expected = Norm(kind, weight.float(), eps).of(x.to(weight.dtype).float())
         if _near(got, expected, 1e-5 if weight.dtype == torch.float32 else 2e-2):

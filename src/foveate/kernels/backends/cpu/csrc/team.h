@@ -66,7 +66,7 @@ class Team {
   }
 
  private:
-  static constexpr int kSpins = 20000;  // about 0.5 ms
+  static constexpr int kSpins = 2000;  // about 0.1 ms
 
   void meet() {
     if (threads_ == 1) return;

@@ -114,6 +114,8 @@ Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, at
   return NumberTable<const Decoder>::only().hold(std::make_shared<const Decoder>(std::move(made)));
 }
 
+int64_t tile_queries(const Numbers& n) { return std::max<int64_t>(1, kTileQueries * n.kv_heads / n.heads); }
+
 // What one call is given, checked.
 struct Call {
   const Decoder& decoder;
@@ -123,29 +125,65 @@ struct Call {
   const float *cosine, *sine;  // [tables, B or 1, S, rotary size]
   bool shared_positions;       // one sequence of positions for all of B
   const int64_t* first;        // [B], or null
-  int64_t past;
+  at::IntArrayRef past;        // of each block
+  int64_t most_past;
 
   int64_t batch() const { return x.size(0); }
   int64_t length() const { return x.size(1); }
 };
 
-// The memory of one call, as large as its chunks of rows need.
+// The memory of one call, as large as its chunks of rows need: parts of one block, which the calling thread keeps for its
+// next call, since new memory costs more than what is computed in it.
 struct Scratch {
-  Scratch(const Decoder& decoder, int64_t rows, int64_t chunks)
-      : hidden(floats(rows * decoder.width)),
-        input(floats(rows * std::max(decoder.most_input, decoder.width))),
-        projected(floats(rows * decoder.most_projected)),
-        output(floats(rows * decoder.width)),
-        totals(floats(2 * rows * decoder.most_heads * chunks)),
-        weighed(floats(rows * decoder.most_heads * chunks * decoder.most_head_size)) {}
+  Scratch(const Decoder& decoder, int64_t rows, int64_t chunks, const int64_t (&slot_bytes)[kGroups], int64_t thread_floats, int64_t threads) {
+    const auto lay_out = [&](char* memory) {
+      int64_t used = 0;
+      const auto part = [&](int64_t bytes) {
+        char* const at = memory ? memory + used : nullptr;
+        used += in_lines(bytes);
+        return at;
+      };
+      const auto floats = [&](int64_t count) { return reinterpret_cast<float*>(part(count * static_cast<int64_t>(sizeof(float)))); };
+      hidden = floats(rows * decoder.width);
+      input = floats(rows * std::max(decoder.most_input, decoder.width));
+      projected = floats(rows * decoder.most_projected);
+      output = floats(rows * decoder.width);
+      totals = floats(2 * rows * decoder.most_heads * chunks);
+      weighed = floats(rows * decoder.most_heads * chunks * decoder.most_head_size);
+      for (int g = 0; g < kGroups; ++g) slots[g] = part(slot_bytes[g]);
+      own = floats(thread_floats * threads);
+      return used;
+    };
+    const int64_t bytes = lay_out(nullptr) + QuantizedRows::kAlign;
+    thread_local std::unique_ptr<char[]> kept;
+    thread_local int64_t kept_bytes = 0;
+    char* memory;
+    if (bytes > kKeptBytes) {
+      memory_.reset(new char[static_cast<size_t>(bytes)]);
+      memory = memory_.get();
+    } else {
+      if (bytes > kept_bytes) {
+        kept.reset();
+        kept.reset(new char[static_cast<size_t>(bytes)]);
+        kept_bytes = bytes;
+      }
+      memory = kept.get();
+    }
+    lay_out(memory + (QuantizedRows::kAlign - reinterpret_cast<uintptr_t>(memory) % QuantizedRows::kAlign) % QuantizedRows::kAlign);
+  }
 
-  static std::unique_ptr<float[]> floats(int64_t count) { return std::unique_ptr<float[]>(new float[static_cast<size_t>(count)]); }
+  static constexpr int64_t kKeptBytes = 64 << 20;
 
-  std::unique_ptr<float[]> hidden;          // [rows, width], the residual stream
-  std::unique_ptr<float[]> input;           // [rows, columns of a group]
-  std::unique_ptr<float[]> projected;       // [rows, queries, keys and values, or gate and up]
-  std::unique_ptr<float[]> output;          // [rows, width], what attention or the MLP puts out
-  std::unique_ptr<float[]> totals, weighed;  // the partials of attention
+  float* hidden;            // [rows, width], the residual stream
+  float* input;             // [rows, columns of a group]
+  float* projected;         // [rows, queries, keys and values, or gate and up]
+  float* output;            // [rows, width], what attention or the MLP puts out
+  float *totals, *weighed;  // the partials of attention
+  char* slots[kGroups];     // quantized rows
+  float* own;               // of each thread
+
+ private:
+  std::unique_ptr<char[]> memory_;
 };
 
 class Run {
@@ -153,8 +191,8 @@ class Run {
   Run(const Call& call, int64_t rows_at_once)
       : call_(call),
         decoder_(call.decoder),
-        chunks_(call.length() == 1 ? over(call.past + 1, kChunk) : 1),
-        scratch_(call.decoder, call.batch() * rows_at_once, chunks_),
+        chunks_(call.length() == 1 ? over(call.most_past + 1, kChunk) : 1),
+        threads_(at::get_num_threads()),
         groups_(call.decoder.blocks.size()) {
     std::vector<uint8_t> pairs;
     row_maps(call.pass, call.x.sizes().slice(0, 2), call.batch() * call.length(), std::nullopt, pairs);
@@ -162,11 +200,15 @@ class Run {
     pairs_ = std::move(pairs);
     for (size_t b = 0; b < groups_.size(); ++b)
       for (int g = 0; g < kGroups; ++g) groups_[b][g].read(*decoder_.blocks[b].groups[g], *call.pass.generation, decoder_.blocks[b].biases[g]);
-    for (int g = 0; g < kGroups; ++g) {
-      int64_t bytes = 0;
-      for (auto& block : groups_) bytes = std::max(bytes, block[g].most_bytes(call.batch() * rows_at_once));
-      slots_[g].reset(new char[static_cast<size_t>(bytes + QuantizedRows::kAlign)]);
+    int64_t slot_bytes[kGroups] = {};
+    for (auto& block : groups_)
+      for (int g = 0; g < kGroups; ++g) slot_bytes[g] = std::max(slot_bytes[g], block[g].most_bytes(call.batch() * rows_at_once));
+    for (const Block& block : decoder_.blocks) {
+      const Numbers& n = block.numbers;
+      const int64_t most = std::min(tile_queries(n), rows_at_once) * (n.heads / n.kv_heads);
+      thread_floats_ = std::max(thread_floats_, attend_scratch(most, n.head_size) + most * (2 + n.head_size));
     }
+    scratch_.emplace(decoder_, call.batch() * rows_at_once, chunks_, slot_bytes, thread_floats_, threads_);
   }
 
   // Rows [begin, end) of each sequence, by one thread of a team.
@@ -184,7 +226,7 @@ class Run {
   }
   static int64_t projected(const Numbers& n) { return n.queries() + 2 * n.keys(); }
   // What the rows of a group's input are, for its products.
-  InputRows input_rows(int64_t columns) const { return {scratch_.input.get(), columns, columns, nullptr, nullptr, Type::kFloat32}; }
+  InputRows input_rows(int64_t columns) const { return {scratch_->input, columns, columns, nullptr, nullptr, Type::kFloat32}; }
   void products(Team& team, int64_t thread, Group& group, int g, const std::array<float*, 3>& to, int64_t stride);
   void attention(Team& team, int64_t thread, const Block& block, size_t number);
   void add_output(const Block& block, const float* from, NormSlot norm, int64_t row);
@@ -193,15 +235,16 @@ class Run {
   QueryTile tile_of(const Block& block, size_t number, int64_t sequence, int64_t head, int64_t from, int64_t until) const;
   Partial partial(int64_t row, int64_t head, int64_t chunk) const {
     const int64_t at = (row * decoder_.most_heads + head) * chunks_ + chunk;
-    return {scratch_.totals.get() + 2 * at, scratch_.totals.get() + 2 * at + 1, scratch_.weighed.get() + at * decoder_.most_head_size};
+    return {scratch_->totals + 2 * at, scratch_->totals + 2 * at + 1, scratch_->weighed + at * decoder_.most_head_size};
   }
 
   const Call& call_;
   const Decoder& decoder_;
   const int64_t chunks_;
-  Scratch scratch_;
+  const int64_t threads_;
+  int64_t thread_floats_ = 0;
+  std::optional<Scratch> scratch_;
   std::vector<std::array<Group, kGroups>> groups_;
-  std::unique_ptr<char[]> slots_[kGroups];
   std::vector<uint8_t> pairs_, chunk_pairs_;
   bool chooses_ = false;
   int64_t begin_ = 0, end_ = 0;
@@ -218,28 +261,28 @@ void Run::prepare(int64_t begin, int64_t end) {
   if (chooses_) return;
   const std::vector<uint8_t> maps = chosen_maps(chunk_pairs_);
   for (auto& block : groups_)
-    for (int g = 0; g < kGroups; ++g) block[g].arrange({maps}, rows(), input_rows(block[g].columns()), slots_[g].get());
+    for (int g = 0; g < kGroups; ++g) block[g].arrange({maps}, rows(), input_rows(block[g].columns()), scratch_->slots[g]);
 }
 
 // The products of a group with the rows of its input, which are in `input`, and quantized where nothing is to be chosen.
 void Run::products(Team& team, int64_t thread, Group& group, int g, const std::array<float*, 3>& to, int64_t stride) {
   if (chooses_) {
     team.part(thread, 1, 1, [&](int64_t, int64_t) {
-      const Tensor x = at::from_blob(scratch_.input.get(), {rows(), group.columns()}, at::kFloat);
-      group.arrange(group.decide(*call_.pass.generation, x, chunk_pairs_), rows(), input_rows(group.columns()), slots_[g].get());
+      const Tensor x = at::from_blob(scratch_->input, {rows(), group.columns()}, at::kFloat);
+      group.arrange(group.decide(*call_.pass.generation, x, chunk_pairs_), rows(), input_rows(group.columns()), scratch_->slots[g]);
     });
     team.part(thread, rows(), 1, [&](int64_t row, int64_t row_end) { group.quantize(row, row_end, faults_); });
   }
-  group.multiply(team, thread, to.data(), stride, at::get_num_threads(), faults_);
+  group.multiply(team, thread, to.data(), stride, threads_, faults_);
 }
 
 // hidden += what a group of a block has put out, which some decoders norm first.
 void Run::add_output(const Block& block, const float* from, NormSlot norm, int64_t row) {
   const int64_t width = decoder_.width;
-  float* const hidden = scratch_.hidden.get() + row * width;
+  float* const hidden = scratch_->hidden + row * width;
   const float* output = from + row * width;
   if (block.norms[norm].kind != NormKind::kNone) {
-    float* const normed = scratch_.input.get() + row * width;
+    float* const normed = scratch_->input + row * width;
     block.norms[norm].row(output, normed, width);
     output = normed;
   }
@@ -251,9 +294,9 @@ void Run::add_output(const Block& block, const float* from, NormSlot norm, int64
 void Run::position_row(const Block& block, size_t number, int64_t row) {
   const Numbers& n = block.numbers;
   const DecoderKernels& isa = kernels().decoder;
-  float* const queries = scratch_.projected.get() + row * projected(n);
+  float* const queries = scratch_->projected + row * projected(n);
   float *const keys = queries + n.queries(), *const values = keys + n.keys();
-  const int64_t b = row / (end_ - begin_), position = call_.past + begin_ + row % (end_ - begin_);
+  const int64_t b = row / (end_ - begin_), position = call_.past[number] + begin_ + row % (end_ - begin_);
   const auto ready = [&](float* heads, int64_t count, NormSlot norm) {
     if (block.norms[norm].kind != NormKind::kNone) {
       const int64_t each = n.whole_norms ? count * n.head_size : n.head_size;
@@ -285,12 +328,12 @@ QueryTile Run::tile_of(const Block& block, size_t number, int64_t sequence, int6
   };
   const Tensor &keys = call_.keys[number], &values = call_.values[number];
   QueryTile tile{};
-  tile.queries = scratch_.projected.get() + row * projected(n) + head * shared * n.head_size;
+  tile.queries = scratch_->projected + row * projected(n) + head * shared * n.head_size;
   tile.queries_stride = projected(n);
   tile.head_size = n.head_size;
   tile.queries_count = until - from;
   tile.heads = shared;
-  tile.position = call_.past + from;
+  tile.position = call_.past[number] + from;
   tile.first = call_.first ? call_.first[sequence] : 0;
   tile.window = n.window;
   tile.cap = static_cast<float>(block.constants.cap);
@@ -305,13 +348,11 @@ QueryTile Run::tile_of(const Block& block, size_t number, int64_t sequence, int6
 // Units are a head of a sequence and some of its queries; of one query a sequence, a head and a chunk of its positions.
 void Run::attention(Team& team, int64_t thread, const Block& block, size_t number) {
   const Numbers& n = block.numbers;
-  const int64_t shared = n.heads / n.kv_heads, queries = std::max<int64_t>(1, kTileQueries / shared), length = end_ - begin_;
+  const int64_t shared = n.heads / n.kv_heads, queries = tile_queries(n), length = end_ - begin_;
   const int64_t tiles = over(length, queries), heads = call_.batch() * n.kv_heads;
-  std::unique_ptr<float[]> memory;
+  float* const memory = scratch_->own + thread * thread_floats_;
   team.part(thread, heads * tiles * chunks_, 1, [&](int64_t unit, int64_t unit_end) {
-    const int64_t most = std::min(queries, length) * shared, each = 2 + n.head_size;
-    if (!memory) memory.reset(new float[static_cast<size_t>(attend_scratch(most, n.head_size) + most * each)]);
-    float* const totals = memory.get() + attend_scratch(most, n.head_size);
+    float* const totals = memory + attend_scratch(std::min(queries, length) * shared, n.head_size);
     for (; unit < unit_end; ++unit) {
       // later tiles see more, and are taken first
       const int64_t chunk = unit % chunks_, head = unit / chunks_ % heads, tile_number = tiles - 1 - unit / chunks_ / heads;
@@ -327,7 +368,7 @@ void Run::attention(Team& team, int64_t thread, const Block& block, size_t numbe
       each_row([](const Partial&, const Partial& into) { into.total[0] = 0.0f; });
       const int64_t last = chunks_ > 1 ? std::min(end, chunk + 1) : end;
       for (int64_t c = chunks_ > 1 ? std::max(begin, chunk) : begin; c < last; ++c) {
-        kernels().decoder.attend(tile, c, found, memory.get());
+        kernels().decoder.attend(tile, c, found, memory);
         each_row([&](const Partial& from_chunk, const Partial& into) { kernels().decoder.merge(from_chunk, into, n.head_size); });
       }
     }
@@ -337,7 +378,7 @@ void Run::attention(Team& team, int64_t thread, const Block& block, size_t numbe
 // What attention gives for a row, from the partials of its heads: the input of the output projection.
 void Run::merge_row(const Block& block, int64_t row) {
   const Numbers& n = block.numbers;
-  float* const to = scratch_.input.get() + row * n.queries();
+  float* const to = scratch_->input + row * n.queries();
   for (int64_t h = 0; h < n.heads; ++h) {
     const Partial all = partial(row, h, 0);
     for (int64_t c = 1; c < chunks_; ++c) kernels().decoder.merge(partial(row, h, c), all, n.head_size);
@@ -352,8 +393,8 @@ void Run::chunk(Team& team, int64_t thread, int64_t begin, int64_t end) {
   const Type type = type_of(call_.x);
   const int64_t bytes = static_cast<int64_t>(call_.x.element_size());
   const auto row_of_x = [&](int64_t row) { return (row / length * call_.length() + begin + row % length) * width * bytes; };
-  float *const hidden = scratch_.hidden.get(), *const input = scratch_.input.get(), *const projections = scratch_.projected.get(),
-        *const output = scratch_.output.get();
+  float *const hidden = scratch_->hidden, *const input = scratch_->input, *const projections = scratch_->projected,
+        *const output = scratch_->output;
   const auto each_row = [&](const auto& run) {
     team.part(thread, rows(), 1, [&](int64_t row, int64_t row_end) {
       for (; row < row_end; ++row) run(row);
@@ -401,23 +442,27 @@ void Run::chunk(Team& team, int64_t thread, int64_t begin, int64_t end) {
 }
 
 Tensor decoder_blocks(const Tensor& x, const Tensor& handle, const Tensor& book, TensorList keys, TensorList values, const Tensor& cosine,
-                      const Tensor& sine, const std::optional<Tensor>& first, int64_t past) {
+                      const Tensor& sine, const std::optional<Tensor>& first, at::IntArrayRef past) {
   const std::shared_ptr<const Decoder> decoder = decoder_by(handle);
   const std::shared_ptr<const Pass> pass = pass_of(book);
   TORCH_CHECK(x.dim() == 3 && x.size(2) == decoder->width, "x has shape (=", x.sizes(), "), not [B, S, ", decoder->width, "]");
   type_of(x);
   check_vector(x, x.scalar_type(), "x");
   const int64_t batch = x.size(0), length = x.size(1);
-  TORCH_CHECK(past >= 0 && past < int64_t{1} << 40, "past (=", past, ") is not a number of positions");
-  TORCH_CHECK(keys.size() == decoder->blocks.size() && values.size() == keys.size(), "there are ", decoder->blocks.size(), " blocks, and caches of ",
-              keys.size(), " keys and ", values.size(), " values");
+  TORCH_CHECK(keys.size() == decoder->blocks.size() && values.size() == keys.size() && past.size() == keys.size(), "there are ", decoder->blocks.size(),
+              " blocks, caches of ", keys.size(), " keys and ", values.size(), " values, and ", past.size(), " numbers of past positions");
+  int64_t most_past = 0;
+  for (const int64_t one : past) {
+    TORCH_CHECK(one >= 0 && one < int64_t{1} << 40, "past (=", one, ") is not a number of positions");
+    most_past = std::max(most_past, one);
+  }
   for (size_t b = 0; b < keys.size(); ++b) {
     const Numbers& n = decoder->blocks[b].numbers;
     for (const Tensor& cache : {keys[b], values[b]}) {
       type_of(cache);
       TORCH_CHECK(cache.device().is_cpu() && cache.scalar_type() == keys[b].scalar_type() && cache.dim() == 4 && cache.size(0) == batch && cache.size(1) == n.kv_heads &&
-                      cache.size(2) >= past + length && cache.size(3) == n.head_size && cache.stride(3) == 1,
-                  "the cache of block ", b, " has shape (=", cache.sizes(), "), not [", batch, ", ", n.kv_heads, ", ", past + length, " or more, ",
+                      cache.size(2) >= past[b] + length && cache.size(3) == n.head_size && cache.stride(3) == 1,
+                  "the cache of block ", b, " has shape (=", cache.sizes(), "), not [", batch, ", ", n.kv_heads, ", ", past[b] + length, " or more, ",
                   n.head_size, "]");
       check_memory(cache, "a cache");
     }
@@ -435,7 +480,7 @@ Tensor decoder_blocks(const Tensor& x, const Tensor& handle, const Tensor& book,
       TORCH_CHECK(first->const_data_ptr<int64_t>()[b] >= 0, "first (=", first->const_data_ptr<int64_t>()[b], ") is not a position");
   }
   const Call call{*decoder, *pass, x, at::empty_like(x), keys, values, cosine.const_data_ptr<float>(), sine.const_data_ptr<float>(),
-                  cosine.size(1) == 1, first ? first->const_data_ptr<int64_t>() : nullptr, past};
+                  cosine.size(1) == 1, first ? first->const_data_ptr<int64_t>() : nullptr, past, most_past};
   if (x.numel() == 0) return call.out;
   const int64_t at_once = std::min(length, std::max<int64_t>(1, kRowsAtOnce / batch));
   Run run(call, at_once);
