@@ -35,11 +35,11 @@ def growing(kind: type) -> type:
 
         Attributes:
             room: the tensors, [B, heads, T, D] each; None before anything was put in.
-            length: how many of their positions are in use; of those a sliding window shows the last.
+            lengths: how many positions of each are in use; of those a sliding window shows the last.
         """
 
         room: list[Tensor | None]
-        length: int
+        lengths: list[int]
 
         @property
         def keys(self) -> Tensor | None:
@@ -61,17 +61,16 @@ def growing(kind: type) -> type:
             held: Tensor | None = self.__dict__.get("room", (None, None))[which]
             if held is None or held.dim() < 2:
                 return held
-            end = min(self.length, held.shape[-2])
+            end = self.lengths[which]
             return held[..., _dropped(self, end) : end, :]
 
         def _put(self, which: int, value: Tensor | None) -> None:
-            room = self.__dict__.setdefault("room", [None, None])
-            room[1 - which] = self._shown(1 - which)  # both are as long as what is shown
-            room[which] = value
-            self.length = 0 if value is None or value.dim() < 2 else value.shape[-2]
+            self.__dict__.setdefault("room", [None, None])[which] = value
+            length = 0 if value is None or value.dim() < 2 else value.shape[-2]
+            self.__dict__.setdefault("lengths", [0, 0])[which] = length
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            state = {name: value for name, value in self.__dict__.items() if name not in ("room", "length")}
+            state = {name: value for name, value in self.__dict__.items() if name not in ("room", "lengths")}
             return _plain, (kind, {**state, "keys": self.keys, "values": self.values})
 
     return GrowingLayer
@@ -114,7 +113,7 @@ class Room:
         static = []
         for layer in self._layers:
             if hasattr(layer, "room"):
-                layer.length += count
+                layer.lengths = [length + count for length in layer.lengths]
                 if layer.is_sliding:
                     layer.cumulative_length += count
             else:
@@ -188,18 +187,21 @@ def _growing(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | N
             held = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
             kind: Any = type(layer)
             layer.__class__ = growing(kind)
-            layer.room, layer.length = [None, None], 0
+            layer.room, layer.lengths = [None, None], [0, 0]
             if layer.is_initialized and held[0] is not None and held[0].numel():
                 layer.keys, layer.values = held
         if layer.is_sliding and layer.record_past:
             return None
-        held_keys = layer.room[0]
-        is_full = held_keys is None or held_keys.shape[-2] < layer.length + length
+        is_full = (
+            layer.room[0] is None
+            or layer.room[0].dim() < 2
+            or min(t.shape[-2] for t in layer.room) < layer.lengths[0] + length
+        )
         if is_full and not _grow(layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x):
             return None
         keys.append(layer.room[0])
         values.append(layer.room[1])
-        pasts.append(layer.length)
+        pasts.append(layer.lengths[0])
     past = int(layers[0].get_seq_length())
     if any(key.shape[0] != batch for key in keys) or any(layer.get_seq_length() != past for layer in layers):
         return None
@@ -220,5 +222,5 @@ def _grow(layer: Any, shape: tuple[int, int, int, int], x: Tensor) -> bool:
             new[..., :past, :] = old
     if not layer.is_initialized:
         layer.lazy_initialization(x.new_empty(0), x.new_empty(0))
-    layer.room, layer.length = room, past
+    layer.room, layer.lengths = room, [past, past]
     return True

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from foveate.kernels.decoder.reference import NO_NORM
 from foveate.nn.decoder.caches import Room, room_in, scratch
+from foveate.nn.decoder.masks import OtherMask, first_positions
 from foveate.nn.decoder.structure import Block, NotRecognized, Structure, angles, structure_of
 from foveate.nn.linear_call import LinearCall
 from foveate.nn.plane_module import NO_BIAS
@@ -158,9 +159,6 @@ class FusedForward:
             from transformers import DynamicCache
 
             cache = DynamicCache(config=config)
-        mask = given.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            return None
         if x is None:
             x = base.embed_tokens(ids)
         if (
@@ -173,8 +171,11 @@ class FusedForward:
         room = room_in(cache, self.structure, x)
         if room is None:
             return None
-        first = _first_of(mask, room.past + x.shape[1])
-        if first is False or (first is not None and set(room.pasts) != {room.past}):
+        try:
+            first = first_positions(given.get("attention_mask"), room.past, x.shape[1], self.structure.windows)
+        except OtherMask:
+            return None
+        if first is not None and (set(room.pasts) != {room.past} or len(first) != x.shape[0]):
             return None
         hidden = self._run(x.contiguous(), room, given.get("position_ids"), first)
         if hidden is None:
@@ -266,7 +267,9 @@ class FusedForward:
                 self.reason = "its rotary positions cannot be had"
                 return
             got = torch.cat([part.float() for part in parts if part is not None], 1)
-            difference = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
+            # what blocks add to hidden states may be little beside these
+            added = (expected - base.norm(x).float()).norm().clamp_min(1e-30)
+            difference = float((got - expected).norm() / added)
             if not difference <= _SAME:
                 self.reason = f"its blocks compute something else: on random tokens they differ by {difference:.2g}"
         finally:
@@ -287,25 +290,6 @@ def _biases(block: Block) -> list[Tensor]:
         own = [NO_BIAS if layer.bias is None else layer.bias.detach().float() for layer in layers]
         made += [*own, *[NO_BIAS] * (places - len(own))]
     return made
-
-
-def _first_of(mask: Tensor | None, length: int) -> Any:
-    """The first position of each sequence that is no padding, int64 [B]; None for 0.
-
-    Returns:
-        False if padding is not on the left.
-    """
-    if mask is None:
-        return None
-    if mask.dtype == torch.bool:
-        mask = mask.long()
-    if not mask.is_floating_point() and bool((mask == 1).all()) and mask.shape[1] == length:
-        return None
-    if mask.is_floating_point() or mask.shape[1] != length:
-        return False
-    first = length - mask.sum(1)
-    expected = torch.arange(length) >= first[:, None]
-    return first if torch.equal(mask, expected.to(mask.dtype)) else False
 
 
 def _output_class() -> Any:

@@ -86,6 +86,7 @@ class Structure:
         width: the model width.
         rotary_size: how much of a head is turned.
         tables: the kinds of blocks that have angles of their own; None for the one kind of most models.
+        windows: how many positions blocks of each kind see, 0 for all; the kind is None where no kinds are named.
     """
 
     blocks: tuple[Block, ...]
@@ -94,6 +95,7 @@ class Structure:
     width: int
     rotary_size: int
     tables: tuple[str | None, ...]
+    windows: Mapping[str | None, int]
 
 
 def structure_of(base: nn.Module) -> Structure:
@@ -114,7 +116,9 @@ def structure_of(base: nn.Module) -> Structure:
     if not blocks:
         raise NotRecognized("it has no blocks")
     width = blocks[0].groups[0][0].weight.shape[1]
-    return Structure(blocks, last, _kind_of_norm(last, "norm"), width, rotary_size, tables)
+    kinds = getattr(config, "layer_types", None) or [None] * count
+    windows = {kind: block.numbers.window for kind, block in zip(kinds, blocks, strict=False)}
+    return Structure(blocks, last, _kind_of_norm(last, "norm"), width, rotary_size, tables, windows)
 
 
 def angles(rotary: nn.Module, positions: Tensor, table: str | None) -> tuple[Tensor, Tensor]:

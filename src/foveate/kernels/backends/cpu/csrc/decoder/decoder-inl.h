@@ -241,7 +241,7 @@ void soften_row(float* scores, int64_t count, int64_t begin, int64_t end, float 
     if (strange[i]) total = __builtin_nanf("");
 }
 
-// out[r] = sum of scores[r][p] * values[p] for ROWS rows and VECTORS vectors of columns.
+// out[r] += sum of scores[r][p] * values[p], in ascending order, for ROWS rows and VECTORS vectors of columns.
 template <class V, int ROWS, int VECTORS>
 void weigh_columns(const float* scores, const float* values, int64_t step, int64_t begin, int64_t end, float* out, int64_t out_step) {
   using Floats = typename V::Floats;
@@ -249,7 +249,7 @@ void weigh_columns(const float* scores, const float* values, int64_t step, int64
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
-    for (int k = 0; k < VECTORS; ++k) sums[r][k] = V::splat(0.0f);
+    for (int k = 0; k < VECTORS; ++k) sums[r][k] = V::floats(out + r * out_step + k * V::kRows);
   for (int64_t p = begin; p < end; ++p) {
     const float* const value = values + p * step;
 #pragma GCC unroll 4
@@ -273,6 +273,26 @@ void weigh_rows(const float* scores, const float* values, int64_t step, int64_t 
   for (; k < padded; k += V::kRows) weigh_columns<V, ROWS, 1>(scores, values + k, step, begin, end, out + k, padded);
 }
 
+// Positions that some query of a tile does not see may hold anything, and a weight of 0 would not hide it: each row takes
+// its own positions, and rows go together where they see the same.
+template <class V, int ROWS>
+void weigh_tile(const QueryTile& tile, int64_t first, int64_t last, int64_t row, const float* scores, const float* values, int64_t step,
+                float* out, int64_t padded) {
+  int64_t begin[ROWS], end[ROWS], from = 0, until = kChunk;
+  for (int r = 0; r < ROWS; ++r) {
+    const int64_t query = (row + r) / tile.heads, seen = tile.position + query + 1 < last ? tile.position + query + 1 : last;
+    begin[r] = tile.begin_of(query) > first ? tile.begin_of(query) - first : 0;
+    end[r] = seen > first ? seen - first : 0;
+    from = begin[r] > from ? begin[r] : from;
+    until = end[r] < until ? end[r] : until;
+  }
+  until = until > from ? until : from;
+  for (int r = 0; r < ROWS; ++r)
+    weigh_rows<V, 1>(scores + r * kChunk, values, step, begin[r], end[r] < from ? end[r] : from, out + r * padded, padded);
+  weigh_rows<V, ROWS>(scores, values, step, from, until, out, padded);
+  for (int r = 0; r < ROWS; ++r) weigh_rows<V, 1>(scores + r * kChunk, values, step, until, end[r], out + r * padded, padded);
+}
+
 template <class V>
 void attend(const QueryTile& tile, int64_t chunk, const Partial& to, float* scratch) {
   const int64_t size = tile.head_size, padded = (size + V::kRows - 1) / V::kRows * V::kRows, rows = tile.rows();
@@ -280,7 +300,6 @@ void attend(const QueryTile& tile, int64_t chunk, const Partial& to, float* scra
   const int64_t room = padded_head(size);
   float *const keys_copy = scratch, *const values_copy = keys_copy + kChunk * room, *const out = values_copy + kChunk * room,
         *const scores = out + rows * room;
-  const int64_t seen = tile.begin() > first ? tile.begin() - first : 0;  // positions before it are seen by no query
   int64_t keys_step, values_step;
   const float* const keys = chunk_rows<V>(tile.keys, tile.keys_stride, tile.type, first, count, size, keys_copy, keys_step);
   const float* const values = chunk_rows<V>(tile.values, tile.values_stride, tile.type, first, count, size, values_copy, values_step);
@@ -307,10 +326,11 @@ void attend(const QueryTile& tile, int64_t chunk, const Partial& to, float* scra
       }
     }
   }
+  std::memset(out, 0, static_cast<size_t>(rows * padded) * sizeof(float));
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) weigh_rows<V, 4>(scores + r * kChunk, values, values_step, seen, count, out + r * padded, padded);
-  for (; r + 2 <= rows; r += 2) weigh_rows<V, 2>(scores + r * kChunk, values, values_step, seen, count, out + r * padded, padded);
-  for (; r < rows; ++r) weigh_rows<V, 1>(scores + r * kChunk, values, values_step, seen, count, out + r * padded, padded);
+  for (; r + 4 <= rows; r += 4) weigh_tile<V, 4>(tile, first, last, r, scores + r * kChunk, values, values_step, out + r * padded, padded);
+  for (; r + 2 <= rows; r += 2) weigh_tile<V, 2>(tile, first, last, r, scores + r * kChunk, values, values_step, out + r * padded, padded);
+  for (; r < rows; ++r) weigh_tile<V, 1>(tile, first, last, r, scores + r * kChunk, values, values_step, out + r * padded, padded);
   for (r = 0; r < rows; ++r) std::memcpy(to.out + r * size, out + r * padded, static_cast<size_t>(size) * sizeof(float));
 }
 
