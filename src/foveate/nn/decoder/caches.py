@@ -181,7 +181,7 @@ def _static(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | No
 
 def _growing(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | None:
     batch, length = x.shape[:2]
-    keys, values, pasts = [], [], []
+    past, pasts = -1, []
     for layer, block in zip(layers, structure.blocks, strict=True):
         if not hasattr(layer, "room"):
             held = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
@@ -190,22 +190,21 @@ def _growing(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | N
             layer.room, layer.lengths = [None, None], [0, 0]
             if layer.is_initialized and held[0] is not None and held[0].numel():
                 layer.keys, layer.values = held
-        if layer.is_sliding and layer.record_past:
+        end = layer.lengths[0] + length
+        if not all(t is not None and t.dim() == 4 and t.shape[2] >= end for t in layer.room) and not _grow(
+            layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x
+        ):
             return None
-        is_full = (
-            layer.room[0] is None
-            or layer.room[0].dim() < 2
-            or min(t.shape[-2] for t in layer.room) < layer.lengths[0] + length
-        )
-        if is_full and not _grow(layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x):
+        seen = layer.lengths[0]
+        pasts.append(seen)
+        if layer.is_sliding:
+            if layer.record_past:
+                return None
+            seen = layer.cumulative_length
+        if past not in (-1, seen) or layer.room[0].shape[0] != batch:
             return None
-        keys.append(layer.room[0])
-        values.append(layer.room[1])
-        pasts.append(layer.lengths[0])
-    past = int(layers[0].get_seq_length())
-    if any(key.shape[0] != batch for key in keys) or any(layer.get_seq_length() != past for layer in layers):
-        return None
-    return Room(keys, values, past, pasts, layers)
+        past = seen
+    return Room([layer.room[0] for layer in layers], [layer.room[1] for layer in layers], past, pasts, layers)
 
 
 def _grow(layer: Any, shape: tuple[int, int, int, int], x: Tensor) -> bool:

@@ -12,6 +12,7 @@ it is: its blocks compute something that their structure does not tell.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,8 +64,11 @@ class FusedForward:
         self._is_checking = False
         self._handle: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._hooks: list[tuple[dict[int, Any], int]] = []
+        self._holders: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        self._held: list[Any] = []
+        self._hooks: list[dict[int, Any]] = []
+        self._hook_counts: list[int] = []
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -100,23 +104,24 @@ class FusedForward:
 
     def _look(self, structure: Structure) -> None:
         """Note which modules there are and what hooks they have: what a later call must find again."""
-        self._places, self._hooks = [], []
-        parts = [*self._base.layers, structure.last]  # type: ignore[misc]
-        for part in parts:
+        self._holders, self._names, self._held, self._hooks = [], [], [], []
+        for part in (*self._base.layers, structure.last):  # type: ignore[misc]
             for module in part.modules():
                 if isinstance(module, PlaneWeight):
                     continue
-                self._places += [(module._modules, name, child) for name, child in module._modules.items()]
-                self._places += [(module._parameters, name, own) for name, own in module._parameters.items()]
-                self._hooks += [(hooks, len(hooks)) for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+                for holder in (module._modules, module._parameters):
+                    self._holders += [holder] * len(holder)
+                    self._names += list(holder)
+                    self._held += list(holder.values())
+                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+        self._hook_counts = list(map(len, self._hooks))
         config: Any = self._base.config
         self._drops = bool(getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0))
 
     def _is_as_before(self) -> bool:
-        """Whether the blocks have the modules and hooks that they had. A parameter may have been changed in place."""
-        return all(held.get(name) is own for held, name, own in self._places) and all(
-            len(hooks) == count for hooks, count in self._hooks
-        )
+        """Whether the blocks have the modules and hooks that they had. Parameters may have been changed in place."""
+        now = map(dict.get, self._holders, self._names)  # hundreds: loops in Python would be a tenth of a token's time
+        return all(map(operator.is_, now, self._held)) and list(map(len, self._hooks)) == self._hook_counts
 
     def _weights(self) -> Iterator[PlaneWeight]:
         for block in self.structure.blocks:
@@ -190,9 +195,10 @@ class FusedForward:
             return None
         if self._handle is None:
             self._handle = self._hold()
-        book = next(self._weights()).passes.book  # type: ignore[union-attr]
+        passes = self.structure.blocks[0].groups[0][0].weight.passes
+        assert passes is not None
         hidden: Tensor = torch.ops.foveate.decoder_blocks(
-            x, self._handle, book, room.keys, room.values, *turned, first, room.pasts
+            x, self._handle, passes.book, room.keys, room.values, *turned, first, room.pasts
         )
         room.advance(x.shape[1])
         return hidden
