@@ -1,4 +1,4 @@
-"""The ops of a decoder's blocks: `decoder_handle`, `decoder_blocks`.
+"""The ops of a decoder's blocks: `decoder_handle`, `decoder_blocks` and `decoder_blocks_paged`.
 
 A model of thirty small layers spends more time between its products than in them. `decoder_blocks` computes all blocks
 of a decoder in one call: norms, products with weights on planes, rotary positions, attention over exact caches, gates
@@ -12,6 +12,7 @@ neither on the other rows, nor on the threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,18 +31,18 @@ define(
 )
 
 
+define(
+    "decoder_blocks_paged(Tensor x, Tensor handle, Tensor book, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine,"
+    " Tensor sine, Tensor lengths, Tensor[] ends, Tensor[] reads, Tensor[] writes) -> Tensor",
+    reference.decoder_blocks_paged,
+)
+
+
 def _blocks_fake(
-    x: Tensor,
-    handle: Tensor,
-    book: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    cosine: Tensor,
-    sine: Tensor,
-    first: Tensor | None,
-    past: Sequence[int],
+    x: Tensor, handle: Tensor, book: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], *_: Any
 ) -> Tensor:
     return torch.empty_like(x)
 
 
-torch.library.register_fake("foveate::decoder_blocks", _blocks_fake, lib=LIBRARY)
+for _name in ("decoder_blocks", "decoder_blocks_paged"):
+    torch.library.register_fake(f"foveate::{_name}", _blocks_fake, lib=LIBRARY)

@@ -185,21 +185,84 @@ def decoder_blocks(
         first: int64 [B], the first cached position of each sequence that is no padding, in all caches; None for 0.
         past: for each block how many positions its cache holds.
     """
+    decoder = _decoder_of(handle)
+    length = x.shape[1]
+
+    def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        held = past[number]
+        for cache, new in ((keys[number], k), (values[number], v)):
+            cache[:, :, held : held + length] = new.transpose(1, 2).to(cache.dtype)
+        seen_keys, seen_values = (cache[number][:, :, : held + length].float() for cache in (keys, values))
+        return _attention(q, seen_keys, seen_values, decoder.blocks[number], first)
+
+    return _through(decoder, x, book, cosine, sine, attention)
+
+
+def decoder_blocks_paged(
+    x: Tensor,
+    handle: Tensor,
+    book: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    lengths: Tensor,
+    ends: Sequence[Tensor],
+    reads: Sequence[Tensor],
+    writes: Sequence[Tensor],
+) -> Tensor:
+    """As `decoder_blocks`, for sequences of any lengths whose cached positions lie anywhere.
+
+    Args:
+        x: hidden states [1, S, H], sequence after sequence.
+        handle, book: as for `decoder_blocks`.
+        keys, values: for each block [places, kv_heads, D].
+        cosine, sine: the angles of the rows of x, float32 [tables, 1, S, rotary size].
+        lengths: int64, the rows of each sequence.
+        ends: for each block int64 [sequences + 1]: reads[ends[i] : ends[i + 1]] are the places of sequence i.
+        reads: for each block int64, the places of all positions of each sequence, in order; the last ones are the new.
+        writes: for each block int64 [S], the place of each row.
+    """
+    decoder = _decoder_of(handle)
+
+    def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for cache, new in ((keys[number], k), (values[number], v)):
+            cache[writes[number]] = new[0].to(cache.dtype)
+        made, row = [], 0
+        for i, length in enumerate(lengths.tolist()):
+            places = reads[number][int(ends[number][i]) : int(ends[number][i + 1])]
+            seen_keys, seen_values = (cache[number][places].transpose(0, 1)[None].float() for cache in (keys, values))
+            made.append(_attention(q[:, row : row + length], seen_keys, seen_values, decoder.blocks[number], None))
+            row += length
+        return torch.cat(made, 1)
+
+    return _through(decoder, x, book, cosine, sine, attention)
+
+
+def _decoder_of(handle: Tensor) -> _Decoder:
     if int(handle) not in _DECODERS:
         raise RuntimeError(f"decoder (={int(handle)}) stands for no decoder of this process: it is gone")
-    decoder = _DECODERS[int(handle)]
+    return _DECODERS[int(handle)]
+
+
+def _through(
+    decoder: _Decoder,
+    x: Tensor,
+    book: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    attention: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """x through all blocks. `attention` takes the number of a block and its q, k and v [B, S, heads, D]."""
     h = x.float()
-    for block, key, value, held in zip(decoder.blocks, keys, values, past, strict=True):
+    for number, block in enumerate(decoder.blocks):
         n, norms = block.numbers, block.norms
         shapes = (n.heads * n.head_size, n.kv_heads * n.head_size, n.kv_heads * n.head_size)
         q, k, v = _products(block, 0, norms[0].of(h), book).split(shapes, -1)
         angles = (cosine[n.rotary_table], sine[n.rotary_table]) if n.rotary_size else None
         q = _placed(q, norms[1], n.heads, n, angles) * block.constants.scale
         k = _placed(k, norms[2], n.kv_heads, n, angles)
-        end = held + x.shape[1]
-        key[:, :, held:end] = k.transpose(1, 2).to(key.dtype)
-        value[:, :, held:end] = v.unflatten(-1, (n.kv_heads, -1)).transpose(1, 2).to(value.dtype)
-        attended = _attention(q, key[:, :, :end].float(), value[:, :, :end].float(), block, first)
+        attended = attention(number, q, k, v.unflatten(-1, (n.kv_heads, -1)))
         h = h + block.constants.residual * norms[3].of(_products(block, 1, attended, book))
         gate, up = _products(block, 2, norms[4].of(h), book).chunk(2, -1)
         inner = ACTIVATIONS[n.activation][1](gate) * up

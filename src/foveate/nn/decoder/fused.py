@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from foveate.kernels.decoder.reference import NO_NORM
 from foveate.nn.decoder.caches import Room, room_in, scratch
 from foveate.nn.decoder.masks import OtherMask, first_positions
+from foveate.nn.decoder.pages import ARGUMENTS, is_paged, pages_of
 from foveate.nn.decoder.structure import Block, NotRecognized, Structure, angles, structure_of
 from foveate.nn.linear_call import LinearCall
 from foveate.nn.plane_module import NO_BIAS
@@ -66,7 +67,7 @@ class FusedForward:
         self._angles: tuple[Tensor, Tensor] | None = None
         self._holders: list[dict[str, Any]] = []
         self._names: list[str] = []
-        self._held: list[Any] = []
+        self._modules: list[Any] = []
         self._hooks: list[dict[int, Any]] = []
         self._hook_counts: list[int] = []
 
@@ -104,7 +105,7 @@ class FusedForward:
 
     def _look(self, structure: Structure) -> None:
         """Note which modules there are and what hooks they have: what a later call must find again."""
-        self._holders, self._names, self._held, self._hooks = [], [], [], []
+        self._holders, self._names, self._modules, self._hooks = [], [], [], []
         for part in (*self._base.layers, structure.last):  # type: ignore[misc]
             for module in part.modules():
                 if isinstance(module, PlaneWeight):
@@ -112,7 +113,7 @@ class FusedForward:
                 for holder in (module._modules, module._parameters):
                     self._holders += [holder] * len(holder)
                     self._names += list(holder)
-                    self._held += list(holder.values())
+                    self._modules += list(holder.values())
                 self._hooks += [module._forward_hooks, module._forward_pre_hooks]
         self._hook_counts = list(map(len, self._hooks))
         config: Any = self._base.config
@@ -121,7 +122,7 @@ class FusedForward:
     def _is_as_before(self) -> bool:
         """Whether the blocks have the modules and hooks that they had. Parameters may have been changed in place."""
         now = map(dict.get, self._holders, self._names)  # hundreds: loops in Python would be a tenth of a token's time
-        return all(map(operator.is_, now, self._held)) and list(map(len, self._hooks)) == self._hook_counts
+        return all(map(operator.is_, now, self._modules)) and list(map(len, self._hooks)) == self._hook_counts
 
     def _weights(self) -> Iterator[PlaneWeight]:
         for block in self.structure.blocks:
@@ -144,7 +145,9 @@ class FusedForward:
             if len(args) > 1 or "input_ids" in kwargs:
                 return None
         return_dict = given.pop("return_dict", None)
-        if any(value is not None and value is not False for name, value in given.items() if name not in _KNOWN):
+        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
+        known = _KNOWN | ARGUMENTS if is_paged(cache) else _KNOWN
+        if any(value is not None and value is not False for name, value in given.items() if name not in known):
             return None
         base: Any = self._base
         config = base.config
@@ -159,7 +162,6 @@ class FusedForward:
         ids, x = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (x is None):
             return None
-        cache = next((given[name] for name in _CACHES if given.get(name) is not None), None)
         if cache is None and given.get("use_cache", getattr(config, "use_cache", False)):
             from transformers import DynamicCache
 
@@ -173,6 +175,14 @@ class FusedForward:
             or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
         ):
             return None
+        hidden = self._paged(x, cache, given) if is_paged(cache) else self._cached(x, cache, given)
+        if hidden is None:
+            return None
+        self.fused_calls += 1
+        output = _output_class()(last_hidden_state=hidden, **{_cache_field(): cache})
+        return output.to_tuple() if return_dict is False else output
+
+    def _cached(self, x: Tensor, cache: Any, given: dict[str, Any]) -> Tensor | None:
         room = room_in(cache, self.structure, x)
         if room is None:
             return None
@@ -182,23 +192,44 @@ class FusedForward:
             return None
         if first is not None and (set(room.pasts) != {room.past} or len(first) != x.shape[0]):
             return None
-        hidden = self._run(x.contiguous(), room, given.get("position_ids"), first)
-        if hidden is None:
+        return self._run(x.contiguous(), room, given.get("position_ids"), first)
+
+    def _paged(self, x: Tensor, cache: Any, given: dict[str, Any]) -> Tensor | None:
+        pages = pages_of(cache, given, len(self.structure.blocks), x.shape[1])
+        turned = self._angles_of(given.get("position_ids"), 0, x)
+        if pages is None or turned is None or x.shape[0] != 1:
             return None
-        self.fused_calls += 1
-        output = _output_class()(last_hidden_state=hidden, **{_cache_field(): cache})
-        return output.to_tuple() if return_dict is False else output
+        hidden: Tensor = torch.ops.foveate.decoder_blocks_paged(
+            x.contiguous(),
+            self._held(),
+            self._book(),
+            pages.keys,
+            pages.values,
+            *turned,
+            pages.lengths,
+            pages.ends,
+            pages.reads,
+            pages.writes,
+        )
+        return hidden
+
+    def _book(self) -> Tensor:
+        passes = self.structure.blocks[0].groups[0][0].weight.passes
+        assert passes is not None
+        return passes.book
+
+    def _held(self) -> Tensor:
+        """The handle of the blocks, made when it is first needed and after a weight was replaced."""
+        if self._handle is None:
+            self._handle = self._hold()
+        return self._handle
 
     def _run(self, x: Tensor, room: Room, positions: Tensor | None, first: Any) -> Tensor | None:
         turned = self._angles_of(positions, room.past, x)
         if turned is None:
             return None
-        if self._handle is None:
-            self._handle = self._hold()
-        passes = self.structure.blocks[0].groups[0][0].weight.passes
-        assert passes is not None
         hidden: Tensor = torch.ops.foveate.decoder_blocks(
-            x, self._handle, passes.book, room.keys, room.values, *turned, first, room.pasts
+            x, self._held(), self._book(), room.keys, room.values, *turned, first, room.pasts
         )
         room.advance(x.shape[1])
         return hidden

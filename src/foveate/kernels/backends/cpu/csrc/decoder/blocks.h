@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "decoder/decoder.h"
@@ -42,6 +43,7 @@ struct Numbers {
 
   int64_t queries() const { return heads * head_size; }
   int64_t keys() const { return kv_heads * head_size; }
+  int64_t shared() const { return heads / kv_heads; }  // heads that share keys
 };
 struct Constants {
   double scale;     // of scores
@@ -68,5 +70,8 @@ struct Decoder {
   // the most of any block: of what its groups are given and put out, and of its heads
   int64_t most_input = 0, most_projected = 0, most_heads = 0, most_head_size = 0;
 };
+
+// The decoder that a handle stands for.
+std::shared_ptr<const Decoder> decoder_by(const at::Tensor& handle);
 
 }  // namespace foveate

@@ -165,15 +165,16 @@ inline __attribute__((always_inline)) typename V::Floats sums_of_lanes(typename 
 
 // The keys or values of a chunk as rows of floats, `step` apart: where they lie, or copied.
 template <class V>
-const float* chunk_rows(const void* data, int64_t stride, Type type, int64_t begin, int64_t count, int64_t size, float* copy, int64_t& step) {
-  if (type == Type::kFloat32 && size % V::kRows == 0) {
+const float* chunk_rows(const QueryTile& tile, const void* data, int64_t stride, int64_t begin, int64_t count, float* copy, int64_t& step) {
+  const int64_t size = tile.head_size;
+  if (tile.type == Type::kFloat32 && size % V::kRows == 0 && !tile.places) {
     step = stride;
     return static_cast<const float*>(data) + begin * stride;
   }
   step = padded_head(size);
   for (int64_t p = 0; p < count; ++p) {
     float* const row = copy + p * step;
-    load_row<V>({data, stride, size, nullptr, nullptr, type}, begin + p, row);
+    load_row<V>({data, stride, size, nullptr, nullptr, tile.type}, tile.places ? tile.places[begin + p] : begin + p, row);
     for (int64_t k = size; k < step; ++k) row[k] = 0.0f;
   }
   return copy;
@@ -301,8 +302,8 @@ void attend(const QueryTile& tile, int64_t chunk, const Partial& to, float* scra
   float *const keys_copy = scratch, *const values_copy = keys_copy + kChunk * room, *const out = values_copy + kChunk * room,
         *const scores = out + rows * room;
   int64_t keys_step, values_step;
-  const float* const keys = chunk_rows<V>(tile.keys, tile.keys_stride, tile.type, first, count, size, keys_copy, keys_step);
-  const float* const values = chunk_rows<V>(tile.values, tile.values_stride, tile.type, first, count, size, values_copy, values_step);
+  const float* const keys = chunk_rows<V>(tile, tile.keys, tile.keys_stride, first, count, keys_copy, keys_step);
+  const float* const values = chunk_rows<V>(tile, tile.values, tile.values_stride, first, count, values_copy, values_step);
   float line[kMaxHead + kVectorFloats];
   for (int64_t s = 0; s < tile.queries_count; ++s) {
     const int64_t begin = tile.begin_of(s) > first ? tile.begin_of(s) - first : 0;

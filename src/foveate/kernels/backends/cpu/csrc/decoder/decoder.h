@@ -26,7 +26,8 @@ struct QueryTile {
   int64_t window;        // positions that a query sees, itself among them; 0: all
   float cap;             // scores are cap * tanh(score / cap); 0: as they are
   const void *keys, *values;  // of one sequence and head
-  int64_t keys_stride, values_stride;  // in elements, between two positions
+  int64_t keys_stride, values_stride;  // in elements, between two places
+  const int64_t* places;  // of each position; null: the position
   Type type;
 
   int64_t rows() const { return queries_count * heads; }

@@ -1,0 +1,351 @@
+// One call of a decoder: its rows, chunk by chunk, through all blocks, as parts of the work of one team of threads.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "decoder/blocks.h"
+#include "decoder/group.h"
+#include "decoder/scratch.h"
+#include "team.h"
+
+namespace foveate {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 512;
+constexpr int64_t kSplitRows = 16;    // rows of a chunk up to which chunks of cached positions are units of work
+constexpr int64_t kTileQueries = 32;  // queries, times the heads that share keys, of one unit of attention
+
+int64_t tile_queries(const Numbers& n) { return std::max<int64_t>(1, kTileQueries * n.kv_heads / n.heads); }
+
+// Consecutive rows of x that are the newest positions of one sequence.
+struct Sequence {
+  int64_t row, length;
+};
+
+// Where the keys and values of a block are: sequence s, head h and position p at s * sequence + h * head + place * position
+// elements, where place is p; or of pages, where places are listed.
+struct BlockCache {
+  Tensor keys, values;  // [B, heads, T, D], or pages [places, heads, D]
+  int64_t past = 0;
+  const int64_t* ends = nullptr;   // of pages: [sequences + 1], where the places of each sequence are in `reads`
+  const int64_t* reads = nullptr;  // the places of all positions of each sequence, the new ones included
+  const int64_t* writes = nullptr; // the place of each row of x
+
+  bool paged() const { return ends != nullptr; }
+  int64_t past_of(int64_t sequence, int64_t length) const { return paged() ? ends[sequence + 1] - ends[sequence] - length : past; }
+  static int64_t bytes(const Tensor& t, int64_t elements) { return elements * static_cast<int64_t>(t.element_size()); }
+  // The first byte of a sequence's head; of pages that of the head alone.
+  char* memory(const Tensor& t, int64_t sequence, int64_t head) const {
+    const int64_t at = paged() ? head * t.stride(1) : sequence * t.stride(0) + head * t.stride(1);
+    return static_cast<char*>(t.data_ptr()) + bytes(t, at);
+  }
+  int64_t stride(const Tensor& t) const { return t.stride(paged() ? 0 : 2); }
+};
+
+// What one call is given, checked.
+struct Call {
+  const Decoder& decoder;
+  const Pass& pass;
+  Tensor x, out;                    // [.., H]
+  at::IntArrayRef shape;            // of x without H, by which rows belong to the pass
+  std::vector<Sequence> sequences;  // in the order of their rows
+  bool together;                    // sequences of one length, of which each chunk takes the same positions
+  std::vector<BlockCache> caches;   // of each block
+  const float *cosine, *sine;       // [tables, angles, rotary size]
+  int64_t angles;                   // of all rows of x, or of the positions of one sequence
+  const int64_t* first;             // [sequences], or null
+
+  int64_t width() const { return x.size(-1); }
+  int64_t rows() const { return x.numel() / width(); }
+};
+
+class Run {
+ public:
+  explicit Run(const Call& call) : call_(call), decoder_(call.decoder), threads_(at::get_num_threads()), groups_(call.decoder.blocks.size()) {
+    const int64_t sequences = static_cast<int64_t>(call.sequences.size());
+    whole_ = call.together ? call.sequences[0].length : call.rows();
+    step_ = std::min(whole_, call.together ? std::max<int64_t>(1, kRowsAtOnce / sequences) : kRowsAtOnce);
+    most_rows_ = call.together ? step_ * sequences : step_;
+    if (most_rows_ <= kSplitRows)
+      for (const BlockCache& cache : call.caches)
+        for (int64_t s = 0; s < sequences; ++s) {
+          const int64_t length = call.sequences[static_cast<size_t>(s)].length;
+          splits_ = std::max(splits_, over(cache.past_of(s, length) + length, kChunk));
+        }
+    row_maps(call.pass, call.shape, call.rows(), std::nullopt, pairs_);
+    chooses_ = differ(pairs_);
+    int64_t slot_bytes[kGroups] = {};
+    for (size_t b = 0; b < groups_.size(); ++b) {
+      const Block& block = decoder_.blocks[b];
+      for (int g = 0; g < kGroups; ++g) {
+        groups_[b][g].read(*block.groups[g], *call.pass.generation, block.biases[g]);
+        slot_bytes[g] = std::max(slot_bytes[g], groups_[b][g].most_bytes(most_rows_));
+      }
+      const int64_t rows = std::min(tile_queries(block.numbers), step_) * block.numbers.shared();
+      thread_floats_ = std::max(thread_floats_, attend_scratch(rows, block.numbers.head_size) + rows * (2 + block.numbers.head_size));
+    }
+    scratch_.emplace(decoder_, most_rows_, splits_, slot_bytes, thread_floats_, threads_);
+  }
+
+  void run() {
+    for (int64_t begin = 0; begin < whole_; begin += step_) {
+      prepare(begin, std::min(whole_, begin + step_));
+      run_team(true, [&](Team& team, int64_t thread) { chunk(team, thread); });
+      faults_.raise();
+    }
+  }
+
+ private:
+  // Rows of a chunk that belong to one sequence: positions from..until of those that are new in it.
+  struct Segment {
+    int64_t sequence, from, until, row;
+  };
+  struct Tile {
+    size_t segment;
+    int64_t from, until;
+  };
+
+  int64_t rows() const { return rows_; }
+  const Segment& segment_of(int64_t row) const { return segments_[segment_of_row_[static_cast<size_t>(row)]]; }
+  int64_t row_of_x(int64_t row) const {
+    const Segment& s = segment_of(row);
+    return call_.sequences[static_cast<size_t>(s.sequence)].row + s.from + row - s.row;
+  }
+  const float* angle(const float* table, const Block& block, int64_t row) const {
+    const Segment& s = segment_of(row);
+    const int64_t at = call_.angles == call_.rows() ? row_of_x(row) : s.from + row - s.row;
+    return table + (block.numbers.rotary_table * call_.angles + at) * decoder_.rotary_size;
+  }
+  static int64_t projected(const Numbers& n) { return n.queries() + 2 * n.keys(); }
+  InputRows input_rows(int64_t columns) const { return {scratch_->input, columns, columns, nullptr, nullptr, Type::kFloat32}; }
+  Partial partial(int64_t row, int64_t head, int64_t split) const {
+    const int64_t at = (row * decoder_.most_heads + head) * splits_ + split;
+    return {scratch_->totals + 2 * at, scratch_->totals + 2 * at + 1, scratch_->weighed + at * decoder_.most_head_size};
+  }
+
+  // Before the team begins with a chunk of rows.
+  void prepare(int64_t begin, int64_t end);
+  // All blocks of a chunk, by one thread of a team.
+  void chunk(Team& team, int64_t thread);
+  void products(Team& team, int64_t thread, Group& group, int g, const std::array<float*, 3>& to, int64_t stride);
+  void add_output(const Block& block, NormSlot norm, int64_t row);
+  void position_row(const Block& block, const BlockCache& cache, int64_t row);
+  QueryTile tile_of(const Block& block, const BlockCache& cache, const Tile& tile, int64_t head) const;
+  void attention(Team& team, int64_t thread, const Block& block, const BlockCache& cache);
+  void merge_row(const Block& block, int64_t row);
+
+  const Call& call_;
+  const Decoder& decoder_;
+  const int64_t threads_;
+  int64_t whole_ = 0, step_ = 0, most_rows_ = 0, splits_ = 1, thread_floats_ = 0;
+  std::optional<Scratch> scratch_;
+  std::vector<std::array<Group, kGroups>> groups_;
+  std::vector<uint8_t> pairs_, chunk_pairs_;
+  bool chooses_ = false;
+  int64_t rows_ = 0;
+  std::vector<Segment> segments_;
+  std::vector<size_t> segment_of_row_;
+  Faults faults_;
+};
+
+void Run::prepare(int64_t begin, int64_t end) {
+  segments_.clear();
+  segment_of_row_.clear();
+  rows_ = 0;
+  for (size_t i = 0; i < call_.sequences.size(); ++i) {
+    const Sequence& one = call_.sequences[i];
+    const int64_t offset = call_.together ? 0 : one.row;
+    const int64_t from = std::max<int64_t>(0, begin - offset), until = std::min(one.length, end - offset);
+    if (from >= until) continue;
+    segments_.push_back({static_cast<int64_t>(i), from, until, rows_});
+    rows_ += until - from;
+    segment_of_row_.resize(static_cast<size_t>(rows_), segments_.size() - 1);
+  }
+  chunk_pairs_.clear();
+  if (!pairs_.empty())
+    for (int64_t row = 0; row < rows_; ++row) chunk_pairs_.insert(chunk_pairs_.end(), pairs_.begin() + 2 * row_of_x(row), pairs_.begin() + 2 * row_of_x(row) + 2);
+  if (chooses_) return;
+  const std::vector<std::vector<uint8_t>> maps{chosen_maps(chunk_pairs_)};
+  for (auto& block : groups_)
+    for (int g = 0; g < kGroups; ++g) block[g].arrange(maps, rows_, input_rows(block[g].columns()), scratch_->slots[g]);
+}
+
+// The products of a group with the rows of its input, which are quantized already where nothing is to be chosen.
+void Run::products(Team& team, int64_t thread, Group& group, int g, const std::array<float*, 3>& to, int64_t stride) {
+  if (chooses_) {
+    team.part(thread, 1, 1, [&](int64_t, int64_t) {
+      const Tensor x = at::from_blob(scratch_->input, {rows_, group.columns()}, at::kFloat);
+      group.arrange(group.decide(*call_.pass.generation, x, chunk_pairs_), rows_, input_rows(group.columns()), scratch_->slots[g]);
+    });
+    team.part(thread, rows_, 1, [&](int64_t row, int64_t row_end) { group.quantize(row, row_end, faults_); });
+  }
+  group.multiply(team, thread, to.data(), stride, threads_, faults_);
+}
+
+// hidden += what attention or the MLP of a block has put out, which some decoders norm first.
+void Run::add_output(const Block& block, NormSlot norm, int64_t row) {
+  const int64_t width = decoder_.width;
+  float* const hidden = scratch_->hidden + row * width;
+  const float* output = scratch_->output + row * width;
+  if (block.norms[norm].kind != NormKind::kNone) {
+    float* const normed = scratch_->input + row * width;
+    block.norms[norm].row(output, normed, width);
+    output = normed;
+  }
+  const float scale = static_cast<float>(block.constants.residual);
+  for (int64_t k = 0; k < width; ++k) hidden[k] += scale * output[k];
+}
+
+// Norms and turns the queries and keys of a row, and stores its keys and values.
+void Run::position_row(const Block& block, const BlockCache& cache, int64_t row) {
+  const Numbers& n = block.numbers;
+  const DecoderKernels& isa = kernels().decoder;
+  float* const queries = scratch_->projected + row * projected(n);
+  float *const keys = queries + n.queries(), *const values = keys + n.keys();
+  const auto ready = [&](float* heads, int64_t count, NormSlot norm) {
+    if (block.norms[norm].kind != NormKind::kNone) {
+      const int64_t each = n.whole_norms ? count * n.head_size : n.head_size;
+      for (int64_t k = 0; k < count * n.head_size; k += each) block.norms[norm].row(heads + k, heads + k, each);
+    }
+    if (n.rotary_size)
+      for (int64_t h = 0; h < count; ++h)
+        isa.rotate(heads + h * n.head_size, angle(call_.cosine, block, row), angle(call_.sine, block, row), n.rotary_size);
+  };
+  ready(queries, n.heads, kQueryNorm);
+  ready(keys, n.kv_heads, kKeyNorm);
+  for (int64_t k = 0; k < n.queries(); ++k) queries[k] *= static_cast<float>(block.constants.scale);
+  const Segment& s = segment_of(row);
+  const int64_t position = cache.paged() ? cache.writes[row_of_x(row)] : cache.past + s.from + row - s.row;
+  const auto append = [&](const Tensor& into, const float* from) {
+    for (int64_t h = 0; h < n.kv_heads; ++h) {
+      char* const to = cache.memory(into, s.sequence, h) + BlockCache::bytes(into, position * cache.stride(into));
+      isa.store(from + h * n.head_size, to, type_of(into), n.head_size);
+    }
+  };
+  append(cache.keys, keys);
+  append(cache.values, values);
+}
+
+QueryTile Run::tile_of(const Block& block, const BlockCache& cache, const Tile& tile, int64_t head) const {
+  const Numbers& n = block.numbers;
+  const Segment& s = segments_[tile.segment];
+  const int64_t length = call_.sequences[static_cast<size_t>(s.sequence)].length, row = s.row + tile.from - s.from;
+  QueryTile made{};
+  made.queries = scratch_->projected + row * projected(n) + head * n.shared() * n.head_size;
+  made.queries_stride = projected(n);
+  made.head_size = n.head_size;
+  made.queries_count = tile.until - tile.from;
+  made.heads = n.shared();
+  made.position = cache.past_of(s.sequence, length) + tile.from;
+  made.first = call_.first ? call_.first[s.sequence] : 0;
+  made.window = n.window;
+  made.cap = static_cast<float>(block.constants.cap);
+  made.keys = cache.memory(cache.keys, s.sequence, head);
+  made.values = cache.memory(cache.values, s.sequence, head);
+  made.keys_stride = cache.stride(cache.keys);
+  made.values_stride = cache.stride(cache.values);
+  made.places = cache.paged() ? cache.reads + cache.ends[s.sequence] : nullptr;
+  made.type = type_of(cache.keys);
+  return made;
+}
+
+// Units are a head of a sequence and some of its queries; where queries are few, a head and a chunk of positions.
+void Run::attention(Team& team, int64_t thread, const Block& block, const BlockCache& cache) {
+  const Numbers& n = block.numbers;
+  const int64_t shared = n.shared(), queries = tile_queries(n);
+  std::vector<Tile> tiles;
+  for (size_t i = 0; i < segments_.size(); ++i)
+    for (int64_t from = segments_[i].from; from < segments_[i].until; from += queries) tiles.push_back({i, from, std::min(segments_[i].until, from + queries)});
+  float* const memory = scratch_->own + thread * thread_floats_;
+  float* const totals = memory + attend_scratch(std::min(queries, step_) * shared, n.head_size);
+  const int64_t count = static_cast<int64_t>(tiles.size());
+  team.part(thread, count * n.kv_heads * splits_, 1, [&](int64_t unit, int64_t unit_end) {
+    for (; unit < unit_end; ++unit) {
+      // later tiles see more, and are taken first
+      const int64_t split = unit % splits_, head = unit / splits_ % n.kv_heads;
+      const Tile& own = tiles[static_cast<size_t>(count - 1 - unit / splits_ / n.kv_heads)];
+      const QueryTile tile = tile_of(block, cache, own, head);
+      const int64_t tile_rows = tile.rows(), first_row = segments_[own.segment].row + own.from - segments_[own.segment].from;
+      const Partial found{totals, totals + tile_rows, totals + 2 * tile_rows};
+      const auto each_row = [&](const auto& take) {
+        for (int64_t r = 0; r < tile_rows; ++r)
+          take(Partial{found.most + r, found.total + r, found.out + r * n.head_size}, partial(first_row + r / shared, head * shared + r % shared, split));
+      };
+      each_row([](const Partial&, const Partial& into) { into.total[0] = 0.0f; });
+      const int64_t begin = tile.begin() / kChunk, end = over(tile.end(), kChunk), last = splits_ > 1 ? std::min(end, split + 1) : end;
+      for (int64_t c = splits_ > 1 ? std::max(begin, split) : begin; c < last; ++c) {
+        kernels().decoder.attend(tile, c, found, memory);
+        each_row([&](const Partial& from, const Partial& into) { kernels().decoder.merge(from, into, n.head_size); });
+      }
+    }
+  });
+}
+
+// What attention gives for a row, from the partials of its heads: the input of the output projection.
+void Run::merge_row(const Block& block, int64_t row) {
+  const Numbers& n = block.numbers;
+  float* const to = scratch_->input + row * n.queries();
+  for (int64_t h = 0; h < n.heads; ++h) {
+    const Partial all = partial(row, h, 0);
+    for (int64_t split = 1; split < splits_; ++split) kernels().decoder.merge(partial(row, h, split), all, n.head_size);
+    const float scale = 1.0f / all.total[0];
+    for (int64_t k = 0; k < n.head_size; ++k) to[h * n.head_size + k] = all.total[0] == 0.0f ? 0.0f : all.out[k] * scale;
+  }
+}
+
+void Run::chunk(Team& team, int64_t thread) {
+  const DecoderKernels& isa = kernels().decoder;
+  const int64_t width = decoder_.width, row_bytes = width * static_cast<int64_t>(call_.x.element_size());
+  const Type type = type_of(call_.x);
+  float *const hidden = scratch_->hidden, *const input = scratch_->input, *const projections = scratch_->projected, *const output = scratch_->output;
+  const auto each_row = [&](const auto& run) {
+    team.part(thread, rows(), 1, [&](int64_t row, int64_t row_end) {
+      for (; row < row_end; ++row) run(row);
+    });
+  };
+  const auto quantize = [&](Group& group, int64_t row) {
+    if (!chooses_) group.quantize(row, row + 1, faults_);
+  };
+  for (size_t number = 0; number < decoder_.blocks.size(); ++number) {
+    const Block& block = decoder_.blocks[number];
+    const BlockCache& cache = call_.caches[number];
+    std::array<Group, kGroups>& groups = groups_[number];
+    const Numbers& n = block.numbers;
+    each_row([&](int64_t row) {
+      if (number) add_output(decoder_.blocks[number - 1], kMlpOutputNorm, row);
+      else isa.load(static_cast<const char*>(call_.x.const_data_ptr()) + row_of_x(row) * row_bytes, type, hidden + row * width, width);
+      block.norms[kInputNorm].row(hidden + row * width, input + row * width, width);
+      quantize(groups[kQkv], row);
+    });
+    products(team, thread, groups[kQkv], kQkv, {projections, projections + n.queries(), projections + n.queries() + n.keys()}, projected(n));
+    each_row([&](int64_t row) { position_row(block, cache, row); });
+    attention(team, thread, block, cache);
+    each_row([&](int64_t row) {
+      merge_row(block, row);
+      quantize(groups[kOutput], row);
+    });
+    products(team, thread, groups[kOutput], kOutput, {output}, width);
+    each_row([&](int64_t row) {
+      add_output(block, kOutputNorm, row);
+      block.norms[kMlpNorm].row(hidden + row * width, input + row * width, width);
+      quantize(groups[kGateUp], row);
+    });
+    products(team, thread, groups[kGateUp], kGateUp, {projections, projections + block.inner}, 2 * block.inner);
+    each_row([&](int64_t row) {
+      const float* const gate = projections + row * 2 * block.inner;
+      isa.gate(gate, gate + block.inner, input + row * block.inner, block.inner, static_cast<Activation>(n.activation));
+      quantize(groups[kDown], row);
+    });
+    products(team, thread, groups[kDown], kDown, {output}, width);
+  }
+  each_row([&](int64_t row) {
+    add_output(decoder_.blocks.back(), kMlpOutputNorm, row);
+    decoder_.last.row(hidden + row * width, input + row * width, width);
+    isa.store(input + row * width, static_cast<char*>(call_.out.data_ptr()) + row_of_x(row) * row_bytes, type, width);
+  });
+}
+
+}  // namespace
+}  // namespace foveate
