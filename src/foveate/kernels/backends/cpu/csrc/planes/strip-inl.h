@@ -45,8 +45,8 @@ struct Finish {
   }
 };
 
-// sums[i] = sum(2^shift c x) of a tile's rows and lane i.
-template <class V, int KIND, bool REACHED, int LANES>
+// sums[i] = sum(2^shift c x) of a tile's rows and lane i. With GROUP the size of the group is known beforehand.
+template <class V, int KIND, bool REACHED, int LANES, int GROUP>
 inline __attribute__((always_inline)) void tile_sums(
     Reader<V, KIND>& reader, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
   using Words = typename V::Words;
@@ -81,10 +81,16 @@ inline __attribute__((always_inline)) void tile_sums(
       for (int i = 0; i < LANES; ++i) V::add_split(low[i], field, x_step + i * group);
     }
   };
-  for (int pair = 0; pair < group / 32; ++pair) {
+  const auto both = [&](int pair) __attribute__((always_inline)) {
     reader.begin_pair(pair);
     step(std::integral_constant<int, 0>{}, pair);
     step(std::integral_constant<int, 1>{}, pair);
+  };
+  if constexpr (GROUP > 0) {
+#pragma GCC unroll 4
+    for (int pair = 0; pair < GROUP / 32; ++pair) both(pair);
+  } else {
+    for (int pair = 0; pair < group / 32; ++pair) both(pair);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < LANES; ++i) {
@@ -105,7 +111,7 @@ inline __attribute__((always_inline)) void tile_product(const Weight& w, const T
     typename V::Ints sums[LANES];
     auto read = [&](auto kind, auto reached) __attribute__((always_inline)) {
       Reader<V, decltype(kind)::value> reader(tile, 4 * first, ahead);
-      tile_sums<V, decltype(kind)::value, decltype(reached)::value, LANES>(reader, codes, w.group, w.reach, sums);
+      tile_sums<V, decltype(kind)::value, decltype(reached)::value, LANES, 0>(reader, codes, w.group, w.reach, sums);
     };
     switch (tile.kind) {
       case 1: read(std::integral_constant<int, 1>{}, std::false_type{}); break;
@@ -126,8 +132,8 @@ inline __attribute__((always_inline)) void tile_product(const Weight& w, const T
 }
 
 // Adds the tiles of one level from `group` to `end` to the rows' accumulators.
-template <class V, int KIND, bool REACHED, int LANES, bool WIDE>
-void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int64_t row, int64_t group, int64_t end,
+template <class V, int KIND, bool REACHED, int LANES, bool WIDE, int GROUP>
+void run_of_group(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int64_t row, int64_t group, int64_t end,
                  TilePrefetcher* prefetcher, int64_t ahead, typename V::Floats* to) {
   constexpr int kRowsOfX = WIDE ? LANES / 2 : LANES;
   constexpr int kParts = kTileRows / V::kRows;
@@ -146,7 +152,7 @@ void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int
     for (int part = 0; part < kParts; ++part) {
       typename V::Ints sums[LANES];
       Reader<V, KIND> reader(tile, 4 * part * V::kRows, ahead);
-      tile_sums<V, KIND, REACHED, LANES>(reader, codes, w.group, w.reach, sums);
+      tile_sums<V, KIND, REACHED, LANES, GROUP>(reader, codes, w.group, w.reach, sums);
       const Finish<V> finish(tile, part * V::kRows, unit[part], w.reach, WIDE);
 #pragma GCC unroll 8
       for (int i = 0; i < kRowsOfX; ++i) acc[part][i] = finish.template add<WIDE>(acc[part][i], sums, i, x_sums[i]);
@@ -158,6 +164,16 @@ void run_product(const Weight& w, const Inputs& x, Tile tile, int64_t strip, int
   }
   for (int part = 0; part < kParts; ++part)
     for (int i = 0; i < kRowsOfX; ++i) to[part * kRowsOfX + i] = acc[part][i];
+}
+
+// At one lane a tile is so little work that a loop over its columns would be a large part of it.
+template <class V, int KIND, bool REACHED, int LANES, bool WIDE, class... Arguments>
+inline __attribute__((always_inline)) void run_product(const Weight& w, Arguments&... arguments) {
+  if constexpr (LANES == 1) {
+    if (w.group == 128) return run_of_group<V, KIND, REACHED, LANES, WIDE, 128>(w, arguments...);
+    if (w.group == 64) return run_of_group<V, KIND, REACHED, LANES, WIDE, 64>(w, arguments...);
+  }
+  run_of_group<V, KIND, REACHED, LANES, WIDE, 0>(w, arguments...);
 }
 
 // One strip times LANES lanes, from row `row` of x on. `cursor` is at the strip's beginning.
@@ -209,9 +225,9 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, TileCurso
 
 // One strip times rows [row, row_end) of x, read again for each V::kLanes lanes.
 template <class V, bool WIDE>
-Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t row, int64_t row_end) {
-  TileCursor cursor(w);
-  TilePrefetcher ahead(w);
+Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, TileCursor& cursor, TilePrefetcher& ahead, int64_t strip, int64_t row,
+                 int64_t row_end) {
+  const int64_t first = row;
   TilePrefetcher* prefetcher = nullptr;
   cursor.begin(strip);
   if (cursor.gaps) {
@@ -223,7 +239,7 @@ Fault strip_rows(const Weight& w, const Inputs& x, const Output& y, int64_t stri
     const int64_t left = (row_end - row) * kEach;
     const int lanes = static_cast<int>(left < V::kLanes ? left : V::kLanes);
     Fault fault = Fault::kNone;
-    cursor.begin(strip);
+    if (row != first) cursor.begin(strip);
     switch (lanes) {
 #define FOVEATE_LANES(n) \
   case n:                \

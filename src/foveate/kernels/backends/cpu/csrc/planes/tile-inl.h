@@ -53,6 +53,23 @@ struct Tile {
   int kind;  // planes to read; 0: skip the tile
 };
 
+// Whether all of some levels are the same one.
+inline bool alike(const uint8_t* levels, int64_t count) {
+  if (count < 8) {
+    for (int64_t i = 1; i < count; ++i)
+      if (levels[i] != levels[0]) return false;
+    return true;
+  }
+  const uint64_t first = levels[0] * 0x0101010101010101u;
+  uint64_t word, differ = 0;
+  for (int64_t i = 0; i + 8 <= count; i += 8) {
+    std::memcpy(&word, levels + i, 8);
+    differ |= word ^ first;
+  }
+  std::memcpy(&word, levels + count - 8, 8);
+  return (differ | (word ^ first)) == 0;
+}
+
 // The place in each plane while a product goes along a strip. A plane's place moves on by one tile wherever the tile
 // stores that plane, whether it is read or not.
 struct TileCursor {
@@ -79,14 +96,10 @@ struct TileCursor {
     prefetch(stored_levels, 64 + 2 * w.groups);
     prefetch(active_levels, 64 + 2 * w.groups);
     prefetch(tile_offsets, 64 + 2 * 48);
-    bool unread = false, active_differ = false, stored_differ = false;
-    for (int64_t group = 0; group < w.groups; ++group) {
-      unread |= active_levels[group] < stored_levels[group];
-      active_differ |= active_levels[group] != active_levels[0];
-      stored_differ |= stored_levels[group] != stored_levels[0];
-    }
+    const bool active_differ = !alike(active_levels, w.groups), stored_differ = !alike(stored_levels, w.groups);
     mixed = active_differ || stored_differ;
-    gaps = unread && active_differ;
+    gaps = false;
+    for (int64_t group = 0; active_differ && !gaps && group < w.groups; ++group) gaps = active_levels[group] < stored_levels[group];
   }
 
   int64_t ahead(int kind) const { return mixed ? kAheadMixed : kAhead[kind]; }

@@ -21,8 +21,11 @@ Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, 
   if constexpr (V::kByteCodes) {
     if ((row_end - row) * (x.wide ? 2 : 1) > V::kLanes) return panel_strips<V>(w, x, y, strip, strip_end, row, row_end);
   }
+  TileCursor cursor(w);
+  TilePrefetcher ahead(w);
   for (; strip < strip_end; ++strip) {
-    const Fault fault = x.wide ? strip_rows<V, true>(w, x, y, strip, row, row_end) : strip_rows<V, false>(w, x, y, strip, row, row_end);
+    const Fault fault = x.wide ? strip_rows<V, true>(w, x, y, cursor, ahead, strip, row, row_end)
+                               : strip_rows<V, false>(w, x, y, cursor, ahead, strip, row, row_end);
     if (fault != Fault::kNone) return fault;
   }
   return Fault::kNone;
