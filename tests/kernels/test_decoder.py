@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -62,46 +62,48 @@ def decoder(seed: int, numbers: reference.Numbers, *, inner: int, blocks: int, l
     width = max(10, numbers.heads * numbers.head_size - 6)
     q, k = numbers.heads * numbers.head_size, numbers.kv_heads * numbers.head_size
     joined = kinds.get("joined", False)
-    shapes = (
-        [(q + 2 * k, width)] if joined else [(q, width), (k, width), (k, width)],
-        [(width, q)],
-        [(2 * inner, width)] if joined else [(inner, width)] * 2,
-        [(width, inner)],
-    )
+    mlp = [[(2 * inner, width)] if joined else [(inner, width)] * 2, [(width, inner)]]
+    shapes = [[(q + 2 * k, width)] if joined else [(q, width), (k, width), (k, width)], [(width, q)]]
+    shapes += [[(2 * inner, width)], [(width, inner)]] * numbers.experts if numbers.experts else mlp
+    sites = len(shapes) * blocks  # inputs, one for each list of shapes
     weights = [
         coded(*s, group=32, seed=seed + i).planes
         for i, s in enumerate([s for _ in range(blocks) for part in shapes for s in part])
     ]
     maps = kinds.get("maps", 1)
     tiles = [w.stored_levels.numel() for w in weights]
-    book = ops.generation_book(torch.empty(0), tiles, 4 * blocks)
+    book = ops.generation_book(torch.empty(0), tiles, sites)
     levels = [
         torch.cat([random_levels(w, seed + 7 * m, (2, 3, 4, 6, 8)).flatten() for w in weights]) for m in range(maps)
     ]
     pairs = torch.arange(maps, dtype=torch.uint8)[:, None].repeat(1, 2)
-    ops.publish(
-        book,
-        torch.stack(levels),
-        torch.full((maps, 4 * blocks), level, dtype=torch.uint8),
-        torch.zeros(8 * blocks),
-        pairs,
-        [],
-    )
-    held: list[list[Tensor]] = [[], []]
-    biases, norms, kept = [], [], []
+    inputs = torch.full((maps, sites), level, dtype=torch.uint8)
+    ops.publish(book, torch.stack(levels), inputs, torch.zeros(2 * sites), pairs, [])
+    held: list[tuple[list[Tensor], list[Tensor]]] = [
+        ([], []),
+        ([], []),
+    ]  # groups and experts, of the op and the reference
+    biases, norms, routers, kept = [], [], [], []
     at = 0
     for b in range(blocks):
-        for group, part in enumerate(shapes):
+        for number, part in enumerate(shapes):
             own = weights[at : at + len(part)]
             tensors, geometry = [t for w in own for t in w.tensors], [n for w in own for n in w.geometry]
-            one = torch.full((1,), level, dtype=torch.uint8)
-            args = (tensors, geometry, [one] * len(own), [], list(range(at, at + len(own))), [4 * b + group] * len(own))
-            held[0].append(ops.plane_handle(*args))
-            held[1].append(planes_reference.plane_handle(*args))
+            one, site = torch.full((1,), level, dtype=torch.uint8), b * len(shapes) + number
+            args = (tensors, geometry, [one] * len(own), [], list(range(at, at + len(own))), [site] * len(own))
+            is_expert = bool(numbers.experts) and number >= 2
+            for lists, make in zip(held, (ops.plane_handle, planes_reference.plane_handle), strict=True):
+                lists[is_expert].append(make(*args))
             kept += tensors
             at += len(own)
-            made = [torch.randn(w.rows, generator=g) if kinds.get("biases") else torch.empty(0) for w in own]
-            biases += [*made, *[torch.empty(0)] * (reference.GROUPS[group] - len(own))]
+            if not is_expert:
+                made = [torch.randn(w.rows, generator=g) if kinds.get("biases") else torch.empty(0) for w in own]
+                biases += [*made, *[torch.empty(0)] * (reference.GROUPS[number] - len(own))]
+        if numbers.experts:
+            biases += [torch.empty(0)] * 3
+            for groups, _ in held:
+                groups += [torch.empty(0)] * 2
+        routers.append(torch.randn(numbers.experts, width, generator=g) if numbers.experts else torch.empty(0))
         sizes = (
             width,
             q if numbers.whole_norms else numbers.head_size,
@@ -124,8 +126,8 @@ def decoder(seed: int, numbers: reference.Numbers, *, inner: int, blocks: int, l
     ]
     floats = [*vars(constants).values(), *[1e-5] * 6] * blocks + [1e-6]
     handles = [
-        make(own, biases, norms, flat, floats)
-        for make, own in ((ops.decoder_handle, held[0]), (reference.decoder_handle, held[1]))
+        make(groups, biases, norms, routers, experts, flat, floats)
+        for make, (groups, experts) in zip((ops.decoder_handle, reference.decoder_handle), held, strict=True)
     ]
     return Decoder(width, numbers, blocks, tables, *handles, book, kept)
 
@@ -143,7 +145,12 @@ def decoders(draw: st.DrawFn) -> Decoder:
         window=draw(st.sampled_from((0, 0, 1, 3, 300))),
         whole_norms=draw(st.integers(0, 1)),
         activation=draw(st.integers(0, 3)),
+        experts=draw(st.sampled_from((0, 0, 1, 5))),
+        top_k=1,
+        normalized=draw(st.integers(0, 1)),
     )
+    if numbers.experts > 1:
+        numbers = replace(numbers, top_k=draw(st.integers(1, 4)))
     norm = st.integers(0, 2)
     return decoder(
         draw(st.integers(0, 1000)),
@@ -251,9 +258,10 @@ def test_halves_go_in_and_come_out_and_are_cached(dtype: torch.dtype) -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("level", [8, 16])
-def test_a_sequence_does_not_depend_on_its_batch_or_on_threads_or_on_how_it_is_cut(level: int) -> None:
-    d = decoder(5, NUMBERS, inner=48, blocks=2, level=level)
+@pytest.mark.parametrize(("level", "experts"), [(8, 0), (16, 0), (8, 6)])
+def test_a_sequence_does_not_depend_on_its_batch_or_on_threads_or_on_how_it_is_cut(level: int, experts: int) -> None:
+    numbers = replace(NUMBERS, experts=experts, top_k=3)
+    d = decoder(5, numbers, inner=48, blocks=2, level=level)
     x = torch.randn(3, 530, d.width, generator=generator(1))
 
     def run(rows: Tensor, cuts: list[int]) -> Tensor:
@@ -284,8 +292,10 @@ def test_a_sequence_does_not_depend_on_its_batch_or_on_threads_or_on_how_it_is_c
 
 
 @needs_compiler
-def test_each_row_reads_its_own_map() -> None:
-    d = decoder(6, NUMBERS, inner=48, blocks=2, level=8, maps=4)
+@pytest.mark.parametrize("experts", [0, 4])
+def test_each_row_reads_its_own_map(experts: int) -> None:
+    numbers = replace(NUMBERS, experts=experts, top_k=2, normalized=1)
+    d = decoder(6, numbers, inner=48, blocks=2, level=8, maps=4)
     x = torch.randn(4, 3, d.width, generator=generator(2))
     turned = d.angles(torch.arange(3)[None])
 

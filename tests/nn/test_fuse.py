@@ -43,6 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3": {"sliding_window": None},
     "Olmo2": {},
     "SmolLM3": {"num_hidden_layers": 4},
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
     "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2},
 }
 
@@ -142,12 +144,22 @@ def test_halves() -> None:
 
 
 def test_what_is_not_recognized_says_why_and_runs_as_before() -> None:
-    model = model_of("Mixtral", num_local_experts=4)
-    (found,) = fv.backends(model)
+    model = model_of("Llama")
+    fv.unfuse(model)
+    model.model.layers[0].add_module("further", nn.Identity())
+    (found,) = fv.fuse(model)
     assert not found.fused
-    assert found.reason == "block 0 has layers experts, gate"
+    assert found.reason.startswith("block 0 is made of further, input_layernorm, mlp")
     assert found.blocks == 2
     assert torch.isfinite(model(input_ids=ids()).logits).all()
+
+
+def test_a_float_layer_is_named() -> None:
+    model = model_of("Llama")
+    fv.unfuse(model)
+    model.model.layers[1].self_attn.o_proj = nn.Linear(64, 64)
+    (found,) = fv.fuse(model)
+    assert found.reason == "o_proj of block 1 is not on planes but Linear"
 
 
 def test_a_block_that_computes_something_else_is_found_out() -> None:

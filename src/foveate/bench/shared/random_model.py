@@ -17,7 +17,9 @@ from foveate.calibrate.one_weight import group_for
 from foveate.collect.kinds import find_weights, weight_matrix_shape
 from foveate.formats.levels import GAINED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
+from foveate.nn.experts import taken_apart
 from foveate.nn.levels import apply
+from foveate.nn.registry import Registry
 from foveate.nn.replace import install, site_of
 from foveate.nn.weight import PlaneWeight
 from foveate.planes import PlaneTensor, from_codes, gathered
@@ -52,6 +54,19 @@ def on_random_planes(model: nn.Module) -> nn.Module:
     All other tensors become ones. The model is changed in place and returned.
     """
     ensure_loaded()
+    with taken_apart(model):
+        registry = _installed(model)
+    model.to_empty(device="cpu")
+    ours = {id(t) for weight in registry.weights.values() for t in weight.buffers()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) not in ours and tensor.is_floating_point():
+            tensor.data.fill_(1.0)
+    apply(model, uniform(registry.sites, 8, registry.other_bytes))
+    return model.eval()
+
+
+def _installed(model: nn.Module) -> Registry:
+    """The registry of a model whose weights are random planes from now on."""
     found = find_weights(model)
     generator = torch.Generator().manual_seed(0)
     shapes = [weight_matrix_shape(f.modules[0]) for f in found]
@@ -59,14 +74,7 @@ def on_random_planes(model: nn.Module) -> nn.Module:
     planes = [_with_its_own_index(p) for p in gathered([by_shape[shape] for shape in shapes])]
     sites = [site_of(f, p) for f, p in zip(found, planes, strict=True)]
     weights = {s.name: PlaneWeight(p, torch.float32) for s, p in zip(sites, planes, strict=True)}
-    registry = install(model, found, sites, weights)
-    model.to_empty(device="cpu")
-    ours = {id(t) for weight in weights.values() for t in weight.buffers()}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) not in ours and tensor.is_floating_point():
-            tensor.data.fill_(1.0)
-    apply(model, uniform(registry.sites, 8, registry.other_bytes))
-    return model.eval()
+    return install(model, found, sites, weights)
 
 
 def random_llama(**config: Any) -> nn.Module:

@@ -21,7 +21,8 @@ from foveate.kernels.decoder import reference
 from foveate.kernels.library import LIBRARY, define
 
 define(
-    "decoder_handle(Tensor[] groups, Tensor[] biases, Tensor[] norms, int[] numbers, float[] constants) -> Tensor",
+    "decoder_handle(Tensor[] groups, Tensor[] biases, Tensor[] norms, Tensor[] routers, Tensor[] experts,"
+    " int[] numbers, float[] constants) -> Tensor",
     reference.decoder_handle,
 )
 define(

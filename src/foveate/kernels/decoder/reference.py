@@ -7,8 +7,12 @@ A block of a decoder, for hidden states h [B, S, H]:
     k and v are put into the caches at positions past .. past + S
     o = product of attention(q, cached k, cached v)
     h = h + residual * norm(o)
-    gate, up = products of norm(h);  d = product of activation(gate) * up
+    gate, up = products of norm(h)
+    d = product of activation(gate) * up
     h = h + residual * norm(d)
+
+In a mixture gate, up and down are those of the experts that a router gives a row the most of, and d is their sum by
+their shares.
 
 Each norm may be none. After the last block h is normed once more. A query at position p of sequence b sees cached
 positions from max(first[b], p - window + 1) up to p; one that sees none gets zeros.
@@ -21,7 +25,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -57,6 +61,9 @@ class Numbers:
         window: positions that a query sees, itself among them; 0 for all.
         whole_norms: 1 if queries and keys are normed whole, 0 if head by head.
         activation: a number of `ACTIVATIONS`.
+        experts: how many there are in a mixture; 0 for one MLP.
+        top_k: how many of them a row takes.
+        normalized: 1 if the weights of a row's experts add up to 1, 0 if they are shares among all experts.
     """
 
     heads: int
@@ -67,6 +74,9 @@ class Numbers:
     window: int
     whole_norms: int
     activation: int
+    experts: int = 0
+    top_k: int = 0
+    normalized: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,8 @@ class _Block:
     norms: tuple[Norm, ...]
     numbers: Numbers
     constants: Constants
+    router: Tensor
+    experts: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +135,8 @@ def decoder_handle(
     groups: Sequence[Tensor],
     biases: Sequence[Tensor],
     norms: Sequence[Tensor],
+    routers: Sequence[Tensor],
+    experts: Sequence[Tensor],
     numbers: Sequence[int],
     constants: Sequence[float],
 ) -> Tensor:
@@ -133,29 +147,37 @@ def decoder_handle(
         biases: for each block seven: of q, k and v, of the output, of gate and up, and of down. They are float32, empty
             where there is none. A weight that is several has its bias at the place of the first.
         norms: for each block the weights of its six norms, float32, then that of the last norm; empty for none.
+        routers: for each block float32 [experts, H], empty where there is one MLP. Of a block with experts the
+            last two groups are not looked at.
+        experts: the handles of each expert's two weights, gate and up as one and down, for all blocks.
         numbers: for each block its `Numbers`, then the kinds of its norms; at last the kind of the last norm, the model
             width, the rotary size and the number of tables of angles.
         constants: for each block its `Constants`, then the epsilons of its norms; at last that of the last norm.
     """
     count = len(groups) // len(GROUPS)
-    per_numbers, per_constants = 8 + NORMS, 3 + NORMS
+    own, per_constants = len(fields(Numbers)), 3 + NORMS
+    per_numbers = own + NORMS
     sizes = (len(groups), len(biases), len(norms), len(numbers), len(constants))
     if sizes != (4 * count, 7 * count, NORMS * count + 1, per_numbers * count + 4, per_constants * count + 1):
         raise RuntimeError(f"of {count} blocks there are groups, biases, norms, numbers and constants (={sizes})")
-    blocks = []
+    blocks, left = [], list(experts)
     for b in range(count):
         own_numbers = numbers[b * per_numbers : (b + 1) * per_numbers]
         own_constants = constants[b * per_constants : (b + 1) * per_constants]
-        own_norms = zip(own_numbers[8:], norms[b * NORMS : (b + 1) * NORMS], own_constants[3:], strict=True)
+        own_norms = zip(own_numbers[own:], norms[b * NORMS : (b + 1) * NORMS], own_constants[3:], strict=True)
+        of_block = Numbers(*own_numbers[:own])
         blocks.append(
             _Block(
                 tuple(groups[4 * b : 4 * b + 4]),
                 tuple(biases[7 * b : 7 * b + 7]),
                 tuple(Norm(kind, weight, eps) for kind, weight, eps in own_norms),
-                Numbers(*own_numbers[:8]),
+                of_block,
                 Constants(*own_constants[:3]),
+                routers[b],
+                tuple(left[: 2 * of_block.experts]),
             )
         )
+        left = left[2 * of_block.experts :]
     number = next(_NUMBERS)
     _DECODERS[number] = _Decoder(tuple(blocks), Norm(numbers[-4], norms[-1], constants[-1]))
     handle = torch.tensor([number])
@@ -264,10 +286,37 @@ def _through(
         k = _placed(k, norms[2], n.kv_heads, n, angles)
         attended = attention(number, q, k, v.unflatten(-1, (n.kv_heads, -1)))
         h = h + block.constants.residual * norms[3].of(_products(block, 1, attended, book))
-        gate, up = _products(block, 2, norms[4].of(h), book).chunk(2, -1)
-        inner = ACTIVATIONS[n.activation][1](gate) * up
-        h = h + block.constants.residual * norms[5].of(_products(block, 3, inner, book))
+        x_in = norms[4].of(h)
+        if n.experts:
+            out = _mixture(block, x_in, book)
+        else:
+            out = _products(block, 3, _gated(block, _products(block, 2, x_in, book)), book)
+        h = h + block.constants.residual * norms[5].of(out)
     return decoder.last.of(h).to(x.dtype)
+
+
+def _gated(block: _Block, both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, -1)
+    return ACTIVATIONS[block.numbers.activation][1](gate) * up
+
+
+def _mixture(block: _Block, x: Tensor, book: Tensor) -> Tensor:
+    """The experts of each row, added up by their shares. Rows do not depend on each other, so here all take all."""
+    n = block.numbers
+    shares, chosen = torch.softmax(x @ block.router.t(), -1).topk(n.top_k)
+    if n.normalized:
+        shares = shares / shares.sum(-1, keepdim=True)
+    out = torch.zeros_like(x)
+    for rank in range(n.top_k):
+        for expert in chosen[..., rank].unique().tolist():
+            up, down = block.experts[2 * expert : 2 * expert + 2]
+            y = _product(down, _gated(block, _product(up, x, book)), book)
+            out = torch.where((chosen[..., rank] == expert)[..., None], out + shares[..., rank, None] * y, out)
+    return out
+
+
+def _product(handle: Tensor, x: Tensor, book: Tensor) -> Tensor:
+    return plane_linear_by_handle(x.contiguous(), handle, book, None, [], rows_of_handle(handle))[0]
 
 
 def _products(block: _Block, group: int, x: Tensor, book: Tensor) -> Tensor:

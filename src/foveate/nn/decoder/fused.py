@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.kernels.decoder.reference import NO_NORM
+from foveate.kernels.decoder.reference import GROUPS, NO_NORM
 from foveate.nn.decoder.caches import Room, room_in, scratch
 from foveate.nn.decoder.masks import OtherMask, first_positions
 from foveate.nn.decoder.pages import ARGUMENTS, is_paged, pages_of
 from foveate.nn.decoder.structure import Block, NotRecognized, Structure, angles, structure_of
+from foveate.nn.experts import PlaneExperts
+from foveate.nn.fused_group import CallScope
 from foveate.nn.linear_call import LinearCall
 from foveate.nn.plane_module import NO_BIAS
 from foveate.nn.weight import PlaneWeight
@@ -37,6 +39,7 @@ _CACHES = ("cache", "past_key_values")  # the second in older releases of transf
 _KNOWN = frozenset(
     ("input_ids", "attention_mask", "position_ids", *_CACHES, "inputs_embeds", "use_cache", "cache_position")
 )
+_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_POSITIONS = 256
 _CHANGING = frozenset(("dynamic", "longrope"))  # rotary positions whose angles depend on the length
@@ -70,6 +73,8 @@ class FusedForward:
         self._modules: list[Any] = []
         self._hooks: list[dict[int, Any]] = []
         self._hook_counts: list[int] = []
+        self._output_class: Any = None
+        self._cache_field = ""
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -107,15 +112,21 @@ class FusedForward:
         """Note which modules there are and what hooks they have: what a later call must find again."""
         self._holders, self._names, self._modules, self._hooks = [], [], [], []
         for part in (*self._base.layers, structure.last):  # type: ignore[misc]
+            inside = _inside_experts(part)
             for module in part.modules():
-                if isinstance(module, PlaneWeight):
+                hooks = (module._forward_hooks, module._forward_pre_hooks)
+                if isinstance(module, PlaneWeight) or (id(module) in inside and not any(hooks)):
                     continue
                 for holder in (module._modules, module._parameters):
                     self._holders += [holder] * len(holder)
                     self._names += list(holder)
                     self._modules += list(holder.values())
-                self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-        self._hook_counts = list(map(len, self._hooks))
+                self._hooks += hooks
+        # those of fused groups, which a fused call does without
+        self._hook_counts = [
+            sum(isinstance(getattr(hook, "__self__", None), CallScope) for hook in hooks.values())
+            for hooks in self._hooks
+        ]
         config: Any = self._base.config
         self._drops = bool(getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0))
 
@@ -128,6 +139,9 @@ class FusedForward:
         for block in self.structure.blocks:
             for group in block.groups:
                 for layer in group:
+                    yield layer.weight
+            for pair in block.experts:
+                for layer in pair:
                     yield layer.weight
 
     def _fused(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,7 +165,7 @@ class FusedForward:
             return None
         base: Any = self._base
         config = base.config
-        if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+        if any(getattr(config, name, False) for name in _OUTPUTS):
             return None
         if (base.training and self._drops) or not self._is_as_before():
             return None
@@ -179,7 +193,7 @@ class FusedForward:
         if hidden is None:
             return None
         self.fused_calls += 1
-        output = _output_class()(last_hidden_state=hidden, **{_cache_field(): cache})
+        output = self._output_class(last_hidden_state=hidden, **{self._cache_field: cache})
         return output.to_tuple() if return_dict is False else output
 
     def _cached(self, x: Tensor, cache: Any, given: dict[str, Any]) -> Tensor | None:
@@ -271,8 +285,12 @@ class FusedForward:
     def _hold(self) -> Tensor:
         """The handle of the blocks as they are now."""
         groups, biases, norms, numbers, constants = [], [], [], [], []
+        routers, experts = [], []
         for block in self.structure.blocks:
             groups += [LinearCall(layers).handle for layers in block.groups]
+            groups += [_NONE] * (len(GROUPS) - len(block.groups))
+            routers.append(_NONE if block.router is None else _float32(block.router.weight))
+            experts += [LinearCall((layer,)).handle for pair in block.experts for layer in pair]
             biases += _biases(block)
             norms += [_weight(norm, kind) for norm, kind in zip(block.norms, block.norm_kinds, strict=True)]
             numbers += [*vars(block.numbers).values(), *(kind for kind, _ in block.norm_kinds)]
@@ -283,7 +301,7 @@ class FusedForward:
         constants.append(structure.last_kind[1])
         for weight in self._weights():
             weight.users.add(self)
-        handle: Tensor = torch.ops.foveate.decoder_handle(groups, biases, norms, numbers, constants)
+        handle: Tensor = torch.ops.foveate.decoder_handle(groups, biases, norms, routers, experts, numbers, constants)
         return handle
 
     @torch.no_grad()
@@ -299,7 +317,10 @@ class FusedForward:
             for begin, end in ((0, 4), (4, 5)):
                 room.past, room.pasts = begin, [begin] * len(room.keys)
                 parts.append(self._run(x[:, begin:end].contiguous(), room, None, None))
-            expected = type(base).forward(base, input_ids=ids, use_cache=False).last_hidden_state.float()
+            output = type(base).forward(base, input_ids=ids, use_cache=False)
+            self._output_class = type(output)
+            self._cache_field = next(name for name in _CACHES if name in output.__dataclass_fields__)
+            expected = output.last_hidden_state.float()
             if any(part is None for part in parts):
                 self.reason = "its rotary positions cannot be had"
                 return
@@ -313,28 +334,29 @@ class FusedForward:
             self._is_checking = False
 
 
+def _inside_experts(block: nn.Module) -> set[int]:
+    """The modules within a block's experts, by id: thousands, at which no call looks again."""
+    return {id(m) for layer in block.modules() if isinstance(layer, PlaneExperts) for m in layer.modules()} - {
+        id(layer) for layer in block.modules() if isinstance(layer, PlaneExperts)
+    }
+
+
 def _weight(norm: nn.Module | None, kind: tuple[int, float]) -> Tensor:
     if norm is None or kind[0] == NO_NORM:
         return _NONE
-    weight: Tensor = norm.weight  # type: ignore[assignment]
-    return weight.detach().float().contiguous()
+    return _float32(norm.weight)
+
+
+def _float32(weight: Any) -> Tensor:
+    made: Tensor = weight.detach().float().contiguous()
+    return made
 
 
 def _biases(block: Block) -> list[Tensor]:
     """The biases of a block's layers, in the seven places of `decoder_handle`."""
     made = []
-    for layers, places in zip(block.groups, (3, 1, 2, 1), strict=True):
+    groups = (*block.groups, *[()] * (len(GROUPS) - len(block.groups)))
+    for layers, places in zip(groups, GROUPS, strict=True):
         own = [NO_BIAS if layer.bias is None else layer.bias.detach().float() for layer in layers]
         made += [*own, *[NO_BIAS] * (places - len(own))]
     return made
-
-
-def _output_class() -> Any:
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
-    return BaseModelOutputWithPast
-
-
-def _cache_field() -> str:
-    fields = _output_class().__dataclass_fields__
-    return "cache" if "cache" in fields else "past_key_values"

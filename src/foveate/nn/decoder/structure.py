@@ -24,6 +24,7 @@ from foveate.kernels.decoder.reference import (
     Norm,
     Numbers,
 )
+from foveate.nn.experts import PlaneExperts
 from foveate.nn.modules import PlaneLinear
 
 #: The norms of a block by the names of its modules, in the order of `decoder_handle`: of the input, of queries, of
@@ -62,10 +63,13 @@ class Block:
     """A block of a decoder.
 
     Attributes:
-        groups: its linear layers, those that share an input together: q, k and v; the output; gate and up; down.
+        groups: its linear layers, those that share an input together: q, k and v; the output; gate and up; down. A
+            mixture has no more than the first two.
         norms: its six norms; None where there is none.
         norm_kinds: what each computes.
         numbers, constants: as `decoder_handle` takes them.
+        router: of a mixture.
+        experts: the two linear layers of each expert.
     """
 
     groups: tuple[tuple[PlaneLinear, ...], ...]
@@ -73,6 +77,8 @@ class Block:
     norm_kinds: tuple[tuple[int, float], ...]
     numbers: Numbers
     constants: Constants
+    router: nn.Module | None
+    experts: tuple[tuple[PlaneLinear, PlaneLinear], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,10 +155,19 @@ def _block(layer: nn.Module, config: Any, number: int, rotary_size: int, tables:
         raise NotRecognized(f"block {number} is made of {', '.join(sorted(dict(layer.named_children())))}")
     own = dict(attention.named_children())
     query_norm, key_norm = own.pop("q_norm", None), own.pop("k_norm", None)
-    projections = _linears(own, (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)), ("o_proj",), f"block {number}")
+    groups: tuple[tuple[PlaneLinear, ...], ...] = _linears(
+        own, (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)), ("o_proj",), f"block {number}"
+    )
+    projections = groups[:2]
     inner = dict(mlp.named_children())
-    activation = next((inner.pop(name) for name in _ACTIVATION_NAMES if name in inner), getattr(mlp, "act_fn", None))
-    expansions = _linears(inner, (("gate_proj", "up_proj"), ("gate_up_proj",)), ("down_proj",), f"block {number}")
+    mixture = None
+    if isinstance(inner.get("experts"), PlaneExperts):
+        mixture = _mixture(inner, number)
+        kind = mixture.activation
+    else:
+        own_act = next((inner.pop(name) for name in _ACTIVATION_NAMES if name in inner), getattr(mlp, "act_fn", None))
+        groups += _linears(inner, (("gate_proj", "up_proj"), ("gate_up_proj",)), ("down_proj",), f"block {number}")
+        kind = _kind_of_activation(own_act, number)
     for part in (layer, attention, mlp):
         if any(True for _ in part.parameters(recurse=False)):
             raise NotRecognized(f"block {number} has parameters outside of its layers and norms")
@@ -169,7 +184,7 @@ def _block(layer: nn.Module, config: Any, number: int, rotary_size: int, tables:
     whole = query_norm is not None and cast(Tensor, query_norm.weight).numel() == queries != head_size
     turned = bool(getattr(attention, "use_rope", True))
     return Block(
-        groups=(*projections, *expansions),
+        groups=groups,
         norms=norms,
         norm_kinds=tuple((NO_NORM, 0.0) if n is None else _kind_of_norm(n, f"a norm of block {number}") for n in norms),
         numbers=Numbers(
@@ -180,14 +195,73 @@ def _block(layer: nn.Module, config: Any, number: int, rotary_size: int, tables:
             rotary_table=0 if tables[0] is None else tables.index(config.layer_types[number]),
             window=_window(attention, config, number),
             whole_norms=int(whole),
-            activation=_kind_of_activation(activation, number),
+            activation=kind,
+            experts=0 if mixture is None else len(mixture.experts),
+            top_k=0 if mixture is None else mixture.top_k,
+            normalized=0 if mixture is None else mixture.normalized,
         ),
         constants=Constants(
             scale=float(attention.scaling),  # type: ignore[arg-type]
             cap=float(getattr(attention, "attn_logit_softcapping", None) or 0.0),
             residual=float(getattr(layer, "residual_multiplier", 1.0)),
         ),
+        router=None if mixture is None else mixture.router,
+        experts=() if mixture is None else mixture.experts,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Mixture:
+    router: nn.Module
+    experts: tuple[tuple[PlaneLinear, PlaneLinear], ...]
+    top_k: int
+    normalized: int
+    activation: int
+
+
+@torch.no_grad()
+def _mixture(children: dict[str, nn.Module], number: int) -> _Mixture:
+    """The mixture of a block, whose router and gate are recognized by what they compute."""
+    where = f"the mixture of block {number}"
+    layer, router = cast(PlaneExperts, children["experts"]), children.get("gate")
+    if set(children) != {"experts", "gate"} or router is None:
+        raise NotRecognized(f"{where} has further modules: {', '.join(sorted(children))}")
+    weight, top_k = getattr(router, "weight", None), getattr(router, "top_k", None)
+    alone = not list(router.children()) and len(router._parameters) == 1 and not any(True for _ in router.buffers())
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or not isinstance(top_k, int) or not alone:
+        raise NotRecognized(f"the router of block {number} is {type(router).__name__}, which is not one weight")
+    x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight.dtype)
+    try:
+        _, scores, _ = router.forward(x)
+    except Exception as error:  # whatever a router of another kind does
+        raise NotRecognized(f"the router of block {number} is {type(router).__name__}, which is not known") from error
+    shares = torch.softmax(x.float() @ weight.float().t(), -1).topk(top_k).values
+    near = 1e-4 if weight.dtype == torch.float32 else 3e-2
+    found = [
+        n for n, own in enumerate((shares, shares / shares.sum(-1, keepdim=True))) if _near(scores.float(), own, near)
+    ]
+    experts = [layer._modules[str(i)] for i in range(layer.num_experts)]
+    pairs = [(expert._modules.get("gate_up_proj"), expert._modules.get("down_proj")) for expert in experts if expert]
+    origin: Any = layer.origin
+    if not found or getattr(origin, "has_post_expert_norm", False):
+        raise NotRecognized(f"{where} weighs its experts in another way")
+    for pair in pairs:
+        for one in pair:
+            if not isinstance(one, PlaneLinear) or one.bias is not None:
+                raise NotRecognized(f"{where} has experts that are not two layers on planes without biases")
+
+    def gated(y: Tensor) -> Tensor:
+        if hasattr(origin, "_apply_gate"):
+            return cast(Tensor, origin._apply_gate(y))
+        gate, up = y.chunk(2, dim=-1)
+        return cast(Tensor, up * origin.act_fn(gate))
+
+    y = torch.linspace(-6, 6, 64).flip(0)[None] * torch.tensor([[1.0], [0.7]])
+    gate, up = y.chunk(2, -1)
+    kinds = [kind for kind, (_, of) in enumerate(ACTIVATIONS) if _near(gated(y), of(gate) * up, 1e-6)]
+    if not kinds:
+        raise NotRecognized(f"{where} gates its experts in another way")
+    return _Mixture(router, cast("Any", tuple(pairs)), top_k, found[-1], kinds[0])
 
 
 def _linears(

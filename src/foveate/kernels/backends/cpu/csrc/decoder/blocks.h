@@ -40,6 +40,9 @@ struct Numbers {
   int64_t window;        // positions that a query sees; 0: all
   int64_t whole_norms;   // queries and keys are normed whole, not head by head
   int64_t activation;
+  int64_t experts;     // 0: one MLP
+  int64_t top_k;       // experts of a row
+  int64_t normalized;  // whether the weights of a row's experts add up to 1
 
   int64_t queries() const { return heads * head_size; }
   int64_t keys() const { return kv_heads * head_size; }
@@ -59,6 +62,9 @@ struct Block {
   std::array<std::vector<at::Tensor>, kGroups> biases;  // one a weight, empty where it has none
   std::array<Norm, kNorms> norms;
   int64_t inner;
+  // of a mixture
+  at::Tensor router;  // float32 [experts, width]
+  std::vector<std::shared_ptr<const Held>> up, down;
 };
 
 struct Decoder {
@@ -68,7 +74,7 @@ struct Decoder {
   Norm last;
   int64_t width = 0, rotary_size = 0, rotary_tables = 0;
   // the most of any block: of what its groups are given and put out, and of its heads
-  int64_t most_input = 0, most_projected = 0, most_heads = 0, most_head_size = 0;
+  int64_t most_input = 0, most_projected = 0, most_heads = 0, most_head_size = 0, most_routed = 0, most_top_k = 0;
 };
 
 // The decoder that a handle stands for.

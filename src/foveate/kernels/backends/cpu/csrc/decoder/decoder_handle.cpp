@@ -26,12 +26,22 @@ Norm norm_of(const Tensor& weight, int64_t kind, double eps, int64_t size) {
   return norm;
 }
 
-Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, at::IntArrayRef numbers, at::ArrayRef<double> constants) {
+// A weight of an expert, alone in its handle.
+std::shared_ptr<const Held> expert_of(const Tensor& handle, int64_t rows, int64_t columns) {
+  std::shared_ptr<const Held> held = held_by(handle);
+  TORCH_CHECK(held->weights.size() == 1 && !held->places.empty(), "an expert's handle has ", held->weights.size(), " weights, or does not say where they are");
+  TORCH_CHECK(held->weights[0].rows == rows && held->weights[0].columns == columns, "an expert's weight is ", held->weights[0].rows, " x ",
+              held->weights[0].columns, ", not ", rows, " x ", columns);
+  return held;
+}
+
+Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, TensorList routers, TensorList experts, at::IntArrayRef numbers,
+                      at::ArrayRef<double> constants) {
   constexpr size_t kNumbersOfBlock = kNumbers + kNorms, kConstantsOfBlock = kConstants + kNorms;
   const size_t count = groups.size() / kGroups;
-  TORCH_CHECK(groups.size() == count * kGroups && biases.size() == count * kBiases && norms.size() == count * kNorms + 1 &&
+  TORCH_CHECK(groups.size() == count * kGroups && biases.size() == count * kBiases && norms.size() == count * kNorms + 1 && routers.size() == count &&
                   numbers.size() == count * kNumbersOfBlock + 4 && constants.size() == count * kConstantsOfBlock + 1,
-              "of ", count, " blocks there are ", groups.size(), " groups, ", biases.size(), " biases, ", norms.size(), " norms, ", numbers.size(),
+              "of ", count, " blocks there are ", groups.size(), " groups, ", biases.size(), " biases, ", norms.size(), " norms, ", routers.size(), " routers, ", numbers.size(),
               " numbers and ", constants.size(), " constants");
   Decoder made;
   const int64_t* const last = numbers.data() + count * kNumbersOfBlock;  // the last norm's kind, the width, and the tables
@@ -41,6 +51,7 @@ Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, at
   TORCH_CHECK(made.width > 0 && made.rotary_size >= 0 && made.rotary_size % 2 == 0 && made.rotary_tables >= 1, "width (=", made.width, "), rotary size (=",
               made.rotary_size, ") or tables (=", made.rotary_tables, ") are none");
   made.last = norm_of(norms.back(), last[0], constants.back(), made.width);
+  size_t next_expert = 0;
   for (size_t b = 0; b < count; ++b) {
     Block block{};
     std::memcpy(&block.numbers, numbers.data() + b * kNumbersOfBlock, sizeof(Numbers));
@@ -52,8 +63,12 @@ Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, at
                     n.rotary_table < made.rotary_tables && n.window >= 0 && n.activation >= 0 && n.activation <= 3,
                 "block ", b, " has a rotary size (=", n.rotary_size, "), a table (=", n.rotary_table, "), a window (=", n.window, ") or an activation (=",
                 n.activation, ") that there is not");
+    const bool is_mixture = n.experts > 0;
+    TORCH_CHECK(n.experts >= 0 && n.experts < int64_t{1} << 20 && (!is_mixture || (n.top_k >= 1 && n.top_k <= n.experts)), "block ", b, " has ", n.experts,
+                " experts, of which a row takes ", n.top_k);
     size_t bias = b * kBiases;
     for (size_t g = 0; g < kGroups; ++g) {
+      if (is_mixture && (g == kGateUp || g == kDown)) continue;
       block.groups[g] = held_by(groups[b * kGroups + g]);
       const size_t weights = block.groups[g]->weights.size();
       TORCH_CHECK(weights == 1 || weights == kGroupWeights[g], "group ", g, " of block ", b, " has ", weights, " weights");
@@ -78,18 +93,34 @@ Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, at
         TORCH_CHECK(weight(g, i).columns == columns && weight(g, i).rows == rows[i], "weight ", i, " of group ", static_cast<int>(g), " of block ", b, " is ",
                     weight(g, i).rows, " x ", weight(g, i).columns, ", not ", rows[i], " x ", columns);
     };
-    block.inner = weight(kDown, 0).columns;
+    if (is_mixture) {
+      block.router = routers[b];
+      check_vector(block.router, at::kFloat, "a router");
+      TORCH_CHECK(block.router.dim() == 2 && block.router.size(0) == n.experts && block.router.size(1) == made.width, "a router has shape (=",
+                  block.router.sizes(), "), not [", n.experts, ", ", made.width, "]");
+      TORCH_CHECK(next_expert + static_cast<size_t>(2 * n.experts) <= experts.size(), "there are ", experts.size(), " handles of experts, fewer than blocks have");
+      block.inner = held_by(experts[next_expert + 1])->weights.at(0).columns;
+      for (int64_t e = 0; e < n.experts; ++e) {
+        block.up.push_back(expert_of(experts[next_expert++], 2 * block.inner, made.width));
+        block.down.push_back(expert_of(experts[next_expert++], made.width, block.inner));
+      }
+      made.most_top_k = std::max(made.most_top_k, n.top_k);
+      made.most_routed = std::max({made.most_routed, made.width, block.inner});
+    } else {
+      block.inner = weight(kDown, 0).columns;
+      expect(kGateUp, made.width, {block.inner, block.inner});
+      expect(kDown, block.inner, {made.width});
+    }
     expect(kQkv, made.width, {n.queries(), n.keys(), n.keys()});
     expect(kOutput, n.queries(), {made.width});
-    expect(kGateUp, made.width, {block.inner, block.inner});
-    expect(kDown, block.inner, {made.width});
     for (size_t slot = 0; slot < kNorms; ++slot) {
       const bool is_head = slot == kQueryNorm || slot == kKeyNorm;
       const int64_t whole = slot == kQueryNorm ? n.queries() : n.keys(), size = is_head ? (n.whole_norms ? whole : n.head_size) : made.width;
       block.norms[slot] = norm_of(norms[b * kNorms + slot], numbers[b * kNumbersOfBlock + kNumbers + slot], constants[b * kConstantsOfBlock + kConstants + slot], size);
     }
     made.most_input = std::max({made.most_input, made.width, n.queries(), block.inner});
-    made.most_projected = std::max({made.most_projected, n.queries() + 2 * n.keys(), 2 * block.inner});
+    const int64_t of_experts = std::max<int64_t>(1, n.top_k) * std::max(2 * block.inner, made.width);
+    made.most_projected = std::max({made.most_projected, n.queries() + 2 * n.keys(), is_mixture ? of_experts : 2 * block.inner});
     made.most_heads = std::max(made.most_heads, n.heads);
     made.most_head_size = std::max(made.most_head_size, n.head_size);
     made.blocks.push_back(std::move(block));

@@ -1,4 +1,4 @@
-// A decoder's blocks in one op: what a call is given, checked (decoder/run.h has the work).
+// A decoder's blocks in one op: what a call is given, checked (decoder/run.h and decoder/run_parts.h have the work).
 //
 // kernels/decoder/reference.py is the meaning of the ops.
 
@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "decoder/run.h"
+#include "decoder/run_parts.h"
 
 namespace foveate {
 namespace {

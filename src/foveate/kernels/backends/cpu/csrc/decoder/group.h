@@ -10,6 +10,25 @@
 namespace foveate {
 namespace {
 
+// All units of some products, one after the other, as one part of a team's work.
+void multiply_all(Team& team, int64_t thread, const std::vector<ProductUnits>& units, Faults& faults) {
+  int64_t count = 0, least = 1;
+  for (const ProductUnits& one : units) {
+    count += one.count();
+    least = std::max(least, one.least());
+  }
+  if (units.size() > 1) least = 1;
+  if (!count) return;
+  team.part(thread, count, least, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (const ProductUnits& one : units) {
+      const int64_t from = std::max<int64_t>(0, begin - first), until = std::min(one.count(), end - first);
+      if (from < until) one.run(from, until, faults);
+      first += one.count();
+    }
+  });
+}
+
 class Group {
  public:
   // Takes the weights as a generation has them.
@@ -89,21 +108,30 @@ class Group {
     }
   }
 
-  // The products with all weights; row r of weight i goes to to[i] + r * stride.
-  void multiply(Team& team, int64_t thread, float* const* to, int64_t stride, int64_t threads, Faults& faults) const {
+  // The same products as units, added to those of other groups; see `multiply_all`.
+  void add_units(float* const* to, int64_t stride, int64_t threads, std::vector<ProductUnits>& units) const {
+    for (const Class& one : classes_)
+      if (!one.parts.empty()) units.emplace_back(one.parts, one.inputs, outputs_of(one, to, stride), threads);
+  }
+
+  // The products of inputs that stay floats.
+  void multiply_floats(Team& team, int64_t thread, float* const* to, int64_t stride, Faults& faults) const {
     for (const Class& one : classes_) {
-      std::vector<Output> outputs;
-      for (const size_t i : one.members) outputs.push_back({to[i], stride, nullptr, Type::kFloat32});
-      if (!one.parts.empty()) {
-        const ProductUnits units(one.parts, one.inputs, outputs, threads);
-        team.part(thread, units.count(), units.least(), [&](int64_t begin, int64_t end) { units.run(begin, end, faults); });
-      }
+      const std::vector<Output> outputs = outputs_of(one, to, stride);
       for (const MapRows& part : one.floats)
         for (size_t w = 0; w < part.weights.size(); ++w)
           team.part(thread, part.weights[w].strips, 1, [&](int64_t strip, int64_t strip_end) {
             for (; strip < strip_end; ++strip) float_strip(part, part.weights[w], outputs[w], strip, faults);
           });
     }
+  }
+
+  // The products with all weights; row r of weight i goes to to[i] + r * stride.
+  void multiply(Team& team, int64_t thread, float* const* to, int64_t stride, int64_t threads, Faults& faults) const {
+    std::vector<ProductUnits> units;
+    add_units(to, stride, threads, units);
+    multiply_all(team, thread, units, faults);
+    multiply_floats(team, thread, to, stride, faults);
   }
 
  private:
@@ -121,6 +149,12 @@ class Group {
     std::vector<Inputs> inputs;
     std::vector<Place> place;
   };
+
+  static std::vector<Output> outputs_of(const Class& one, float* const* to, int64_t stride) {
+    std::vector<Output> outputs;
+    for (const size_t i : one.members) outputs.push_back({to[i], stride, nullptr, Type::kFloat32});
+    return outputs;
+  }
 
   void float_strip(const MapRows& part, const Weight& w, const Output& y, int64_t strip, Faults& faults) const {
     std::vector<float> dense(static_cast<size_t>(kTileRows * w.columns));

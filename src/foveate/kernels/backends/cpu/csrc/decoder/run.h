@@ -7,6 +7,7 @@
 
 #include "decoder/blocks.h"
 #include "decoder/group.h"
+#include "decoder/mixture.h"
 #include "decoder/scratch.h"
 #include "team.h"
 
@@ -14,6 +15,7 @@ namespace foveate {
 namespace {
 
 constexpr int64_t kRowsAtOnce = 512;
+constexpr int64_t kRoutesAtOnce = 2048;  // rows times the experts that each takes
 constexpr int64_t kSplitRows = 16;    // rows of a chunk up to which chunks of cached positions are units of work
 constexpr int64_t kTileQueries = 32;  // queries, times the heads that share keys, of one unit of attention
 
@@ -67,6 +69,7 @@ class Run {
     const int64_t sequences = static_cast<int64_t>(call.sequences.size());
     whole_ = call.together ? call.sequences[0].length : call.rows();
     step_ = std::min(whole_, call.together ? std::max<int64_t>(1, kRowsAtOnce / sequences) : kRowsAtOnce);
+    if (decoder_.most_top_k) step_ = std::max<int64_t>(1, std::min(step_, kRoutesAtOnce / decoder_.most_top_k / (call.together ? sequences : 1)));
     most_rows_ = call.together ? step_ * sequences : step_;
     if (most_rows_ <= kSplitRows)
       for (const BlockCache& cache : call.caches)
@@ -80,6 +83,10 @@ class Run {
     for (size_t b = 0; b < groups_.size(); ++b) {
       const Block& block = decoder_.blocks[b];
       for (int g = 0; g < kGroups; ++g) {
+        if (block.numbers.experts && g >= kGateUp) {
+          slot_bytes[g] = std::max(slot_bytes[g], Mixture::most_bytes(block, most_rows_));
+          continue;
+        }
         groups_[b][g].read(*block.groups[g], *call.pass.generation, block.biases[g]);
         slot_bytes[g] = std::max(slot_bytes[g], groups_[b][g].most_bytes(most_rows_));
       }
@@ -134,6 +141,14 @@ class Run {
   void position_row(const Block& block, const BlockCache& cache, int64_t row);
   QueryTile tile_of(const Block& block, const BlockCache& cache, const Tile& tile, int64_t head) const;
   void attention(Team& team, int64_t thread, const Block& block, const BlockCache& cache);
+  void mlp(Team& team, int64_t thread, const Block& block, std::array<Group, kGroups>& groups);
+  void experts(Team& team, int64_t thread, const Block& block);
+  template <class Each>
+  void each_row(Team& team, int64_t thread, int64_t count, const Each& run) {
+    team.part(thread, count, 1, [&](int64_t row, int64_t row_end) {
+      for (; row < row_end; ++row) run(row);
+    });
+  }
   void merge_row(const Block& block, int64_t row);
 
   const Call& call_;
@@ -147,6 +162,9 @@ class Run {
   int64_t rows_ = 0;
   std::vector<Segment> segments_;
   std::vector<size_t> segment_of_row_;
+  Mixture mixture_;
+  std::vector<int64_t> routes_;  // the experts of each row
+  std::vector<float> route_weights_;
   Faults faults_;
 };
 
@@ -168,143 +186,15 @@ void Run::prepare(int64_t begin, int64_t end) {
     for (int64_t row = 0; row < rows_; ++row) chunk_pairs_.insert(chunk_pairs_.end(), pairs_.begin() + 2 * row_of_x(row), pairs_.begin() + 2 * row_of_x(row) + 2);
   if (chooses_) return;
   const std::vector<std::vector<uint8_t>> maps{chosen_maps(chunk_pairs_)};
-  for (auto& block : groups_)
-    for (int g = 0; g < kGroups; ++g) block[g].arrange(maps, rows_, input_rows(block[g].columns()), scratch_->slots[g]);
-}
-
-// The products of a group with the rows of its input, which are quantized already where nothing is to be chosen.
-void Run::products(Team& team, int64_t thread, Group& group, int g, const std::array<float*, 3>& to, int64_t stride) {
-  if (chooses_) {
-    team.part(thread, 1, 1, [&](int64_t, int64_t) {
-      const Tensor x = at::from_blob(scratch_->input, {rows_, group.columns()}, at::kFloat);
-      group.arrange(group.decide(*call_.pass.generation, x, chunk_pairs_), rows_, input_rows(group.columns()), scratch_->slots[g]);
-    });
-    team.part(thread, rows_, 1, [&](int64_t row, int64_t row_end) { group.quantize(row, row_end, faults_); });
-  }
-  group.multiply(team, thread, to.data(), stride, threads_, faults_);
-}
-
-// hidden += what attention or the MLP of a block has put out, which some decoders norm first.
-void Run::add_output(const Block& block, NormSlot norm, int64_t row) {
-  const int64_t width = decoder_.width;
-  float* const hidden = scratch_->hidden + row * width;
-  const float* output = scratch_->output + row * width;
-  if (block.norms[norm].kind != NormKind::kNone) {
-    float* const normed = scratch_->input + row * width;
-    block.norms[norm].row(output, normed, width);
-    output = normed;
-  }
-  const float scale = static_cast<float>(block.constants.residual);
-  for (int64_t k = 0; k < width; ++k) hidden[k] += scale * output[k];
-}
-
-// Norms and turns the queries and keys of a row, and stores its keys and values.
-void Run::position_row(const Block& block, const BlockCache& cache, int64_t row) {
-  const Numbers& n = block.numbers;
-  const DecoderKernels& isa = kernels().decoder;
-  float* const queries = scratch_->projected + row * projected(n);
-  float *const keys = queries + n.queries(), *const values = keys + n.keys();
-  const auto ready = [&](float* heads, int64_t count, NormSlot norm) {
-    if (block.norms[norm].kind != NormKind::kNone) {
-      const int64_t each = n.whole_norms ? count * n.head_size : n.head_size;
-      for (int64_t k = 0; k < count * n.head_size; k += each) block.norms[norm].row(heads + k, heads + k, each);
-    }
-    if (n.rotary_size)
-      for (int64_t h = 0; h < count; ++h)
-        isa.rotate(heads + h * n.head_size, angle(call_.cosine, block, row), angle(call_.sine, block, row), n.rotary_size);
-  };
-  ready(queries, n.heads, kQueryNorm);
-  ready(keys, n.kv_heads, kKeyNorm);
-  for (int64_t k = 0; k < n.queries(); ++k) queries[k] *= static_cast<float>(block.constants.scale);
-  const Segment& s = segment_of(row);
-  const int64_t position = cache.paged() ? cache.writes[row_of_x(row)] : cache.past + s.from + row - s.row;
-  const auto append = [&](const Tensor& into, const float* from) {
-    for (int64_t h = 0; h < n.kv_heads; ++h) {
-      char* const to = cache.memory(into, s.sequence, h) + BlockCache::bytes(into, position * cache.stride(into));
-      isa.store(from + h * n.head_size, to, type_of(into), n.head_size);
-    }
-  };
-  append(cache.keys, keys);
-  append(cache.values, values);
-}
-
-QueryTile Run::tile_of(const Block& block, const BlockCache& cache, const Tile& tile, int64_t head) const {
-  const Numbers& n = block.numbers;
-  const Segment& s = segments_[tile.segment];
-  const int64_t length = call_.sequences[static_cast<size_t>(s.sequence)].length, row = s.row + tile.from - s.from;
-  QueryTile made{};
-  made.queries = scratch_->projected + row * projected(n) + head * n.shared() * n.head_size;
-  made.queries_stride = projected(n);
-  made.head_size = n.head_size;
-  made.queries_count = tile.until - tile.from;
-  made.heads = n.shared();
-  made.position = cache.past_of(s.sequence, length) + tile.from;
-  made.first = call_.first ? call_.first[s.sequence] : 0;
-  made.window = n.window;
-  made.cap = static_cast<float>(block.constants.cap);
-  made.keys = cache.memory(cache.keys, s.sequence, head);
-  made.values = cache.memory(cache.values, s.sequence, head);
-  made.keys_stride = cache.stride(cache.keys);
-  made.values_stride = cache.stride(cache.values);
-  made.places = cache.paged() ? cache.reads + cache.ends[s.sequence] : nullptr;
-  made.type = type_of(cache.keys);
-  return made;
-}
-
-// Units are a head of a sequence and some of its queries; where queries are few, a head and a chunk of positions.
-void Run::attention(Team& team, int64_t thread, const Block& block, const BlockCache& cache) {
-  const Numbers& n = block.numbers;
-  const int64_t shared = n.shared(), queries = tile_queries(n);
-  std::vector<Tile> tiles;
-  for (size_t i = 0; i < segments_.size(); ++i)
-    for (int64_t from = segments_[i].from; from < segments_[i].until; from += queries) tiles.push_back({i, from, std::min(segments_[i].until, from + queries)});
-  float* const memory = scratch_->own + thread * thread_floats_;
-  float* const totals = memory + attend_scratch(std::min(queries, step_) * shared, n.head_size);
-  const int64_t count = static_cast<int64_t>(tiles.size());
-  team.part(thread, count * n.kv_heads * splits_, 1, [&](int64_t unit, int64_t unit_end) {
-    for (; unit < unit_end; ++unit) {
-      // later tiles see more, and are taken first
-      const int64_t split = unit % splits_, head = unit / splits_ % n.kv_heads;
-      const Tile& own = tiles[static_cast<size_t>(count - 1 - unit / splits_ / n.kv_heads)];
-      const QueryTile tile = tile_of(block, cache, own, head);
-      const int64_t tile_rows = tile.rows(), first_row = segments_[own.segment].row + own.from - segments_[own.segment].from;
-      const Partial found{totals, totals + tile_rows, totals + 2 * tile_rows};
-      const auto each_row = [&](const auto& take) {
-        for (int64_t r = 0; r < tile_rows; ++r)
-          take(Partial{found.most + r, found.total + r, found.out + r * n.head_size}, partial(first_row + r / shared, head * shared + r % shared, split));
-      };
-      each_row([](const Partial&, const Partial& into) { into.total[0] = 0.0f; });
-      const int64_t begin = tile.begin() / kChunk, end = over(tile.end(), kChunk), last = splits_ > 1 ? std::min(end, split + 1) : end;
-      for (int64_t c = splits_ > 1 ? std::max(begin, split) : begin; c < last; ++c) {
-        kernels().decoder.attend(tile, c, found, memory);
-        each_row([&](const Partial& from, const Partial& into) { kernels().decoder.merge(from, into, n.head_size); });
-      }
-    }
-  });
-}
-
-// What attention gives for a row, from the partials of its heads: the input of the output projection.
-void Run::merge_row(const Block& block, int64_t row) {
-  const Numbers& n = block.numbers;
-  float* const to = scratch_->input + row * n.queries();
-  for (int64_t h = 0; h < n.heads; ++h) {
-    const Partial all = partial(row, h, 0);
-    for (int64_t split = 1; split < splits_; ++split) kernels().decoder.merge(partial(row, h, split), all, n.head_size);
-    const float scale = 1.0f / all.total[0];
-    for (int64_t k = 0; k < n.head_size; ++k) to[h * n.head_size + k] = all.total[0] == 0.0f ? 0.0f : all.out[k] * scale;
-  }
+  for (size_t b = 0; b < groups_.size(); ++b)
+    for (int g = 0; g < (decoder_.blocks[b].numbers.experts ? kGateUp : kGroups); ++g) groups_[b][g].arrange(maps, rows_, input_rows(groups_[b][g].columns()), scratch_->slots[g]);
 }
 
 void Run::chunk(Team& team, int64_t thread) {
   const DecoderKernels& isa = kernels().decoder;
   const int64_t width = decoder_.width, row_bytes = width * static_cast<int64_t>(call_.x.element_size());
   const Type type = type_of(call_.x);
-  float *const hidden = scratch_->hidden, *const input = scratch_->input, *const projections = scratch_->projected, *const output = scratch_->output;
-  const auto each_row = [&](const auto& run) {
-    team.part(thread, rows(), 1, [&](int64_t row, int64_t row_end) {
-      for (; row < row_end; ++row) run(row);
-    });
-  };
+  float *const hidden = scratch_->hidden, *const input = scratch_->input, *const projections = scratch_->projected;
   const auto quantize = [&](Group& group, int64_t row) {
     if (!chooses_) group.quantize(row, row + 1, faults_);
   };
@@ -313,34 +203,29 @@ void Run::chunk(Team& team, int64_t thread) {
     const BlockCache& cache = call_.caches[number];
     std::array<Group, kGroups>& groups = groups_[number];
     const Numbers& n = block.numbers;
-    each_row([&](int64_t row) {
+    each_row(team, thread, rows_, [&](int64_t row) {
       if (number) add_output(decoder_.blocks[number - 1], kMlpOutputNorm, row);
       else isa.load(static_cast<const char*>(call_.x.const_data_ptr()) + row_of_x(row) * row_bytes, type, hidden + row * width, width);
       block.norms[kInputNorm].row(hidden + row * width, input + row * width, width);
       quantize(groups[kQkv], row);
     });
     products(team, thread, groups[kQkv], kQkv, {projections, projections + n.queries(), projections + n.queries() + n.keys()}, projected(n));
-    each_row([&](int64_t row) { position_row(block, cache, row); });
+    each_row(team, thread, rows_, [&](int64_t row) { position_row(block, cache, row); });
     attention(team, thread, block, cache);
-    each_row([&](int64_t row) {
+    each_row(team, thread, rows_, [&](int64_t row) {
       merge_row(block, row);
       quantize(groups[kOutput], row);
     });
-    products(team, thread, groups[kOutput], kOutput, {output}, width);
-    each_row([&](int64_t row) {
+    products(team, thread, groups[kOutput], kOutput, {scratch_->output}, width);
+    each_row(team, thread, rows_, [&](int64_t row) {
       add_output(block, kOutputNorm, row);
       block.norms[kMlpNorm].row(hidden + row * width, input + row * width, width);
-      quantize(groups[kGateUp], row);
+      if (!n.experts) quantize(groups[kGateUp], row);
     });
-    products(team, thread, groups[kGateUp], kGateUp, {projections, projections + block.inner}, 2 * block.inner);
-    each_row([&](int64_t row) {
-      const float* const gate = projections + row * 2 * block.inner;
-      isa.gate(gate, gate + block.inner, input + row * block.inner, block.inner, static_cast<Activation>(n.activation));
-      quantize(groups[kDown], row);
-    });
-    products(team, thread, groups[kDown], kDown, {output}, width);
+    if (n.experts) experts(team, thread, block);
+    else mlp(team, thread, block, groups);
   }
-  each_row([&](int64_t row) {
+  each_row(team, thread, rows_, [&](int64_t row) {
     add_output(decoder_.blocks.back(), kMlpOutputNorm, row);
     decoder_.last.row(hidden + row * width, input + row * width, width);
     isa.store(input + row * width, static_cast<char*>(call_.out.data_ptr()) + row_of_x(row) * row_bytes, type, width);

@@ -29,6 +29,7 @@ struct Scratch {
       totals = floats(2 * rows * decoder.most_heads * chunks);
       weighed = floats(rows * decoder.most_heads * chunks * decoder.most_head_size);
       for (int g = 0; g < kGroups; ++g) slots[g] = part(slot_bytes[g]);
+      routed = floats(rows * decoder.most_top_k * decoder.most_routed);
       own = floats(thread_floats * threads);
       return used;
     };
@@ -58,6 +59,7 @@ struct Scratch {
   float* output;            // [rows, width], what attention or the MLP puts out
   float *totals, *weighed;  // the partials of attention
   char* slots[kGroups];     // quantized rows
+  float* routed;            // [rows, experts of a row], the input of each row's experts, then of their second products
   float* own;               // of each thread
 
  private:
