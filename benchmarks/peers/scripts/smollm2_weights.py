@@ -37,7 +37,12 @@ def write(folder: str) -> dict[str, Any]:
         part = f"{folder}.{os.getpid()}"
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            model.save_pretrained(part)
+            config = type(model.config).from_dict(
+                {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
+            )
+            plain = type(model)(config)  # transformers refuses to save what it read from GGUF
+            plain.load_state_dict(model.state_dict())
+            plain.save_pretrained(part)
             AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(part)
             os.rename(part, folder)
         finally:
