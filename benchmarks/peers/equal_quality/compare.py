@@ -128,7 +128,7 @@ class Ours:
         return (times[-1] - times[1]) / tokens
 
     def forget_cache(self) -> None:
-        """Have the next call make a cache of its own size: transformers keeps the cache, or its size, if it is larger."""
+        """Have the next call make a cache of its own size: transformers keeps the largest so far, or its size."""
         for name in ("_cache", "_previous_max_cache_length"):
             self._model.__dict__.pop(name, None)
         gc.collect()
