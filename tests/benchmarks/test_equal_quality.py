@@ -112,7 +112,7 @@ def test_the_plot_is_one_well_formed_file() -> None:
     checked = Checked(quality_plot(ROWS))
     assert checked.tags.count("circle") == 4  # uniform 3 is left out
     assert checked.tags.count("rect") == 2
-    assert {"Q2_K", "Q4_K_M", "2.9", "llama.cpp", "foveate, bits a weight", "tokens a second"} <= set(checked.text)
+    assert {"Q2_K", "Q4_K_M", "2.90", "llama.cpp", "foveate, bits a weight", "tokens a second"} <= set(checked.text)
     assert ("xmlns", "http://www.w3.org/2000/svg") in checked.attributes
     with pytest.raises(FoveateError, match="both sides"):
         models(ROWS[:5])

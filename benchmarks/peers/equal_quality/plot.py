@@ -61,7 +61,7 @@ def models(rows: Sequence[Row]) -> list[Model]:
             continue
         if row["side"] == OURS and row["name"].startswith("uniform") and row["name"] != uniform(8):
             continue
-        label = row["name"] if row["side"] == THEIRS else f"{row['bits']:.1f}"
+        label = row["name"] if row["side"] == THEIRS else f"{row['bits']:.2f}"
         found.append(Model(row["side"], label, 1 / median(times[key].values()), row["kl"]))
     if {m.side for m in found} != {OURS, THEIRS}:
         raise FoveateError("these rounds do not hold times and KL of both sides")
@@ -78,7 +78,7 @@ def step_of(low: float, high: float) -> float:
 def quality_plot(rows: Sequence[Row]) -> str:
     """The plot of a result's rounds, as the text of an SVG file."""
     every = models(rows)
-    axes = Axes([0.0, 1.1 * max(m.speed for m in every)], [m.kl for m in every])
+    axes = Axes([0.0, 1.2 * max(m.speed for m in every)], [m.kl for m in every])
     axes.left = 0
     parts = [_grid(axes)]
     for side, mark in ((OURS, "ours"), (THEIRS, "theirs")):
