@@ -78,12 +78,13 @@ bench: $(VENV)/.installed
 	mkdir -p bench-out
 	for name in $(BENCHES); do $(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 
-# Other libraries, each in an environment of its own (about 8 GB under ~/.cache/foveate; llama.cpp is compiled: ten
-# minutes the first time). One that cannot be made is left out, and the results say so.
+# Other libraries, each in an environment of its own (about 9 GB under ~/.cache/foveate; llama.cpp and its fork are
+# compiled: half an hour the first time). One that cannot be made is left out, and the results say so.
 bench-peers: $(VENV)/.installed
 	-$(BIN)/python -m benchmarks.peers
 	mkdir -p bench-out
 	$(BIN)/python -m benchmarks peers --out bench-out/peers.json --plot bench-out/peers.svg
+	$(BIN)/python -m benchmarks equal_quality --out bench-out/equal_quality.json --plot bench-out/equal_quality.svg
 	for name in decode_peers quality_peers cache; do \
 		$(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 

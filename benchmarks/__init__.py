@@ -7,6 +7,7 @@
     activations      compressed activations in real training    training/
     peers            one layer beside other libraries'          peers/speed/linear_layers.py
     decode_peers     a whole model beside llama.cpp             peers/speed/decode.py
+    equal_quality    the same at equal quality, real weights    peers/equal_quality/compare.py
     architectures    families of models: works, partly, or refused   architectures/
     quality_peers    other libraries' rounding at equal bytes   peers/quality/
 
@@ -33,6 +34,7 @@ MODULES = {
     "activations": "benchmarks.training.activations",
     "peers": "benchmarks.peers.speed.linear_layers",
     "decode_peers": "benchmarks.peers.speed.decode",
+    "equal_quality": "benchmarks.peers.equal_quality.compare",
     "architectures": "benchmarks.architectures",
     "quality_peers": "benchmarks.peers.quality.compare",
 }

