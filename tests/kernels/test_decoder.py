@@ -78,7 +78,15 @@ def decoder(seed: int, numbers: reference.Numbers, *, inner: int, blocks: int, l
     ]
     pairs = torch.arange(maps, dtype=torch.uint8)[:, None].repeat(1, 2)
     inputs = torch.full((maps, sites), level, dtype=torch.uint8)
-    ops.publish(book, torch.stack(levels), inputs, torch.zeros(2 * sites), pairs, [])
+    choices: list[Tensor] = []
+    if kinds.get("chooses"):  # every other weight is read at the higher map, whatever its input
+        thresholds = torch.tensor([0.0, torch.inf]).repeat(len(weights))[: len(weights)]
+        begins = torch.arange(len(weights) + 1)[None]
+        sample = torch.zeros(len(weights), dtype=torch.int64), torch.ones(len(weights), 16)
+        counts = torch.zeros(1, len(weights), 2, dtype=torch.int64)
+        choices = [torch.tensor([[1, 0]], dtype=torch.uint8), thresholds[None], begins, *sample, counts]
+        pairs = torch.tensor([[1, 0], [0, 0]], dtype=torch.uint8)
+    ops.publish(book, torch.stack(levels), inputs, torch.zeros(2 * sites), pairs, choices)
     held: list[tuple[list[Tensor], list[Tensor]]] = [
         ([], []),
         ([], []),
@@ -314,6 +322,17 @@ def test_each_row_reads_its_own_map(experts: int) -> None:
     for row, which in enumerate([3, 0, 2, 1]):
         assert torch.equal(run(x[row : row + 1], [which]), together[row : row + 1])
     assert not torch.equal(run(x[:1], [0]), run(x[:1], [3]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("experts", [0, 4])
+def test_rows_that_choose_between_two_maps_do_so_for_each_weight(experts: int) -> None:
+    numbers = replace(NUMBERS, experts=experts, top_k=2, normalized=1)
+    d = decoder(6, numbers, inner=48, blocks=2, level=16, maps=2, chooses=True)
+    xs = [torch.randn(2, n, d.width, generator=generator(n)) for n in (5, 1)]
+    for isa in ISAS:
+        with forced(isa):
+            assert all(_near(got, want, 1e-3) for got, want in _both(d, xs, None, torch.float32)), isa
 
 
 @needs_compiler

@@ -1,7 +1,7 @@
 """A whole model, token by token: a Llama of 0.6 B random weights on planes.
 
-The model decodes greedily after a short prompt, as a user would run it: transformers' `generate` with a static cache
-and a compiled forward. One model serves all levels, switched by `foveate.apply`.
+The model decodes greedily after a short prompt, as a user would run it: transformers' `generate`, whose pass runs all
+blocks of the decoder in one op (`foveate.fuse`). One model serves all levels, switched by `foveate.apply`.
 
 `tokens_per_second_b4` is the speed at 4 bits. `read_share_b4` is the share of the memory's bandwidth that decoding
 reaches: the bytes that a token reads, over its time, over the read bandwidth in the same round.
@@ -47,6 +47,7 @@ from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.threads import threads
 from foveate.memory.arena import arena
+from foveate.nn.decoder.fuse import fuse
 from foveate.nn.levels import apply
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
@@ -92,7 +93,7 @@ class Sizes:
         prefill: the tokens of the long prompt.
         batch: the sequences that are decoded at once in a further turn.
         rounds: the number of interleaved rounds; figures are medians over them.
-        compiled: whether the model on planes runs under `torch.compile`.
+        compiled: whether the model on planes runs block by block under `torch.compile`, with a static cache.
         read_bytes: the bytes of memory that the bandwidth is measured on.
     """
 
@@ -103,7 +104,7 @@ class Sizes:
     prefill: int = 512
     batch: int = 8
     rounds: int = 7
-    compiled: bool = True
+    compiled: bool = False
     read_bytes: int = 512 << 20
 
     @property
@@ -127,7 +128,7 @@ class Clock:
 
 
 def generate(
-    model: Any, prompt: int, tokens: int, *, static: bool = True, compiled: bool = False, sequences: int = 1
+    model: Any, prompt: int, tokens: int, *, static: bool = False, compiled: bool = False, sequences: int = 1
 ) -> list[float]:
     """Decode greedily after a prompt of so many tokens.
 
@@ -182,6 +183,9 @@ class Ours:
         self.model: Any = random_llama(**sizes.shape.config(sizes.positions))
         registry = registry_of(self.model)
         self.maps = {level: uniform(registry.sites, level, registry.other_bytes) for level in NESTED_LEVELS}
+        fuse(self.model)
+        with torch.inference_mode():
+            self.model(torch.zeros(1, 1, dtype=torch.int64))  # compares the op with the blocks, once
         with torch.inference_mode(), _Recorder() as recorder:
             self.model(torch.zeros(1, 1, dtype=torch.int64))
         self._calls = recorder.calls
@@ -190,14 +194,16 @@ class Ours:
         """Seconds per token of each sequence, after the first."""
         apply(self.model, self.maps[level])
         length, compiled = prompt or self.sizes.prompt, self.sizes.compiled
-        times = generate(self.model, length, self.sizes.tokens + 1, compiled=compiled, sequences=sequences)
+        times = generate(
+            self.model, length, self.sizes.tokens + 1, static=compiled, compiled=compiled, sequences=sequences
+        )
         return (times[-1] - times[1]) / self.sizes.tokens
 
     def prefill(self, level: int) -> float:
         """Seconds from the call to the first token after a long prompt."""
         apply(self.model, self.maps[level])
         started = time.perf_counter()
-        return generate(self.model, self.sizes.prefill, 1, static=False)[1] - started
+        return generate(self.model, self.sizes.prefill, 1)[1] - started
 
     def kernels(self, level: int) -> float:
         """Seconds per token of foveate's ops alone."""
