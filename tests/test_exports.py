@@ -15,16 +15,17 @@ PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not in
 PROMISED = {
     "ActivationOptions", "ActivationStore", "Audit", "Budget", "BudgetError", "CacheProfile", "CheckpointError",
     "CompressActivations", "Constraints", "DataError", "DeviceError", "Embedding", "Floor", "FloorError",
-    "FoveateError", "Frontier", "Granularity", "Head", "ImportanceTracker", "LevelError", "LevelState", "Limits",
+    "FoveateError", "Frontier", "Fused", "Granularity", "Head", "ImportanceTracker", "LevelError", "LevelState",
+    "Limits",
     "Logits", "MemoryPlan", "MemoryReport", "MissingExtraError", "Objective", "Outcome", "Perturbation",
     "PlaneNotResidentError", "Point", "PrecisionMap", "Profile", "Relative", "Request", "RuntimeManager",
     "SavedReport", "Site", "SiteError", "Smoothed", "StateError", "TaskProfile", "TileTags", "Timings",
     "TrackingOptions", "Verification", "WeightError", "adapt_to_input", "allocate", "apply", "audit", "backends",
     "calibrate_cache", "compress_activations", "current_map", "dequantize", "explain", "fit_to_loss", "floor",
-    "fold_batchnorm", "frontier", "frontier_of", "importance_of", "load", "load_frontier", "load_profile",
+    "fold_batchnorm", "frontier", "frontier_of", "fuse", "importance_of", "load", "load_frontier", "load_profile",
     "load_task", "measure", "measure_frontier", "measure_timings", "memory_report", "plan_memory", "profile_of",
     "quantize", "quantized_cache", "read_head", "resize", "row_precision", "save", "save_frontier", "save_map",
-    "save_task", "save_timings", "set_index", "smooth", "state_of", "track_importance", "uniform_of_bytes",
+    "save_task", "save_timings", "set_index", "smooth", "state_of", "track_importance", "unfuse", "uniform_of_bytes",
     "use_static_scales", "variance_proxy", "verify", "watch_inputs", "withdraw",
 }  # fmt: skip
 

@@ -114,6 +114,7 @@ def test_a_model_can_be_exported(model: nn.Module) -> None:
 
 def test_a_llama_compiles_whole_and_a_switch_does_not_recompile() -> None:
     llama, profile = quantized_llama()
+    fv.unfuse(llama)  # compiled calls run layer by layer
     ids = torch.randint(0, 50, (2, 7), generator=generator(3))
     compiled = torch.compile(llama.forward, backend="aot_eager", fullgraph=True)
     with torch.no_grad():

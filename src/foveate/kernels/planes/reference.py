@@ -379,10 +379,9 @@ def plane_linear_by_handle(
     if int(handle) not in _HELD:
         raise RuntimeError(f"handle (={int(handle)}) stands for no weight of this process: its weight is gone")
     held = _HELD[int(handle)]
-    if list(rows) != list(held.geometries[::GEOMETRY_NUMBERS]):
-        raise RuntimeError(
-            f"rows (={list(rows)}) are not those of the weights, {list(held.geometries[::GEOMETRY_NUMBERS])}"
-        )
+    own_rows = rows_of_handle(handle)
+    if list(rows) != own_rows:
+        raise RuntimeError(f"rows (={list(rows)}) are not those of the weights, {own_rows}")
     ops = torch.ops.foveate
     maps = None if book is None else ops.pass_rows(book, x, 1, owners)
     outputs = []
