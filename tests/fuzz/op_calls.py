@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuzz.arguments import REFUSALS, Arguments, whole
+from fuzz.arguments import REFUSALS, whole
+from fuzz.decoder_calls import DecoderArguments
 from tiny import LEVELS
 
 
@@ -33,7 +34,7 @@ class OpCall:
     run: Callable[[], Any]
 
 
-class _Maker(Arguments):
+class _Maker(DecoderArguments):
     def plane_linear(self, op: str) -> OpCall:
         first = self.weight()
         same = [first] + [self.weight(first.columns, first.group) for _ in range(self.one((0, 0, 1, 2)))]
@@ -291,6 +292,9 @@ def op_call(seed: int, number: int) -> OpCall:
         make.unpack,
         make.embedding,
         make.backward,
+        lambda: make.done("decoder_handle", make.handle_arguments()),
+        lambda: make.done("decoder_blocks", make.blocks_arguments()),
+        lambda: make.done("decoder_blocks_paged", make.paged_arguments()),
         make.generation,
         make.generation,
         make.estimate,

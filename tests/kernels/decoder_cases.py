@@ -34,6 +34,7 @@ class Decoder:
     expected: Tensor
     book: Tensor
     tensors: list[Tensor]
+    made_of: tuple[Any, ...]
 
     def caches(self, batch: int, room: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
         """Caches full of NaN, so that a position that nobody wrote shows."""
@@ -130,11 +131,10 @@ def decoder(seed: int, numbers: reference.Numbers, *, inner: int, blocks: int, l
         tables,
     ]
     floats = [*vars(constants).values(), *[1e-5] * 6] * blocks + [1e-6]
-    handles = [
-        make(groups, biases, norms, routers, experts, flat, floats)
-        for make, (groups, experts) in zip((ops.decoder_handle, reference.decoder_handle), held, strict=True)
-    ]
-    return Decoder(width, numbers, blocks, tables, *handles, book, kept)
+    arguments = [(groups, biases, norms, routers, experts, flat, floats) for groups, experts in held]
+    handles = [make(*own) for make, own in zip((ops.decoder_handle, reference.decoder_handle), arguments, strict=True)]
+    kept += [*biases, *norms, *routers]
+    return Decoder(width, numbers, blocks, tables, *handles, book, kept, arguments[0])
 
 
 @st.composite

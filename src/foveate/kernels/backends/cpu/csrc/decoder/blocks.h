@@ -24,6 +24,14 @@ struct Norm {
   NormKind kind = NormKind::kNone;
   float eps = 0.0f;
   at::Tensor weight;  // float32
+  int64_t size = 0;
+
+  // Raises where the weight is not what it was when the handle was made.
+  void check() const {
+    if (kind == NormKind::kNone) return;
+    check_vector(weight, at::kFloat, "a norm's weight");
+    TORCH_CHECK(weight.numel() == size, "a norm's weight has ", weight.numel(), " values, not ", size);
+  }
 
   // y may be x.
   void row(const float* x, float* y, int64_t count) const {
@@ -65,6 +73,13 @@ struct Block {
   // of a mixture
   at::Tensor router;  // float32 [experts, width]
   std::vector<std::shared_ptr<const Held>> up, down;
+
+  void check_router(int64_t width) const {
+    if (!numbers.experts) return;
+    check_vector(router, at::kFloat, "a router");
+    TORCH_CHECK(router.dim() == 2 && router.size(0) == numbers.experts && router.size(1) == width, "a router has shape (=", router.sizes(), "), not [",
+                numbers.experts, ", ", width, "]");
+  }
 };
 
 struct Decoder {

@@ -19,10 +19,8 @@ using at::TensorList;
 
 Norm norm_of(const Tensor& weight, int64_t kind, double eps, int64_t size) {
   TORCH_CHECK(kind >= 0 && kind <= 2, "a norm's kind (=", kind, ") is not one of 0, 1, 2");
-  Norm norm{static_cast<NormKind>(kind), static_cast<float>(eps), weight};
-  if (norm.kind == NormKind::kNone) return norm;
-  check_vector(weight, at::kFloat, "a norm's weight");
-  TORCH_CHECK(weight.numel() == size, "a norm's weight has ", weight.numel(), " values, not ", size);
+  const Norm norm{static_cast<NormKind>(kind), static_cast<float>(eps), weight, size};
+  norm.check();
   return norm;
 }
 
@@ -95,9 +93,7 @@ Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, Te
     };
     if (is_mixture) {
       block.router = routers[b];
-      check_vector(block.router, at::kFloat, "a router");
-      TORCH_CHECK(block.router.dim() == 2 && block.router.size(0) == n.experts && block.router.size(1) == made.width, "a router has shape (=",
-                  block.router.sizes(), "), not [", n.experts, ", ", made.width, "]");
+      block.check_router(made.width);
       TORCH_CHECK(next_expert + static_cast<size_t>(2 * n.experts) <= experts.size(), "there are ", experts.size(), " handles of experts, fewer than blocks have");
       block.inner = held_by(experts[next_expert + 1])->weights.at(0).columns;
       for (int64_t e = 0; e < n.experts; ++e) {

@@ -36,7 +36,7 @@ class Group {
     places_ = &held.places;
     for (size_t i = 0; i < held.input_levels.size(); ++i) {
       auto [w, input] = read_by(held, i, &generation);
-      if (biases[i].numel()) w.bias = biases[i].const_data_ptr<float>();
+      set_bias(w, biases[i]);
       weights_.push_back(w);
       inputs_.push_back(input);
     }

@@ -79,9 +79,12 @@ class Run {
         }
     row_maps(call.pass, call.shape, call.rows(), std::nullopt, pairs_);
     chooses_ = differ(pairs_);
+    decoder_.last.check();
     int64_t slot_bytes[kGroups] = {};
     for (size_t b = 0; b < groups_.size(); ++b) {
       const Block& block = decoder_.blocks[b];
+      for (const Norm& norm : block.norms) norm.check();
+      block.check_router(decoder_.width);
       for (int g = 0; g < kGroups; ++g) {
         if (block.numbers.experts && g >= kGateUp) {
           slot_bytes[g] = std::max(slot_bytes[g], Mixture::most_bytes(block, most_rows_));
