@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +31,13 @@ def pytest_configure(config: pytest.Config) -> None:
     """Warnings that the tests' own lines cause are errors too, as those of foveate's are (pyproject.toml)."""
     names = "|".join(sorted({file.stem for file in Path(__file__).parent.rglob("*.py")}))
     config.addinivalue_line("filterwarnings", f"error:::({names})$")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _loaded_modules_are_no_garbage() -> None:
+    """Quantizing collects garbage, which would look through all of torch and transformers each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
