@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,11 +33,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", f"error:::({names})$")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _loaded_modules_are_no_garbage() -> None:
+    """Quantizing collects garbage, which would look through all of torch and transformers each time."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _same_every_time() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    # `torch.manual_seed` writes the stack down for each kind of device that is not there, thousands of times in a run
+    torch.default_generator.manual_seed(0)
     yield
     torch.set_num_threads(threads)
 

@@ -6,6 +6,7 @@ import ast
 import statistics
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,10 +42,13 @@ def _room(module: str) -> str:
     return module.split(".")[1] if "." in module else ""
 
 
-def _modules() -> Iterator[tuple[str, Path]]:
+@cache
+def _modules() -> tuple[tuple[str, Path], ...]:
+    found = []
     for file in sorted(SOURCE.rglob("*.py")):
         parts = ("foveate", *file.relative_to(SOURCE).with_suffix("").parts)
-        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), file
+        found.append((".".join(parts[:-1] if parts[-1] == "__init__" else parts), file))
+    return tuple(found)
 
 
 def _imports(module: str, file: Path) -> Iterator[tuple[int, str]]:

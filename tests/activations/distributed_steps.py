@@ -1,6 +1,6 @@
 """One process of two that train one model: started by test_safety_distributed.py.
 
-Arguments: what to run, the rank, a file where the processes meet. Every check is an assertion.
+Arguments: the rank, a file where the processes meet, and what to run. Every check is an assertion.
 """
 
 from __future__ import annotations
@@ -70,10 +70,8 @@ def _mesh() -> Any:
     return dist.device_mesh.init_device_mesh("cpu", (2,))
 
 
-def main(kind: str, rank: int, meeting: str) -> None:
+def check(kind: str, rank: int) -> None:
     """Exact gradients at 32 bits; training at 8; and processes that measure at different steps."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     wanted, before, after = _train(_wrapped(kind), None, 30)
     exact = _wrapped(kind)
     found, *_ = _train(exact, fv.compress_activations(exact, levels=32, options=fv.ActivationOptions(smallest=1)), 3)
@@ -95,8 +93,17 @@ def main(kind: str, rank: int, meeting: str) -> None:
     assert reached < before - 0.5 * (before - after), (before, after, reached)
     assert bool(store.audits) == (kind in ("ddp", "ddp_static"))
     dist.barrier()
+
+
+def main(rank: int, meeting: str, kinds: list[str]) -> None:
+    """Every kind in turn; each that passed is printed."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    for kind in kinds:
+        check(kind, rank)
+        print(f"passed: {kind}", flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -20,14 +20,19 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp_unused", "ddp_static", "fsdp"])
-def test_two_processes(kind: str, tmp_path: Path) -> None:
+KINDS = ("ddp", "ddp_unused", "ddp_static", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int, str]]:
+    """How each of two processes ended that train in every form one after the other, and what it printed."""
     script = Path(__file__).with_name("distributed_steps.py")
     source = str(Path(foveate.__file__).parents[1])
     environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    meeting = tmp_path_factory.mktemp("two") / "meeting"
     processes = [
         subprocess.Popen(
-            [sys.executable, str(script), kind, str(rank), str(tmp_path / "meeting")],
+            [sys.executable, str(script), str(rank), str(meeting), *KINDS],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -43,4 +48,14 @@ def test_two_processes(kind: str, tmp_path: Path) -> None:
         for process in processes:
             process.kill()
             process.wait()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(said)[-3000:]
+    return [(process.returncode, text) for process, text in zip(processes, said, strict=True)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes(kind: str, ended: list[tuple[int, str]]) -> None:
+    for _, said in ended:
+        assert f"passed: {kind}" in said.splitlines(), said[-3000:]
+
+
+def test_both_processes_end_well(ended: list[tuple[int, str]]) -> None:
+    assert [code for code, _ in ended] == [0, 0], "\n".join(said for _, said in ended)[-3000:]

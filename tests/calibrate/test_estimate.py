@@ -41,7 +41,8 @@ def test_a_machine_is_measured() -> None:
     assert 0 < machine.flop < 1e-6
 
 
-def test_passes_are_counted_as_far_as_they_go() -> None:
+def test_passes_are_counted_as_far_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Machine, "measured", lambda: Machine(value=1.0, code=3.0, row_term=0.5, flop=0.0))
     costs = [_cost(4, 4, last=i) for i in range(4)]
     schedule = Schedule(False, ((3,), (2,), (1,), (0,)), True, 0)
     found = further_passes(costs, schedule)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
+
 import pytest
 from attention import Attention, X
 from torch import nn
@@ -12,8 +15,14 @@ from foveate.kernels.backends.table import ensure_loaded
 ensure_loaded()
 
 
-@pytest.fixture(params=[False, True], ids=["plain", "biased"])
-def model(request: pytest.FixtureRequest) -> nn.Module:
-    made = Attention(bias=request.param)
+@cache
+def _quantized(bias: bool) -> nn.Module:
+    made = Attention(bias=bias)
     fv.quantize(made, [X], progress=False)
     return made.requires_grad_(False)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "biased"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
+    """A copy of the test's own."""
+    return copy.deepcopy(_quantized(request.param))
