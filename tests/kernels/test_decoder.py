@@ -103,6 +103,21 @@ def test_a_sequence_does_not_depend_on_its_batch_or_on_threads_or_on_how_it_is_c
 
 @needs_compiler
 @pytest.mark.parametrize("experts", [0, 4])
+def test_threads_that_are_late_change_nothing(experts: int) -> None:
+    """There are more of them than processors, so that some are always late."""
+    d = decoder(4, replace(NUMBERS, experts=experts, top_k=2), inner=48, blocks=3, level=8)
+    x = torch.randn(1, 2, d.width, generator=generator(1))
+    expected = None
+    for call in range(150):
+        torch.set_num_threads(8 if call else 1)
+        keys, values = d.caches(1, 2, torch.float32)
+        y = ops.decoder_blocks(x, d.handle, d.book, keys, values, *d.angles(torch.arange(2)[None]), None, [0] * 3)
+        expected = y if expected is None else expected
+        assert torch.equal(y, expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("experts", [0, 4])
 def test_each_row_reads_its_own_map(experts: int) -> None:
     numbers = replace(NUMBERS, experts=experts, top_k=2, normalized=1)
     d = decoder(6, numbers, inner=48, blocks=2, level=8, maps=4)

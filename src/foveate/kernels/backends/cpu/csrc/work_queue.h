@@ -19,27 +19,26 @@ constexpr double kParallelFrom = 1 << 17;  // products of a weight and an input 
 // and its end, so that both change at once.
 class WorkQueue {
  public:
-  WorkQueue(int64_t count, int64_t least, int64_t threads) : ranges_(static_cast<size_t>(threads)) {
-    for (int64_t i = 0; i < threads; ++i) begin(i, threads, count, least);
+  WorkQueue(int64_t count, int64_t least, int64_t threads) : least_(least), ranges_(static_cast<size_t>(threads)) {
+    int64_t begin = 0;
+    for (int64_t i = 0; i < threads; ++i) {
+      const int64_t end = i + 1 == threads ? count : count / least * (i + 1) / threads * least;
+      ranges_[static_cast<size_t>(i)].word = word(begin, end);
+      begin = end;
+    }
   }
 
-  // Gives a thread its range of new work. The queue must be empty, and other threads may already take theirs.
-  void begin(int64_t thread, int64_t threads, int64_t count, int64_t least) {
-    const auto edge = [&](int64_t i) { return i == threads ? count : count / least * i / threads * least; };
-    ranges_[static_cast<size_t>(thread)].word.store(word(edge(thread), edge(thread + 1)));
-  }
-
-  // The next piece for a thread; false when nothing is left. All pieces of one work begin at multiples of `least`.
-  bool take(int64_t thread, int64_t least, int64_t& begin, int64_t& end) {
+  // The next piece for a thread; false when nothing is left.
+  bool take(int64_t thread, int64_t& begin, int64_t& end) {
     std::atomic<uint64_t>& own = ranges_[static_cast<size_t>(thread)].word;
     for (;;) {
       uint64_t now = own.load(std::memory_order_relaxed);
       while (left(now) > 0) {
         begin = first(now);
-        end = std::min(last(now), begin + std::max(least, left(now) / 8 / least * least));
+        end = std::min(last(now), begin + std::max(least_, left(now) / 8 / least_ * least_));
         if (own.compare_exchange_weak(now, word(end, last(now)))) return true;
       }
-      if (!steal(own, least)) return false;
+      if (!steal(own)) return false;
     }
   }
 
@@ -54,7 +53,7 @@ class WorkQueue {
   static int64_t left(uint64_t word) { return last(word) - first(word); }
 
   // A piece that was taken is never put back, so a word that has not changed still describes its range.
-  bool steal(std::atomic<uint64_t>& own, int64_t least) {
+  bool steal(std::atomic<uint64_t>& own) {
     for (;;) {
       Range* longest = nullptr;
       uint64_t most = 0;
@@ -63,13 +62,14 @@ class WorkQueue {
         if (left(seen) > left(most)) longest = &range, most = seen;
       }
       if (!longest) return false;
-      const int64_t middle = first(most) + left(most) / 2 / least * least;
+      const int64_t middle = first(most) + left(most) / 2 / least_ * least_;
       if (!longest->word.compare_exchange_strong(most, word(first(most), middle))) continue;
       own.store(word(middle, last(most)), std::memory_order_relaxed);
       return true;
     }
   }
 
+  const int64_t least_;
   std::vector<Range> ranges_;
 };
 
@@ -86,7 +86,7 @@ void share(int64_t count, int64_t least, bool parallel, const Each& run) {
   at::parallel_for(0, threads, 1, [&](int64_t thread, int64_t thread_end) {
     int64_t begin, end;
     for (; thread < thread_end; ++thread)
-      while (queue.take(thread, least, begin, end)) run(begin, end);
+      while (queue.take(thread, begin, end)) run(begin, end);
   });
 }
 

@@ -10,24 +10,64 @@
 namespace foveate {
 namespace {
 
-// All units of some products, one after the other, as one part of a team's work.
-void multiply_all(Team& team, int64_t thread, const std::vector<ProductUnits>& units, Faults& faults) {
-  int64_t count = 0, least = 1;
-  for (const ProductUnits& one : units) {
-    count += one.count();
-    least = std::max(least, one.least());
+// Products that are one part of a team's work: units of strips, one product after the other.
+class Products {
+ public:
+  void clear() {
+    integer_.clear();
+    float_.clear();
   }
-  if (units.size() > 1) least = 1;
-  if (!count) return;
-  team.part(thread, count, least, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;
-    for (const ProductUnits& one : units) {
-      const int64_t from = std::max<int64_t>(0, begin - first), until = std::min(one.count(), end - first);
-      if (from < until) one.run(from, until, faults);
-      first += one.count();
+  void add(ProductUnits units) { integer_.push_back(std::move(units)); }
+  // Of inputs that stay floats: `x` has rows `stride` apart.
+  void add(const MapRows& part, const Weight& weight, const Output& to, const InputRows& x) { float_.push_back({&part, &weight, to, &x}); }
+
+  Units units() const {
+    Units all{0};
+    for (const ProductUnits& one : integer_) all.count += one.count();
+    for (const FloatProduct& one : float_) all.count += one.weight->strips;
+    if (integer_.size() == 1 && float_.empty()) all.least = integer_[0].least();
+    return all;
+  }
+
+  void run(int64_t begin, int64_t end, Faults& faults) const {
+    const auto within = [&](int64_t count, const auto& work) {
+      const int64_t from = std::max<int64_t>(0, begin), until = std::min(count, end);
+      if (from < until) work(from, until);
+      begin -= count;
+      end -= count;
+    };
+    for (const ProductUnits& one : integer_) within(one.count(), [&](int64_t from, int64_t until) { one.run(from, until, faults); });
+    for (const FloatProduct& one : float_)
+      within(one.weight->strips, [&](int64_t from, int64_t until) {
+        for (; from < until; ++from) one.strip(from, faults);
+      });
+  }
+
+ private:
+  struct FloatProduct {
+    const MapRows* part;
+    const Weight* weight;
+    Output to;
+    const InputRows* x;
+
+    void strip(int64_t strip, Faults& faults) const {
+      const Weight& w = *weight;
+      std::vector<float> dense(static_cast<size_t>(kTileRows * w.columns));
+      faults.note(kernels().unpack(w, dense.data(), strip, strip + 1));
+      const int64_t first = strip * kTileRows, count = std::min<int64_t>(kTileRows, w.rows - first);
+      for (int64_t r = 0; r < part->rows; ++r) {
+        const int64_t row = part->row_of ? part->row_of[r] : r;
+        const float* const from = static_cast<const float*>(x->data) + row * x->row_stride;
+        float* const into = static_cast<float*>(to.data) + row * to.row_stride + first;
+        for (int64_t n = 0; n < count; ++n)
+          into[n] = kernels().decoder.dot(from, dense.data() + n * w.columns, w.columns) + (w.bias ? w.bias[first + n] : 0.0f);
+      }
     }
-  });
-}
+  };
+
+  std::vector<ProductUnits> integer_;
+  std::vector<FloatProduct> float_;
+};
 
 class Group {
  public:
@@ -108,30 +148,15 @@ class Group {
     }
   }
 
-  // The same products as units, added to those of other groups; see `multiply_all`.
-  void add_units(float* const* to, int64_t stride, int64_t threads, std::vector<ProductUnits>& units) const {
-    for (const Class& one : classes_)
-      if (!one.parts.empty()) units.emplace_back(one.parts, one.inputs, outputs_of(one, to, stride), threads);
-  }
-
-  // The products of inputs that stay floats.
-  void multiply_floats(Team& team, int64_t thread, float* const* to, int64_t stride, Faults& faults) const {
+  // Adds the products with all weights; row r of weight i goes to to[i] + r * stride.
+  void add_to(Products& products, float* const* to, int64_t stride, int64_t threads) const {
     for (const Class& one : classes_) {
-      const std::vector<Output> outputs = outputs_of(one, to, stride);
+      std::vector<Output> outputs;
+      for (const size_t i : one.members) outputs.push_back({to[i], stride, nullptr, Type::kFloat32});
       for (const MapRows& part : one.floats)
-        for (size_t w = 0; w < part.weights.size(); ++w)
-          team.part(thread, part.weights[w].strips, 1, [&](int64_t strip, int64_t strip_end) {
-            for (; strip < strip_end; ++strip) float_strip(part, part.weights[w], outputs[w], strip, faults);
-          });
+        for (size_t w = 0; w < part.weights.size(); ++w) products.add(part, part.weights[w], outputs[w], x_);
+      if (!one.parts.empty()) products.add(ProductUnits(one.parts, one.inputs, std::move(outputs), threads));
     }
-  }
-
-  // The products with all weights; row r of weight i goes to to[i] + r * stride.
-  void multiply(Team& team, int64_t thread, float* const* to, int64_t stride, int64_t threads, Faults& faults) const {
-    std::vector<ProductUnits> units;
-    add_units(to, stride, threads, units);
-    multiply_all(team, thread, units, faults);
-    multiply_floats(team, thread, to, stride, faults);
   }
 
  private:
@@ -149,24 +174,6 @@ class Group {
     std::vector<Inputs> inputs;
     std::vector<Place> place;
   };
-
-  static std::vector<Output> outputs_of(const Class& one, float* const* to, int64_t stride) {
-    std::vector<Output> outputs;
-    for (const size_t i : one.members) outputs.push_back({to[i], stride, nullptr, Type::kFloat32});
-    return outputs;
-  }
-
-  void float_strip(const MapRows& part, const Weight& w, const Output& y, int64_t strip, Faults& faults) const {
-    std::vector<float> dense(static_cast<size_t>(kTileRows * w.columns));
-    faults.note(kernels().unpack(w, dense.data(), strip, strip + 1));
-    const int64_t first = strip * kTileRows, count = std::min<int64_t>(kTileRows, w.rows - first);
-    for (int64_t r = 0; r < part.rows; ++r) {
-      const int64_t row = part.row_of ? part.row_of[r] : r;
-      const float* const x = static_cast<const float*>(x_.data) + row * x_.row_stride;
-      float* const to = static_cast<float*>(y.data) + row * y.row_stride + first;
-      for (int64_t n = 0; n < count; ++n) to[n] = kernels().decoder.dot(x, dense.data() + n * w.columns, w.columns) + (w.bias ? w.bias[first + n] : 0.0f);
-    }
-  }
 
   std::vector<Weight> weights_;
   std::vector<InputSource> inputs_;

@@ -102,17 +102,11 @@ class Mixture {
     (down ? one.down : one.up).quantize(route - one.first, route - one.first + 1, faults);
   }
 
-  void multiply(bool down, Team& team, int64_t thread, float* to, int64_t stride, int64_t threads, Faults& faults) const {
-    std::vector<ProductUnits> units;
-    const auto place = [&](const Active& one) { return to + one.first * stride; };
+  // Adds the products of all routes; route r goes to to + r * stride.
+  void add_to(Products& products, bool down, float* to, int64_t stride, int64_t threads) const {
     for (const Active& one : active_) {
-      float* const own = place(one);
-      (down ? one.down : one.up).add_units(&own, stride, threads, units);
-    }
-    multiply_all(team, thread, units, faults);
-    for (const Active& one : active_) {
-      float* const own = place(one);
-      (down ? one.down : one.up).multiply_floats(team, thread, &own, stride, faults);
+      float* const own = to + one.first * stride;
+      (down ? one.down : one.up).add_to(products, &own, stride, threads);
     }
   }
 

@@ -102,7 +102,7 @@ class Run {
   void run() {
     for (int64_t begin = 0; begin < whole_; begin += step_) {
       prepare(begin, std::min(whole_, begin + step_));
-      run_team(true, [&](Team& team, int64_t thread) { chunk(team, thread); });
+      run_team(true, [&](Member& member) { chunk(member); });
       faults_.raise();
     }
   }
@@ -137,18 +137,18 @@ class Run {
 
   // Before the team begins with a chunk of rows.
   void prepare(int64_t begin, int64_t end);
-  // All blocks of a chunk, by one thread of a team.
-  void chunk(Team& team, int64_t thread);
-  void products(Team& team, int64_t thread, Group& group, int g, const std::array<float*, 3>& to, int64_t stride);
+  // All blocks of a chunk, as one thread of a team goes through them.
+  void chunk(Member& member);
+  void multiply(Member& member, Group& group, int g, const std::array<float*, 3>& to, int64_t stride);
   void add_output(const Block& block, NormSlot norm, int64_t row);
   void position_row(const Block& block, const BlockCache& cache, int64_t row);
   QueryTile tile_of(const Block& block, const BlockCache& cache, const Tile& tile, int64_t head) const;
-  void attention(Team& team, int64_t thread, const Block& block, const BlockCache& cache);
-  void mlp(Team& team, int64_t thread, const Block& block, std::array<Group, kGroups>& groups);
-  void experts(Team& team, int64_t thread, const Block& block);
+  void attention(Member& member, const Block& block, const BlockCache& cache);
+  void mlp(Member& member, const Block& block, std::array<Group, kGroups>& groups);
+  void experts(Member& member, const Block& block);
   template <class Each>
-  void each_row(Team& team, int64_t thread, int64_t count, const Each& run) {
-    team.part(thread, count, 1, [&](int64_t row, int64_t row_end) {
+  void each_row(Member& member, int64_t count, const Each& run) {
+    member.part([&] { return Units{count}; }, [&](int64_t row, int64_t row_end) {
       for (; row < row_end; ++row) run(row);
     });
   }
@@ -165,6 +165,7 @@ class Run {
   int64_t rows_ = 0;
   std::vector<Segment> segments_;
   std::vector<size_t> segment_of_row_;
+  Products products_;
   Mixture mixture_;
   std::vector<int64_t> routes_;  // the experts of each row
   std::vector<float> route_weights_;
@@ -193,7 +194,7 @@ void Run::prepare(int64_t begin, int64_t end) {
     for (int g = 0; g < (decoder_.blocks[b].numbers.experts ? kGateUp : kGroups); ++g) groups_[b][g].arrange(maps, rows_, input_rows(groups_[b][g].columns()), scratch_->slots[g]);
 }
 
-void Run::chunk(Team& team, int64_t thread) {
+void Run::chunk(Member& member) {
   const DecoderKernels& isa = kernels().decoder;
   const int64_t width = decoder_.width, row_bytes = width * static_cast<int64_t>(call_.x.element_size());
   const Type type = type_of(call_.x);
@@ -206,29 +207,29 @@ void Run::chunk(Team& team, int64_t thread) {
     const BlockCache& cache = call_.caches[number];
     std::array<Group, kGroups>& groups = groups_[number];
     const Numbers& n = block.numbers;
-    each_row(team, thread, rows_, [&](int64_t row) {
+    each_row(member, rows_, [&](int64_t row) {
       if (number) add_output(decoder_.blocks[number - 1], kMlpOutputNorm, row);
       else isa.load(static_cast<const char*>(call_.x.const_data_ptr()) + row_of_x(row) * row_bytes, type, hidden + row * width, width);
       block.norms[kInputNorm].row(hidden + row * width, input + row * width, width);
       quantize(groups[kQkv], row);
     });
-    products(team, thread, groups[kQkv], kQkv, {projections, projections + n.queries(), projections + n.queries() + n.keys()}, projected(n));
-    each_row(team, thread, rows_, [&](int64_t row) { position_row(block, cache, row); });
-    attention(team, thread, block, cache);
-    each_row(team, thread, rows_, [&](int64_t row) {
+    multiply(member, groups[kQkv], kQkv, {projections, projections + n.queries(), projections + n.queries() + n.keys()}, projected(n));
+    each_row(member, rows_, [&](int64_t row) { position_row(block, cache, row); });
+    attention(member, block, cache);
+    each_row(member, rows_, [&](int64_t row) {
       merge_row(block, row);
       quantize(groups[kOutput], row);
     });
-    products(team, thread, groups[kOutput], kOutput, {scratch_->output}, width);
-    each_row(team, thread, rows_, [&](int64_t row) {
+    multiply(member, groups[kOutput], kOutput, {scratch_->output}, width);
+    each_row(member, rows_, [&](int64_t row) {
       add_output(block, kOutputNorm, row);
       block.norms[kMlpNorm].row(hidden + row * width, input + row * width, width);
       if (!n.experts) quantize(groups[kGateUp], row);
     });
-    if (n.experts) experts(team, thread, block);
-    else mlp(team, thread, block, groups);
+    if (n.experts) experts(member, block);
+    else mlp(member, block, groups);
   }
-  each_row(team, thread, rows_, [&](int64_t row) {
+  each_row(member, rows_, [&](int64_t row) {
     add_output(decoder_.blocks.back(), kMlpOutputNorm, row);
     decoder_.last.row(hidden + row * width, input + row * width, width);
     isa.store(input + row * width, static_cast<char*>(call_.out.data_ptr()) + row_of_x(row) * row_bytes, type, width);

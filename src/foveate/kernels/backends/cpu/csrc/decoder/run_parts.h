@@ -11,15 +11,21 @@ namespace foveate {
 namespace {
 
 // The products of a group with the rows of its input, which are quantized already where nothing is to be chosen.
-void Run::products(Team& team, int64_t thread, Group& group, int g, const std::array<float*, 3>& to, int64_t stride) {
+void Run::multiply(Member& member, Group& group, int g, const std::array<float*, 3>& to, int64_t stride) {
   if (chooses_) {
-    team.part(thread, 1, 1, [&](int64_t, int64_t) {
+    member.alone([&] {
       const Tensor x = at::from_blob(scratch_->input, {rows_, group.columns()}, at::kFloat);
       group.arrange(group.decide(*call_.pass.generation, x, chunk_pairs_), rows_, input_rows(group.columns()), scratch_->slots[g]);
     });
-    team.part(thread, rows_, 1, [&](int64_t row, int64_t row_end) { group.quantize(row, row_end, faults_); });
+    each_row(member, rows_, [&](int64_t row) { group.quantize(row, row + 1, faults_); });
   }
-  group.multiply(team, thread, to.data(), stride, threads_, faults_);
+  member.part(
+      [&] {
+        products_.clear();
+        group.add_to(products_, to.data(), stride, threads_);
+        return products_.units();
+      },
+      [&](int64_t begin, int64_t end) { products_.run(begin, end, faults_); });
 }
 
 // hidden += what attention or the MLP of a block has put out, which some decoders norm first.
@@ -90,16 +96,16 @@ QueryTile Run::tile_of(const Block& block, const BlockCache& cache, const Tile& 
 }
 
 // Units are a head of a sequence and some of its queries; where queries are few, a head and a chunk of positions.
-void Run::attention(Team& team, int64_t thread, const Block& block, const BlockCache& cache) {
+void Run::attention(Member& member, const Block& block, const BlockCache& cache) {
   const Numbers& n = block.numbers;
   const int64_t shared = n.shared(), queries = tile_queries(n);
   std::vector<Tile> tiles;
   for (size_t i = 0; i < segments_.size(); ++i)
     for (int64_t from = segments_[i].from; from < segments_[i].until; from += queries) tiles.push_back({i, from, std::min(segments_[i].until, from + queries)});
-  float* const memory = scratch_->own + thread * thread_floats_;
+  float* const memory = scratch_->own + member.thread() * thread_floats_;
   float* const totals = memory + attend_scratch(std::min(queries, step_) * shared, n.head_size);
   const int64_t count = static_cast<int64_t>(tiles.size());
-  team.part(thread, count * n.kv_heads * splits_, 1, [&](int64_t unit, int64_t unit_end) {
+  member.part([&] { return Units{count * n.kv_heads * splits_}; }, [&](int64_t unit, int64_t unit_end) {
     for (; unit < unit_end; ++unit) {
       // later tiles see more, and are taken first
       const int64_t split = unit % splits_, head = unit / splits_ % n.kv_heads;
@@ -134,28 +140,28 @@ void Run::merge_row(const Block& block, int64_t row) {
 }
 
 // From the quantized rows of `input` to `output`.
-void Run::mlp(Team& team, int64_t thread, const Block& block, std::array<Group, kGroups>& groups) {
+void Run::mlp(Member& member, const Block& block, std::array<Group, kGroups>& groups) {
   float* const projections = scratch_->projected;
-  products(team, thread, groups[kGateUp], kGateUp, {projections, projections + block.inner}, 2 * block.inner);
-  each_row(team, thread, rows_, [&](int64_t row) {
+  multiply(member, groups[kGateUp], kGateUp, {projections, projections + block.inner}, 2 * block.inner);
+  each_row(member, rows_, [&](int64_t row) {
     const float* const gate = projections + row * 2 * block.inner;
     kernels().decoder.gate(gate, gate + block.inner, scratch_->input + row * block.inner, block.inner, static_cast<Activation>(block.numbers.activation));
     if (!chooses_) groups[kDown].quantize(row, row + 1, faults_);
   });
-  products(team, thread, groups[kDown], kDown, {scratch_->output}, decoder_.width);
+  multiply(member, groups[kDown], kDown, {scratch_->output}, decoder_.width);
 }
 
 // From the rows of `input` to `output`, through the experts of each.
-void Run::experts(Team& team, int64_t thread, const Block& block) {
+void Run::experts(Member& member, const Block& block) {
   const Numbers& n = block.numbers;
   const Generation& generation = *call_.pass.generation;
   const int64_t width = decoder_.width, inner = block.inner, routes = rows_ * n.top_k;
   float *const routed = scratch_->routed, *const projections = scratch_->projected;
-  team.part(thread, 1, 1, [&](int64_t, int64_t) {
+  member.alone([&] {
     routes_.resize(static_cast<size_t>(routes));
     route_weights_.resize(static_cast<size_t>(routes));
   });
-  team.part(thread, rows_, 1, [&](int64_t row, int64_t row_end) {
+  member.part([&] { return Units{rows_}; }, [&](int64_t row, int64_t row_end) {
     std::vector<float> scores(static_cast<size_t>(n.experts));
     for (; row < row_end; ++row)
       route_row(block, scratch_->input + row * width, width, scores.data(), routes_.data() + row * n.top_k, route_weights_.data() + row * n.top_k);
@@ -163,32 +169,41 @@ void Run::experts(Team& team, int64_t thread, const Block& block) {
   const auto arrange = [&](bool down, int64_t stride) {
     mixture_.arrange(down, generation, chunk_pairs_, chooses_, routed, stride, scratch_->slots[down ? kDown : kGateUp]);
   };
+  const auto multiplied = [&](bool down, int64_t stride) {
+    member.part(
+        [&] {
+          products_.clear();
+          mixture_.add_to(products_, down, projections, stride, threads_);
+          return products_.units();
+        },
+        [&](int64_t begin, int64_t end) { products_.run(begin, end, faults_); });
+  };
   // what is chosen is chosen by the inputs, once they are there
   const auto chosen = [&](bool down, int64_t stride) {
     if (!chooses_) return;
-    team.part(thread, 1, 1, [&](int64_t, int64_t) { arrange(down, stride); });
-    each_row(team, thread, routes, [&](int64_t route) { mixture_.quantize(down, route, faults_); });
+    member.alone([&] { arrange(down, stride); });
+    each_row(member, routes, [&](int64_t route) { mixture_.quantize(down, route, faults_); });
   };
-  team.part(thread, 1, 1, [&](int64_t, int64_t) {
+  member.alone([&] {
     mixture_.sort(block, generation, rows_, routes_);
     if (chooses_) return;
     arrange(false, width);
     arrange(true, inner);
   });
-  each_row(team, thread, routes, [&](int64_t route) {
+  each_row(member, routes, [&](int64_t route) {
     std::memcpy(routed + route * width, scratch_->input + mixture_.row_of(route) * width, static_cast<size_t>(width) * sizeof(float));
     if (!chooses_) mixture_.quantize(false, route, faults_);
   });
   chosen(false, width);
-  mixture_.multiply(false, team, thread, projections, 2 * inner, threads_, faults_);
-  each_row(team, thread, routes, [&](int64_t route) {
+  multiplied(false, 2 * inner);
+  each_row(member, routes, [&](int64_t route) {
     const float* const gate = projections + route * 2 * inner;
     kernels().decoder.gate(gate, gate + inner, routed + route * inner, inner, static_cast<Activation>(n.activation));
     if (!chooses_) mixture_.quantize(true, route, faults_);
   });
   chosen(true, inner);
-  mixture_.multiply(true, team, thread, projections, width, threads_, faults_);
-  each_row(team, thread, rows_, [&](int64_t row) {
+  multiplied(true, width);
+  each_row(member, rows_, [&](int64_t row) {
     float* const to = scratch_->output + row * width;
     std::memset(to, 0, static_cast<size_t>(width) * sizeof(float));
     for (int64_t k = 0; k < n.top_k; ++k) {
