@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,13 @@ log = logging.getLogger("foveate")
 ABANDONED_AFTER_S = 7200.0
 # Peers use the same release of torch as we do: their kernels are compared, not releases of torch.
 _TORCH = f"torch=={torch.__version__.partition('+')[0]}"
+# llama.cpp's products on AMX tiles crash on some processors (its issue 20824). Compilers for other processors do not know
+# the option.
+_WITHOUT_AMX = (
+    "".join(f" -DCMAKE_{language}_FLAGS=-mno-amx-int8" for language in ("C", "CXX"))
+    if platform.machine() == "x86_64" and sys.platform == "linux"
+    else ""
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ ENVIRONMENTS: dict[str, Environment] = {
             "llama-cpp",
             ("llama-cpp-python==0.3.36", "gguf==0.19.0", "numpy==2.2.6"),
             from_source=("llama-cpp-python",),
-            variables=(("CMAKE_ARGS", "-DGGML_NATIVE=ON -DGGML_CUDA=OFF -DLLAVA_BUILD=OFF"),),
+            variables=(("CMAKE_ARGS", f"-DGGML_NATIVE=ON -DGGML_CUDA=OFF -DLLAVA_BUILD=OFF{_WITHOUT_AMX}"),),
         ),
         Environment(
             "ik-llama-cpp",
