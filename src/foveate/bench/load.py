@@ -8,6 +8,7 @@ the process reads from disk what the load asks for, and what the system reads ah
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -95,6 +96,11 @@ def measure(width: int = 1024, layers: int = 16, times: int = 3) -> Measured:
     return _figures(rounds, plans, dropped)
 
 
+def _ratio(of: float, to: float) -> float:
+    """NaN where a process did not grow: it was as large before."""
+    return of / to if to else math.nan
+
+
 def _figures(rounds: list[dict[str, Any]], plans: dict[str, PrecisionMap], dropped: bool) -> Measured:
     def middle(name: str, what: str) -> float:
         return float(median(r[what] for r in rounds if r["map"] == name))
@@ -104,9 +110,9 @@ def _figures(rounds: list[dict[str, Any]], plans: dict[str, PrecisionMap], dropp
     read = "read" if seen else "asked_for"
     figures = {
         "bytes_read_b4_over_b8": middle("b4", read) / middle("b8", read),
-        "peak_memory_b4_over_b8": middle("b4", "peak") / middle("b8", "peak"),
-        "resident_mixed_over_b8": middle("mixed", "resident") / middle("b8", "resident"),
-        "resident_b4_over_b8": middle("b4", "resident") / middle("b8", "resident"),
+        "peak_memory_b4_over_b8": _ratio(middle("b4", "peak"), middle("b8", "peak")),
+        "resident_mixed_over_b8": _ratio(middle("mixed", "resident"), middle("b8", "resident")),
+        "resident_b4_over_b8": _ratio(middle("b4", "resident"), middle("b8", "resident")),
     }
     for name in plans:
         figures[f"bytes_read_{name}"] = middle(name, read)

@@ -30,7 +30,7 @@ _TEMPORARIES = 288 << 20
 #: A schedule that takes less memory may take so many times as long as the fastest.
 _WORTH_MEMORY = 1.3
 #: Bytes that every schedule takes: code, small statistics, and what allocators keep.
-_SLACK = 32 << 20
+_SLACK = 64 << 20
 
 
 @dataclass(frozen=True)
