@@ -70,6 +70,7 @@ def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) ->
         scale.fill_(float(base.config.hidden_size) ** 0.5)
     model.to(dtype)
     model.generation_config.eos_token_id = None
+    fv.unfuse(model)
     fv.fuse(model)
     return model
 

@@ -47,7 +47,6 @@ from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.threads import threads
 from foveate.memory.arena import arena
-from foveate.nn.decoder.fuse import fuse
 from foveate.nn.levels import apply
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
@@ -183,7 +182,6 @@ class Ours:
         self.model: Any = random_llama(**sizes.shape.config(sizes.positions))
         registry = registry_of(self.model)
         self.maps = {level: uniform(registry.sites, level, registry.other_bytes) for level in NESTED_LEVELS}
-        fuse(self.model)
         with torch.inference_mode():
             self.model(torch.zeros(1, 1, dtype=torch.int64))  # compares the op with the blocks, once
         with torch.inference_mode(), _Recorder() as recorder:

@@ -17,6 +17,7 @@ from foveate.calibrate.one_weight import group_for
 from foveate.collect.kinds import find_weights, weight_matrix_shape
 from foveate.formats.levels import GAINED_LEVELS
 from foveate.kernels.backends.table import ensure_loaded
+from foveate.nn.decoder.fuse import fuse
 from foveate.nn.experts import taken_apart
 from foveate.nn.levels import apply
 from foveate.nn.registry import Registry
@@ -62,6 +63,7 @@ def on_random_planes(model: nn.Module) -> nn.Module:
         if id(tensor) not in ours and tensor.is_floating_point():
             tensor.data.fill_(1.0)
     apply(model, uniform(registry.sites, 8, registry.other_bytes))
+    fuse(model)
     return model.eval()
 
 
