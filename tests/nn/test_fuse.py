@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +112,10 @@ def same(fused: Tensor, plain: Tensor, error: float = 0.01) -> bool:
 def test_a_decoder_of_transformers_is_recognized_and_gives_what_its_blocks_give(family: str) -> None:
     model = model_of(family)
     assert [found.fused for found in fv.backends(model)] == [True], fv.backends(model)
+    if "normalizer" in inspect.getsource(type(model.base_model).forward):  # transformers 5.0 scales embeddings there
+        model(input_ids=ids())
+        assert "its blocks compute something else" in str(fv.backends(model))
+        return
     assert same(*both(model, input_ids=ids()))
     padded = ids()
     mask = torch.ones_like(padded)
@@ -131,7 +136,8 @@ def _scores(model: Any, given: dict[str, Any]) -> Tensor:
 
 def test_generate_is_fused_with_dynamic_and_static_caches() -> None:
     model = model_of("Llama")
-    for cache, calls in (("dynamic", 6), ("static", 6)):
+    knows_its_length = hasattr(transformers.cache_utils.StaticLayer(4), "cumulative_length")  # not in transformers 5.0
+    for cache, calls in (("dynamic", 6), ("static", 6 if knows_its_length else 0)):
         before = forward_of(model).fused_calls
         model.generate(input_ids=ids(1), max_new_tokens=6, do_sample=False, cache_implementation=cache)
         assert forward_of(model).fused_calls == before + calls

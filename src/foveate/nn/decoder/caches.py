@@ -166,6 +166,8 @@ def scratch(structure: Structure, x: Tensor, *, shared: bool = True) -> Room:
 
 
 def _static(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | None:
+    if not hasattr(layers[0], "cumulative_length"):  # transformers 5.0 looks for it in the keys
+        return None
     for layer, block in zip(layers, structure.blocks, strict=True):
         if not layer.is_initialized:
             states = x.new_empty(x.shape[0], block.numbers.kv_heads, 0, block.numbers.head_size)
@@ -198,7 +200,7 @@ def _growing(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | N
         seen = layer.lengths[0]
         pasts.append(seen)
         if layer.is_sliding:
-            if layer.record_past:
+            if getattr(layer, "record_past", False):  # later releases than 5.0
                 return None
             seen = layer.cumulative_length
         if past not in (-1, seen) or layer.room[0].shape[0] != batch:

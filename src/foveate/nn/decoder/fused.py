@@ -34,6 +34,8 @@ _NONE = torch.empty(0)
 #: The relative difference of the last hidden states, below which both ways count as the same. Rounding differs between
 #: them, and an input of 8 bits turns a difference of rounding into one of a step now and then.
 _SAME = 0.03
+#: How many roundings of hidden states, each of one unit of the last place, may add up between the two ways.
+_ROUNDINGS = 4
 #: Arguments of a decoder's forward that a fused call knows.
 _CACHES = ("cache", "past_key_values")  # the second in older releases of transformers
 _KNOWN = frozenset(
@@ -306,32 +308,42 @@ class FusedForward:
 
     @torch.no_grad()
     def _check(self) -> None:
-        """Compare both ways on random tokens: some at once, and one after them."""
+        """Compare both ways on random tokens, and on hidden states as large as norms make them."""
         base: Any = self._base
         self._is_checked, self._is_checking = True, True
         try:
-            ids = torch.randint(0, base.config.vocab_size, (2, 5), generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            ids = torch.randint(0, base.config.vocab_size, (2, 5), generator=generator)
             x = base.embed_tokens(ids)
-            room = scratch(self.structure, x, shared=False)
-            parts = []
-            for begin, end in ((0, 4), (4, 5)):
-                room.past, room.pasts = begin, [begin] * len(room.keys)
-                parts.append(self._run(x[:, begin:end].contiguous(), room, None, None))
-            output = type(base).forward(base, input_ids=ids, use_cache=False)
+            # embeddings may be so small that what a decoder does with them does not show beside its blocks
+            unit = torch.randn(x.shape, generator=generator).to(x.dtype)
+            for given, hidden in (({"input_ids": ids}, x), ({"inputs_embeds": unit}, unit)):
+                output = type(base).forward(base, **given, use_cache=False)
+                difference = self._difference(hidden, output.last_hidden_state)
+                if not difference <= _SAME:
+                    self.reason = f"its blocks compute something else: on random tokens they differ by {difference:.2g}"
+                    return
             self._output_class = type(output)
             self._cache_field = next(name for name in _CACHES if name in output.__dataclass_fields__)
-            expected = output.last_hidden_state.float()
-            if any(part is None for part in parts):
-                self.reason = "its rotary positions cannot be had"
-                return
-            got = torch.cat([part.float() for part in parts if part is not None], 1)
-            # what blocks add to hidden states may be little beside these
-            added = (expected - base.norm(x).float()).norm().clamp_min(1e-30)
-            difference = float((got - expected).norm() / added)
-            if not difference <= _SAME:
-                self.reason = f"its blocks compute something else: on random tokens they differ by {difference:.2g}"
         finally:
             self._is_checking = False
+
+    def _difference(self, x: Tensor, expected: Tensor) -> float:
+        """How far the op is from the last hidden states of x [2, 5, H], over what blocks add to hidden states and what
+        rounding in the dtype of x may change. It takes four positions, and then one after them.
+        """
+        base: Any = self._base
+        room = scratch(self.structure, x, shared=False)
+        parts = []
+        for begin, end in ((0, 4), (4, 5)):
+            room.past, room.pasts = begin, [begin] * len(room.keys)
+            part = self._run(x[:, begin:end].contiguous(), room, None, None)
+            if part is None:
+                return float("inf")
+            parts.append(part.float())
+        added = (expected.float() - base.norm(x).float()).norm()
+        rounding = _ROUNDINGS * torch.finfo(expected.dtype).eps * expected.float().norm()
+        return float((torch.cat(parts, 1) - expected.float()).norm() / (added + rounding / _SAME).clamp_min(1e-30))
 
 
 def _inside_experts(block: nn.Module) -> set[int]:

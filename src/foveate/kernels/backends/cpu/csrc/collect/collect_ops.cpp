@@ -36,7 +36,7 @@ Tensor in_rows(const Tensor& x) { return x.size(1) < 2 || x.stride(1) == 1 ? x :
 std::tuple<Tensor, Tensor> row_sums(const Tensor& given) {
   check_float(given, 2, "x");
   const Tensor x = in_rows(given);
-  const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0), chunks = over(rows, kSummedRows);
+  const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0), chunks = x.numel() ? over(rows, kSummedRows) : 0;
   const float infinity = std::numeric_limits<float>::infinity();
   std::vector<RowTotals> totals(static_cast<size_t>(chunks), RowTotals{0.0, infinity, -infinity});
   const Tensor parts = at::zeros({chunks, columns}, x.options());
