@@ -29,8 +29,7 @@ log = logging.getLogger("foveate")
 ABANDONED_AFTER_S = 7200.0
 # Peers use the same release of torch as we do: their kernels are compared, not releases of torch.
 _TORCH = f"torch=={torch.__version__.partition('+')[0]}"
-# llama.cpp's products on AMX tiles crash on some processors (its issue 20824). Compilers for other processors do not know
-# the option.
+# llama.cpp's products on AMX tiles crash on some processors (its issue 20824). Only compilers for x86 know the option.
 _WITHOUT_AMX = (
     "".join(f" -DCMAKE_{language}_FLAGS=-mno-amx-int8" for language in ("C", "CXX"))
     if platform.machine() == "x86_64" and sys.platform == "linux"
