@@ -232,12 +232,21 @@ def test_hooks_that_go_let_calls_be_fused_again() -> None:
     assert forward_of(model).fused_calls == 1
 
 
-def test_a_norm_that_is_changed_in_place_counts() -> None:
-    model = model_of("Llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_is_changed_in_place_counts(dtype: torch.dtype) -> None:
+    model = model_of("Llama", dtype)
     first = model(input_ids=ids()).logits
-    model.model.layers[0].input_layernorm.weight.mul_(-1)
+    model.model.norm.weight.mul_(-1)
     assert not same(model(input_ids=ids()).logits, first)
-    assert same(*both(model, input_ids=ids()))
+    assert same(*both(model, input_ids=ids()), 0.05)
+
+
+def test_a_model_may_change_its_dtype() -> None:
+    model = model_of("Llama")
+    model(input_ids=ids())
+    fused, plain = both(model.to(torch.bfloat16), input_ids=ids())
+    assert fused.dtype == torch.bfloat16
+    assert same(fused, plain, 0.05)
 
 
 def test_a_map_counts_from_the_next_pass_on_and_rows_may_differ() -> None:

@@ -36,7 +36,7 @@ _NONE = torch.empty(0)
 _SAME = 0.03
 #: How many roundings of hidden states, each of one unit of the last place, may add up between the two ways.
 _ROUNDINGS = 4
-#: Arguments of a decoder's forward that a fused call knows.
+#: Arguments of a decoder's forward that a fused call knows, and what it cannot put out.
 _CACHES = ("cache", "past_key_values")  # the second in older releases of transformers
 _KNOWN = frozenset(
     ("input_ids", "attention_mask", "position_ids", *_CACHES, "inputs_embeds", "use_cache", "cache_position")
@@ -75,6 +75,8 @@ class FusedForward:
         self._modules: list[Any] = []
         self._hooks: list[dict[int, Any]] = []
         self._hook_counts: list[int] = []
+        self._values: list[Tensor] = []
+        self._states: list[tuple[int, int]] = []
         self._output_class: Any = None
         self._cache_field = ""
 
@@ -184,12 +186,7 @@ class FusedForward:
             cache = DynamicCache(config=config)
         if x is None:
             x = base.embed_tokens(ids)
-        if (
-            x.dim() != 3
-            or x.device.type != "cpu"
-            or not x.numel()
-            or x.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-        ):
+        if x.dim() != 3 or x.device.type != "cpu" or not x.numel() or x.dtype not in _DTYPES:
             return None
         hidden = self._paged(x, cache, given) if is_paged(cache) else self._cached(x, cache, given)
         if hidden is None:
@@ -235,10 +232,17 @@ class FusedForward:
         return passes.book
 
     def _held(self) -> Tensor:
-        """The handle of the blocks, made when it is first needed and after a weight was replaced."""
-        if self._handle is None:
+        """The handle of the blocks, made when it is first needed, and again after a weight was replaced or a norm was
+        changed: the handle may have its values as float32.
+        """
+        if self._handle is None or self._states_of_values() != self._states:
             self._handle = self._hold()
+            self._states = self._states_of_values()
         return self._handle
+
+    def _states_of_values(self) -> list[tuple[int, int]]:
+        """Where the values are that the handle may have copies of, and how often they were changed in place."""
+        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._values]
 
     def _run(self, x: Tensor, room: Room, positions: Tensor | None, first: Any) -> Tensor | None:
         turned = self._angles_of(positions, room.past, x)
@@ -301,6 +305,9 @@ class FusedForward:
         norms.append(_weight(structure.last, structure.last_kind))
         numbers += [structure.last_kind[0], structure.width, structure.rotary_size, len(structure.tables)]
         constants.append(structure.last_kind[1])
+        layers = [layer for block in structure.blocks for group in block.groups for layer in group]
+        modules = [*layers, structure.last, *(m for block in structure.blocks for m in (*block.norms, block.router))]
+        self._values = [own for m in modules if m is not None for own in m._parameters.values() if own is not None]
         for weight in self._weights():
             weight.users.add(self)
         handle: Tensor = torch.ops.foveate.decoder_handle(groups, biases, norms, routers, experts, numbers, constants)
