@@ -130,7 +130,8 @@ def quantized(found: Weights, calibration_nT: Tensor, work: Path) -> nn.Module:
     if not folder.exists():
         model = float_model(found)
         log.info("quantizing SmolLM2-135M, minutes; kept in %s", folder)
-        quantize(model, [{"input_ids": ids_BT, "use_cache": False} for ids_BT in calibration_nT.split(1)])
+        batches = [{"input_ids": ids_BT, "use_cache": False} for ids_BT in calibration_nT.split(1)]
+        quantize(model, batches, resume=folder.with_suffix(".statistics"))  # a run that was ended goes on from them
         part = folder.with_name(f"{folder.name}.{os.getpid()}")
         try:
             save(model, part)
@@ -151,8 +152,9 @@ def importance(model: nn.Module, ids_nT: Tensor) -> Iterator[tuple[str, Tensor]]
     linear = [(f.names[0], f.modules[0]) for f in find_weights(model) if kind_of(f.modules[0]) is Kind.LINEAR]
     hooks = [m.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0])) for name, m in linear]
     try:
+        inner: Any = getattr(model, "base_model", model)  # without the output layer, for which llama.cpp has no entry
         for ids_BT in ids_nT.split(1):
-            model(ids_BT, use_cache=False)
+            inner(ids_BT, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
