@@ -186,7 +186,8 @@ class FusedForward:
             cache = DynamicCache(config=config)
         if x is None:
             x = base.embed_tokens(ids)
-        if x.dim() != 3 or x.device.type != "cpu" or not x.numel() or x.dtype not in _DTYPES:
+        is_plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _DTYPES  # none that stands for others
+        if not is_plain or x.dim() != 3 or not x.numel():
             return None
         hidden = self._paged(x, cache, given) if is_paged(cache) else self._cached(x, cache, given)
         if hidden is None:
