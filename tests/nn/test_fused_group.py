@@ -333,6 +333,7 @@ def test_weights_whose_memory_moves_are_found_again(model: Any) -> None:
 
 def test_a_token_takes_one_call_a_group() -> None:
     llama, _ = quantized_llama()
+    fv.unfuse(llama)
     ids = torch.tensor([[3]])
     with torch.no_grad(), Counted() as counted:
         llama(input_ids=ids, use_cache=False)
