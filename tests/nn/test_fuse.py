@@ -143,6 +143,22 @@ def test_generate_is_fused_with_dynamic_and_static_caches() -> None:
         assert forward_of(model).fused_calls == before + calls
 
 
+def test_continuous_batching_is_fused() -> None:
+    model = model_of("Llama")
+    if not hasattr(model, "generate_batch"):
+        pytest.skip("this release of transformers has no continuous batching")
+    config = transformers.GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    prompts = [ids(1, length, seed=length)[0].tolist() for length in (5, 9, 3)]
+
+    def answers() -> list[list[int]]:
+        return [done.generated_tokens for done in model.generate_batch(prompts, generation_config=config).values()]
+
+    together = answers()
+    assert forward_of(model).fused_calls > 0
+    fv.unfuse(model)
+    assert answers() == together
+
+
 def test_halves() -> None:
     model = model_of("Llama", torch.bfloat16)
     fused, plain = both(model, input_ids=ids())

@@ -3,7 +3,7 @@
 llama.cpp quantizes the same weights by its own recipes (Q2_K, Q3_K_M, Q4_K_M, Q5_K_M). The KL of each type from the
 float model is measured on held-out text, with the same tokens on both sides. For each type ours is the smallest map
 whose measured KL is at most the type's. Both then decode greedily in alternating rounds: ours in transformers'
-`generate` with a static cache, llama.cpp in `llama_decode`.
+`generate`, llama.cpp in `llama_decode`.
 
 `tokens_at_equal_kl` is our tokens a second over theirs, the geometric mean over the types of medians over rounds.
 `bytes_at_equal_kl` is the same of the bytes that a token reads. `smol_tokens_ratio_b8_over_b3` is our speed with all
@@ -124,7 +124,7 @@ class Ours:
     def decode(self, plan: PrecisionMap, prompt: int, tokens: int) -> float:
         """Seconds a token, after the first."""
         apply(self._model, plan)
-        times = generate(self._model, prompt, tokens + 1, compiled=self.compiled)
+        times = generate(self._model, prompt, tokens + 1, static=self.compiled, compiled=self.compiled)
         return (times[-1] - times[1]) / tokens
 
     def forget_cache(self) -> None:

@@ -116,7 +116,7 @@ def structure_of(base: nn.Module) -> Structure:
         raise NotRecognized(f"it has further modules: {', '.join(children)}")
     config: Any = base.config
     tables = _tables(rotary, config)
-    rotary_size = angles(rotary, torch.zeros(1, 1, dtype=torch.int64), tables[0])[0].shape[-1]
+    rotary_size = _rotary_size(rotary, tables[0])
     count = int(getattr(config, "num_hidden_layers", len(layers)))
     blocks = tuple(_block(layer, config, i, rotary_size, tables) for i, layer in enumerate(list(layers)[:count]))
     if not blocks:
@@ -128,15 +128,20 @@ def structure_of(base: nn.Module) -> Structure:
 
 
 def angles(rotary: nn.Module, positions: Tensor, table: str | None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of positions [B, S], float32 [B, S, rotary size]; `NotRecognized` if the module has others."""
-    more = () if table is None else (table,)
-    try:
-        cosine, sine = rotary(torch.empty(0), positions, *more)
-    except Exception as error:  # whatever a module of another kind makes of these arguments
-        raise NotRecognized("its rotary positions are not tables of angles") from error
-    if not isinstance(cosine, Tensor) or cosine.dim() != 3 or cosine.shape != sine.shape or cosine.shape[-1] % 2:
-        raise NotRecognized("its rotary positions are not tables of angles")
+    """Cosines and sines of positions [B, S], float32 [B, S, rotary size], of the kind of blocks that `table` names."""
+    cosine, sine = rotary(torch.empty(0), positions, *(() if table is None else (table,)))
     return cosine.float(), sine.float()
+
+
+def _rotary_size(rotary: nn.Module, table: str | None) -> int:
+    """How much of a head is turned; raises `NotRecognized` where rotary positions are not tables of angles."""
+    try:
+        cosine, sine = angles(rotary, torch.zeros(1, 1, dtype=torch.int64), table)
+    except Exception as error:  # whatever a module of another kind makes of these arguments
+        raise NotRecognized(f"its rotary positions are not tables of angles: {error!r}") from error
+    if cosine.dim() != 3 or cosine.shape != sine.shape or cosine.shape[-1] % 2:
+        raise NotRecognized("its rotary positions are not tables of angles")
+    return cosine.shape[-1]
 
 
 def _tables(rotary: nn.Module, config: Any) -> tuple[str | None, ...]:
@@ -234,7 +239,9 @@ def _mixture(children: dict[str, nn.Module], number: int) -> _Mixture:
     try:
         _, scores, _ = router.forward(x)
     except Exception as error:  # whatever a router of another kind does
-        raise NotRecognized(f"the router of block {number} is {type(router).__name__}, which is not known") from error
+        raise NotRecognized(
+            f"the router of block {number}, {type(router).__name__}, is not known: {error!r}"
+        ) from error
     shares = torch.softmax(x.float() @ weight.float().t(), -1).topk(top_k).values
     near = 1e-4 if weight.dtype == torch.float32 else 3e-2
     found = [

@@ -117,7 +117,6 @@ class Run {
     int64_t from, until;
   };
 
-  int64_t rows() const { return rows_; }
   const Segment& segment_of(int64_t row) const { return segments_[segment_of_row_[static_cast<size_t>(row)]]; }
   int64_t row_of_x(int64_t row) const {
     const Segment& s = segment_of(row);
