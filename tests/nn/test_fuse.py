@@ -130,6 +130,13 @@ def test_a_decoder_of_transformers_is_recognized_and_gives_what_its_blocks_give(
     assert same(fused, _scores(model, given))
 
 
+@pytest.mark.parametrize(("batch", "length"), [(1, 513), (3, 255), (9, 60)])
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_call_of_more_rows_than_are_taken_at_once(batch: int, length: int, use_cache: bool) -> None:
+    model = model_of("Llama", max_position_embeddings=1024)
+    assert same(*both(model, input_ids=ids(batch, length), use_cache=use_cache))
+
+
 def _scores(model: Any, given: dict[str, Any]) -> Tensor:
     return torch.stack(model.generate(**given, return_dict_in_generate=True, output_scores=True).scores)
 

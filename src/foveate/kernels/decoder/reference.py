@@ -37,6 +37,8 @@ from foveate.kernels.planes.reference import plane_linear_by_handle, rows_of_han
 #: The groups of weights of a block that share an input, and how many weights each may have: q, k and v, or one that is
 #: all three; the output of attention; gate and up, or one that is both; down.
 GROUPS = (3, 1, 2, 1)
+#: The op takes so many rows at once through all blocks. A call with more needs a cache of its own for each block.
+ROWS_AT_ONCE = 512
 #: The norms of a block: of its input, of queries, of keys, of attention's output, of the MLP's input and of its output.
 NORMS = 6
 #: The kinds of a norm: none, x * weight and x * (1 + weight), of an x whose mean square is 1.
@@ -202,7 +204,8 @@ def decoder_blocks(
         x: hidden states; float32, bfloat16 or float16.
         handle: of the blocks.
         book: of the generations of the model.
-        keys, values: for each block [B, kv_heads, T, D], which are written at positions past .. past + S.
+        keys, values: for each block [B, kv_heads, T, D], which are written at positions past .. past + S. Blocks may
+            have the same where B * S is at most `ROWS_AT_ONCE`.
         cosine, sine: the angles of this call's positions, float32 [tables, B or 1, S, rotary size].
         first: int64 [B], the first cached position of each sequence that is no padding, in all caches; None for 0.
         past: for each block how many positions its cache holds.

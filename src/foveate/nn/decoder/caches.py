@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.kernels.decoder.reference import ROWS_AT_ONCE
 from foveate.nn.decoder.structure import Structure
 
 _LEAST_ROOM = 64
@@ -131,7 +132,7 @@ def room_in(cache: Any, structure: Structure, x: Tensor) -> Room | None:
         None if the cache is not one that the op can write.
     """
     if cache is None:
-        return scratch(structure, x)
+        return scratch(structure, x, shared=x.shape[0] * x.shape[1] <= ROWS_AT_ONCE)
     layers = getattr(cache, "layers", None)
     known = type(cache).__module__ == "transformers.cache_utils" and not cache.__dict__.get("offloading")
     if not isinstance(layers, list) or not known:
@@ -153,7 +154,9 @@ def room_in(cache: Any, structure: Structure, x: Tensor) -> Room | None:
 
 
 def scratch(structure: Structure, x: Tensor, *, shared: bool = True) -> Room:
-    """Room for one call, which nobody reads afterwards; if not `shared`, each block has memory of its own."""
+    """Room for one call, which nobody reads afterwards; if not `shared`, each block has memory of its own. Of more rows
+    than the op takes at once, a block reads what it wrote of the rows before.
+    """
     made: dict[tuple[int, ...], Tensor] = {}
     keys = []
     for number, block in enumerate(structure.blocks):

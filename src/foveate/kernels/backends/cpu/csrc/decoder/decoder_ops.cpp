@@ -59,6 +59,11 @@ Tensor decoder_blocks(const Tensor& x, const Tensor& handle, const Tensor& book,
     }
     caches.push_back({keys[b], values[b], past[b]});
   }
+  if (batch * length > kRowsAtOnce)  // rows go through all blocks a chunk at a time, so each block needs its own
+    for (size_t b = 1; b < keys.size(); ++b)
+      for (size_t other = 0; other < b; ++other)
+        TORCH_CHECK(keys[b].const_data_ptr() != keys[other].const_data_ptr(), "blocks ", other, " and ", b, " have one cache, and x has ", batch * length,
+                    " rows, more than ", kRowsAtOnce);
   check_angles(*decoder, cosine, sine, batch, length);
   if (first) {
     check_vector(*first, at::kLong, "first");
