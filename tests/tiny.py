@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.planes import PlaneTensor, from_codes
+from foveate.planes import PlaneTensor, exact_tiles, from_codes
 from foveate.rounding import Rounded
 
 LEVELS = (0, 2, 3, 4, 6, 8)
@@ -71,6 +71,13 @@ def coded(rows: int, columns: int, *, group: int = 32, reach: int = 0, row_gains
     gain = (1 + 0.05 * torch.randn(2, rows if row_gains else 1, generator=g)).half()
     planes = from_codes(anchor, residual, scale, offset, gain, group=group, reach=reach)
     return Coded(planes, anchor, residual, scale, offset, gain)
+
+
+def with_exact(planes: PlaneTensor, share: float, dtype: torch.dtype, seed: int = 0) -> PlaneTensor:
+    """The weight with about a share of its tiles exact too, of random values."""
+    tiles = (torch.rand(planes.stored_levels.numel(), generator=generator(seed)) < share).nonzero()[:, 0]
+    values = torch.randn(planes.rows, planes.columns, generator=generator(seed + 1))
+    return replace(planes, exact=exact_tiles(values, tiles, planes.group, dtype))
 
 
 def read_at(rounded: Rounded, level: int) -> Tensor:

@@ -101,6 +101,7 @@ from foveate.precision.timings import Timings as Timings
 from foveate.prepare.fold import fold_batchnorm as fold_batchnorm
 from foveate.prepare.smooth import Smoothed as Smoothed
 from foveate.prepare.smooth import smooth as smooth
+from foveate.rounding.exact import KeepExact as KeepExact
 from foveate.runtime.limits import Limits as Limits
 from foveate.runtime.manager import RuntimeManager as RuntimeManager
 from foveate.version import __version__ as __version__

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import foveate as fv
 from foveate.errors import BudgetError, SiteError
+from foveate.formats.levels import WEIGHT_LEVELS
 from foveate.precision.encoding import first_rise
 from foveate.precision.profiles import Profile
 from foveate.precision.timings import Timings
@@ -24,7 +25,7 @@ def _timed(seed: int, rest: float = 0.01) -> Profile:
     products = {}
     for site in profile.weight_sites():
         rate = choice.choice([0.0, 1.0, 5.0]) * 1e-9
-        costs = [site.tiles * cost for cost in site.tile_costs()]
+        costs = [site.tiles * cost for cost in site.tile_costs()[: len(WEIGHT_LEVELS)]]
         products[site.name] = tuple(rate * cost * choice.uniform(0.7, 1.3) for cost in costs)
     return replace(profile, timings=Timings(machine="m", products=products, rest=rest))
 

@@ -80,9 +80,10 @@ def test_versions_and_features(saved: tuple[Path, nn.Module, fv.Profile], tmp_pa
     cases = {
         "of format version 3, newer than this foveate reads (2): upgrade foveate": with_(version=3),
         "of format version 1, older than this foveate reads (2): quantize the original again": with_(version=1),
-        "needs features that this foveate does not have: exact_tiles, zero_mask: upgrade foveate": with_(
-            features=["zero_mask", "exact_tiles"]
+        "needs features that this foveate does not have: input_order, zero_mask: upgrade foveate": with_(
+            features=["zero_mask", "input_order"]
         ),
+        "exact tiles are listed without their feature, or the other way round": with_(features=["exact_tiles"]),
         "does not name the format": with_(format="other"),
         "is malformed": with_(version="1"),
     }

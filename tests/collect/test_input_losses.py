@@ -17,7 +17,7 @@ from foveate.collect.inputs import InputStatistics
 from foveate.collect.kinds import find_weights, patches, weight_matrix
 from foveate.collect.objectives import Embedding, Logits
 from foveate.formats.levels import INPUT_LEVELS
-from foveate.kernels.planes.reference import quantize_input
+from foveate.kernels.planes.inputs import quantize_input
 from foveate.nn.registry import registry_of
 from tiny import generator, mlp, quantized_llama, rows
 

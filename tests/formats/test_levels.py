@@ -3,7 +3,14 @@ from __future__ import annotations
 import pytest
 
 from foveate.errors import LevelError
-from foveate.formats.levels import check_input_level, check_weight_level, code_range, code_step, planes_of
+from foveate.formats.levels import (
+    check_input_level,
+    check_tile_level,
+    check_weight_level,
+    code_range,
+    code_step,
+    planes_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +52,10 @@ def test_an_unknown_weight_level_names_the_rule(level: int) -> None:
 
 
 @pytest.mark.parametrize("level", [16, 32])
-def test_exact_levels_are_reserved(level: int) -> None:
-    with pytest.raises(LevelError, match="weights on planes have no exact level"):
+def test_planes_give_no_exact_level(level: int) -> None:
+    with pytest.raises(LevelError, match="planes give no exact level"):
         check_weight_level(level)
+    assert check_tile_level(level) == level
 
 
 def test_input_levels() -> None:

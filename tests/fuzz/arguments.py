@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foveate.formats.packing import tile_grid
 from foveate.planes import PlaneTensor
-from tiny import coded, generator, random_levels
+from tiny import coded, generator, random_levels, with_exact
 
 #: What an op may answer instead of a result.
 REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, OverflowError, MemoryError, NotImplementedError)
@@ -37,7 +37,11 @@ def _weight(rows: int, columns: int, group: int, kind: int) -> PlaneTensor:
     w = coded(rows, columns, group=group, reach=kind % 3, row_gains=kind % 2 == 1, seed=kind).planes
     if kind >= 3:
         w = w.kept(random_levels(w, kind))
+    if kind in (1, 4):
+        w = with_exact(w, 0.3, (torch.float16, torch.float32)[kind // 4], kind)
     levels = [torch.minimum(random_levels(w, kind + seed), w.stored_levels) for seed in (7, 8)]
+    if w.exact is not None:
+        levels[0] = torch.maximum(levels[0], w.exact.levels())
     return replace(w, active_levels=torch.stack(levels))
 
 

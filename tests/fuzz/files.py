@@ -81,7 +81,7 @@ class _Tensors:
 
     def __init__(self, place: Path) -> None:
         self.folder = place / "model"
-        model, _ = quantized_mlp()
+        model, _ = quantized_mlp(exact=0.2)
         fv.save(model, self.folder)
         self.head = json.loads((self.folder / "foveate.json").read_bytes())
         self.files = {f.name: f.read_bytes() for f in self.folder.iterdir()}

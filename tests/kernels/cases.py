@@ -14,7 +14,7 @@ from torch import Tensor
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.planes import reference
 from foveate.planes import PlaneTensor, linear
-from tiny import LEVELS, coded, generator, random_levels
+from tiny import LEVELS, coded, generator, random_levels, with_exact
 
 NAN = float("nan")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -98,6 +98,15 @@ def _levels(draw: st.DrawFn, w: PlaneTensor, seed: int) -> Tensor:
     return random_levels(w, seed)[:, torch.arange(w.stored_levels.shape[1]) // run]
 
 
+def _at_exact(draw: st.DrawFn, w: PlaneTensor, levels: Tensor) -> Tensor:
+    """The levels, with none, some or all of the exact tiles read as such."""
+    if w.exact is None:
+        return levels
+    exact = w.exact.levels()
+    chosen = torch.rand(exact.shape, generator=generator(w.rows)) < draw(st.sampled_from((0.0, 0.5, 1.0)))
+    return torch.where((exact > 0) & (chosen | (levels > w.stored_levels)), exact, levels)
+
+
 @st.composite
 def calls(draw: st.DrawFn) -> Call:
     """Any number of weights, odd shapes, tiles missing or at any level, every kind of x."""
@@ -111,9 +120,12 @@ def calls(draw: st.DrawFn) -> Call:
         n = draw(ROWS)
         reach = draw(st.integers(0, 2))
         w = coded(n, columns, group=group, reach=reach, row_gains=draw(st.booleans()), seed=seed + i).planes
+        exact = draw(st.sampled_from((0.0, 0.0, 0.1, 1.0)))
+        if exact:
+            w = with_exact(w, exact, draw(st.sampled_from(DTYPES)), seed + 50 + i)
         if draw(st.booleans()):
-            w = w.kept(_levels(draw, w, seed + 10 + i))
-        levels = torch.stack([_levels(draw, w, seed + 20 + i + which) for which in range(maps)])
+            w = w.kept(_at_exact(draw, w, _levels(draw, w, seed + 10 + i)))
+        levels = torch.stack([_at_exact(draw, w, _levels(draw, w, seed + 20 + i + n)) for n in range(maps)])
         weights.append(replace(w, active_levels=levels))
         biases.append(torch.randn(n, generator=generator(seed + 30 + i)) if draw(st.booleans()) else torch.empty(0))
     g = generator(seed + 40)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.kernels.collect import reference
-from foveate.kernels.planes.reference import quantize_input
+from foveate.kernels.planes.inputs import quantize_input
 from kernels.cases import forced, isas
 from tiny import generator
 

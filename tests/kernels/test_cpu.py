@@ -18,7 +18,7 @@ from foveate.formats.levels import PLANES
 from foveate.kernels.planes import reference
 from foveate.planes import linear
 from kernels.cases import COLUMNS, KNOWN_ISAS, ROWS, Call, calls, forced, isas, pairs, simple
-from tiny import coded, generator, random_levels
+from tiny import coded, generator, random_levels, with_exact
 
 ISAS = isas()
 pytestmark = pytest.mark.skipif(not ISAS, reason="no compiled kernels: no C++ compiler was found")
@@ -72,11 +72,10 @@ def test_float_inputs_are_a_float_product(call: Call, levels: tuple[int, int]) -
     call.input_level = torch.tensor([levels[which % 2] for which in range(maps)], dtype=torch.uint8)
     for got, want, w in zip(call.run(), call.by_reference(), call.weights, strict=True):
         # K products in any order, each at most |x| |w|, and the rounding of the output's dtype
-        size = (
-            call.x.shape[-1]
-            * float(call.x.abs().max() if call.x.numel() else 0)
-            * (float(w.scales.abs().max()) * 10 if w.scales.numel() else 0)
-        )
+        largest = float(w.scales.abs().max()) * 10 if w.scales.numel() else 0.0
+        if w.exact is not None:
+            largest = max(largest, float(w.exact.values.abs().max()))
+        size = call.x.shape[-1] * float(call.x.abs().max() if call.x.numel() else 0) * largest
         bound = call.x.shape[-1] * EPS * size + 2 * torch.finfo(got.dtype).eps * want.float().abs() + 1e-30
         assert got.dtype == want.dtype
         assert bool(((got.float() - want.float()).abs() <= bound).all())
@@ -95,7 +94,12 @@ def test_unpack_and_embedding(rows: int, columns: int, group: int, reach: int, r
     w = coded(rows, columns, group=group, reach=reach, row_gains=row_gains, seed=seed).planes
     if seed % 2:
         w = w.kept(random_levels(w, seed))
-    w = replace(w, active_levels=torch.stack([random_levels(w, seed + 1), random_levels(w, seed + 2)]))
+    if seed % 3 == 0:
+        w = with_exact(w, 0.5, torch.bfloat16, seed)
+    levels = torch.stack([random_levels(w, seed + 1), random_levels(w, seed + 2)])
+    if w.exact is not None:
+        levels[0] = torch.maximum(levels[0], w.exact.levels())
+    w = replace(w, active_levels=levels)
     indices = torch.randint(0, rows, (3, 5), generator=generator(seed))
     for which in (0, 1):
         expected = reference.plane_unpack(w.tensors, w.geometry, which)
@@ -225,12 +229,20 @@ def _replace(index: int, make: Callable[[object], object]) -> Callable[[Call], t
     return args
 
 
-def _at(place: int, make: Callable[[Tensor], Tensor]) -> Callable[[Call], tuple[object, ...]]:
-    """Another tensor at a place of the weight."""
-    return _replace(1, lambda listed: [make(t) if i == place else t for i, t in enumerate(listed)])  # type: ignore[arg-type, var-annotated]
+def _at(place: int, make: Callable[[Tensor], Tensor], exact: bool = False) -> Callable[[Call], tuple[object, ...]]:
+    """Another tensor at a place of the weight, of which all tiles are exact if `exact`."""
+
+    def replaced(call: Call) -> tuple[object, ...]:
+        if exact:
+            whole = with_exact(call.weights[0], 1.0, torch.float16)
+            assert whole.exact is not None
+            call.weights[0] = replace(whole, active_levels=whole.exact.levels()[None].repeat(2, 1, 1))
+        return _replace(1, lambda listed: [make(t) if i == place else t for i, t in enumerate(listed)])(call)  # type: ignore[arg-type, var-annotated]
+
+    return replaced
 
 
-PLANE, SCALES, GAIN, STARTS, RESIDENT, TAGS = 0, *range(PLANES, PLANES + 5)
+PLANE, SCALES, GAIN, STARTS, RESIDENT, VALUES, NUMBERS, OFFSETS, TAGS = 0, *range(PLANES, PLANES + 8)
 
 MALFORMED = {
     "too few tensors": _replace(1, lambda v: v[:-1]),  # type: ignore[index]
@@ -251,6 +263,18 @@ MALFORMED = {
     "resident of a level that does not exist": _at(RESIDENT, lambda t: torch.full_like(t, 5)),
     "resident of another grid": _at(RESIDENT, lambda t: t[:, 1:]),
     "tags of a level that does not exist": _at(TAGS, lambda t: torch.full_like(t, 7)),
+    "exact values without an index": _at(VALUES, lambda t: torch.zeros(16 * 32)),
+    "exact values cut off": _at(VALUES, lambda t: t[:-1], exact=True),
+    "exact values of integers": _at(VALUES, lambda t: t.int(), exact=True),
+    "numbers of exact tiles in int64": _at(NUMBERS, lambda t: t.long(), exact=True),
+    "numbers of exact tiles outside": _at(NUMBERS, lambda t: t + 100, exact=True),
+    "numbers of exact tiles below zero": _at(NUMBERS, lambda t: t - 100, exact=True),
+    "a number of an exact tile too many": _at(NUMBERS, lambda t: torch.cat([t, t[:1]]), exact=True),
+    "offsets of exact tiles cut off": _at(OFFSETS, lambda t: t[:-1], exact=True),
+    "offsets of exact tiles past the end": _at(OFFSETS, lambda t: t + 1, exact=True),
+    "offsets of exact tiles far away": _at(OFFSETS, lambda t: t + 2**40, exact=True),
+    "offsets of exact tiles below zero": _at(OFFSETS, lambda t: t - 5, exact=True),
+    "offsets of exact tiles that fall": _at(OFFSETS, lambda t: t.flip(0), exact=True),
     "tags of no map": _at(TAGS, lambda t: t[:0]),
     "tags of nine maps": _at(TAGS, lambda t: t[:1].expand(9, -1, -1).clone()),
     "a bias of another length": _replace(2, lambda v: [v[0][1:]]),  # type: ignore[index]

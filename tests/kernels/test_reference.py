@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.kernels.planes import reference
+from foveate.kernels.planes.inputs import quantize_input
 from tiny import coded, generator, random_levels
 
 GROUPS = (32, 64, 128)
@@ -52,7 +53,7 @@ def _codes(x: Tensor, q_max: float) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("level", "q_max"), [(8, 127.0), (16, 32512.0)])
 def test_quantized_inputs(level: int, q_max: float) -> None:
     x = torch.randn(20, 77, generator=generator(3))
-    codes, scale = reference.quantize_input(x, level)
+    codes, scale = quantize_input(x, level)
     expected, expected_scale = _codes(x, q_max)
     assert float(codes.abs().max()) == q_max
     # a value within rounding error of a tie may go either way
@@ -66,7 +67,7 @@ def test_four_bits_have_sixteen_codes_a_block() -> None:
     x = torch.randn(200, 77, generator=generator(3)) * torch.logspace(-3, 2, 200)[:, None]
     x[:, :40] += torch.randn(200, 1, generator=generator(4))
     x[:, 70:] *= 100
-    codes, scale = reference.quantize_input(x, 4)
+    codes, scale = quantize_input(x, 4)
     assert bool((codes == codes.round()).all())
     assert float(codes.abs().max()) <= 15 * 8
     for at in range(0, 77, 32):
@@ -83,7 +84,7 @@ def test_four_bits_have_sixteen_codes_a_block() -> None:
 
 def test_rows_above_zero_use_all_sixteen_codes() -> None:
     x = torch.rand(50, 300, generator=generator(4))
-    codes, scale = reference.quantize_input(x, 4)
+    codes, scale = quantize_input(x, 4)
     assert codes.amin() == 0
     assert torch.allclose(codes.amax(1, keepdim=True) * scale, x.amax(1, keepdim=True))
 
@@ -91,7 +92,7 @@ def test_rows_above_zero_use_all_sixteen_codes() -> None:
 def test_an_outlier_is_its_blocks_own_affair() -> None:
     x = torch.randn(20, 128, generator=generator(5))
     x[:, 3] = 50.0
-    codes, scale = reference.quantize_input(x, 4)
+    codes, scale = quantize_input(x, 4)
     error = codes * scale - x
     assert float(error[:, 32:].abs().max()) < 0.5 * 50 / 15 / 8 * 1.6  # one or two units of eight
     assert float(error[:, :32].abs().max()) > 0.5 * 50 / 15 * 0.8
@@ -100,23 +101,23 @@ def test_an_outlier_is_its_blocks_own_affair() -> None:
 @pytest.mark.parametrize(("level", "steps"), [(4, 15), (8, 127)])
 def test_a_range_is_every_rows_scale_and_cuts_off_what_is_beyond(level: int, steps: int) -> None:
     x = torch.tensor([[0.1, 0.5, 2.0, 9.0], [0.0, 0.0, 0.01, -9.0]])
-    codes, scale = reference.quantize_input(x, level, torch.tensor([0.0, 3.0]))
+    codes, scale = quantize_input(x, level, torch.tensor([0.0, 3.0]))
     assert torch.allclose(scale, torch.full((2, 1), 3 / steps))
     assert codes[0].tolist() == [round(v * steps / 3) for v in (0.1, 0.5, 2.0)] + [steps]
     assert float(codes[1, 3]) == (0 if level == 4 else -127)
     nan = torch.tensor([0.0, torch.nan])
-    assert torch.equal(reference.quantize_input(x, level, nan)[0], reference.quantize_input(x, level)[0])
+    assert torch.equal(quantize_input(x, level, nan)[0], quantize_input(x, level)[0])
 
 
 def test_sixteen_bits_keep_their_own_scale() -> None:
     x = torch.randn(5, 7)
     limits = torch.tensor([-0.1, 0.1])
-    assert torch.equal(reference.quantize_input(x, 16, limits)[0], reference.quantize_input(x, 16)[0])
+    assert torch.equal(quantize_input(x, 16, limits)[0], quantize_input(x, 16)[0])
 
 
 @pytest.mark.parametrize(("value", "expected"), [(0.5, 0.0), (1.5, 2.0), (2.5, 2.0), (-0.5, 0.0), (-1.5, -2.0)])
 def test_halves_round_to_even(value: float, expected: float) -> None:
-    codes, _ = reference.quantize_input(torch.tensor([[127.0, value]]), 8)
+    codes, _ = quantize_input(torch.tensor([[127.0, value]]), 8)
     assert float(codes[0, 1]) == expected
 
 
@@ -131,7 +132,7 @@ def test_linear_is_codes_times_weight(level: int) -> None:
     (y,) = reference.plane_linear(x, w.planes.tensors, [bias], w.planes.geometry, input_level)
     seen = x.double()
     if level != 32:
-        codes, scale = reference.quantize_input(x, level)
+        codes, scale = quantize_input(x, level)
         seen = codes * scale.double()
     expected = seen @ w.dense(levels).t() + bias
     # each product is at most |x| (|m| + 8 |s|); a few roundings for each of the three groups

@@ -43,30 +43,32 @@ class Call(NamedTuple):
     offset: Tensor
     gain: Tensor
     group_of: Tensor
+    reach: int = 0
 
     def descend(self, sweeps: int = 1) -> Tensor:
         """The codes that the op in use changes a copy of these to."""
         codes = self.codes.clone()
-        coordinate_descent(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
+        coordinate_descent(codes, *self[1:-1], LEVEL_WEIGHTS, sweeps, 0.0, self.reach)
         return codes
 
     def feed(self, by: Callable[..., None]) -> Tensor:
         """The codes that feedback gives, by the op or the reference."""
         codes = self.codes.clone()
         rows = None if self.gradients is None else torch.stack([_factor(g).t().tril(-1) for g in self.gradients])
-        by(codes, self.w, _factor(self.covariance), rows, *self[4:], LEVEL_WEIGHTS)
+        by(codes, self.w, _factor(self.covariance), rows, *self[4:-1], LEVEL_WEIGHTS, self.reach)
         return codes
 
     def expected(self, sweeps: int = 1) -> Tensor:
         """What `descend` should give, by the reference."""
         codes = self.codes.clone()
-        reference.coordinate_descent(codes, *self[1:], LEVEL_WEIGHTS, sweeps)
+        reference.coordinate_descent(codes, *self[1:-1], LEVEL_WEIGHTS, sweeps, 0.0, self.reach)
         return codes
 
     def objective(self, codes: Tensor) -> float:
         """J in float64, the metrics of blocks cut to the rows that exist."""
         rows = len(self.w)
-        values = reference.code_values(self.gain)[:, codes[0].long(), codes[1].long(), torch.arange(rows)[:, None]]
+        table = reference.code_values(self.gain, self.reach)
+        values = table[:, codes[0].long(), codes[1].long(), torch.arange(rows)[:, None]]
         step, middle = (t[:, self.group_of] for t in (self.scale, self.offset))
         error = (middle + step * values - self.w).double()
         pulled = error @ self.covariance.double()
@@ -94,12 +96,14 @@ def _call(rows: int, columns: int, together: int | None, group: int, seed: int) 
     columns=st.integers(1, 140),
     together=st.sampled_from((None, 1, 7, 16, 40)),
     group=st.sampled_from((32, 64, 128)),
+    reach=st.sampled_from((0, 0, 1, 2)),
     seed=st.integers(0, 1000),
 )
 def test_compiled_loops_choose_the_codes_of_the_reference(
-    rows: int, columns: int, together: int | None, group: int, seed: int
+    rows: int, columns: int, together: int | None, group: int, reach: int, seed: int
 ) -> None:
     call = _call(rows, columns if together is None else min(columns, 40), together, group, seed)
+    call = call._replace(reach=reach)
     wanted = [call.expected(), call.feed(reference.error_feedback)]
     found = []
     for isa in ISAS:
@@ -136,7 +140,7 @@ def test_sweeps_end_where_they_do_not_pay(together: int | None) -> None:
 
     def swept(by: Callable[..., Tensor], least_gain: float) -> tuple[Tensor, list[int]]:
         codes = call.codes.clone()
-        return codes, by(codes, *call[1:], LEVEL_WEIGHTS, 8, least_gain).tolist()
+        return codes, by(codes, *call[1:-1], LEVEL_WEIGHTS, 8, least_gain).tolist()
 
     for by in (coordinate_descent, reference.coordinate_descent):
         codes, made = swept(by, 0.25)
@@ -181,23 +185,25 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="outside the 3 groups"):
         call._replace(group_of=torch.full((70,), 3)).descend()
     with pytest.raises(RuntimeError, match="not one per level"):
-        coordinate_descent(*call, LEVEL_WEIGHTS[:4], 1)
+        coordinate_descent(*call[:-1], LEVEL_WEIGHTS[:4], 1)
+    with pytest.raises(RuntimeError, match="not one of 0, 1, 2"):
+        call._replace(reach=3).descend()
 
 
 def test_both_ops_pass_opcheck() -> None:
     call = _call(6, 40, None, 32, 2)
-    torch.library.opcheck(coordinate_descent.default, (*call, list(LEVEL_WEIGHTS), 1))
-    torch.library.opcheck(coordinate_descent.default, (*_call(6, 40, 4, 32, 2), list(LEVEL_WEIGHTS), 2, 0.1))
-    torch.library.opcheck(error_feedback.default, (*call, list(LEVEL_WEIGHTS)))
+    torch.library.opcheck(coordinate_descent.default, (*call[:-1], list(LEVEL_WEIGHTS), 1))
+    torch.library.opcheck(coordinate_descent.default, (*_call(6, 40, 4, 32, 2)[:-1], list(LEVEL_WEIGHTS), 2, 0.1, 1))
+    torch.library.opcheck(error_feedback.default, (*call[:-1], list(LEVEL_WEIGHTS)))
 
 
 def test_the_reference_compares_codes_of_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, at_once = reference.LONE_ROWS + 5, []
     values = reference.code_values
 
-    def watched(gain_2n: Tensor) -> Tensor:
+    def watched(gain_2n: Tensor, reach: int) -> Tensor:
         at_once.append(gain_2n.shape[1])
-        return values(gain_2n)
+        return values(gain_2n, reach)
 
     monkeypatch.setattr(reference, "code_values", watched)
     w = torch.randn(rows, 2, generator=generator(0))

@@ -129,12 +129,10 @@ def test_errors_name_the_value_and_the_rule() -> None:
         plan.with_level("*.nothing", 4)
     with pytest.raises(LevelError, match=r"level \(=5\) is not one of 0, 2, 3, 4, 6, 8"):
         plan.with_level("a.q:weight", 5)
-    with pytest.raises(LevelError, match=r"level \(=16\) is exact"):
-        plan.with_level("a.q:weight", 16)
     with pytest.raises(LevelError, match=r"input level \(=3\) is not one of"):
         plan.with_level("*:input", 3)
-    with pytest.raises(LevelError, match=r"level \(=16\) is exact"):
-        plan.with_level("*", 16)  # inputs have it, but weights are meant
+    exact = plan.with_level("*", 16)  # inputs have it, but weights are meant
+    assert {s.kind for s in exact.sites if exact.levels[s.name] == 16} == {"weight"}
     with pytest.raises(LevelError, match="3 tile levels for 6 tiles"):
         _plan({"a.q:weight": b"\2\2\2"})
     with pytest.raises(LevelError, match=r"level \(=7\) is not one of"):

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from foveate.errors import BudgetError, SiteError
-from foveate.formats.levels import INPUT_LEVELS, NESTED_LEVELS, WEIGHT_LEVELS, check_input_level, check_weight_level
+from foveate.formats.levels import (
+    EXACT_LEVELS,
+    INPUT_LEVELS,
+    NESTED_LEVELS,
+    TILE_LEVELS,
+    check_input_level,
+    check_tile_level,
+)
 
 INPUT_CHOICE = (4, 8, 16)
 
@@ -19,7 +26,8 @@ class Constraints:
         plan = fv.allocate(profile, fv.Budget(bits=4.25), fv.Constraints(levels=(2, 4, 8), input_bits=6.0))
 
     Attributes:
-        levels: the levels of weights to choose among; with level 0, tiles may be dropped.
+        levels: the levels of weights to choose among; with level 0, tiles may be dropped. Levels 16 and 32 are of tiles
+            whose exact values were kept (`fv.quantize(..., exact=0.01)`), and count for no others.
         per_tile: whether levels may differ within a weight: each tile, or each strip of 16 rows, has its own.
         tie: groups of shell patterns; the weights that match a group share one level. `[("*.q_proj:weight",
             "*.k_proj:weight")]`.
@@ -36,7 +44,7 @@ class Constraints:
         SiteError: `tie` is not a sequence of groups of patterns.
     """
 
-    levels: Sequence[int] = NESTED_LEVELS
+    levels: Sequence[int] = (*NESTED_LEVELS, *EXACT_LEVELS)
     per_tile: bool = True
     tie: Sequence[Sequence[str]] = ()
     input_level: int | None = None
@@ -47,7 +55,7 @@ class Constraints:
         levels = _each("levels", self.levels)
         input_levels = _each("input_levels", self.input_levels)
         if not levels:
-            raise BudgetError(f"levels is empty: give at least one of {', '.join(map(str, WEIGHT_LEVELS))}")
+            raise BudgetError(f"levels is empty: give at least one of {', '.join(map(str, TILE_LEVELS))}")
         if type(self.per_tile) is not bool:
             raise BudgetError(f"per_tile (={self.per_tile!r}) is not True or False")
         if self.input_level is not None:
@@ -60,7 +68,7 @@ class Constraints:
             raise BudgetError(f"input_levels is empty: give at least one of {', '.join(map(str, INPUT_LEVELS))}")
         if self.input_bits is not None and not _is_positive(self.input_bits):
             raise BudgetError(f"input_bits (={self.input_bits}) must be a positive finite number")
-        self._set("levels", tuple(sorted({check_weight_level(level) for level in levels})))
+        self._set("levels", tuple(sorted({check_tile_level(level) for level in levels})))
         self._set("input_levels", tuple(sorted({check_input_level(level) for level in input_levels})))
         self._set("tie", _groups(self.tie))
 
@@ -95,5 +103,5 @@ def _groups(tie: Any) -> tuple[tuple[str, ...], ...]:
     return tuple(map(tuple, groups))
 
 
-#: All nested levels, levels that differ within a weight, and input levels that follow from the weights.
+#: All levels above 0, levels that differ within a weight, and input levels that follow from the weights.
 DEFAULT_CONSTRAINTS = Constraints()

@@ -48,11 +48,12 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
     problem = build(profile, constraints, levels_of_inputs(profile, constraints))
     lowest = problem.to_map(torch.zeros(len(problem.loss_UL), dtype=torch.long))
     tiles_at_least = float(problem.cost_UL[:, 0].sum())
+    index = sum(s.exact_overhead() for s in profile.weight_sites() if profile.exact_levels(s.name) is not None)
     if budget.loss is not None:
         return _within_loss(problem, budget.loss)
     if budget.bytes is not None:
         assert isinstance(budget.bytes, int)
-        room = budget.bytes - (lowest.bytes_resident - tiles_at_least)
+        room = budget.bytes - index - (lowest.bytes_resident - tiles_at_least)
         least = lowest.bytes_resident
         note = f"no map fits in {format_bytes(budget.bytes)}: the least is {format_bytes(least)} ({least} bytes)"
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -29,6 +29,7 @@ from foveate.rounding import (
     with_descent,
 )
 from foveate.rounding.descent import INPUT_DAMPING, LEVEL_WEIGHTS_LOOKED_UP
+from foveate.rounding.exact import KeepExact
 from foveate.rounding.nearest import CLIP_PENALTIES
 from foveate.sensitivity import tile_losses
 
@@ -56,7 +57,11 @@ class QuantizedWeight:
 
 
 def round_and_score(
-    entry: QuantizableWeight, seen: Sequence[WeightStatistics], routing: Routing, group: int | None
+    entry: QuantizableWeight,
+    seen: Sequence[WeightStatistics],
+    routing: Routing,
+    group: int | None,
+    exact: KeepExact | None = None,
 ) -> QuantizedWeight:
     """Round one weight, pack it into planes, and measure what each tile costs at each level.
 
@@ -65,6 +70,7 @@ def round_and_score(
         seen: the statistics of each of these modules.
         routing: how often experts were met.
         group: inputs a group; chosen by width if not given.
+        exact: which tiles keep their exact values; None if none do.
     """
     w_NK = weight_matrix(entry.modules[0])
     planes, overfit = _on_planes(entry, w_NK, seen, group, routing.samples)
@@ -74,10 +80,13 @@ def round_and_score(
     kept = {**_kept_statistics(seen, planes), **routing.statistics(entry.names[0])}
     if overfit is not None:
         kept[FITTED] = (losses.double().sum(0) / seen_sums).nan_to_num(1.0, 1.0).float()
+    dtype = cast(Tensor, entry.modules[0].weight).dtype
+    if exact is not None:
+        planes = replace(planes, exact=exact.candidates(w_NK, dtype, losses, planes.group))
     return QuantizedWeight(
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,
-        cast(Tensor, entry.modules[0].weight).dtype,
+        dtype,
         losses,
         kept,
     )

@@ -40,6 +40,7 @@ from foveate.collect.statistics import statistics_of
 from foveate.errors import BudgetError, DataError, WeightError
 from foveate.memory.available import free_memory
 from foveate.progress import Bar, say
+from foveate.rounding.exact import KeepExact
 from foveate.sizes import format_bytes
 
 #: Batches between two writes of the resume file; the first ones come sooner, after 1, 2, 4 and 8.
@@ -82,6 +83,7 @@ class CalibrationOptions:
         memory: the most bytes that the process may take; three quarters of the free memory if not given.
         resume: the file that keeps the statistics; no file if not given.
         progress: whether to show progress.
+        exact: which tiles keep their exact values; none if not given.
 
     Raises:
         DataError: `objective` is not an `Objective`.
@@ -92,6 +94,7 @@ class CalibrationOptions:
     memory: int | None = None
     resume: Path | None = None
     progress: bool = True
+    exact: KeepExact | None = None
 
     def __post_init__(self) -> None:
         if self.objective is not None and not isinstance(self.objective, Objective):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
@@ -39,9 +40,10 @@ from foveate.nn.plane_module import PlaneModule
 from foveate.nn.replace import install
 from foveate.nn.weight import PlaneWeight
 from foveate.planes import gathered
-from foveate.precision.profiles import Profile
+from foveate.precision.profiles import EXACT, Profile
 from foveate.precision.sites import stays_float
 from foveate.progress import Bar
+from foveate.rounding.exact import KeepExact
 from foveate.sizes import parse_bytes
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -57,6 +59,7 @@ def quantize(
     loss: Callable[[Any, Any], Tensor] | None = None,
     group: int | None = None,
     skip: Sequence[str] = (),
+    exact: float | KeepExact | None = None,
     memory: int | str | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -78,6 +81,9 @@ def quantize(
             the objective's own.
         group: inputs a group, 32, 64 or 128, for every weight; chosen by width if not given.
         skip: shell patterns of module names to leave as they are.
+        exact: the share of tiles that keep their exact values too, as floating point of 16 bits, so that maps can read
+            them at level 16: those that lose most at 3 bits, or with 1 all. `foveate.KeepExact(share=0.01, level=32)`
+            keeps 32 bits.
         memory: the most bytes that the process may take during the call, the model included, `"6GiB"` or a number. If
             not given, calibration stays within twice the model's bytes beside the model where that takes little more
             time, and within three quarters of the free memory otherwise. Where there is too little to do everything at
@@ -96,7 +102,8 @@ def quantize(
         WeightError: a weight holds NaN or Inf, no weight can be quantized, or the model does not run on planes. The
             model is then unchanged, unless float weights were freed to save memory.
         SiteError: a pattern in `skip` matches nothing.
-        BudgetError: the model cannot be quantized in `memory`; the message says how much is enough.
+        BudgetError: `exact` is not a share of tiles; or the model cannot be quantized in `memory`, and the message says
+            how much is enough.
     """
     options = CalibrationOptions(
         objective=objective,
@@ -104,6 +111,7 @@ def quantize(
         memory=None if memory is None else parse_bytes(memory),
         resume=Path(resume) if resume else None,
         progress=progress,
+        exact=exact if exact is None or isinstance(exact, KeepExact) else KeepExact(share=exact),
     )
     return quantize_with(model, batches, group, skip, options, Bar("quantizing", show=progress))
 
@@ -139,7 +147,7 @@ def _quantized(
         _check_values(entry.names[0], weight.detach())
     calibration = Calibration(model, batches, found, options, bar)
     with given_back(calibration.schedule.replay or calibration.schedule.free_early):
-        rounded, routing, few = _all_rounded(model, calibration, group, bar)
+        rounded, routing, few = _all_rounded(model, calibration, group, options.exact, bar)
     calibration.free_weights()
     bar.note(STATISTICS, calibration.collector.seconds)
     collector, found = calibration.collector, calibration.found
@@ -149,6 +157,12 @@ def _quantized(
     weights = {q.site.name: PlaneWeight(q.planes, q.dtype) for q in done}
     losses = {q.site.name: q.losses for q in done}
     statistics = {q.site.name: q.statistics for q in done}
+    if options.exact is not None:
+        kept_exact = options.exact.chosen({name: w.value for name, w in weights.items()}, losses)
+        for name, tiles in kept_exact.items():
+            weights[name].set(replace(weights[name].value, exact=tiles))
+            if tiles is not None:
+                statistics[name][EXACT] = tiles.levels().view(-1).float()
     del rounded, done
     for kept, value in zip(weights.values(), gathered([w.value for w in weights.values()]), strict=True):
         kept.set(value)
@@ -228,7 +242,7 @@ def _check_values(name: str, weight: Tensor) -> None:
 
 
 def _all_rounded(
-    model: nn.Module, calibration: Calibration, group: int | None, bar: Bar
+    model: nn.Module, calibration: Calibration, group: int | None, exact: KeepExact | None, bar: Bar
 ) -> tuple[dict[str, QuantizedWeight], Routing, dict[str, str]]:
     """(each weight on planes by its module's name, how often experts were met, the weights with too few inputs)."""
     collector = calibration.collector
@@ -239,7 +253,7 @@ def _all_rounded(
         met = routing = routing or Routing(model, collector)
 
         def one(entry: QuantizableWeight, met: Routing = met) -> QuantizedWeight:
-            return round_and_score(entry, [collector.by_module[name] for name in entry.names], met, group)
+            return round_and_score(entry, [collector.by_module[name] for name in entry.names], met, group, exact)
 
         sizes = [float(weight_work(entry)) for entry in part]
         for entry, made in bar.track(ROUNDING, in_parallel(one, part), sizes=sizes):

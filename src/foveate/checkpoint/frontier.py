@@ -26,24 +26,30 @@ from foveate.checkpoint.files import Writer, dumped
 from foveate.checkpoint.folder import Folder, opened
 from foveate.checkpoint.head import Head, PathLike
 from foveate.errors import CheckpointError, FoveateError, PlaneNotResidentError
-from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS
+from foveate.formats.levels import INPUT_LEVELS, TILE_LEVELS, WEIGHT_LEVELS
 from foveate.precision.frontiers import MOST_MAPS, Frontier, Point
 from foveate.precision.maps import Levels, PrecisionMap, Site
 
 #: The part of a folder that holds the table.
 PART = "frontier"
-_ABOVE_ZERO = tuple(level for level in WEIGHT_LEVELS if level)
+_ABOVE_ZERO = tuple(level for level in TILE_LEVELS if level)
+
+
+def _levels_of(frontier: Frontier) -> tuple[int, ...]:
+    """The levels of the rows of a table: those of planes, and the exact ones that the best map has."""
+    best = set(frontier.encoded(0).weights)
+    return tuple(level for level in _ABOVE_ZERO if level in WEIGHT_LEVELS or level in best)
 
 
 def table_of(frontier: Frontier) -> dict[str, Tensor]:
     """The table of a frontier: for each level and tile, and each level and input, how many maps read it so or better.
 
     Returns:
-        `weights` uint8 [5, T] with a row for each of the levels 2, 3, 4, 6 and 8; `inputs` uint8 [4, S] with a row for
-        each of 4, 8, 16 and 32.
+        `weights` uint8 [L, T] with a row for each of the levels 2, 3, 4, 6 and 8, and 16 or 32 if in use; `inputs`
+        uint8 [4, S] with a row for each of 4, 8, 16 and 32.
     """
     blocks = [frontier.encoded(index) for index in range(len(frontier))]
-    weights = _counted([block.weights for block in blocks], _ABOVE_ZERO)
+    weights = _counted([block.weights for block in blocks], _levels_of(frontier))
     return {"weights": weights, "inputs": _counted([block.inputs for block in blocks], INPUT_LEVELS)}
 
 
@@ -64,7 +70,7 @@ def description_of(frontier: Frontier) -> dict[str, Any]:
     """What the head says of a frontier."""
     return {
         "maps": len(frontier),
-        "levels": list(_ABOVE_ZERO),
+        "levels": list(_levels_of(frontier)),
         "input_levels": list(INPUT_LEVELS),
         "predicted_loss": [_number(plan.predicted_loss) for plan in frontier],
         "points": [{key: _number(value) for key, value in asdict(point).items()} for point in frontier.points],
@@ -94,7 +100,7 @@ def check_stored(frontier: Frontier, stored: Mapping[str, Tensor]) -> None:
 
     Args:
         frontier: the frontier.
-        stored: for each weight site the stored level of each tile, uint8.
+        stored: for each weight site the highest level at which each tile can be read, uint8.
     """
     have = torch.cat([stored[s.name].reshape(-1) for s in frontier[0].weight_sites()])
     wanted = _tensor_of(frontier.encoded(0).weights)

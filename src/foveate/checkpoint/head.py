@@ -24,9 +24,10 @@ from foveate.precision.maps import PrecisionMap, Site
 
 VERSION = 2
 HEAD = "foveate.json"
-#: Reserved for later versions: exact 16 and 32-bit tiles, zero masks, input permutations, importance tags. A head that
-#: lists a feature unknown here is refused. A head lists only the features that it uses.
-FEATURES: frozenset[str] = frozenset({FEATURE})
+#: The part that holds exact tiles, and the feature that a head with it lists.
+EXACT_PART, EXACT_FEATURE = "exact", "exact_tiles"
+#: A head that lists a feature unknown here is refused. A head lists only the features that it uses.
+FEATURES: frozenset[str] = frozenset({FEATURE, EXACT_FEATURE})
 #: The dtypes that weights can have had before they were quantized.
 DTYPES = frozenset({"float16", "bfloat16", "float32", "float64"})
 #: The most bytes that a head may have: a few for each tile of the largest models.
@@ -47,7 +48,7 @@ class Head:
         other_bytes: bytes of everything that is not a site.
         reach, exponent, dtype: for each weight site, the reach of its planes, the exponent of its scales, and the name
             of the dtype it was quantized from.
-        files: for each part (`scales`, `plane0` ... `plane4`, `rest`, `profile`, `frontier`) its file name.
+        files: for each part (`scales`, `plane0` ... `plane4`, `exact`, `rest`, `profile`, `frontier`) its file name.
         checksums: for each part, the SHA-256 of each tensor in it.
         model: how to rebuild the model: for one of transformers its class name and configuration, else empty.
         profile: samples, objective and notes of the profile; None if the folder has no profile.
@@ -88,7 +89,10 @@ def encoded(head: Head) -> bytes:
     data = {
         "format": "foveate",
         "version": VERSION,
-        "features": [FEATURE] if any(head.runs.values()) else [],
+        "features": [
+            *([FEATURE] if any(head.runs.values()) else []),
+            *([EXACT_FEATURE] if EXACT_PART in head.files else []),
+        ],
         "written_by": head.written_by,
         "model": dict(head.model),
         "other_bytes": head.other_bytes,
@@ -197,6 +201,8 @@ def _parse_head(data: Mapping[str, Any]) -> Head:
     needed = {"scales", "rest", *(f"plane{p}" for p in range(PLANES))}
     if not needed <= set(files):
         raise ValueError(f"files are not listed: {', '.join(sorted(needed - set(files)))}")
+    if (EXACT_PART in files) != (EXACT_FEATURE in data["features"]):
+        raise ValueError("exact tiles are listed without their feature, or the other way round")
     other_parameters = _counts(data.get("other_parameters"))
     head = Head(
         sites=tuple(sites),

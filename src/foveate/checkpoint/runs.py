@@ -22,6 +22,7 @@ from foveate.files import Pieces
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.formats.packing import tile_bytes
 from foveate.memory.runs import LEAST_RUN, Run, Tag, first_strips
+from foveate.planes import ExactTiles, highest
 from foveate.precision.maps import Site
 
 FEATURE = "runs"
@@ -210,7 +211,7 @@ class StoredWeight:
 
     Attributes:
         planes: the bytes of each plane.
-        scales, gain, stored_levels, group, reach, exponent: as of `foveate.planes.PlaneTensor`.
+        scales, gain, stored_levels, group, reach, exponent, exact: as of `foveate.planes.PlaneTensor`.
     """
 
     planes: tuple[Pieces, ...]
@@ -220,6 +221,12 @@ class StoredWeight:
     group: int
     reach: int
     exponent: int
+    exact: ExactTiles | None = None
+
+    @property
+    def highest_levels(self) -> Tensor:
+        """The highest level at which each tile can be read, uint8 [NT, G]."""
+        return highest(self.stored_levels, self.exact)
 
 
 def plane_pieces(size: int, pieces: Callable[[], Iterable[Any]]) -> Pieces:

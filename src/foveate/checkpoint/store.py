@@ -6,29 +6,35 @@ the folder stores; then the stored levels of the loaded weights are lower than t
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.checkpoint.files import dumped, writing
+from foveate.checkpoint.exact import exact_levels_in, read_exact, tensors_of
+from foveate.checkpoint.files import writing
 from foveate.checkpoint.folder import Folder, opened
 from foveate.checkpoint.frontier import check_stored, write_frontier
-from foveate.checkpoint.head import HEAD, Head, PathLike, encoded, read_head
+from foveate.checkpoint.head import EXACT_PART, HEAD, Head, PathLike, encoded, read_head
 from foveate.checkpoint.runs import Cuts, StoredWeight, cuts_of
-from foveate.errors import BudgetError, CheckpointError, PlaneNotResidentError, SiteError
+from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
 from foveate.files import Pieces
-from foveate.formats.levels import GAINED_LEVELS, INPUT_LEVELS, NESTED_LEVELS, PLANES, WEIGHT_LEVELS
+from foveate.formats.levels import (
+    GAINED_LEVELS,
+    NESTED_LEVELS,
+    PLANES,
+    TOP_LEVEL,
+    WEIGHT_LEVELS,
+)
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_offsets_of
 from foveate.memory.arena import arena
-from foveate.planes import PlaneTensor, share_active_levels
+from foveate.planes import PlaneTensor, rounded_up, share_active_levels
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import Levels, PrecisionMap, Site, tile_levels
-from foveate.precision.profiles import FITTED, Profile
+from foveate.precision.profiles import Profile
 from foveate.precision.timings import Timings
 from foveate.version import __version__
 
@@ -60,6 +66,9 @@ def write(
         "rest": dict(rest),
     }
     cuts: dict[str, dict[str, Cuts]] = {f"plane{p}": {} for p in range(PLANES)}
+    exact = {key: tensor for name, w in weights.items() for key, tensor in tensors_of(name, w.exact).items()}
+    if exact:
+        parts[EXACT_PART] = {**exact}
     for name, w in weights.items():
         parts["scales"].update(
             {f"{name}|scales": w.scales, f"{name}|gain": w.gain, f"{name}|resident": w.stored_levels}
@@ -116,9 +125,9 @@ def save_map(path: PathLike, plan: PrecisionMap) -> None:
     with writing(Path(path)) as writer, opened(path) as folder:
         if plan.sites != folder.head.sites:
             raise SiteError(f"the map is of another model than {path}")
-        stored = stored_levels_in(folder)
+        stored, exact = stored_levels_in(folder), exact_levels_in(folder)
         for site in folder.head.weight_sites():
-            _wanted(site, stored[site.name], plan.levels[site.name])
+            _wanted(site, stored[site.name], exact.get(site.name), plan.levels[site.name])
         writer.content(HEAD, encoded(replace(folder.head, plan=plan)))
 
 
@@ -137,7 +146,7 @@ def save_frontier(path: PathLike, frontier: Frontier | None) -> None:
         if frontier is not None:
             if frontier[0].sites != folder.head.sites:
                 raise SiteError(f"the frontier is of another model than {path}")
-            check_stored(frontier, stored_levels_in(folder))
+            check_stored(frontier, highest_levels_in(folder))
         writer.content(HEAD, encoded(write_frontier(writer, folder.head, frontier)))
 
 
@@ -179,9 +188,18 @@ def stored_levels_in(folder: Folder) -> dict[str, Tensor]:
     return stored
 
 
-def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
+def highest_levels_in(folder: Folder) -> dict[str, Tensor]:
+    """For each weight site the highest level at which each tile can be read, uint8 [NT, G]."""
+    exact = exact_levels_in(folder)
+    return {n: torch.maximum(have, exact[n]) if n in exact else have for n, have in stored_levels_in(folder).items()}
+
+
+def _wanted(site: Site, stored: Tensor, exact: Tensor | None, levels: Levels) -> Tensor:
     """The level up to which each tile is to be loaded; raises `PlaneNotResidentError` if it is not stored."""
     wanted = torch.frombuffer(bytearray(tile_levels(levels, stored.numel())), dtype=torch.uint8).view_as(stored)
+    if exact is not None:
+        wanted = rounded_up(wanted, stored, exact)
+        stored = torch.where(wanted == exact, exact, stored)
     if bool((wanted > stored).any()):
         missing = int(wanted[wanted > stored].max())
         most = int(stored[wanted > stored].min())
@@ -194,7 +212,7 @@ def _wanted(site: Site, stored: Tensor, levels: Levels) -> Tensor:
 def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:
     """The map, lowered wherever it reads planes that the folder does not store; the same map if there are none."""
     levels: dict[str, Levels] = dict(plan.levels)
-    for name, stored in stored_levels_in(folder).items():
+    for name, stored in highest_levels_in(folder).items():
         level = levels[name]
         tiles = tile_levels(level, stored.numel())
         levels[name] = bytes(map(min, tiles, stored.flatten().tolist()))
@@ -260,10 +278,13 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
     """
     head = folder.head
     sites = head.weight_sites()
-    stored = stored_levels_in(folder)
-    wanted = {
-        s.name: stored[s.name] if keep is None else _wanted(s, stored[s.name], keep.levels[s.name]) for s in sites
-    }
+    stored, exact = stored_levels_in(folder), exact_levels_in(folder)
+    wanted, as_exact = dict(stored), {name: levels > 0 for name, levels in exact.items()}
+    for site in sites if keep is not None else ():
+        assert keep is not None
+        levels = _wanted(site, stored[site.name], exact.get(site.name), keep.levels[site.name])
+        as_exact[site.name] = levels > TOP_LEVEL
+        wanted[site.name] = torch.where(as_exact[site.name], 0, levels)
     reader = PlaneReader(folder=folder, stored=stored, wanted=wanted)
     scales = reader.scales()
     planes = [
@@ -282,113 +303,8 @@ def read_planes(folder: Folder, keep: PrecisionMap | None) -> dict[str, PlaneTen
             group=site.group,
             reach=head.reach[site.name],
             exponent=head.exponent[site.name],
+            exact=read_exact(folder, site, as_exact.get(site.name)),
         )
         for i, site in enumerate(sites)
     ]
     return dict(zip((s.name for s in sites), share_active_levels(made), strict=True))
-
-
-#: The shapes of the statistics of each input; see `Profile.statistics`.
-INPUT_STATISTICS = {
-    "mean": (1,),
-    "variance": (1,),
-    "entropy": (1,),
-    "values": (1,),
-    "batch_values": (1,),
-    "range": (2,),
-    "batch_moments": (2, 2),
-}
-
-
-def load_profile(path: PathLike) -> Profile:
-    """Read what was measured of the model in a folder.
-
-    Raises:
-        CheckpointError: the folder is damaged, or holds no profile.
-    """
-    with opened(path) as folder:
-        return read_profile(folder)
-
-
-def profile_later(folder: Folder) -> Callable[[], Profile]:
-    """A function that reads the profile of a folder when it is called; it raises `CheckpointError` if another save has
-    replaced that profile meanwhile.
-    """
-    path, wanted = folder.path.absolute(), _profile_identity(folder.head)
-
-    def read() -> Profile:
-        with opened(path) as now:
-            if _profile_identity(now.head) != wanted:
-                raise CheckpointError(
-                    f"{path} holds another save than the model was loaded from: what was measured of it is gone"
-                )
-            return read_profile(now)
-
-    return read
-
-
-def _profile_identity(head: Head) -> str:
-    """A hash of what a head says of its profile: equal for two heads if their profiles are the same."""
-    about = [[asdict(s) for s in head.sites], head.other_bytes, head.profile, head.checksums.get("profile")]
-    return hashlib.sha256(dumped(about)).hexdigest()
-
-
-def read_profile(folder: Folder) -> Profile:
-    """Read the profile of an open folder; errors as for `load_profile`."""
-    head, path = folder.head, folder.path
-    if head.profile is None or "profile" not in head.files:
-        raise CheckpointError(f"{path} holds no profile")
-    losses: dict[str, Tensor] = {}
-    statistics: dict[str, dict[str, Tensor]] = {}
-    tiles = {s.name: s.tiles for s in head.weight_sites()}
-    # bytes of the losses, or of the longest statistic, which has a number for each strip or each group
-    most = {s.name: 4 * max(s.tiles * len(WEIGHT_LEVELS), sum(s.grid), 16) for s in head.sites}
-    for key in head.checksums["profile"]:
-        name, _, what = key.rpartition("|")
-        tensor = folder.read("profile", key, most.get(name, 0))
-        if tensor.dtype != torch.float32:
-            raise CheckpointError(f"{path}: {key!r} of the profile is {tensor.dtype}, not torch.float32")
-        if what == "losses":
-            losses[name] = tensor
-        else:
-            statistics.setdefault(name, {})[what] = tensor
-    shapes = {s.name: (1, len(INPUT_LEVELS)) for s in head.sites if s.kind == "input" and s.name in losses}
-    shapes.update({name: (count, len(WEIGHT_LEVELS)) for name, count in tiles.items()})
-    for name, shape in shapes.items():
-        if name not in losses or losses[name].shape != shape or not bool(losses[name].isfinite().all()):
-            raise CheckpointError(f"{path}: the profile does not fit its sites ({name})")
-    for site in head.sites:
-        for what, tensor in statistics.get(site.name, {}).items():
-            _check_statistic(path, site, what, tensor)
-    about = head.profile
-    return Profile(
-        head.sites,
-        losses,
-        head.other_bytes,
-        about["samples"],
-        about["objective"],
-        statistics,
-        tuple(about["notes"]),
-        tuple(map(float, about.get("measured_over_summed", [1.0] * len(WEIGHT_LEVELS)))),  # not in older folders
-        head.other_parameters,
-        _timings(path, about.get("timings")),
-    )
-
-
-def _timings(path: Path, found: Any) -> Timings | None:
-    try:
-        return None if found is None else Timings.from_json(found)
-    except BudgetError as error:
-        raise CheckpointError(f"{path}: the timings of the profile are malformed: {error}") from error
-
-
-def _check_statistic(path: Path, site: Site, what: str, tensor: Tensor) -> None:
-    strips, groups = site.grid
-    fitted = (len(WEIGHT_LEVELS),) if tensor.numel() > 1 else (1,)  # older folders have one number for all levels
-    of_weights = {"input_energy": (groups,), "output_range": (2,), "row_frequency": (strips,), FITTED: fitted}
-    shapes = INPUT_STATISTICS if site.kind == "input" else of_weights
-    if tensor.shape != shapes.get(what, tensor.shape):
-        raise CheckpointError(f"{path}: {what} of {site.name} has shape {tuple(tensor.shape)}")
-    # an output that calibration never reached has the range from Inf to -Inf
-    if what in shapes and what != "output_range" and not bool(tensor.isfinite().all()):
-        raise CheckpointError(f"{path}: {what} of {site.name} holds NaN or Inf")

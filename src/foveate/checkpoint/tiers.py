@@ -19,18 +19,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.checkpoint.exact import read_exact
 from foveate.checkpoint.folder import Folder
+from foveate.checkpoint.profile import read_profile
 from foveate.checkpoint.runs import StoredWeight, importance_of, plane_pieces, runs_of, strip_bytes
-from foveate.checkpoint.store import PlaneReader, read_profile, stored_levels_in
+from foveate.checkpoint.store import PlaneReader, stored_levels_in
 from foveate.errors import CheckpointError, PlaneNotResidentError
 from foveate.files import bytes_of
-from foveate.formats.levels import NESTED_LEVELS, PLANES
+from foveate.formats.levels import NESTED_LEVELS, PLANES, TOP_LEVEL
 from foveate.formats.packing import SCALE_BYTES, tile_bytes, tile_offsets_of
 from foveate.memory.held import Held
 from foveate.memory.places import FilePlace
 from foveate.memory.reservation import Layout, Reservation, lay_out
 from foveate.memory.runs import Run
-from foveate.planes import PlaneTensor, share_active_levels
+from foveate.planes import PlaneTensor, rounded_up, share_active_levels
 from foveate.precision.maps import Site
 from foveate.precision.profiles import Profile
 
@@ -90,9 +92,13 @@ def read_tiers(folder: Folder) -> Tiers:
                 group=site.group,
                 reach=head.reach[site.name],
                 exponent=head.exponent[site.name],
+                exact=read_exact(folder, site),  # always in memory
             )
         )
-    fixed = sum(w.scales.numel() + s.resident_overhead() for w, s in zip(weights, sites, strict=True))
+    fixed = sum(
+        w.scales.numel() + s.resident_overhead() + (0 if w.exact is None else w.exact.nbytes())
+        for w, s in zip(weights, sites, strict=True)
+    )
     held = Held(
         runs=tuple(runs),
         layout=layout,
@@ -180,7 +186,12 @@ def stored_weight(tiers: Tiers, name: str, levels: Tensor | None = None) -> Stor
         PlaneNotResidentError: a level is above the stored one.
     """
     have, weight = tiers.stored[name], tiers.weights[name]
-    kept = have if levels is None else levels
+    kept, exact = have, weight.exact
+    if levels is not None:
+        kept = levels if exact is None else rounded_up(levels, have, exact.levels())
+        as_exact = kept > TOP_LEVEL
+        exact = None if exact is None else exact.chosen(as_exact)
+        kept = torch.where(as_exact, 0, kept)
     if bool((kept > have).any()):
         raise PlaneNotResidentError(f"{name}: a tile cannot be kept at a level above the one it is stored for")
     planes = []
@@ -195,6 +206,7 @@ def stored_weight(tiers: Tiers, name: str, levels: Tensor | None = None) -> Stor
         group=weight.group,
         reach=weight.reach,
         exponent=weight.exponent,
+        exact=exact,
     )
 
 

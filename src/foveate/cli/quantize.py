@@ -45,6 +45,11 @@ def quantize(
     memory: options.Memory = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the model that OUT holds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue where an interrupted run stopped.")] = False,
+    exact: Annotated[
+        float | None,
+        typer.Option(help="Also keep this share of the tiles exact, those that lose most at few bits: 0.01."),
+    ] = None,
+    exact_level: Annotated[int, typer.Option(help="Bits of an exact value, 16 or 32.")] = 16,
     check: options.Check = False,
     json_output: options.Json = False,
 ) -> None:
@@ -61,6 +66,7 @@ def quantize(
             raise BudgetError(f"{option} needs a budget: give --bits, --bytes or --loss")
     if group is not None:
         check_group(group)
+    kept_exact = None if exact is None else fv.KeepExact(share=exact, level=exact_level)
     if memory is not None:
         parse_bytes(memory)
     _check_target(out, model, force)
@@ -84,6 +90,7 @@ def quantize(
         batches(calibration, batch),
         group=group,
         skip=skip or (),
+        exact=kept_exact,
         memory=memory,
         resume=out.absolute().with_name(f".{out.name}.resume-{digest(chosen)}.safetensors") if resume else None,
     )

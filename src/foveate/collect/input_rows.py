@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.kernels.planes.reference import INPUT_RANGE
+from foveate.kernels.planes.inputs import INPUT_RANGE
 
 #: How many codes the 8-bit quantizer has.
 CODES = 255

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from foveate.collect.input_rows import CODES, InputRows, counted_codes
 from foveate.collect.sampling import RowSampler
-from foveate.kernels.planes.reference import INPUT_RANGE
+from foveate.kernels.planes.inputs import INPUT_RANGE
 
 _SCORED_LEVELS = (4, 8)
 #: How many rows with a loss of their own, or how many samples of rows that share one, are enough to score.

@@ -89,7 +89,7 @@ def save(
         else:
             weights[name] = w.value if levels is None else w.value.kept(levels)
     about, companions = _about(model)
-    frontier = _frontier_to_store(model, registry, frontier, {name: w.stored_levels for name, w in weights.items()})
+    frontier = _frontier_to_store(model, registry, frontier, {name: w.highest_levels for name, w in weights.items()})
     checkpoint.write(
         path,
         weights=weights,

@@ -1,8 +1,8 @@
 """Levels: how many bits a weight, an input or a cached number has, and which planes that takes.
 
 A weight's planes hold 2, 1, 1, 2 and 2 bits, most significant first, so its nested levels are 2, 3, 4, 6 and 8 (and 0:
-no plane is read, and the weight is zero). Levels 16 and 32 are exact: no plane gives them. They are reserved for tiles
-that are stored as floating point. `docs/format.md` has the whole stored form.
+no plane is read, and the weight is zero). Levels 16 and 32 are exact: no plane gives them. They are of tiles that are
+stored as floating point. `docs/format.md` has the whole stored form.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ PLANES = len(PLANE_BITS)
 NESTED_LEVELS: tuple[int, ...] = (2, 3, 4, 6, 8)
 WEIGHT_LEVELS: tuple[int, ...] = (0, *NESTED_LEVELS)
 EXACT_LEVELS: tuple[int, ...] = (16, 32)
+#: All levels that a tile of a weight can have.
+TILE_LEVELS: tuple[int, ...] = (*WEIGHT_LEVELS, *EXACT_LEVELS)
 #: Levels at which scales are multiplied by a gain; above them the gain is 1 (docs/decisions.md).
 GAINED_LEVELS: tuple[int, ...] = (2, 3)
 INPUT_LEVELS: tuple[int, ...] = (4, 8, 16, 32)
@@ -34,15 +36,21 @@ def _listing(levels: Iterable[int]) -> str:
 
 
 def check_weight_level(level: int) -> int:
-    """Return `level` if weights can be stored at it, else raise `LevelError`."""
+    """Return `level` if planes give it, else raise `LevelError`."""
     if level in _PLANES_OF:
         return level
     if level in EXACT_LEVELS:
         raise LevelError(
-            f"level (={level}) is exact, and weights on planes have no exact level: "
-            f"choose one of {_listing(WEIGHT_LEVELS)}"
+            f"level (={level}) is exact, and planes give no exact level: choose one of {_listing(WEIGHT_LEVELS)}"
         )
     raise LevelError(f"level (={level}) is not one of {_listing(WEIGHT_LEVELS)}")
+
+
+def check_tile_level(level: int) -> int:
+    """Return `level` if a tile of a weight can have it, else raise `LevelError`."""
+    if level in TILE_LEVELS:
+        return level
+    raise LevelError(f"level (={level}) is not one of {_listing(TILE_LEVELS)}")
 
 
 def check_input_level(level: int) -> int:

@@ -22,6 +22,8 @@ TILE_ROWS = 16
 GROUPS: tuple[int, ...] = (32, 64, 128)
 #: Bytes of the scales and offsets of a tile.
 SCALE_BYTES = 2 * TILE_ROWS
+#: Bytes that say which tile an exact tile is.
+EXACT_INDEX_BYTES = 4
 
 
 def check_group(group: int) -> int:

@@ -149,7 +149,7 @@ def thresholds_chain_of(
     problem = _within_stored(_problem(profile, rooms, constraints), stored)
     units = torch.cat([problem.unit_of[s.name] for s in profile.weight_sites()])
     worth = torch.cat([importance[s.name] for s in profile.weight_sites()])
-    size = torch.cat([torch.full((s.tiles,), s.tile_costs()[-1]).double() for s in profile.weight_sites()])
+    size = torch.cat([torch.full((s.tiles,), s.bytes_of_planes()).double() for s in profile.weight_sites()])
     zeros_U = torch.zeros(len(problem.loss_UL), dtype=torch.float64)
     worth_U = zeros_U.index_add(0, units, worth * size) / zeros_U.index_add(0, units, size)
     cuts = torch.tensor(thresholds.at[::-1], dtype=torch.float64)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from foveate.errors import BudgetError
-from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.formats.levels import TILE_LEVELS
 from foveate.importance.rolling import rescaled
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap
@@ -101,8 +101,8 @@ def moved(before: PrecisionMap, after: PrecisionMap) -> Moved:
         old, new = before.levels[site.name], after.levels[site.name]
         if old == new:
             continue
-        table = torch.zeros(WEIGHT_LEVELS[-1] + 1, dtype=torch.long)
-        table[list(WEIGHT_LEVELS)] = torch.tensor(site.tile_costs())
+        table = torch.zeros(TILE_LEVELS[-1] + 1, dtype=torch.long)
+        table[list(TILE_LEVELS)] = torch.tensor(site.tile_costs())
         first, second = (
             table[torch.frombuffer(bytearray(tile_levels(levels, site.tiles)), dtype=torch.uint8).long()]
             for levels in (old, new)

@@ -111,10 +111,10 @@ def _length(cache: Any) -> int:
 
 
 def all_planes(registry: Registry, present: PrecisionMap) -> PrecisionMap:
-    """The map that reads every plane that is there; inputs as in `present`."""
+    """The map that reads every plane and exact tile that is there; inputs as in `present`."""
     levels: dict[str, Levels] = dict(present.levels)
     for name, weight in registry.weights.items():
-        levels[name] = bytes(weight.value.stored_levels.flatten().tolist())
+        levels[name] = bytes(weight.value.highest_levels.flatten().tolist())
     return replace(present, levels=levels, predicted_loss=math.nan)
 
 

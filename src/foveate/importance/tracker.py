@@ -24,6 +24,7 @@ from foveate.allocate.constraints import Constraints
 from foveate.allocate.plan import allocate
 from foveate.collect.objectives import named
 from foveate.errors import DataError, FloorError, FoveateError, PlaneNotResidentError
+from foveate.formats.levels import TOP_LEVEL
 from foveate.importance.chains import Rooms, chain_of, rooms_of, thresholds_chain_of
 from foveate.importance.contribution import magnitude, start_contributions, update_contributions
 from foveate.importance.moves import Held, Proposal, Ratios, chosen, proposal_of, propose
@@ -119,7 +120,7 @@ class ImportanceTracker(Closing):
             weights = self._registry.weights
             for name, site in self._sites.items():
                 value = weights[name].value
-                whole = replace(value, active_levels=value.stored_levels[None])
+                whole = replace(value, active_levels=value.highest_levels[None])
                 self._magnitudes[name] = magnitude(whole.dequantize(), site)
         self._take_base(self._state())
         self._hook = _Hook(self)
@@ -212,11 +213,12 @@ class ImportanceTracker(Closing):
 
     def _chain(self, by: Ratios) -> Frontier:
         """The chain for ratios of importance; for the plain contribution, `by` is the importance itself."""
-        stored = {name: weight.value.stored_levels for name, weight in self._registry.weights.items()}
+        weights = self._registry.weights
+        stored = {name: weight.value.highest_levels.clamp_max(TOP_LEVEL) for name, weight in weights.items()}
         options, profile = self._options, self._profile
         if options.thresholds is not None:
             if not options.contribution:
-                most = {name: site.tile_costs()[-1] for name, site in self._sites.items()}
+                most = {name: site.bytes_of_planes() for name, site in self._sites.items()}
                 by = {n: profile.losses[n][:, 0].double() * ratio / most[n] for n, ratio in by.items()}
             elif len(self._rolling.weights) < len(self._sites):  # what is not followed counts as the average
                 average = torch.cat([by[name] for name in self._rolling.weights]).mean()

@@ -16,7 +16,7 @@ from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import run
 from foveate.inputs.multiplier import Shares
 from foveate.inputs.observe import Observed, observing
-from foveate.kernels.planes.reference import quantize_input
+from foveate.kernels.planes.inputs import quantize_input
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import PrecisionMap
 

@@ -20,7 +20,7 @@ from foveate.nn.passes import Passes
 from foveate.precision.adaptation import Choice
 from foveate.precision.state import Composed, LevelState, compose
 
-Check = Callable[[Composed, Tensor], None]
+Read = Callable[[Composed, Tensor], Tensor]
 
 
 class Generations:
@@ -54,12 +54,13 @@ class Generations:
         self.counts: Mapping[tuple[int, int], Tensor] = {}
         self._publish(shown[0][None], shown[1][None], shown[2], torch.zeros(1, 2, dtype=torch.uint8), [])
 
-    def change(self, changed: Callable[[LevelState | None], LevelState], check: Check) -> LevelState:
+    def change(self, changed: Callable[[LevelState | None], LevelState], read: Read) -> LevelState:
         """Put a changed state in force from the next pass on; if it is refused, nothing changes.
 
         Args:
             changed: makes the new state of the present one, which is None at first. One thread changes it at a time.
-            check: raises if levels (uint8 [maps, tiles]) cannot be read, or a map is of another model.
+            read: gives the levels that are read where maps say some levels (uint8 [maps, tiles]); raises if they cannot
+                be, or a map is of another model.
 
         Returns:
             The new state.
@@ -68,8 +69,7 @@ class Generations:
             state = changed(self.state)
             composed = compose(state)
             levels = _block([one.weights for one in composed.encoded])
-            check(composed, levels)
-            self._put(composed, levels)
+            self._put(composed, read(composed, levels))
             self.state, self.composed = state, composed
         return state
 

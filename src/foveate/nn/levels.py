@@ -242,5 +242,5 @@ def highest_map(model: nn.Module) -> PrecisionMap:
     """The map in which every tile has the highest level that is loaded."""
     registry = registry_of(model)
     plan = uniform(registry.sites, 0, registry.other_bytes, input_level_for(TOP_LEVEL))
-    levels = {name: bytes(w.value.stored_levels.flatten().tolist()) for name, w in registry.weights.items()}
+    levels = {name: bytes(w.value.highest_levels.flatten().tolist()) for name, w in registry.weights.items()}
     return replace(plan, levels={**plan.levels, **levels}, other_parameters=registry.other_parameters)

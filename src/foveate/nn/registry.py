@@ -7,8 +7,9 @@ check and one copy, however many layers the model has (`foveate.nn.generations`)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -24,9 +25,9 @@ from foveate.nn.passes import Passes
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.states import weight_in
 from foveate.nn.weight import PlaneWeight
-from foveate.planes import share_active_levels
+from foveate.planes import rounded_up, share_active_levels
 from foveate.precision.frontiers import Frontier
-from foveate.precision.maps import PrecisionMap, Site, tile_levels
+from foveate.precision.maps import Levels, PrecisionMap, Site, tile_levels
 from foveate.precision.profiles import Profile
 from foveate.precision.state import Composed, LevelState
 
@@ -121,8 +122,16 @@ class Registry:
 
     def renew(self) -> None:
         """Take the stored levels that the weights have now, after one of them was replaced."""
-        stored = [w.value.stored_levels.reshape(-1) for w in self.weights.values()]
-        self._stored = torch.cat(stored) if stored else torch.empty(0, dtype=torch.uint8)
+        self._take([w.value.stored_levels for w in self.weights.values()])
+
+    def _take(self, stored: Sequence[Tensor]) -> None:
+        """Take stored levels, one tensor a weight, and the exact tiles that the weights have now."""
+        self._stored = _joined(stored)
+        exact = [w.value.exact for w in self.weights.values()]
+        self._exact: Tensor | None = None
+        if any(exact):
+            both = zip(exact, stored, strict=True)
+            self._exact = _joined([one.levels() if one else torch.zeros_like(s) for one, s in both])
 
     @property
     def profile(self) -> Profile | None:
@@ -152,14 +161,21 @@ class Registry:
                 f"{shortfall}; load the model with the planes of this map (`foveate.load(..., keep=map)`)"
             )
 
-    def _check(self, composed: Composed, levels: Tensor) -> None:
-        """Raise unless the maps are of this model and what they read (uint8 [maps, tiles]) is stored."""
+    def _levels_read(self, composed: Composed, levels: Tensor) -> Tensor:
+        """The levels at which tiles are read where maps say `levels`, uint8 [maps, tiles]: between what its planes give
+        and its exact level, an exact tile is read exactly. Raises unless the maps are of this model and what they read
+        is stored.
+        """
         for plan in composed.maps:
             if plan.sites is not self._known_sites:
                 self._check_sites(plan)
-        if bool((levels > self._stored).any()):
+        if self._exact is not None:
+            levels = rounded_up(levels, self._stored, self._exact)
+        beyond = levels > self._stored
+        if bool((beyond if self._exact is None else beyond & (levels != self._exact)).any()):
             for plan in composed.maps:
                 self.check(plan)
+        return levels
 
     def apply(self, plan: PrecisionMap | Frontier, decider: str = "user") -> None:
         """Put a map, or a chain of maps, in force; errors as for `check`.
@@ -189,7 +205,7 @@ class Registry:
         return self._put(of_present)
 
     def _put(self, changed: Callable[[LevelState | None], LevelState]) -> LevelState:
-        return self.generations.change(changed, self._check)
+        return self.generations.change(changed, self._levels_read)
 
     @property
     def wanted(self) -> PrecisionMap | None:
@@ -199,8 +215,18 @@ class Registry:
 
     @property
     def plan(self) -> PrecisionMap | None:
-        """The map that is read: `wanted`, unless planes are not in memory."""
-        return self.wanted
+        """The map that is read: `wanted`, unless planes are not in memory, or exact tiles have no planes."""
+        wanted = self.wanted
+        if wanted is None or self._exact is None:
+            return wanted
+        levels: dict[str, Levels] = dict(wanted.levels)
+        for name, weight in self.weights.items():
+            stored, exact = weight.value.stored_levels, weight.value.exact
+            if exact is not None:
+                tiles = rounded_up(tiles_of(wanted, name, stored), stored, exact.levels())
+                levels[name] = bytes(tiles.view(-1).tolist())
+        read = replace(wanted, levels=levels)
+        return wanted if read == wanted else replace(read, predicted_loss=math.nan)
 
     @property
     def ranges(self) -> Mapping[str, tuple[float, float]]:
@@ -225,14 +251,35 @@ class Registry:
     def _first_shortfall(self, plan: PrecisionMap) -> str | None:
         """The first weight of which a map reads more than is stored, in words; None if there is none."""
         for name, weight in self.weights.items():
-            stored_levels = weight.value.stored_levels.view(-1)
-            wanted = torch.frombuffer(
-                bytearray(tile_levels(plan.levels[name], stored_levels.numel())), dtype=torch.uint8
-            )
-            if bool((wanted > stored_levels).any()):
-                short = stored_levels[wanted > stored_levels].min()
-                return f"{name} at level {int(wanted.max())}: some of its tiles are stored up to {int(short)} bits only"
+            stored, exact = weight.value.stored_levels, weight.value.exact
+            short = shortfall(tiles_of(plan, name, stored), stored, exact.levels() if exact else None)
+            if short is not None:
+                return f"{name} at level {short[0]}: some of its tiles are stored up to {short[1]} bits only"
         return None
+
+
+def shortfall(wanted: Tensor, stored: Tensor, exact: Tensor | None) -> tuple[int, int] | None:
+    """(the highest level that tiles cannot be read at, the lowest that one of these is stored at); None if all can.
+
+    Args:
+        wanted: uint8 [NT, G].
+        stored: the highest level of each tile's planes.
+        exact: the level of each tile's exact values, 0 where there are none; None if no tile has any.
+    """
+    if exact is not None:
+        wanted = rounded_up(wanted, stored, exact)
+        stored = torch.where(wanted == exact, exact, stored)
+    beyond = wanted > stored
+    return (int(wanted[beyond].max()), int(stored[beyond].min())) if bool(beyond.any()) else None
+
+
+def tiles_of(plan: PrecisionMap, name: str, like: Tensor) -> Tensor:
+    """The levels of a weight in a map, in the shape of its tiles."""
+    return torch.frombuffer(bytearray(tile_levels(plan.levels[name], like.numel())), dtype=torch.uint8).view_as(like)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.reshape(-1) for part in parts]) if parts else torch.empty(0, dtype=torch.uint8)
 
 
 def linear_layers(inputs: Mapping[str, PlaneModule]) -> dict[str, PlaneLinear]:

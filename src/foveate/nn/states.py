@@ -20,11 +20,13 @@ from torch import Tensor
 from foveate.errors import StateError
 from foveate.formats.grids import EXPONENTS
 from foveate.formats.levels import NESTED_LEVELS, PLANES, REACHES, WEIGHT_LEVELS
-from foveate.formats.packing import SCALE_BYTES, tile_bytes, tile_offsets_of
-from foveate.planes import PlaneTensor, gathered
+from foveate.formats.packing import SCALE_BYTES, TILE_ROWS, tile_bytes, tile_offsets_of
+from foveate.planes import EXACT_TYPES, ExactTiles, PlaneTensor, are_tiles, gathered, highest
 
 #: The tensors of a weight that a state holds, in the order of `PlaneTensor.tensors`.
 STORED = (*(f"plane{i}" for i in range(PLANES)), "scales", "gain", "tile_offsets", "stored_levels")
+#: Those of its exact tiles, which only a weight with exact tiles has: their values, and their numbers.
+EXACT = ("exact_values", "exact_tiles")
 #: int64 [5], see `geometry_of`.
 GEOMETRY = "geometry"
 
@@ -45,6 +47,7 @@ def weight_in(state: Mapping[str, Any], prefix: str, present: PlaneTensor) -> Pl
     """
     name = prefix.rstrip(".") or "the weight"
     found = {key: state[prefix + key] for key in (*STORED, GEOMETRY) if prefix + key in state}
+    exact = {key: state[prefix + key] for key in EXACT if prefix + key in state}
     if GEOMETRY not in found and len(found) == len(STORED):
         raise StateError(
             f"{name}: the state does not say the geometry of its planes ({prefix}{GEOMETRY}), without which weights "
@@ -53,6 +56,7 @@ def weight_in(state: Mapping[str, Any], prefix: str, present: PlaneTensor) -> Pl
         )
     if len(found) <= len(STORED):
         return None
+    found.update(exact)
     for key, value in found.items():
         if not isinstance(value, Tensor) or value.is_meta:
             raise StateError(f"{name}: {key} of the state is no tensor that holds values")
@@ -90,8 +94,10 @@ def _checked(found: dict[str, Tensor], present: PlaneTensor) -> PlaneTensor:
     _check("tile_offsets", found["tile_offsets"], torch.int64, present.tile_offsets.shape)
     if not torch.equal(found["tile_offsets"], tile_offsets_of(stored_levels)):
         raise StateError("tile_offsets are not those of stored_levels")
-    if bool((present.active_levels > stored_levels.to(present.active_levels.device)).any()):
-        most, least = int(present.active_levels.max()), int(stored_levels.min())
+    exact = _exact_in(found, present)
+    most_levels = highest(stored_levels, exact)
+    if bool((present.active_levels > most_levels.to(present.active_levels.device)).any()):
+        most, least = int(present.active_levels.max()), int(most_levels.min())
         raise StateError(
             f"the state stores some tiles up to {least} bits only, and the map in force reads up to {most}: "
             "apply a map first that reads no more than is stored"
@@ -105,7 +111,28 @@ def _checked(found: dict[str, Tensor], present: PlaneTensor) -> PlaneTensor:
         tile_offsets=found["tile_offsets"],
         reach=reach,
         exponent=exponent,
+        exact=exact,
     )
+
+
+def _exact_in(found: Mapping[str, Tensor], present: PlaneTensor) -> ExactTiles | None:
+    """The exact tiles of a state, checked; None if it has none."""
+    if not set(EXACT) & set(found):
+        return None
+    if not set(EXACT) <= set(found):
+        raise StateError("the state has only some of exact_values and exact_tiles")
+    values, tiles = (found[key] for key in EXACT)
+    strips, groups = present.grid
+    if tiles.dtype != torch.int32 or tiles.dim() != 1 or not are_tiles(tiles, strips * groups):
+        raise StateError("exact_tiles of the state are not numbers of tiles in ascending order")
+    if values.dtype not in EXACT_TYPES or values.shape != (len(tiles), present.group, TILE_ROWS):
+        raise StateError(
+            f"exact_values of the state are {values.dtype} {list(values.shape)}, "
+            f"not of {len(tiles)} tiles of {present.group} x {TILE_ROWS}"
+        )
+    if not bool(values.isfinite().all()):
+        raise StateError("exact_values of the state hold NaN or Inf")
+    return ExactTiles(values, tiles, present.grid)
 
 
 def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -113,12 +140,21 @@ def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]
         raise StateError(f"{name} of the state is {tensor.dtype} {list(tensor.shape)}, not {dtype} {list(shape)}")
 
 
+def _same_tiles(one: PlaneTensor, other: PlaneTensor) -> bool:
+    """Whether two weights store the same levels of the same tiles."""
+    a, b = one.exact, other.exact
+    stored = one.stored_levels
+    if (a is None) != (b is None) or not torch.equal(stored, other.stored_levels.to(stored.device)):
+        return False
+    return a is None or b is None or (a.values.dtype == b.values.dtype and torch.equal(a.tiles, b.tiles))
+
+
 @torch.no_grad()
 def taken(present: PlaneTensor, loaded: PlaneTensor) -> PlaneTensor:
     """A copy of the loaded weight. It is written into the present tensors if the stored levels of all tiles are the
     same, else into new ones.
     """
-    if torch.equal(present.stored_levels, loaded.stored_levels.to(present.stored_levels.device)):
+    if _same_tiles(present, loaded):
         for old, new in zip(present.tensors, loaded.tensors, strict=True):
             if old is not new:
                 old.copy_(new)

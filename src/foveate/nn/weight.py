@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from foveate.errors import FoveateError, StateError
 from foveate.nn.passes import Passes
-from foveate.nn.states import GEOMETRY, STORED, geometry_of, taken, weight_in
+from foveate.nn.states import EXACT, GEOMETRY, STORED, geometry_of, taken, weight_in
 from foveate.planes import PlaneTensor
 
 
@@ -74,6 +74,10 @@ class PlaneWeight(nn.Module):
         self.geometry = geometry_of(planes)
         for name, tensor in zip(STORED, planes.tensors, strict=False):
             self.register_buffer(name, tensor)
+        e = planes.exact
+        for name, of_exact in zip(EXACT, (None, None) if e is None else (e.values, e.tiles), strict=True):
+            self.register_buffer(name, of_exact)  # a buffer that is None is in no state
+        self.register_buffer("exact_offsets", None if e is None else e.offsets, persistent=False)
         # not in a state_dict: active levels belong to the map in force, not to the weight
         self.register_buffer("active_levels", planes.active_levels, persistent=False)
 
@@ -132,7 +136,7 @@ class PlaneWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = {prefix + name for name in (*STORED, GEOMETRY)}
+        known = {prefix + name for name in (*STORED, *EXACT, GEOMETRY)}
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
         missing = [prefix + name for name in (*STORED, GEOMETRY) if prefix + name not in state_dict]
         try:

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.errors import BudgetError
-from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.formats.levels import TILE_LEVELS, WEIGHT_LEVELS
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap
 from foveate.precision.sites import Site, tile_levels
@@ -126,9 +126,11 @@ class Estimator:
         table = self.losses.get(site.name)
         if table is None:
             return differs.double()
-        columns = torch.zeros(max(WEIGHT_LEVELS) + 1, dtype=torch.int64)
+        # an exact tile loses nothing
+        table = torch.nn.functional.pad(table.double(), (0, 1))
+        columns = torch.full((TILE_LEVELS[-1] + 1,), len(WEIGHT_LEVELS))
         columns[torch.tensor(WEIGHT_LEVELS)] = torch.arange(len(WEIGHT_LEVELS))
-        lost = [table.double().gather(1, columns[part.long()].view(-1, 1)).view(part.shape) for part in levels]
+        lost = [table.gather(1, columns[part.long()].view(-1, 1)).view(part.shape) for part in levels]
         strips = (lost[0] - lost[1]).sum(1).clamp_min(0) * differs
         if not bool(differs.any()) or float(strips.sum()) <= 0:
             return differs.double()

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from foveate.errors import LevelError, SiteError
-from foveate.formats.levels import WEIGHT_LEVELS, cache_bits_of
+from foveate.formats.levels import EXACT_LEVELS, TILE_LEVELS, WEIGHT_LEVELS, cache_bits_of
 from foveate.precision.sites import Levels as Levels
 from foveate.precision.sites import Site as Site
 from foveate.precision.sites import checked_levels, level_counts, stays_float
@@ -68,7 +68,7 @@ class PrecisionMap:
 
     def counts(self, site: Site) -> dict[int, int]:
         """Tiles of a weight at each level."""
-        return dict(zip(WEIGHT_LEVELS, level_counts(site, self.levels[site.name]), strict=True))
+        return dict(zip(TILE_LEVELS, level_counts(site, self.levels[site.name]), strict=True))
 
     def mean_level(self, site: Site) -> float:
         """The mean level of a weight's tiles, or the level of an input."""
@@ -76,9 +76,14 @@ class PrecisionMap:
         return float(levels) if isinstance(levels, int) else sum(levels) / max(len(levels), 1)
 
     def tile_bytes(self, site: Site) -> int:
-        """Bytes of a weight's planes and scales."""
+        """Bytes of a weight's planes and scales, and of its exact tiles."""
         costs = site.tile_costs()
         return sum(n * cost for n, cost in zip(level_counts(site, self.levels[site.name]), costs, strict=True))
+
+    def has_exact(self, site: Site) -> bool:
+        """Whether any tile of a weight is exact."""
+        counts = self.counts(site)
+        return any(counts[level] for level in EXACT_LEVELS)
 
     @property
     def bytes_stored(self) -> int:
@@ -88,7 +93,8 @@ class PrecisionMap:
     @property
     def bytes_resident(self) -> int:
         """Bytes in memory of a model that was loaded with only the planes of this map."""
-        return self.other_bytes + sum(self.tile_bytes(s) + s.resident_overhead() for s in self.weight_sites())
+        exact = sum(s.exact_overhead() for s in self.weight_sites() if self.has_exact(s))
+        return exact + self.other_bytes + sum(self.tile_bytes(s) + s.resident_overhead() for s in self.weight_sites())
 
     @property
     def bytes_read(self) -> int:

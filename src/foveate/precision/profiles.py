@@ -15,13 +15,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from foveate.formats.levels import INPUT_LEVELS, WEIGHT_LEVELS, input_bits_of
+from foveate.formats.levels import EXACT_LEVELS, INPUT_LEVELS, WEIGHT_LEVELS, input_bits_of
 from foveate.precision.maps import PrecisionMap, uniform
 from foveate.precision.sites import Levels, Site, stays_float
 from foveate.precision.timings import Timings
 
 #: The name of the statistic of a weight whose codes were fitted to its inputs by descent: see `Profile.statistics`.
 FITTED = "fitted"
+#: The name of the statistic of a weight that keeps exact tiles: see `Profile.statistics`.
+EXACT = "exact"
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,9 @@ class Profile:
             `output_range` float32 [2] (least and greatest of its products, or of the rows looked up), `row_frequency`
             float32 [NT] of an embedding (the share of look-ups that read each strip of rows), `fitted` float32 [6] of a
             weight that was rounded by descent (its loss on other data divided by its loss on the calibration data, at
-            each of WEIGHT_LEVELS, or one number for all in profiles of foveate 0.1; `losses` are those on other data).
+            each of WEIGHT_LEVELS, or one number for all in profiles of foveate 0.1; `losses` are those on other data),
+            `exact` float32 [T] of a weight that keeps exact tiles (16 or 32 for these, 0 for the others). An exact tile
+            loses nothing.
             For each input, float32:
             `mean`, `variance` [1], `range` [2] (least, greatest), `entropy` [1] (bits of each value, of 8-bit codes),
             `values` [1] (how many the product reads for each sample), `batch_moments` [2, 2] (the least and the
@@ -77,6 +81,8 @@ class Profile:
         total = self.predict_inputs(plan.levels)
         for site in self.weight_sites():
             levels, table = plan.levels[site.name], self.losses[site.name].double()
+            if levels in EXACT_LEVELS:
+                continue
             if isinstance(levels, int):
                 column = WEIGHT_LEVELS.index(levels)
                 total += float(table[:, column].sum()) * self.measured_over_summed[column]
@@ -85,6 +91,11 @@ class Profile:
             for level, column, factor in zip(WEIGHT_LEVELS, table.t(), self.measured_over_summed, strict=True):
                 total += float(column[tiles == level].sum()) * factor
         return total
+
+    def exact_levels(self, name: str) -> Tensor | None:
+        """The level of each tile of a weight that is kept exact, and 0 for the others: uint8 [T]; None if none is."""
+        found = self.statistics.get(name, {}).get(EXACT)
+        return None if found is None else found.to(torch.uint8)
 
     def scaled_losses(self, name: str) -> Tensor | None:
         """What each tile of a weight loses at each level, scaled by `measured_over_summed`: float32 [T, 6]; None if the

@@ -15,10 +15,11 @@ from foveate.errors import LevelError, SiteError
 from foveate.formats.levels import (
     CACHE_LEVELS,
     GAINED_LEVELS,
-    WEIGHT_LEVELS,
+    TILE_LEVELS,
+    TOP_LEVEL,
     check_cache_level,
     check_input_level,
-    check_weight_level,
+    check_tile_level,
 )
 from foveate.formats.packing import TILE_ROWS, tile_grid
 from foveate.planes import level_bytes
@@ -73,8 +74,10 @@ class Site:
         return any(fnmatchcase(name, pattern) for name in (self.name, *self.aliases))
 
     def tile_costs(self) -> list[int]:
-        """Bytes of planes and scales that one tile takes when it is stored up to each of WEIGHT_LEVELS."""
-        return [level_bytes(level, 1, self.group) for level in WEIGHT_LEVELS]
+        """Bytes of planes and scales, or of exact values, that one tile takes when it is stored up to each of
+        TILE_LEVELS.
+        """
+        return [level_bytes(level, 1, self.group) for level in TILE_LEVELS]
 
     def stored_overhead(self) -> int:
         """Bytes in the file besides planes and scales: gains and the stored level of each tile."""
@@ -86,6 +89,14 @@ class Site:
         the newest generation has them and as modules show them.
         """
         return self.stored_overhead() + 2 * self.tiles + 48 * self.grid[0]
+
+    def exact_overhead(self) -> int:
+        """Bytes in memory that say where the exact tiles of each strip begin, if the weight has any."""
+        return 8 * (self.grid[0] + 1)
+
+    def bytes_of_planes(self) -> int:
+        """Bytes that one tile takes with all its planes."""
+        return level_bytes(TOP_LEVEL, 1, self.group)
 
 
 def find_sites(sites: Iterable[Site], pattern: str) -> list[Site]:
@@ -119,10 +130,10 @@ def tile_levels(levels: Levels, tiles: int) -> bytes:
 
 
 def level_counts(site: Site, levels: Levels) -> list[int]:
-    """How many tiles have each of WEIGHT_LEVELS."""
+    """How many tiles have each of TILE_LEVELS."""
     if isinstance(levels, int):
-        return [site.tiles if level == levels else 0 for level in WEIGHT_LEVELS]
-    return [levels.count(level) for level in WEIGHT_LEVELS]
+        return [site.tiles if level == levels else 0 for level in TILE_LEVELS]
+    return [levels.count(level) for level in TILE_LEVELS]
 
 
 def checked_levels(site: Site, levels: Levels) -> Levels:
@@ -131,7 +142,7 @@ def checked_levels(site: Site, levels: Levels) -> Levels:
         if not isinstance(levels, int):
             raise LevelError(f"{site.name}: an input has one level, not one for each tile")
         return check_input_level(levels)
-    allowed, check = (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (WEIGHT_LEVELS, check_weight_level)
+    allowed, check = (CACHE_LEVELS, check_cache_level) if site.kind == "cache" else (TILE_LEVELS, check_tile_level)
     if isinstance(levels, int):
         return check(levels)
     if len(levels) != site.tiles:

@@ -16,7 +16,7 @@ from itertools import accumulate
 from typing import Any
 
 from foveate.errors import BudgetError, SiteError
-from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.formats.levels import EXACT_LEVELS, TILE_LEVELS, TOP_LEVEL, WEIGHT_LEVELS
 from foveate.precision.maps import PrecisionMap
 from foveate.precision.sites import Levels, Site, level_counts
 
@@ -71,15 +71,21 @@ class Timings:
     def site_seconds(self, site: Site, levels: tuple[int, ...]) -> list[float]:
         """The seconds of a site's products with all its tiles at each of some levels; errors as for `seconds_of`.
 
-        No level counts as faster than a lower one: each has at least the time of those below it.
+        No level counts as faster than a lower one: each has at least the time of those below it. Exact levels are not
+        timed; they take longer than level 8 as they have more bytes.
         """
         times = self.products.get(site.name)
         if times is None:
             raise SiteError(f"{site.name} was not timed: measure the timings of this model again")
-        missing = next((level for level in levels if level not in self.levels), None)
+        timed = [level for level in levels if level not in EXACT_LEVELS]
+        missing = next((level for level in timed if level not in self.levels), None)
         if missing is not None:
             raise BudgetError(f"level (={missing}) was not timed: the timings have {', '.join(map(str, self.levels))}")
         rising = dict(zip(self.levels, accumulate(times, max), strict=True))
+        bytes_at = dict(zip(TILE_LEVELS, site.tile_costs(), strict=True))
+        top = max(rising.values())
+        for level in EXACT_LEVELS:
+            rising.setdefault(level, top * bytes_at[level] / bytes_at[TOP_LEVEL])
         return [rising[level] for level in levels]
 
     def to_json(self) -> dict[str, Any]:
@@ -102,5 +108,5 @@ class Timings:
 
     def _of_site(self, site: Site, levels: Levels) -> float:
         counts = level_counts(site, levels)
-        times = self.site_seconds(site, WEIGHT_LEVELS)
+        times = self.site_seconds(site, TILE_LEVELS)
         return sum(n * t for n, t in zip(counts, times, strict=True)) / max(site.tiles, 1)

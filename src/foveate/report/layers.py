@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.formats.levels import TILE_LEVELS
 from foveate.precision.maps import PrecisionMap, Site
 
 
@@ -69,7 +69,7 @@ def blocks_of(layers: Iterable[Layer]) -> tuple[Block, ...]:
 
 def shares(plan: PrecisionMap, sites: Iterable[Site]) -> dict[int, float]:
     """The share of the sites' tiles at each level, each tile weighted by its group size; the shares sum to 1."""
-    sums = dict.fromkeys(WEIGHT_LEVELS, 0)
+    sums = dict.fromkeys(TILE_LEVELS, 0)
     for site in sites:
         for level, tiles in plan.counts(site).items():
             sums[level] += tiles * site.group

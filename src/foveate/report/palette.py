@@ -7,9 +7,18 @@ background to deep red.
 
 from __future__ import annotations
 
-LEVEL_COLOURS: dict[int, str] = {0: "#b4b8c0", 2: "#f0dd3b", 3: "#6fcb5c", 4: "#21918c", 6: "#33638d", 8: "#472878"}
+LEVEL_COLOURS: dict[int, str] = {
+    0: "#b4b8c0",
+    2: "#f0dd3b",
+    3: "#6fcb5c",
+    4: "#21918c",
+    6: "#33638d",
+    8: "#472878",
+    16: "#220a3d",
+    32: "#000000",
+}
 #: Black or white, whichever has more contrast on the level's colour.
-LEVEL_INKS: dict[int, str] = {0: "#000000", 2: "#000000", 3: "#000000", 4: "#ffffff", 6: "#ffffff", 8: "#ffffff"}
+LEVEL_INKS: dict[int, str] = {level: "#000000" if level in (0, 2, 3) else "#ffffff" for level in LEVEL_COLOURS}
 
 
 def heat_colour(share: float) -> str:

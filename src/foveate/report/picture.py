@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.formats.levels import TOP_LEVEL, WEIGHT_LEVELS
 from foveate.precision.maps import PrecisionMap, Site
 from foveate.precision.profiles import Profile
 from foveate.report.layers import (
@@ -86,7 +86,7 @@ def level_legend(plan: PrecisionMap) -> str:
     share_of = shares(plan, list(plan.weight_sites()))
     keys = []
     for level in reversed(LEVEL_COLOURS):
-        if level or share_of[level]:
+        if share_of[level] or 0 < level <= TOP_LEVEL:
             name = f"{level} bits" if level else "dropped"
             swatch = f'<i class="swatch l{level}"></i>{name} <span class="num">{percent(share_of[level])}</span>'
             keys.append(f'<span class="key">{swatch}</span>')

@@ -197,8 +197,8 @@ def best_codes(
         order_K // grid.group,
         [level_weights.get(level, 0.0) for level in NESTED_LEVELS],
     )
-    torch.ops.foveate.error_feedback(codes_2NK, w_NK, factor_KK, row_factor_BRR, *on)
-    torch.ops.foveate.coordinate_descent(codes_2NK, w_NK, metric_KK, together_BRR, *on, *until)
+    torch.ops.foveate.error_feedback(codes_2NK, w_NK, factor_KK, row_factor_BRR, *on, grid.reach)
+    torch.ops.foveate.coordinate_descent(codes_2NK, w_NK, metric_KK, together_BRR, *on, *until, grid.reach)
     found_2NK = torch.empty_like(codes_2NK)
     found_2NK[:, :, order_K] = codes_2NK
     return found_2NK

@@ -11,7 +11,7 @@ import typer
 from foveate.allocate import Constraints
 from foveate.cli.shared.console import log
 from foveate.errors import LevelError, SiteError
-from foveate.formats.levels import NESTED_LEVELS, check_input_level, check_weight_level
+from foveate.formats.levels import NESTED_LEVELS, check_input_level, check_tile_level
 from foveate.precision.budgets import Budget
 from foveate.precision.maps import PrecisionMap
 from foveate.sizes import format_bytes
@@ -96,7 +96,7 @@ def level_of(text: str) -> int:
         level = int(text)
     except ValueError:
         raise LevelError(f"level (={text!r}) is not a number") from None
-    return check_weight_level(level)
+    return check_tile_level(level)
 
 
 def levels_of(text: str) -> list[int]:

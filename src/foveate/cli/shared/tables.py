@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from foveate.cli.shared.console import plain_table
-from foveate.formats.levels import WEIGHT_LEVELS
+from foveate.formats.levels import TILE_LEVELS, TOP_LEVEL
 from foveate.precision.maps import PrecisionMap, Site
 from foveate.report import Measured
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, percent, shares, stored_bytes
@@ -24,20 +24,21 @@ def _style(level: int) -> str:
 
 
 def level_bar(share_of: Mapping[int, float], width: int = 32) -> Text:
-    """A bar whose cells show the digits of their levels, the highest level first, so that it needs no colours.
+    """A bar whose cells show the digits of their levels, or x where they are exact, the highest level first. So it
+    needs no colours.
 
     Args:
         share_of: the share of tiles at each level.
         width: the number of cells.
     """
     bar = Text()
-    exact = {level: share_of.get(level, 0.0) * width for level in reversed(WEIGHT_LEVELS)}
+    exact = {level: share_of.get(level, 0.0) * width for level in reversed(TILE_LEVELS)}
     cells = {level: math.floor(value) for level, value in exact.items()}
     left = round(sum(exact.values())) - sum(cells.values())
     for level in sorted(exact, key=lambda n: cells[n] - exact[n])[:left]:
         cells[level] += 1
     for level, count in cells.items():
-        bar.append(str(level) * count, style=_style(level))
+        bar.append((str(level) if level <= TOP_LEVEL else "x") * count, style=_style(level))
     return bar
 
 

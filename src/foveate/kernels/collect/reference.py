@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from foveate.kernels.planes.reference import INPUT_RANGE, block_codes
+from foveate.kernels.planes.inputs import INPUT_RANGE, block_codes
 
 #: The least magnitude that the scale of a row at 8 bits is made from.
 _LEAST = 1e-30
@@ -35,7 +35,7 @@ def input_changes(x_TK: Tensor, toward_TK: Tensor) -> Tensor:
     """What the rounding of each row at input levels 4 and 8 changes, float64 [2, T].
 
     The change of a row is the sum of (rounded - x) * toward over its columns, to the rounding of float32 sums. The
-    rounded row is that of `foveate.kernels.planes.reference.quantize_input`; at 8 bits a row of zeros is exact.
+    rounded row is that of `foveate.kernels.planes.inputs.quantize_input`; at 8 bits a row of zeros is exact.
 
     Args:
         x_TK: float32, finite.

@@ -4,9 +4,9 @@ Written to be read beside docs/format.md, not to be fast. The integer sums of a 
 and groups are added in ascending order with one rounding each, as the compiled kernels do it with a fused multiply-add.
 It also runs where no compiler is found.
 
-A weight is its ten tensors (five planes, scales, gain, starts, resident, tags) and its form, five numbers (rows,
-columns, inputs a group, reach, exponent of the scales); several weights are their tensors and forms one after the
-other.
+A weight is its thirteen tensors (five planes, scales, gain, tile offsets, stored levels, the values, numbers and
+offsets of its exact tiles, active levels) and its geometry, five numbers (rows, columns, inputs a group, reach,
+exponent of the scales); several weights are their tensors and geometries one after the other.
 
 Shapes: M rows of x, N rows and K inputs of a weight, g inputs a group, NT strips of 16 rows, G groups, T = NT * G
     tiles.
@@ -24,18 +24,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from foveate.formats.grids import decoded
-from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, check_input_level, code_range, code_step
+from foveate.formats.levels import (
+    GAINED_LEVELS,
+    NESTED_LEVELS,
+    PLANES,
+    TOP_LEVEL,
+    check_input_level,
+    code_range,
+    code_step,
+)
 from foveate.formats.packing import SCALE_BYTES, TILE_ROWS, tile_bytes, tiles_to_matrix, unpack_plane
+from foveate.kernels.planes.inputs import quantize_input
 
-#: The greatest code of symmetric levels; a block of level 4 has 0..15 around a zero point.
-INPUT_RANGE = {8: 127.0, 16: 32512.0}
-LEVEL_4_CODES = 15
-#: Inputs of level 4 that share a step and a zero point, and the most units that a step has.
-BLOCK = 32
-BLOCK_UNITS = 8
-#: Levels at which a range that was given stands for each row's own.
-STATIC_LEVELS = (4, 8)
-WEIGHT_TENSORS = PLANES + 5
+WEIGHT_TENSORS = PLANES + 8
 GEOMETRY_NUMBERS = 5
 
 
@@ -47,6 +48,9 @@ class Weight(NamedTuple):
     gain: Tensor
     tile_offsets: Tensor
     stored_levels: Tensor
+    exact_values: Tensor
+    exact_tiles: Tensor
+    exact_offsets: Tensor
     active_levels: Tensor
     rows: int
     columns: int
@@ -60,9 +64,8 @@ def weights_of(tensors: Sequence[Tensor], geometries: Sequence[int]) -> list[Wei
     weights = []
     for i in range(len(geometries) // GEOMETRY_NUMBERS):
         mine = tensors[i * WEIGHT_TENSORS : (i + 1) * WEIGHT_TENSORS]
-        scales, gain, tile_offsets, stored_levels, active_levels = mine[PLANES:]
         geometry = geometries[i * GEOMETRY_NUMBERS : (i + 1) * GEOMETRY_NUMBERS]
-        weights.append(Weight(mine[:PLANES], scales, gain, tile_offsets, stored_levels, active_levels, *geometry))
+        weights.append(Weight(mine[:PLANES], *mine[PLANES:], *geometry))  # type: ignore[arg-type]
     return weights
 
 
@@ -114,7 +117,20 @@ def _scales(w: Weight, level_tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _levels_read(active_levels: Tensor, stored_levels: Tensor, which: int) -> Tensor:
-    return torch.minimum(active_levels[which], stored_levels)
+    """The level at which the planes of each tile are read: 0 where exact values are read in their place."""
+    active = active_levels[which]
+    return torch.where(active > TOP_LEVEL, 0, torch.minimum(active, stored_levels))
+
+
+def _exact_tiles(w: Weight, which: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(strip, group, values float32 [g, 16]) of each exact tile that map `which` reads as such, in order."""
+    ends = w.exact_offsets.tolist()
+    values = w.exact_values.view(-1, w.group, TILE_ROWS)
+    for strip, (begin, end) in enumerate(itertools.pairwise(ends)):
+        for tile in range(begin, end):
+            group = int(w.exact_tiles[tile]) - strip * w.stored_levels.shape[1]
+            if int(w.active_levels[which, strip, group]) > TOP_LEVEL:
+                yield strip, group, values[tile].float()
 
 
 def plane_unpack(weight: Sequence[Tensor], geometry: Sequence[int], which: int = 0) -> Tensor:
@@ -128,7 +144,10 @@ def _dense_tiles(w: Weight, which: int) -> Tensor:
     centred = _centred_codes(w.planes, w.stored_levels, level_tiles, w.group, w.reach)
     scaled, offset = _scales(w, level_tiles)
     # one rounding, as a fused multiply-add has
-    return (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
+    dense = (centred.double() * scaled.double()[..., None] + offset.double()[..., None]).float()
+    for strip, gi, values_gR in _exact_tiles(w, which):
+        dense[strip, gi] = values_gR.t()
+    return dense
 
 
 def plane_embedding(
@@ -168,101 +187,13 @@ def _rows_of_maps(maps: Tensor | None, count: int) -> Iterator[tuple[int, Tensor
         yield which, maps[:, 0] == which
 
 
-class Grid(NamedTuple):
-    """How values become codes: code = round(x * inverse) within least..most, and x ~ code * step."""
-
-    inverse: Tensor
-    step: Tensor
-    least: Tensor
-    most: Tensor
-
-
-def _step(low: Tensor, high: Tensor) -> Tensor:
-    """The step that 16 codes need from `low` (at most 0) to `high` (at least 0)."""
-    return high / LEVEL_4_CODES - low / LEVEL_4_CODES
-
-
-def _grid_from(low: Tensor, inverse: Tensor, step: Tensor) -> Grid:
-    """16 codes around a zero point."""
-    zero = torch.round(-low * inverse).clamp_max(LEVEL_4_CODES)
-    return Grid(inverse, step, -zero, LEVEL_4_CODES - zero)
-
-
-def _grid(low: Tensor, high: Tensor, level: int) -> Grid:
-    """One grid for values from `low` to `high`."""
-    if level == 4:
-        low, high = low.clamp_max(0), high.clamp_min(0)
-        step = _step(low, high)
-        return _grid_from(low, torch.tensor(1.0) / step, step)
-    # a number divided by a tensor would round twice
-    q_max = torch.tensor(INPUT_RANGE[level])
-    largest = torch.maximum(low.abs(), high.abs())
-    return Grid(q_max / largest, largest / INPUT_RANGE[level], -q_max, q_max)
-
-
-def _codes(x: Tensor, grid: Grid) -> Tensor:
-    return torch.minimum(torch.maximum(torch.round(x * grid.inverse), grid.least), grid.most)
-
-
-def block_codes(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of level 4 in units of the row [M, K], and the unit [M, 1]: each block has a zero point, and a step of 1 to
-    8 units. For finite rows; NaN where all is zero.
+def product_at(x_MK: Tensor, w: Weight, which: int, level: int, input_range: Tensor | None) -> Tensor:
+    """[M, NT * 16] outputs of inputs that are quantized at `level`, with the weight as map `which` reads it: exact sums
+    of groups, then products of exact tiles, added in order.
     """
-    rows, columns = x_MK.shape
-    blocks = -(-columns // BLOCK)
-    x_MBb = F.pad(x_MK, (0, blocks * BLOCK - columns)).view(rows, blocks, BLOCK)
-    low, high = x_MBb.amin(2, keepdim=True).clamp_max(0), x_MBb.amax(2, keepdim=True).clamp_min(0)
-    step = _step(low, high)
-    unit = step.amax(1, keepdim=True) / BLOCK_UNITS
-    inverse = torch.tensor(1.0) / unit
-    times = torch.ceil(step * inverse).clamp(1, BLOCK_UNITS)
-    codes = _codes(x_MBb, _grid_from(low, inverse / times, unit)) * times
-    return codes.view(rows, blocks * BLOCK)[:, :columns], unit[:, :, 0]
-
-
-def quantize_input(x_MK: Tensor, level: int, input_range: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes of each row: symmetric at 8 and 16 bits; at 4 bits with a zero point and a step for each block of 32.
-
-    Args:
-        x_MK: float32 [M, K].
-        level: 4, 8 or 16 bits.
-        input_range: float32 [2], the least and greatest value that codes of levels 4 and 8 reach, beyond which values
-            are cut off. Where it is not given, holds NaN or Inf, or nothing but zero, each row has its own; and always
-            at 16.
-
-    Returns:
-        Codes float32 [M, K], integers of at most 127 (32512 at 16 bits), 0 for 0; and the scale of each row float32
-        [M, 1]: NaN where the row has a value that is not finite, 0 where it is all zeros.
-    """
-    finite = torch.isfinite(x_MK).all(1, keepdim=True)
-    fixed = _fixed_grid(level, input_range)
-    if fixed is not None:
-        codes, scale = _codes(x_MK, fixed), fixed.step.expand(len(x_MK), 1)
-        usable = finite
-    elif not x_MK.shape[1]:
-        return x_MK, x_MK.new_zeros(len(x_MK), 1)
-    elif level == 4:
-        codes, scale = block_codes(x_MK)
-        usable = finite & torch.isfinite(torch.tensor(1.0) / scale)
-    else:
-        grid = _grid(x_MK.amin(1, keepdim=True), x_MK.amax(1, keepdim=True), level)
-        codes, scale = _codes(x_MK, grid), grid.step
-        usable = finite & torch.isfinite(grid.inverse)
-    return torch.where(usable, codes, 0.0), torch.where(finite, torch.where(usable, scale, 0.0), torch.nan)
-
-
-def _fixed_grid(level: int, input_range: Tensor | None) -> Grid | None:
-    """The grid of all rows, if a range that is one was given."""
-    if input_range is None or level not in STATIC_LEVELS or not bool(torch.isfinite(input_range).all()):
-        return None
-    grid = _grid(input_range[0].view(1, 1), input_range[1].view(1, 1), level)
-    return grid if bool(torch.isfinite(grid.inverse)) else None
-
-
-def _product(
-    x_MK: Tensor, centred: Tensor, scaled: Tensor, offset: Tensor, level: int, input_range: Tensor | None
-) -> Tensor:
-    """[M, NT * 16] outputs of quantized inputs, by exact group sums added in order."""
+    levels = _levels_read(w.active_levels, w.stored_levels, which)
+    centred = _centred_codes(w.planes, w.stored_levels, levels, w.group, w.reach)
+    scaled, offset = _scales(w, levels)
     strips, groups, _, group = centred.shape
     codes, x_scale = quantize_input(x_MK, level, input_range)
     x_GMg = F.pad(codes.double(), (0, groups * group - codes.shape[1])).view(-1, groups, group).transpose(0, 1)
@@ -273,15 +204,11 @@ def _product(
         sums = x_GMg[gi].sum(1, keepdim=True).float()
         acc = (dots.double() * scaled[:, gi].reshape(-1) + acc).float()
         acc = (sums.double() * offset[:, gi].reshape(-1) + acc).float()
+    for strip, gi, values_gR in _exact_tiles(w, which):
+        mine = acc[:, strip * TILE_ROWS : (strip + 1) * TILE_ROWS]
+        for x_M, value_R in zip(x_GMg[gi].t(), values_gR.double(), strict=True):
+            mine.copy_((x_M[:, None] * value_R + mine).float())
     return acc * x_scale
-
-
-def product_at(x_MK: Tensor, w: Weight, which: int, level: int, input_range: Tensor | None) -> Tensor:
-    """[M, NT * 16] outputs of inputs that are quantized at `level`, with the weight as map `which` reads it."""
-    levels = _levels_read(w.active_levels, w.stored_levels, which)
-    centred = _centred_codes(w.planes, w.stored_levels, levels, w.group, w.reach)
-    scaled, offset = _scales(w, levels)
-    return _product(x_MK, centred, scaled, offset, level, input_range)
 
 
 def plane_linear(

@@ -1,10 +1,10 @@
 """The ops that choose the codes of a weight, one element after another. Rounding spends its time in them.
 
-`error_feedback(codes, w, factor, row_factor, scale, offset, gain, group_of, level_weights)` writes uint8 codes
+`error_feedback(codes, w, factor, row_factor, scale, offset, gain, group_of, level_weights, reach)` writes uint8 codes
 [2, N, K] (4-bit codes, residuals). Each error is passed on to the elements that follow.
-`coordinate_descent(codes, w, covariance, gradients, scale, offset, gain, group_of, level_weights, sweeps, least_gain)`
-changes codes that exist, each to the pair that is best with all others as they are, and returns how many sweeps each
-block of rows took, int64. kernels/rounding/reference.py has the meaning of the arguments.
+`coordinate_descent(codes, w, covariance, gradients, scale, offset, gain, group_of, level_weights, sweeps, least_gain,
+reach)` changes codes that exist, each to the pair that is best with all others as they are, and returns how many sweeps
+each block of rows took, int64. kernels/rounding/reference.py has the meaning of the arguments.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from foveate.kernels.rounding import reference as reference
 _GRID = "Tensor scale, Tensor offset, Tensor gain, Tensor group_of, float[] level_weights"
 
 define(
-    f"error_feedback(Tensor(a!) codes, Tensor w, Tensor factor, Tensor? row_factor, {_GRID}) -> ()",
+    f"error_feedback(Tensor(a!) codes, Tensor w, Tensor factor, Tensor? row_factor, {_GRID}, int reach=0) -> ()",
     reference.error_feedback,
 )
 define(
     f"coordinate_descent(Tensor(a!) codes, Tensor w, Tensor covariance, Tensor? gradients, {_GRID}, int sweeps,"
-    " float least_gain=0.0) -> Tensor",
+    " float least_gain=0.0, int reach=0) -> Tensor",
     reference.coordinate_descent,
 )
 

@@ -34,16 +34,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from foveate.formats.levels import REACHES
+
 _CODES = 16
 #: Rows in a block where they are on their own.
 LONE_ROWS = 64
 
 
-def code_values(gain_2n: Tensor) -> Tensor:
+def code_values(gain_2n: Tensor, reach: int = 0) -> Tensor:
     """The values of all pairs of codes, in steps from the offset, float32 [S, 16 anchors, 16 residuals, n]."""
     code_16 = torch.arange(_CODES, dtype=torch.float32)
     anchor_A16 = torch.stack([4 * (code_16 // 4) - 6, 2 * (code_16 // 2) - 7, code_16 - 7.5])
-    residual_B16 = torch.stack([(code_16 // 4 - 1.5) / 4, (code_16 - 7.5) / 16])
+    residual_B16 = torch.stack([(code_16 // 4 - 1.5) / 4, (code_16 - 7.5) / 16]) * 2**reach
     gain_An = torch.cat([gain_2n, torch.ones_like(gain_2n[:1])])
     anchors = (anchor_A16[:, :, None] * gain_An[:, None])[:, :, None].expand(-1, -1, _CODES, -1)
     both = anchor_A16[2][:, None] + residual_B16[:, None]
@@ -92,7 +94,10 @@ def _blocks(
     gain_2N: Tensor,
     group_of_K: Tensor,
     level_weights: Sequence[float],
+    reach: int,
 ) -> Iterator[_Block]:
+    if reach not in REACHES:
+        raise RuntimeError(f"reach (={reach}) is not one of 0, 1, 2")
     size = LONE_ROWS if between_BRR is None else between_BRR.shape[1]
     for number, start in enumerate(range(0, len(w_NK), size)):
         rows = slice(start, min(start + size, len(w_NK)))
@@ -103,7 +108,7 @@ def _blocks(
             None if between_BRR is None else between_BRR[number, :count, :count],
             scale_NG[rows][:, group_of_K],
             offset_NG[rows][:, group_of_K],
-            code_values(gain_2N[:, rows]),
+            code_values(gain_2N[:, rows], reach),
             torch.tensor(list(level_weights), dtype=torch.float32),
         )
 
@@ -118,6 +123,7 @@ def error_feedback(
     gain_2N: Tensor,
     group_of_K: Tensor,
     level_weights: Sequence[float],
+    reach: int = 0,
 ) -> None:
     """Choose codes in the order of columns, and within a column in the order of rows.
 
@@ -131,8 +137,10 @@ def error_feedback(
         gain_2N: float32, of levels 2 and 3.
         group_of_K: int64, the group of each column.
         level_weights: what a squared error counts, for each stream.
+        reach: the steps of residuals are 2 to this power as wide, 0, 1 or 2.
     """
-    for block in _blocks(codes_2NK, w_NK, row_factor_BRR, scale_NG, offset_NG, gain_2N, group_of_K, level_weights):
+    grid = (scale_NG, offset_NG, gain_2N, group_of_K, level_weights, reach)
+    for block in _blocks(codes_2NK, w_NK, row_factor_BRR, *grid):
         stream_SnK = block.w_nK.expand(len(block.level_weight_S), -1, -1).clone()
         for j in range(w_NK.shape[1]):
             missed_Sn = torch.zeros_like(stream_SnK[:, :, j])
@@ -157,6 +165,7 @@ def coordinate_descent(
     level_weights: Sequence[float],
     sweeps: int,
     least_gain: float = 0.0,
+    reach: int = 0,
 ) -> Tensor:
     """Change codes to better ones, in the same order.
 
@@ -169,12 +178,14 @@ def coordinate_descent(
         sweeps: how often all elements are gone through, at most.
         least_gain: a block of rows is left after a sweep that took less than this part off its J. J is the sum of
             level_weight * error * (G dW H) over the elements, each as it is before its turn.
+        reach: as for `error_feedback`.
 
     Returns:
         How many sweeps each block took, int64 [B].
     """
     made = []
-    for block in _blocks(codes_2NK, w_NK, gradients_BRR, scale_NG, offset_NG, gain_2N, group_of_K, level_weights):
+    grid = (scale_NG, offset_NG, gain_2N, group_of_K, level_weights, reach)
+    for block in _blocks(codes_2NK, w_NK, gradients_BRR, *grid):
         error_SnK = block.values(slice(None), torch.arange(len(block.w_nK))) - block.w_nK
         weight_S1 = block.level_weight_S[:, None]
         made.append(0)

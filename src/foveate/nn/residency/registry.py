@@ -22,16 +22,18 @@ from torch.utils.hooks import RemovableHandle
 
 from foveate.checkpoint import Tiers
 from foveate.errors import FoveateError
+from foveate.formats.levels import TOP_LEVEL
 from foveate.memory.policy.limits import AutoLimit
 from foveate.memory.report import MemoryReport
 from foveate.memory.residency import LOOK_EVERY
 from foveate.memory.streaming import StreamingResidency
 from foveate.nn.plane_module import PlaneModule
-from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of
+from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of, shortfall, tiles_of
 from foveate.nn.residency.pass_gate import EagerHook, PassGate
 from foveate.nn.residency.streaming import Streaming
 from foveate.nn.residency.use import UseCounter
-from foveate.precision.maps import Levels, PrecisionMap, input_level_for, tile_levels
+from foveate.planes import rounded_up
+from foveate.precision.maps import Levels, PrecisionMap, input_level_for
 from foveate.precision.state import LevelState
 
 #: The decider of the map in force while nobody else applied one.
@@ -99,18 +101,30 @@ class ResidentRegistry(Registry):
 
     def renew(self) -> None:
         """Take the levels that the folder stores."""
-        parts = [self.stored[name].reshape(-1) for name in self.weights]
-        self._stored = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
+        self._take([self.stored[name] for name in self.weights])
 
     def _first_shortfall(self, plan: PrecisionMap) -> str | None:
-        for name, levels in self.stored.items():
-            wanted = _tiles(plan.levels[name], levels)
-            if bool((wanted > levels).any()):
-                short = int(levels[wanted > levels].min())
-                return (
-                    f"{name} at level {int(wanted.max())}: the folder stores some of its tiles up to {short} bits only"
-                )
+        for name, stored in self.stored.items():
+            short = shortfall(tiles_of(plan, name, stored), stored, self._exact_of(name))
+            if short is not None:
+                return f"{name} at level {short[0]}: the folder stores some of its tiles up to {short[1]} bits only"
         return None
+
+    def _exact_of(self, name: str) -> Tensor | None:
+        """The level of each tile's exact values, which are always in memory: uint8 [NT, G]; None if there are none."""
+        exact = self.weights[name].value.exact
+        return None if exact is None else exact.levels()
+
+    def _tiles(self, plan: PrecisionMap, name: str) -> Tensor:
+        """The level at which a map reads each tile of a weight, if all planes are in memory: uint8 [NT, G]."""
+        stored, exact = self.stored[name], self._exact_of(name)
+        tiles = tiles_of(plan, name, stored)
+        return tiles if exact is None else rounded_up(tiles, stored, exact)
+
+    def _of_planes(self, plan: PrecisionMap, name: str) -> Tensor:
+        """The same for planes alone: 0 where exact values are read in their place."""
+        tiles = self._tiles(plan, name)
+        return torch.where(tiles > TOP_LEVEL, 0, tiles)
 
     @property
     def plan(self) -> PrecisionMap | None:
@@ -131,8 +145,8 @@ class ResidentRegistry(Registry):
         composed = self.generations.composed
         assert composed is not None
         read: dict[str, Tensor] = {}
-        for name, levels in self.stored.items():
-            tiles = torch.stack([_tiles(plan.levels[name], levels) for plan in composed.maps]).amax(0)
+        for name in self.stored:
+            tiles = torch.stack([self._of_planes(plan, name) for plan in composed.maps]).amax(0)
             read[name] = tiles.amax(1) if tiles.numel() else tiles.new_zeros(len(tiles))
         self._note_shortfall(read)
         self.residency.want(self._shares)
@@ -196,11 +210,11 @@ class ResidentRegistry(Registry):
         if self._streaming is not None:
             return plan
         levels: dict[str, Levels] = dict(plan.levels)
-        for name, stored in self.stored.items():
+        for name in self.stored:
             caps = self.residency.caps[name]
-            tiles = _tiles(plan.levels[name], stored)
-            if bool((tiles > caps[:, None]).any()):
-                levels[name] = bytes(torch.minimum(tiles, caps[:, None]).flatten().tolist())
+            tiles = self._tiles(plan, name)
+            lowered_tiles = torch.where(tiles > TOP_LEVEL, tiles, torch.minimum(tiles, caps[:, None]))
+            levels[name] = bytes(lowered_tiles.flatten().tolist())
         lowered = replace(plan, levels=levels)
         return plan if lowered == plan else replace(lowered, predicted_loss=float("nan"))
 
@@ -277,7 +291,7 @@ class ResidentRegistry(Registry):
     def _strips_of(self, floor: PrecisionMap | int) -> dict[str, Tensor]:
         found = {}
         for name, stored in self.stored.items():
-            tiles = torch.full_like(stored, floor) if isinstance(floor, int) else _tiles(floor.levels[name], stored)
+            tiles = torch.full_like(stored, floor) if isinstance(floor, int) else self._of_planes(floor, name)
             found[name] = torch.minimum(tiles, stored).amax(1)
         return found
 
@@ -296,6 +310,9 @@ class ResidentRegistry(Registry):
             if site.kind != "weight":
                 continue
             tiles = torch.minimum(self.stored[site.name], caps[site.name][:, None])
+            exact = self._exact_of(site.name)
+            if exact is not None:  # where there are no planes
+                tiles = torch.where(self.stored[site.name] == 0, exact, tiles)
             levels[site.name] = bytes(tiles.flatten().tolist())
             mean.update(
                 dict.fromkeys((site.name, *site.aliases), float(tiles.float().mean()) if tiles.numel() else 0.0)
@@ -329,13 +346,6 @@ def _alone(model: nn.Module) -> dict[str, PlaneModule]:
         if isinstance(module, PlaneModule):
             modules.setdefault(module.weight.name, []).append(module)
     return {name: found[0] for name, found in modules.items() if len(found) == 1}
-
-
-def _tiles(levels: Levels, like: Tensor) -> Tensor:
-    """The levels of a weight, uint8 [NT, G]."""
-    if isinstance(levels, int):
-        return torch.full_like(like, levels)
-    return torch.frombuffer(bytearray(tile_levels(levels, like.numel())), dtype=torch.uint8).view_as(like)
 
 
 def make_resident(model: nn.Module, residency: StreamingResidency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:

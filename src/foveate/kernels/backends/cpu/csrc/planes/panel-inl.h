@@ -103,6 +103,10 @@ Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
       if (live == 2) panel_rows<V, 2, WIDE>(panel, codes, sums, w.group, rows, acc);
       else if (live == 1) panel_rows<V, 1, WIDE>(panel, codes, sums, w.group, rows, acc);
     }
+    for (int s = 0; s < strips; ++s) {
+      const Fault fault = add_exact_tiles<V, WIDE>(w, x, strip + s, row, row_end, acc + s * kTileRows, kPanelStrips * kTileRows);
+      if (fault != Fault::kNone) return fault;
+    }
     for (int64_t i = 0; i < rows; ++i)
       for (int s = 0; s < strips; ++s)
         store_row<V>(w, x, y, strip + s, row + i, acc + (i * kPanelStrips + s) * kTileRows);

@@ -15,12 +15,25 @@ namespace foveate {
 constexpr int kPlanes = 5;
 constexpr int kTileRows = 16;
 constexpr int kMaxGroup = 128;
+constexpr int kTopNested = 8;  // levels above it are exact
 constexpr int64_t kMaxMaps = 8;  // maps that are in use at once
 
 // Tiles of a plane are runs of 64-byte chunks: 16 columns a chunk at 2 bits, 32 at 1 bit.
 constexpr int kPlaneBits[kPlanes] = {2, 1, 1, 2, 2};
 
 constexpr int64_t tile_bytes(int plane, int group) { return int64_t{kTileRows} * group * kPlaneBits[plane] / 8; }
+
+enum class Type : uint8_t { kFloat32, kBFloat16, kFloat16 };
+
+// Tiles that are stored as floating point, in the order of tiles (docs/format.md, "Exact tiles"). Each is
+// [g columns, 16 rows]. Those of strip nt are offsets[nt] to offsets[nt + 1].
+struct ExactTiles {
+  const void* values;
+  const int32_t* numbers;  // of the tile that each is
+  const int64_t* offsets;  // [NT + 1], or null: there are none
+  int64_t count;
+  Type type;
+};
 
 // One weight, read by one map.
 struct Weight {
@@ -38,9 +51,8 @@ struct Weight {
   int64_t rows, columns;    // N, K
   int64_t strips, groups;   // NT, G
   int group, reach;
+  ExactTiles exact;
 };
-
-enum class Type : uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 // Rows of x as they arrive; row r of the kernels' numbering is row_of[r] here (null: r).
 struct InputRows {

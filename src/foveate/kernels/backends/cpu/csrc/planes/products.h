@@ -38,7 +38,7 @@ struct Faults {
   void raise() const {
     const Fault fault = static_cast<Fault>(first.load());
     TORCH_CHECK(fault != Fault::kOutside, "tile_offsets and stored_levels place a tile beyond the end of its plane or of the scales");
-    TORCH_CHECK(fault != Fault::kLevel, "a tile's level (the lesser of its active and its stored level) is not one of 0, 2, 3, 4, 6, 8");
+    TORCH_CHECK(fault != Fault::kLevel, "a tile's level (the lesser of its active and its stored level) is not one of 0, 2, 3, 4, 6, 8, 16, 32");
     TORCH_CHECK_INDEX(fault != Fault::kOrder, "order has an index outside the columns of x");
   }
 };

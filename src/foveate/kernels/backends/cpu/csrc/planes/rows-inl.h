@@ -8,19 +8,7 @@
 // and the scale NaN. Rounding adds 1.5 * 2^23 in float32, where the last place is 1: half to even, on every machine.
 // Compile with -ffp-contract=off: a fused product would round once where this rounds twice.
 //
-// simd/kernels-inl.h includes this file after planes/tile-inl.h.
-
-inline uint32_t bits_of(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+// simd/kernels-inl.h includes this file after planes/exact-inl.h.
 
 // Nearest even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {
@@ -271,7 +259,12 @@ Fault unpack_strip(const Weight& w, int64_t strip, int row, int row_end, float* 
     for (int r = row; r < row_end; ++r)
       expand_row(codes, r, kCodeShift[tile.kind], range, step[r], offset[r], columns, out + (r - row) * w.columns + first);
   }
-  return Fault::kNone;
+  if (!w.exact.offsets) return Fault::kNone;
+  return exact_tiles_of<V>(w, strip, [&](int64_t group, const float* wide) {
+    const int64_t first = group * w.group, end = first + w.group < w.columns ? first + w.group : w.columns;
+    for (int r = row; r < row_end; ++r)
+      for (int64_t k = first; k < end; ++k) out[(r - row) * w.columns + k] = wide[(k - first) * kTileRows + r];
+  });
 }
 
 template <class V>

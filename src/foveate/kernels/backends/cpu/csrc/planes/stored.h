@@ -1,4 +1,4 @@
-// A weight as torch hands it over: ten tensors and five numbers, checked, to the plain `Weight` of the kernels.
+// A weight as torch hands it over: thirteen tensors and five numbers, checked, to the plain `Weight` of the kernels.
 //
 // Shapes, types and layout are checked here. The kernels check the contents of the tile index (tile_offsets,
 // stored_levels, active_levels) as they read it.
@@ -28,7 +28,8 @@ void check_input_range(const Tensor& input_range) {
   TORCH_CHECK(input_range.numel() == 2, "input_range has ", input_range.numel(), " values, not 2");
 }
 
-constexpr size_t kTensors = kPlanes + 5;   // planes, scales, gain, tile_offsets, stored_levels, active_levels
+// planes, scales, gain, tile_offsets, stored_levels, exact_values, exact_tiles, exact_offsets, active_levels
+constexpr size_t kTensors = kPlanes + 8;
 constexpr size_t kGeometryNumbers = 5;     // rows, columns, inputs a group, reach, exponent of the scales
 
 // The maps lie one after another, and need not be next to each other.
@@ -44,6 +45,31 @@ void set_active_levels(Weight& w, const Tensor& levels) {
   w.map_stride = levels.stride(0);
 }
 
+// The kernels check the offsets and numbers as they read them.
+void set_exact_tiles(Weight& w, const Tensor& values, const Tensor& numbers, const Tensor& offsets) {
+  check_vector(offsets, at::kLong, "exact_offsets");
+  check_vector(numbers, at::kInt, "exact_tiles");
+  if (offsets.numel() == 0) {
+    TORCH_CHECK(values.numel() == 0 && numbers.numel() == 0, "there are exact tiles, and no exact_offsets");
+    return;
+  }
+  TORCH_CHECK(offsets.numel() == w.strips + 1, "exact_offsets have ", offsets.numel(), " values, not 0 or ", w.strips, " + 1");
+  check_vector(values, values.scalar_type(), "exact_values");
+  switch (values.scalar_type()) {
+    case at::kFloat: w.exact.type = Type::kFloat32; break;
+    case at::kBFloat16: w.exact.type = Type::kBFloat16; break;
+    case at::kHalf: w.exact.type = Type::kFloat16; break;
+    default: TORCH_CHECK(false, "exact_values have dtype (=", values.scalar_type(), "), not float32, bfloat16 or float16");
+  }
+  const int64_t each = int64_t{kTileRows} * w.group;
+  TORCH_CHECK(values.numel() % each == 0 && values.numel() / each == numbers.numel(), "there are ", numbers.numel(), " exact tiles, and ", values.numel(),
+              " exact values, not ", each, " a tile");
+  w.exact.values = values.const_data_ptr();
+  w.exact.numbers = numbers.const_data_ptr<int32_t>();
+  w.exact.offsets = offsets.const_data_ptr<int64_t>();
+  w.exact.count = numbers.numel();
+}
+
 // Weight number `i` of a list, checked; its active levels are those of map 0.
 Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   TORCH_CHECK(weights.size() % kTensors == 0 && geometries.size() == weights.size() / kTensors * kGeometryNumbers,
@@ -56,7 +82,7 @@ Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   TORCH_CHECK(rows >= 0 && columns >= 0, "rows (=", rows, ") and columns (=", columns, ") must not be negative");
   const Tensor* const planes = &weights[i * kTensors];
   const Tensor &scales = planes[kPlanes], &gain = planes[kPlanes + 1], &tile_offsets = planes[kPlanes + 2],
-               &stored_levels = planes[kPlanes + 3], &active_levels = planes[kPlanes + 4];
+               &stored_levels = planes[kPlanes + 3], &active_levels = planes[kPlanes + 7];
   Weight w{};
   w.rows = rows;
   w.columns = columns;
@@ -95,6 +121,7 @@ Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   TORCH_CHECK(stored_levels.dim() == 2 && stored_levels.size(0) == w.strips && stored_levels.size(1) == w.groups,
               "stored_levels has shape (=", stored_levels.sizes(), "), not [", w.strips, ", ", w.groups, "]");
   w.stored_levels = stored_levels.const_data_ptr<uint8_t>();
+  set_exact_tiles(w, planes[kPlanes + 4], planes[kPlanes + 5], planes[kPlanes + 6]);
   set_active_levels(w, active_levels);
   return w;
 }

@@ -4,7 +4,7 @@
 // within a group and exact; groups are added in ascending order in float32, so a row's result does not depend on how
 // rows are batched. That arithmetic is `Finish`, shared with planes/panel-inl.h: the only place where it is written.
 //
-// simd/kernels-inl.h includes this file after planes/tile-inl.h.
+// simd/kernels-inl.h includes this file after planes/rows-inl.h.
 
 // How a tile's sums become a part of y, for `V::kRows` rows of the weight. With D = 2 sum(c x) - C sum(x):
 //
@@ -218,6 +218,8 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, TileCurso
   for (int i = 0; i < kRowsOfX; ++i) {
     float line[kTileRows];
     for (int part = 0; part < kParts; ++part) V::store_floats(line + part * V::kRows, acc[part * kRowsOfX + i]);
+    const Fault fault = add_exact_tiles<V, WIDE>(w, x, strip, row + i, row + i + 1, line, 0);
+    if (fault != Fault::kNone) return fault;
     store_row<V>(w, x, y, strip, row + i, line);
   }
   return Fault::kNone;

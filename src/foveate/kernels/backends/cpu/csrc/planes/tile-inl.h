@@ -46,6 +46,12 @@ inline int32_t code_range(int planes, int reach) {
   }
 }
 
+// The level at which a tile's planes are read: none where its exact values are read in their place.
+inline uint8_t nested_level(uint8_t stored, uint8_t active) {
+  if (active > kTopNested) return active == 16 || active == 32 ? 0 : 0xFF;
+  return stored < active ? stored : active;
+}
+
 struct Tile {
   const uint8_t* planes[kPlanes];
   const uint8_t* scales;
@@ -99,7 +105,7 @@ struct TileCursor {
     const bool active_differ = !alike(active_levels, w.groups), stored_differ = !alike(stored_levels, w.groups);
     mixed = active_differ || stored_differ;
     gaps = false;
-    for (int64_t group = 0; active_differ && !gaps && group < w.groups; ++group) gaps = active_levels[group] < stored_levels[group];
+    for (int64_t group = 0; active_differ && !gaps && group < w.groups; ++group) gaps = nested_level(stored_levels[group], active_levels[group]) < stored_levels[group];
   }
 
   int64_t ahead(int kind) const { return mixed ? kAheadMixed : kAhead[kind]; }
@@ -118,7 +124,7 @@ struct TileCursor {
     const uint8_t stored = stored_levels[group], active = active_levels[group];
     for (end = group + 1; end < w.groups && stored_levels[end] == stored && active_levels[end] == active;) ++end;
     const uint64_t more = static_cast<uint64_t>(end - group - 1);
-    const uint8_t level = stored < active ? stored : active;
+    const uint8_t level = nested_level(stored, active);
     tile.kind = level < 9 ? kPlanesOf[level] : 0xFF;
     if (tile.kind == 0xFF) return Fault::kLevel;
     if (tile.kind > 0) {
@@ -135,7 +141,7 @@ struct TileCursor {
 
   inline __attribute__((always_inline)) Fault next(int64_t group, Tile& tile) {
     const uint8_t stored = stored_levels[group];
-    const uint8_t level = stored < active_levels[group] ? stored : active_levels[group];
+    const uint8_t level = nested_level(stored, active_levels[group]);
     tile.kind = level < 9 ? kPlanesOf[level] : 0xFF;
     if (tile.kind == 0xFF) return Fault::kLevel;
     if (tile.kind > 0) {

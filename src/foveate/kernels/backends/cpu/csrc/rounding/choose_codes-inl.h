@@ -29,7 +29,7 @@ inline const Sixteen* anchor_values() {
     Table() {
       for (int a = 0; a < kCodes; ++a) {
         float values[kStreams];
-        code_values(a, 0, 1.0f, 1.0f, values);
+        code_values(a, 0, 1.0f, 1.0f, 1.0f, values);
         for (int s = 0; s < kAnchors; ++s) of[s][a] = values[s];
       }
     }
@@ -42,7 +42,7 @@ struct Codes {
 };
 
 // The codes of least cost, sum over streams of level_weight * (wanted - value)^2, of all 256: the first of equals.
-inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_weights)[kStreams], float gain2, float gain3) {
+inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_weights)[kStreams], float widening, float gain2, float gain3) {
   const Sixteen* const table = anchor_values();
   const float gains[kAnchors] = {gain2, gain3, 1.0f};
   Sixteen cost{};
@@ -50,8 +50,9 @@ inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_wei
     const Sixteen left = wanted[s] - table[s] * gains[s];
     cost += left * left * level_weights[s];
   }
-  // what is wanted of the residual at 6 and at 8 bits, in sixteenths of a step, counted from code 0
-  const Sixteen six = (wanted[3] - table[2]) * 16.0f + 7.5f, eight = (wanted[4] - table[2]) * 16.0f + 7.5f;
+  // what is wanted of the residual at 6 and at 8 bits, in its own steps, counted from code 0
+  const float per_step = 16.0f / widening;
+  const Sixteen six = (wanted[3] - table[2]) * per_step + 7.5f, eight = (wanted[4] - table[2]) * per_step + 7.5f;
   const Sixteen near = eight < -1.0f ? sixteen(-1.0f) : eight > 16.0f ? sixteen(16.0f) : eight;
   const Sixteen rounded = (near + 0x1.8p23f) - 0x1.8p23f;
   Sixteen least = sixteen(0x1p120f), code = sixteen(0.0f);
@@ -63,7 +64,7 @@ inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_wei
     code = both < least ? residual : code;
     least = both < least ? both : least;
   }
-  cost += least * (1.0f / 256.0f);
+  cost += least * (widening * widening / 256.0f);
   int best = 0;
   for (int a = 1; a < kCodes; ++a)
     if (cost[a] < cost[best]) best = a;
@@ -118,11 +119,11 @@ inline bool exchange(const ColumnBlock& d, int64_t i, int64_t j, const float (&w
     const float per_step = 1.0f / scale;
     float steps[kStreams];
     for (int s = 0; s < kStreams; ++s) steps[s] = (wanted[s] - offset) * per_step;
-    const Codes best = best_codes(steps, d.level_weights, gain2, gain3);
+    const Codes best = best_codes(steps, d.level_weights, d.widening, gain2, gain3);
     anchor = static_cast<uint8_t>(best.anchor);
     residual = static_cast<uint8_t>(best.residual);
   }
-  code_values(anchor, residual, gain2, gain3, values);
+  code_values(anchor, residual, d.widening, gain2, gain3, values);
   for (int s = 0; s < kStreams; ++s) values[s] = offset + scale * values[s];
   return anchor != before[0] || residual != before[1];
 }

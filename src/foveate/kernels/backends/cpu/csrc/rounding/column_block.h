@@ -36,16 +36,17 @@ struct ColumnBlock {
   float* weighed;           // memory of [S, padded]: what the column means for each row
   double* form;             // added to, not for feeding: share-weighted tr(G dW H dW^T), and what the sweep took off it
   float level_weights[kStreams];
+  float widening;           // 2^reach: how much wider the steps of residuals are
 };
 
 // The values of a pair of codes in each stream, in steps from the offset.
-inline void code_values(int anchor, int residual, float gain2, float gain3, float (&value)[kStreams]) {
+inline void code_values(int anchor, int residual, float widening, float gain2, float gain3, float (&value)[kStreams]) {
   const float middle = static_cast<float>(anchor) - 7.5f;
   value[0] = (static_cast<float>(anchor / 4 * 4) - 6.0f) * gain2;
   value[1] = (static_cast<float>(anchor / 2 * 2) - 7.0f) * gain3;
   value[2] = middle;
-  value[3] = middle + (static_cast<float>(residual / 4) - 1.5f) * 0.25f;
-  value[4] = middle + (static_cast<float>(residual) - 7.5f) * 0.0625f;
+  value[3] = middle + (static_cast<float>(residual / 4) - 1.5f) * (0.25f * widening);
+  value[4] = middle + (static_cast<float>(residual) - 7.5f) * (0.0625f * widening);
 }
 
 }  // namespace foveate

@@ -34,6 +34,7 @@ struct Rounding {
   const Tensor &w, &between, &scale, &offset, &gain, &group_of;
   const std::optional<Tensor>& gradients;
   at::ArrayRef<double> level_weights;
+  int64_t reach;
   int64_t rows = 0, columns = 0, size = 0;  // N, K, R
 
   void check_all() {
@@ -50,6 +51,7 @@ struct Rounding {
     for (int64_t k = 0; k < columns; ++k)
       TORCH_CHECK(of[k] >= 0 && of[k] < scale.size(1), "group_of (", of[k], " at ", k, ") is outside the ", scale.size(1), " groups");
     TORCH_CHECK(level_weights.size() == kStreams, "level_weights (", level_weights.size(), " of them) are not one per level");
+    TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
     size = std::max<int64_t>(std::min(rows, kLoneRows), 1);
     if (gradients) {
       TORCH_CHECK(gradients->dim() == 3 && gradients->size(1) >= 1, "the matrices of rows are not [B, R, R]");
@@ -95,6 +97,7 @@ struct Rounding {
         d.column = column.data_ptr<float>();
         d.weighed = d.column + kStreams * padded;
         for (int s = 0; s < kStreams; ++s) d.level_weights[s] = static_cast<float>(level_weights[static_cast<size_t>(s)]);
+        d.widening = static_cast<float>(1 << reach);
         run(block, row, d);
       }
     });
@@ -125,15 +128,15 @@ void write_errors(const ColumnBlock& d, int64_t columns) {
     for (int64_t k = 0; k < columns; ++k) {
       const int64_t at = i * d.stride + k, group = i * d.grid_stride + d.group_of[k];
       float value[kStreams];
-      code_values(d.anchor[at], d.residual[at], d.gains[i], d.gains[d.rows + i], value);
+      code_values(d.anchor[at], d.residual[at], d.widening, d.gains[i], d.gains[d.rows + i], value);
       for (int s = 0; s < kStreams; ++s) d.errors[s * d.plane + at] = (d.offsets[group] + d.scales[group] * value[s]) - d.w[at];
     }
 }
 
 Tensor coordinate_descent(Tensor& codes, const Tensor& w, const Tensor& covariance, const std::optional<Tensor>& gradients, const Tensor& scale,
                      const Tensor& offset, const Tensor& gain, const Tensor& group_of, at::ArrayRef<double> level_weights, int64_t sweeps,
-                     double least_gain) {
-  Rounding rounding{codes, w, covariance, scale, offset, gain, group_of, gradients, level_weights};
+                     double least_gain, int64_t reach) {
+  Rounding rounding{codes, w, covariance, scale, offset, gain, group_of, gradients, level_weights, reach};
   rounding.check_all();
   Tensor made = at::zeros({over(rounding.rows, rounding.size)}, w.options().dtype(at::kLong));
   int64_t* const count = made.data_ptr<int64_t>();
@@ -160,8 +163,8 @@ Tensor coordinate_descent(Tensor& codes, const Tensor& w, const Tensor& covarian
 
 void error_feedback(Tensor& codes, const Tensor& w, const Tensor& factor, const std::optional<Tensor>& row_factor,
                     const Tensor& scale, const Tensor& offset, const Tensor& gain, const Tensor& group_of,
-                    at::ArrayRef<double> level_weights) {
-  Rounding rounding{codes, w, factor, scale, offset, gain, group_of, row_factor, level_weights};
+                    at::ArrayRef<double> level_weights, int64_t reach) {
+  Rounding rounding{codes, w, factor, scale, offset, gain, group_of, row_factor, level_weights, reach};
   rounding.check_all();
   rounding.each_block([&](int64_t, int64_t row, ColumnBlock& d) {
     const int64_t columns = rounding.columns;

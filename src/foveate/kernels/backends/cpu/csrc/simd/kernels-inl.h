@@ -9,6 +9,7 @@
 // All instruction sets give the same bits.
 
 #include "planes/tile-inl.h"
+#include "planes/exact-inl.h"
 #include "planes/rows-inl.h"
 #include "planes/strip-inl.h"
 #include "planes/panel-inl.h"
