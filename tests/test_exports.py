@@ -15,8 +15,8 @@ PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not in
 PROMISED = {
     "ActivationOptions", "ActivationStore", "Audit", "Budget", "BudgetError", "CacheProfile", "CheckpointError",
     "CompressActivations", "Constraints", "DataError", "DeviceError", "Embedding", "Floor", "FloorError",
-    "FoveateError", "Frontier", "Fused", "Granularity", "Head", "ImportanceTracker", "KeepExact", "LevelError", "LevelState",
-    "Limits",
+    "FoveateError", "Frontier", "Fused", "Granularity", "Head", "ImportanceTracker", "KeepExact", "LevelError",
+    "LevelState", "Limits",
     "Logits", "MemoryPlan", "MemoryReport", "MissingExtraError", "Objective", "Outcome", "Perturbation",
     "PlaneNotResidentError", "Point", "PrecisionMap", "Profile", "Relative", "Request", "RuntimeManager",
     "SavedReport", "Site", "SiteError", "Smoothed", "StateError", "TaskProfile", "TileTags", "Timings",

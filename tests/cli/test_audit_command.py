@@ -40,4 +40,4 @@ def test_levels_are_refused_before_any_work_is_announced(run: Run, folder: Path,
     assert top.stderr == "error: levels (=8) lower no weight: the highest level is 8\n"
     inputs = run("audit", folder, "--data", text_file, *FAST, "--sites", "lm_head:input", "--levels", "6")
     assert inputs.stderr == "error: input level (=6) is not one of 4, 8, 16, 32\n"
-    assert result.stderr == "error: level (=9) is not one of 0, 2, 3, 4, 6, 8\n"
+    assert result.stderr == "error: level (=9) is not one of 0, 2, 3, 4, 6, 8, 16, 32\n"
