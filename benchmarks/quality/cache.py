@@ -35,7 +35,7 @@ from foveate.bench.shared.result import Measured
 from foveate.collect.objectives import Logits
 from foveate.errors import BudgetError
 from foveate.kvcache.cache import WINDOW, quantized_cache
-from foveate.kvcache.cache_argument import cache_argument
+from foveate.nn.foreign.cache_argument import cache_argument
 from foveate.kvcache.calibrate import calibrate_cache
 from foveate.kvcache.profile import CacheProfile
 from foveate.precision.budgets import Budget

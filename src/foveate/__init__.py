@@ -78,6 +78,7 @@ from foveate.nn.decoder.fuse import Fused as Fused
 from foveate.nn.decoder.fuse import backends as backends
 from foveate.nn.decoder.fuse import fuse as fuse
 from foveate.nn.decoder.fuse import unfuse as unfuse
+from foveate.nn.decoder.loop import decoding_loop as decoding_loop
 from foveate.nn.levels import apply as apply
 from foveate.nn.levels import current_map as current_map
 from foveate.nn.levels import floor as floor

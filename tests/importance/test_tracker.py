@@ -17,7 +17,7 @@ from foveate.importance.moves import Caution
 from foveate.importance.options import PATENT, Shadow, TrackingOptions
 from foveate.importance.rolling import Decay
 from foveate.importance.verdict import heat_map
-from foveate.kvcache.cache_argument import cache_of
+from foveate.nn.foreign.cache_argument import cache_of
 from tiny import TRANSFORMER, generator, llama
 
 BUDGET = fv.Budget(bits=4.0)

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 import foveate as fv
 from foveate.kvcache import layers as cache_layers
-from foveate.kvcache.cache_argument import cache_argument
+from foveate.nn.foreign.cache_argument import cache_argument
 from tiny import llama, llama_config
 
 

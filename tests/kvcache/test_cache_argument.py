@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 
 import foveate as fv
-from foveate.kvcache.cache_argument import cache_argument, cache_of
+from foveate.nn.foreign.cache_argument import cache_argument, cache_of
 from tiny import llama
 
 

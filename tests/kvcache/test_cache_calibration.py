@@ -17,8 +17,8 @@ from transformers import DynamicCache
 import foveate as fv
 from foveate.formats.levels import CACHE_LEVELS
 from foveate.kvcache.blocks import Blocks
-from foveate.kvcache.cache_argument import cache_argument
 from foveate.kvcache.profile import CacheProfile
+from foveate.nn.foreign.cache_argument import cache_argument
 from foveate.precision.maps import PrecisionMap, Site, tile_levels
 from tiny import generator, llama
 

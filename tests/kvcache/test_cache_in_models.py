@@ -13,8 +13,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 import foveate as fv
 from foveate.kvcache.blocks import is_exact
-from foveate.kvcache.cache_argument import cache_argument
 from foveate.kvcache.layers import QuantizedLayer
+from foveate.nn.foreign.cache_argument import cache_argument
 from tiny import llama
 
 

@@ -108,16 +108,6 @@ def _levels_of(profile: Profile, constraints: Constraints) -> tuple[int, ...]:
     return levels
 
 
-def _units(site: Site, together: int, exact: Tensor) -> Tensor:
-    """The unit of each tile of a weight whose runs of `together` tiles have one level: int64 [T], from 0 on. An exact
-    tile is a unit by itself, unless all of its run are.
-    """
-    runs = torch.arange(site.tiles) // together
-    alone = (exact > 0).view(-1, together)
-    alone = (alone & ~alone.all(1, keepdim=True)).view(-1)
-    return torch.where(alone, site.tiles // together + alone.cumsum(0) - 1, runs)
-
-
 def build(
     profile: Profile,
     constraints: Constraints,
@@ -149,11 +139,11 @@ def build(
         # a level may not count as worse than a lower one, since the lower planes can be left unread
         losses.append(table.cummin(1).values)
         costs.append(_tile_costs(site, levels, timings).expand(site.tiles, -1))
-        exact_of.append(_exact_tiles(profile, site) if levels != nested else torch.zeros(site.tiles, dtype=torch.uint8))
+        exact_of.append(_exact_tiles(profile, site))
         if constraints.per_tile and site.name not in owner:
             together = site.grid[1] if FITTED in profile.statistics.get(site.name, {}) else 1
-            unit_of[site.name] = count + _units(site, together, exact_of[-1])
-            count = max(count, int(unit_of[site.name].max()) + 1) if site.tiles else count
+            unit_of[site.name] = count + torch.arange(site.tiles) // together
+            count += site.tiles // together
         else:
             key = owner.get(site.name, site.name)
             if key not in keys:

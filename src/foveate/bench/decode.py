@@ -25,6 +25,7 @@ Nor is `batch8_ratio_b4`, the ratio of speeds where eight sequences are decoded 
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections import defaultdict
@@ -47,6 +48,7 @@ from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.threads import threads
 from foveate.memory.arena import arena
+from foveate.nn.decoder.loop import decoding_loop
 from foveate.nn.levels import apply
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
@@ -129,7 +131,7 @@ class Clock:
 def generate(
     model: Any, prompt: int, tokens: int, *, static: bool = False, compiled: bool = False, sequences: int = 1
 ) -> list[float]:
-    """Decode greedily after a prompt of so many tokens.
+    """Decode greedily after a prompt of so many tokens, in transformers' `generate` with foveate's loop.
 
     Args:
         model: a model of transformers.
@@ -156,6 +158,7 @@ def generate(
             eos_token_id=None,
             pad_token_id=0,
             streamer=clock,
+            **({} if compiled else {"custom_generate": functools.partial(decoding_loop, streamer=clock)}),
             **options,
         )
     return clock.times

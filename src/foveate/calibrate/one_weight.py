@@ -82,7 +82,8 @@ def round_and_score(
         kept[FITTED] = (losses.double().sum(0) / seen_sums).nan_to_num(1.0, 1.0).float()
     dtype = cast(Tensor, entry.modules[0].weight).dtype
     if exact is not None:
-        planes = replace(planes, exact=exact.candidates(w_NK, dtype, losses, planes.group))
+        together = planes.grid[1] if overfit is not None else 1
+        planes = replace(planes, exact=exact.candidates(w_NK, dtype, losses, planes.group, together))
     return QuantizedWeight(
         site_of(entry, planes, routing.share(entry.names[0])),
         planes,

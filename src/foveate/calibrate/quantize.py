@@ -40,7 +40,7 @@ from foveate.nn.plane_module import PlaneModule
 from foveate.nn.replace import install
 from foveate.nn.weight import PlaneWeight
 from foveate.planes import gathered
-from foveate.precision.profiles import EXACT, Profile
+from foveate.precision.profiles import EXACT, FITTED, Profile
 from foveate.precision.sites import stays_float
 from foveate.progress import Bar
 from foveate.rounding.exact import KeepExact
@@ -158,7 +158,8 @@ def _quantized(
     losses = {q.site.name: q.losses for q in done}
     statistics = {q.site.name: q.statistics for q in done}
     if options.exact is not None:
-        kept_exact = options.exact.chosen({name: w.value for name, w in weights.items()}, losses)
+        together = {s.name: s.grid[1] if FITTED in statistics[s.name] else 1 for s in sites}
+        kept_exact = options.exact.chosen({name: w.value for name, w in weights.items()}, losses, together)
         for name, tiles in kept_exact.items():
             weights[name].set(replace(weights[name].value, exact=tiles))
             if tiles is not None:

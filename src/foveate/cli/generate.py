@@ -18,7 +18,7 @@ from foveate.cli.shared import options
 from foveate.cli.shared.console import emit, log
 from foveate.cli.shared.models import config_of, is_causal, load_planes, load_tokenizer
 from foveate.errors import BudgetError, DataError, LevelError
-from foveate.kvcache.cache_argument import cache_argument, cache_of
+from foveate.nn.foreign.cache_argument import cache_argument, cache_of
 from foveate.precision.maps import uniform
 
 

@@ -27,8 +27,8 @@ from foveate.errors import DataError
 from foveate.evaluate.machine import machine_name
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
 from foveate.formats.packing import TILE_ROWS
-from foveate.kvcache.cache_argument import cache_argument, cache_of
 from foveate.memory.available import free_memory
+from foveate.nn.foreign.cache_argument import cache_argument, cache_of
 from foveate.nn.levels import apply, highest_map, withdraw
 from foveate.nn.registry import Registry, registry_of
 from foveate.planes import PlaneTensor, from_codes, gathered, linear

@@ -32,8 +32,8 @@ from foveate.errors import DataError, MissingExtraError, SiteError
 from foveate.formats.levels import CACHE_LEVELS
 from foveate.kvcache.blocks import Blocks, is_exact
 from foveate.kvcache.cache import BLOCK, check_block
-from foveate.kvcache.cache_argument import cache_argument
 from foveate.kvcache.profile import CacheProfile
+from foveate.nn.foreign.cache_argument import cache_argument
 from foveate.precision.maps import Site
 from foveate.progress import track
 

@@ -1,5 +1,8 @@
 """Which tiles keep their exact values beside their planes: those that lose most at few bits.
 
+Of a weight whose codes were fitted by descent whole strips are kept. The errors of a row's tiles cancel there, and an
+exact tile beside others would leave them alone with theirs (docs/decisions.md).
+
 Weights are rounded one after another, and their float values may be freed as they are finished. So each weight keeps
 more candidates than its share, and once all are rounded the best of all candidates stay.
 
@@ -47,7 +50,9 @@ class KeepExact:
         if self.level not in EXACT_LEVELS:
             raise BudgetError(f"exact level (={self.level!r}) is not one of {', '.join(map(str, EXACT_LEVELS))}")
 
-    def candidates(self, w_NK: Tensor, dtype: torch.dtype, losses_T6: Tensor, group: int) -> ExactTiles | None:
+    def candidates(
+        self, w_NK: Tensor, dtype: torch.dtype, losses_T6: Tensor, group: int, together: int
+    ) -> ExactTiles | None:
         """The exact values of the tiles of a weight that may stay.
 
         Args:
@@ -55,9 +60,12 @@ class KeepExact:
             dtype: that it had.
             losses_T6: what each tile loses at each of WEIGHT_LEVELS.
             group: inputs in a group.
+            together: how many consecutive tiles stay or go together.
         """
-        count = min(len(losses_T6), math.ceil(_CANDIDATES * self.share * len(losses_T6)))
-        tiles = _gains(losses_T6).topk(count).indices.sort().values
+        gains = _gains(losses_T6, group, together)
+        count = min(len(gains), math.ceil(_CANDIDATES * self.share * len(gains)))
+        units = gains.topk(count).indices.sort().values
+        tiles = (units[:, None] * together + torch.arange(together)).view(-1)
         return exact_tiles(w_NK, tiles, group, self._type(dtype))
 
     def _type(self, dtype: torch.dtype) -> torch.dtype:
@@ -65,33 +73,34 @@ class KeepExact:
             return torch.float32
         return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
-    def chosen(self, weights: Mapping[str, PlaneTensor], losses: Mapping[str, Tensor]) -> dict[str, ExactTiles | None]:
+    def chosen(
+        self, weights: Mapping[str, PlaneTensor], losses: Mapping[str, Tensor], together: Mapping[str, int]
+    ) -> dict[str, ExactTiles | None]:
         """Of all candidates those that stay, by the name of the weight.
 
         Args:
             weights: the weights with their candidates.
             losses: what each tile of each weight loses at each of WEIGHT_LEVELS.
+            together: how many consecutive tiles of each stay or go together.
         """
-        total = sum(len(losses[name]) for name in weights)
-        gains = {}
-        for name, w in weights.items():
-            gains[name] = torch.empty(0) if w.exact is None else _gains(losses[name])[w.exact.tiles.long()] / w.group
-        count = min(math.ceil(self.share * total), sum(map(len, gains.values())))
-        best = torch.cat(list(gains.values())).topk(count).indices if count else torch.empty(0, dtype=torch.long)
-        stays = torch.zeros(sum(map(len, gains.values())), dtype=torch.bool)
-        stays[best] = True
-        found: dict[str, ExactTiles | None] = {}
-        parts = stays.split([len(g) for g in gains.values()])
-        for (name, w), mine in zip(weights.items(), parts, strict=True):
-            if w.exact is None:
-                found[name] = None
-                continue
-            mask = torch.zeros(w.grid, dtype=torch.bool)
-            mask.view(-1)[w.exact.tiles[mine].long()] = True
-            found[name] = w.exact.chosen(mask)
-        return found
+        room = math.ceil(self.share * sum(len(losses[name]) for name in weights))
+        kept = {name: torch.zeros(w.grid, dtype=torch.bool) for name, w in weights.items()}
+        ranked = [
+            (float(gain), name, unit)
+            for name, w in weights.items()
+            if w.exact is not None
+            for unit, gain in enumerate(_gains(losses[name], w.group, together[name]).tolist())
+            if bool((w.exact.tiles == unit * together[name]).any())
+        ]
+        for _, name, unit in sorted(ranked, key=lambda one: -one[0]):
+            if room <= 0:
+                break
+            size = together[name]
+            kept[name].view(-1)[unit * size : (unit + 1) * size] = True
+            room -= size
+        return {name: None if w.exact is None else w.exact.chosen(kept[name]) for name, w in weights.items()}
 
 
-def _gains(losses_T6: Tensor) -> Tensor:
-    """What each tile loses at few bits, float32 [T]."""
-    return losses_T6[:, WEIGHT_LEVELS.index(RANKED_AT)].float()
+def _gains(losses_T6: Tensor, group: int, together: int) -> Tensor:
+    """What each run of tiles loses at few bits, for each of its weights: float32 [T / together]."""
+    return losses_T6[:, WEIGHT_LEVELS.index(RANKED_AT)].float().view(-1, together).mean(1) / group

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from foveate.bench.importance.stream import Subject
 from foveate.importance.options import TrackingOptions
 from foveate.importance.track import track_importance
-from foveate.kvcache.cache_argument import cache_argument, cache_of
+from foveate.nn.foreign.cache_argument import cache_argument, cache_of
 from foveate.precision.budgets import Budget
 
 

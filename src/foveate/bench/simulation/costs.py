@@ -27,7 +27,7 @@ from foveate.bench.shared.random_model import random_llama
 from foveate.bench.simulation.server import ServerCosts
 from foveate.errors import DataError
 from foveate.formats.levels import NESTED_LEVELS
-from foveate.kvcache.cache_argument import cache_argument
+from foveate.nn.foreign.cache_argument import cache_argument
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
 from foveate.progress import track

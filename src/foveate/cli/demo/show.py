@@ -34,7 +34,7 @@ from foveate.cli.demo.training import Progress, Recipe, Trained
 from foveate.cli.shared.console import check_writable, emit, plain_table
 from foveate.cli.shared.tables import legend
 from foveate.kernels.threads import threads
-from foveate.kvcache.cache_argument import cache_argument, cache_of
+from foveate.nn.foreign.cache_argument import cache_argument, cache_of
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import PrecisionMap
 from foveate.precision.profiles import Profile

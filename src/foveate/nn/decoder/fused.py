@@ -12,6 +12,7 @@ it is: its blocks compute something that their structure does not tell.
 from __future__ import annotations
 
 import inspect
+import math
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from foveate.kernels.decoder.reference import GROUPS, NO_NORM
+from foveate.nn.decoder import agreement
 from foveate.nn.decoder.caches import Room, room_in, scratch
 from foveate.nn.decoder.masks import OtherMask, first_positions
 from foveate.nn.decoder.pages import ARGUMENTS, is_paged, pages_of
@@ -31,11 +33,6 @@ from foveate.nn.plane_module import NO_BIAS
 from foveate.nn.weight import PlaneWeight
 
 _NONE = torch.empty(0)
-#: The relative difference of the last hidden states, below which both ways count as the same. Rounding differs between
-#: them, and an input of 8 bits turns a difference of rounding into one of a step now and then.
-_SAME = 0.03
-#: How many roundings of hidden states, each of one unit of the last place, may add up between the two ways.
-_ROUNDINGS = 4
 #: Arguments of a decoder's forward that a fused call knows, and what it cannot put out.
 _CACHES = ("cache", "past_key_values")  # the second in older releases of transformers
 _KNOWN = frozenset(
@@ -327,8 +324,10 @@ class FusedForward:
             unit = torch.randn(x.shape, generator=generator).to(x.dtype)
             for given, hidden in (({"input_ids": ids}, x), ({"inputs_embeds": unit}, unit)):
                 output = type(base).forward(base, **given, use_cache=False)
-                difference = self._difference(hidden, output.last_hidden_state)
-                if not difference <= _SAME:
+                expected = output.last_hidden_state
+                found = self._by_op(hidden)
+                difference = math.inf if found is None else agreement.apart(base, hidden, expected, found)
+                if not (difference <= agreement.USUAL or difference <= agreement.unsteadiness(base, hidden, expected)):
                     self.reason = f"its blocks compute something else: on random tokens they differ by {difference:.2g}"
                     return
             self._output_class = type(output)
@@ -336,22 +335,17 @@ class FusedForward:
         finally:
             self._is_checking = False
 
-    def _difference(self, x: Tensor, expected: Tensor) -> float:
-        """How far the op is from the last hidden states of x [2, 5, H], over what blocks add to hidden states and what
-        rounding in the dtype of x may change. It takes four positions, and then one after them.
-        """
-        base: Any = self._base
+    def _by_op(self, x: Tensor) -> Tensor | None:
+        """The last hidden states of x [2, 5, H] by the op, which takes four positions, and then one after them."""
         room = scratch(self.structure, x, shared=False)
         parts = []
         for begin, end in ((0, 4), (4, 5)):
             room.past, room.pasts = begin, [begin] * len(room.keys)
             part = self._run(x[:, begin:end].contiguous(), room, None, None)
             if part is None:
-                return float("inf")
+                return None
             parts.append(part.float())
-        added = (expected.float() - base.norm(x).float()).norm()
-        rounding = _ROUNDINGS * torch.finfo(expected.dtype).eps * expected.float().norm()
-        return float((torch.cat(parts, 1) - expected.float()).norm() / (added + rounding / _SAME).clamp_min(1e-30))
+        return torch.cat(parts, 1)
 
 
 def _inside_experts(block: nn.Module) -> set[int]:
