@@ -35,9 +35,9 @@ from foveate.bench.shared.result import Measured
 from foveate.collect.objectives import Logits
 from foveate.errors import BudgetError
 from foveate.kvcache.cache import WINDOW, quantized_cache
-from foveate.nn.foreign.cache_argument import cache_argument
 from foveate.kvcache.calibrate import calibrate_cache
 from foveate.kvcache.profile import CacheProfile
+from foveate.nn.foreign.cache_argument import cache_argument
 from foveate.precision.budgets import Budget
 from foveate.precision.maps import PrecisionMap
 from foveate.progress import log
