@@ -35,7 +35,7 @@ from foveate.kernels.backends.table import ensure_loaded
 from foveate.rounding.nearest import CLIP_PENALTIES, CLIP_PENALTIES_FOR_DESCENT, Rounded, restoring_gains
 
 #: What a squared error costs at each level.
-LEVEL_WEIGHTS: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.5, 8: 16.0}
+LEVEL_WEIGHTS: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.0}
 #: The same for a weight that is also an embedding. Nothing compensates the errors of rows that are looked up, and
 #: allocation gives such rows many bits.
 LEVEL_WEIGHTS_LOOKED_UP: Mapping[int, float] = {**LEVEL_WEIGHTS, 6: 4.0, 8: 96.0}
