@@ -52,7 +52,7 @@ def test_budgets_hold_and_exact_levels_are_where_exact_values_are(
         assert bool(((tiles <= 8) | (tiles == exact)).all())
     resident = plan.bytes_resident
     assert fv.allocate(profile, fv.Budget(bytes=resident)).bytes_resident <= resident
-    if bits > 33:
+    if bits > 33 and (share in (0.0, 1.0) or not fitted):  # of fitted codes only whole strips are exact
         assert plan.predicted_loss == pytest.approx(
             sum(float(profile.losses[s.name][profile.statistics[s.name][EXACT] == 0, -1].sum()) for s in profile.sites)
         )

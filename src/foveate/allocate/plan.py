@@ -53,7 +53,7 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
         return _within_loss(problem, budget.loss)
     if budget.bytes is not None:
         assert isinstance(budget.bytes, int)
-        room = budget.bytes - index - (lowest.bytes_resident - tiles_at_least)
+        room = budget.bytes - (lowest.bytes_resident - tiles_at_least)
         least = lowest.bytes_resident
         note = f"no map fits in {format_bytes(budget.bytes)}: the least is {format_bytes(least)} ({least} bytes)"
     else:
@@ -66,7 +66,10 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
             f"no map averages {budget.bits:g} bits a weight: "
             f"the least possible is {lowest.bits:.4f} (scales and padding count)"
         )
-    return problem.to_map(solve_bytes(problem, room, note))
+    plan = problem.to_map(solve_bytes(problem, room, note))
+    if budget.bytes is not None and plan.bytes_resident > budget.bytes:  # by the index of exact tiles
+        return problem.to_map(solve_bytes(problem, max(room - index, tiles_at_least), note))
+    return plan
 
 
 def _within_latency(profile: Profile, limit: float, constraints: Constraints) -> PrecisionMap:
