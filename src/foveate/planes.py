@@ -191,16 +191,15 @@ class PlaneTensor:
         exact_levels = torch.zeros_like(self.stored_levels) if self.exact is None else self.exact.levels()
         level_tiles = rounded_up(level_tiles, self.stored_levels, exact_levels)
         as_exact = level_tiles > TOP_LEVEL
-        if bool((level_tiles > torch.where(as_exact, exact_levels, self.stored_levels)).any()):
+        if shortfall(level_tiles, self.stored_levels, exact_levels) is not None:
             raise FoveateError("a tile cannot be kept at a level above the one it is stored for")
-        highest, level_tiles = level_tiles, torch.where(as_exact, 0, level_tiles)
-        old, new = self.stored_levels.view(-1), level_tiles.reshape(-1)
+        stored_levels = torch.where(as_exact, 0, level_tiles)
+        old, new = self.stored_levels.view(-1), stored_levels.reshape(-1)
 
         def gather(tiles: Tensor, least_level: int, width: int) -> Tensor:
             return tiles.view(-1, width)[(new >= least_level)[old >= least_level]].view(-1)
 
         planes = tuple(gather(p, NESTED_LEVELS[i], tile_bytes(i, self.group)) for i, p in enumerate(self.planes))
-        stored_levels = level_tiles.clone()
         return replace(
             self,
             planes=planes,
@@ -208,7 +207,7 @@ class PlaneTensor:
             stored_levels=stored_levels,
             tile_offsets=tile_offsets_of(stored_levels),
             active_levels=rounded_up(
-                torch.minimum(self.active_levels, highest), stored_levels, torch.where(as_exact, highest, 0)
+                torch.minimum(self.active_levels, level_tiles), stored_levels, torch.where(as_exact, level_tiles, 0)
             ),
             exact=None if self.exact is None else self.exact.chosen(as_exact),
         )
@@ -333,6 +332,21 @@ def rounded_up(levels: Tensor, stored_levels: Tensor, exact_levels: Tensor) -> T
         exact_levels: uint8 [T], the level of each tile's exact values; 0 where there are none.
     """
     return torch.where((levels > stored_levels) & (levels <= exact_levels), exact_levels, levels)
+
+
+def shortfall(wanted: Tensor, stored: Tensor, exact: Tensor | None) -> tuple[int, int] | None:
+    """(the highest level that tiles cannot be read at, the lowest that one of these is stored at); None if all can.
+
+    Args:
+        wanted: uint8 [NT, G].
+        stored: the highest level of each tile's planes.
+        exact: the level of each tile's exact values, 0 where there are none; None if no tile has any.
+    """
+    if exact is not None:
+        wanted = rounded_up(wanted, stored, exact)
+        stored = torch.where(wanted == exact, exact, stored)
+    beyond = wanted > stored
+    return (int(wanted[beyond].max()), int(stored[beyond].min())) if bool(beyond.any()) else None
 
 
 def level_bytes(level: int, tiles: int, group: int) -> int:

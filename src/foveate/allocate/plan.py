@@ -48,7 +48,7 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
     problem = build(profile, constraints, levels_of_inputs(profile, constraints))
     lowest = problem.to_map(torch.zeros(len(problem.loss_UL), dtype=torch.long))
     tiles_at_least = float(problem.cost_UL[:, 0].sum())
-    index = sum(s.exact_overhead() for s in profile.weight_sites() if profile.exact_levels(s.name) is not None)
+    exact_index = sum(s.exact_overhead() for s in profile.weight_sites() if profile.exact_levels(s.name) is not None)
     if budget.loss is not None:
         return _within_loss(problem, budget.loss)
     if budget.bytes is not None:
@@ -68,7 +68,7 @@ def allocate(profile: Profile, budget: Budget, constraints: Constraints = DEFAUL
         )
     plan = problem.to_map(solve_bytes(problem, room, note))
     if budget.bytes is not None and plan.bytes_resident > budget.bytes:  # by the index of exact tiles
-        return problem.to_map(solve_bytes(problem, max(room - index, tiles_at_least), note))
+        return problem.to_map(solve_bytes(problem, max(room - exact_index, tiles_at_least), note))
     return plan
 
 

@@ -7,18 +7,22 @@ removed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from torch import Tensor
 
+from foveate.checkpoint.files import dumped
 from foveate.checkpoint.head import Head, PathLike, read_head
 from foveate.errors import CheckpointError
 from foveate.files import TensorFile, open_regular
 
+T = TypeVar("T")
 #: How often a head is read again because a save has replaced it.
 _TRIES = 100
 
@@ -79,6 +83,30 @@ class Folder:
             CheckpointError: one of them is missing or damaged.
         """
         return sum(self.part(part).bytes for part in self.head.files)
+
+
+def later(folder: Folder, about: Callable[[Head], Any], read: Callable[[Folder], T], what: str) -> Callable[[], T]:
+    """A function that reads a part of a folder when it is called; it raises `CheckpointError` if another save has
+    replaced that part meanwhile.
+
+    Args:
+        folder: the folder, open now.
+        about: what the head says of the part, which is the same as long as the part is.
+        read: reads the part of a folder that is open.
+        what: the part, in words.
+    """
+    return partial(_read_again, folder.path.absolute(), _digest(about(folder.head)), about, read, what)
+
+
+def _read_again(path: Path, wanted: str, about: Callable[[Head], Any], read: Callable[[Folder], T], what: str) -> T:
+    with opened(path) as now:
+        if _digest(about(now.head)) != wanted:
+            raise CheckpointError(f"{path} holds another save than the model was loaded from: {what} is gone")
+        return read(now)
+
+
+def _digest(about: Any) -> str:
+    return hashlib.sha256(dumped(about)).hexdigest()
 
 
 @contextmanager

@@ -11,19 +11,16 @@ docs/format.md has the whole form.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.checkpoint.files import Writer, dumped
-from foveate.checkpoint.folder import Folder, opened
+from foveate.checkpoint.files import Writer
+from foveate.checkpoint.folder import Folder, later, opened
 from foveate.checkpoint.head import Head, PathLike
 from foveate.errors import CheckpointError, FoveateError, PlaneNotResidentError
 from foveate.formats.levels import INPUT_LEVELS, TILE_LEVELS, WEIGHT_LEVELS
@@ -124,22 +121,13 @@ def load_frontier(path: PathLike) -> Frontier:
 
 
 def frontier_later(folder: Folder) -> Callable[[], Frontier]:
-    """A function that reads the frontier of a folder when it is called; it raises `CheckpointError` if another save has
-    replaced that frontier meanwhile.
-    """
-    return partial(_read_again, folder.path.absolute(), _identity(folder.head))
+    """A function that reads the frontier of a folder when it is called (`foveate.checkpoint.folder.later`)."""
+    return later(folder, _about, read_frontier, "its frontier")
 
 
-def _read_again(path: Path, wanted: str) -> Frontier:
-    with opened(path) as now:
-        if _identity(now.head) != wanted:
-            raise CheckpointError(f"{path} holds another save than the model was loaded from: its frontier is gone")
-        return read_frontier(now)
-
-
-def _identity(head: Head) -> str:
-    about = [[asdict(s) for s in head.sites], head.other_bytes, head.frontier, head.checksums.get(PART)]
-    return hashlib.sha256(dumped(about)).hexdigest()
+def _about(head: Head) -> list[Any]:
+    """What a head says of its frontier: equal for two heads if their frontiers are the same."""
+    return [[asdict(s) for s in head.sites], head.other_bytes, head.frontier, head.checksums.get(PART)]
 
 
 def read_frontier(folder: Folder) -> Frontier:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.checkpoint.files import dumped
-from foveate.checkpoint.folder import Folder, opened
+from foveate.checkpoint.folder import Folder, later, opened
 from foveate.checkpoint.head import Head, PathLike
 from foveate.errors import BudgetError, CheckpointError
 from foveate.formats.levels import EXACT_LEVELS, INPUT_LEVELS, WEIGHT_LEVELS
@@ -43,26 +41,13 @@ def load_profile(path: PathLike) -> Profile:
 
 
 def profile_later(folder: Folder) -> Callable[[], Profile]:
-    """A function that reads the profile of a folder when it is called; it raises `CheckpointError` if another save has
-    replaced that profile meanwhile.
-    """
-    path, wanted = folder.path.absolute(), _profile_identity(folder.head)
-
-    def read() -> Profile:
-        with opened(path) as now:
-            if _profile_identity(now.head) != wanted:
-                raise CheckpointError(
-                    f"{path} holds another save than the model was loaded from: what was measured of it is gone"
-                )
-            return read_profile(now)
-
-    return read
+    """A function that reads the profile of a folder when it is called (`foveate.checkpoint.folder.later`)."""
+    return later(folder, _about, read_profile, "what was measured of it")
 
 
-def _profile_identity(head: Head) -> str:
-    """A hash of what a head says of its profile: equal for two heads if their profiles are the same."""
-    about = [[asdict(s) for s in head.sites], head.other_bytes, head.profile, head.checksums.get("profile")]
-    return hashlib.sha256(dumped(about)).hexdigest()
+def _about(head: Head) -> list[Any]:
+    """What a head says of its profile: equal for two heads if their profiles are the same."""
+    return [[asdict(s) for s in head.sites], head.other_bytes, head.profile, head.checksums.get("profile")]
 
 
 def read_profile(folder: Folder) -> Profile:

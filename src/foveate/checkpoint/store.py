@@ -22,16 +22,10 @@ from foveate.checkpoint.head import EXACT_PART, HEAD, Head, PathLike, encoded, r
 from foveate.checkpoint.runs import Cuts, StoredWeight, cuts_of
 from foveate.errors import CheckpointError, PlaneNotResidentError, SiteError
 from foveate.files import Pieces
-from foveate.formats.levels import (
-    GAINED_LEVELS,
-    NESTED_LEVELS,
-    PLANES,
-    TOP_LEVEL,
-    WEIGHT_LEVELS,
-)
+from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, PLANES, TOP_LEVEL, WEIGHT_LEVELS
 from foveate.formats.packing import GROUPS, SCALE_BYTES, TILE_ROWS, tile_bytes, tile_offsets_of
 from foveate.memory.arena import arena
-from foveate.planes import PlaneTensor, rounded_up, share_active_levels
+from foveate.planes import PlaneTensor, rounded_up, share_active_levels, shortfall
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import Levels, PrecisionMap, Site, tile_levels
 from foveate.precision.profiles import Profile
@@ -197,16 +191,12 @@ def highest_levels_in(folder: Folder) -> dict[str, Tensor]:
 def _wanted(site: Site, stored: Tensor, exact: Tensor | None, levels: Levels) -> Tensor:
     """The level up to which each tile is to be loaded; raises `PlaneNotResidentError` if it is not stored."""
     wanted = torch.frombuffer(bytearray(tile_levels(levels, stored.numel())), dtype=torch.uint8).view_as(stored)
-    if exact is not None:
-        wanted = rounded_up(wanted, stored, exact)
-        stored = torch.where(wanted == exact, exact, stored)
-    if bool((wanted > stored).any()):
-        missing = int(wanted[wanted > stored].max())
-        most = int(stored[wanted > stored].min())
+    short = shortfall(wanted, stored, exact)
+    if short is not None:
         raise PlaneNotResidentError(
-            f"{site.name} at level {missing}: the folder stores some of its tiles up to {most} bits only"
+            f"{site.name} at level {short[0]}: the folder stores some of its tiles up to {short[1]} bits only"
         )
-    return wanted
+    return wanted if exact is None else rounded_up(wanted, stored, exact)
 
 
 def at_most_stored(folder: Folder, plan: PrecisionMap) -> PrecisionMap:

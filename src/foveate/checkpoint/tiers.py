@@ -32,7 +32,7 @@ from foveate.memory.held import Held
 from foveate.memory.places import FilePlace
 from foveate.memory.reservation import Layout, Reservation, lay_out
 from foveate.memory.runs import Run
-from foveate.planes import PlaneTensor, rounded_up, share_active_levels
+from foveate.planes import PlaneTensor, rounded_up, share_active_levels, shortfall
 from foveate.precision.maps import Site
 from foveate.precision.profiles import Profile
 
@@ -188,12 +188,12 @@ def stored_weight(tiers: Tiers, name: str, levels: Tensor | None = None) -> Stor
     have, weight = tiers.stored[name], tiers.weights[name]
     kept, exact = have, weight.exact
     if levels is not None:
+        if shortfall(levels, have, None if exact is None else exact.levels()) is not None:
+            raise PlaneNotResidentError(f"{name}: a tile cannot be kept at a level above the one it is stored for")
         kept = levels if exact is None else rounded_up(levels, have, exact.levels())
         as_exact = kept > TOP_LEVEL
         exact = None if exact is None else exact.chosen(as_exact)
         kept = torch.where(as_exact, 0, kept)
-    if bool((kept > have).any()):
-        raise PlaneNotResidentError(f"{name}: a tile cannot be kept at a level above the one it is stored for")
     planes = []
     for plane in range(PLANES):
         size = sum(strip_bytes(kept, plane, weight.group))

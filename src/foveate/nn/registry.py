@@ -25,7 +25,7 @@ from foveate.nn.passes import Passes
 from foveate.nn.plane_module import PlaneModule
 from foveate.nn.states import weight_in
 from foveate.nn.weight import PlaneWeight
-from foveate.planes import rounded_up, share_active_levels
+from foveate.planes import rounded_up, share_active_levels, shortfall
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import Levels, PrecisionMap, Site, tile_levels
 from foveate.precision.profiles import Profile
@@ -256,21 +256,6 @@ class Registry:
             if short is not None:
                 return f"{name} at level {short[0]}: some of its tiles are stored up to {short[1]} bits only"
         return None
-
-
-def shortfall(wanted: Tensor, stored: Tensor, exact: Tensor | None) -> tuple[int, int] | None:
-    """(the highest level that tiles cannot be read at, the lowest that one of these is stored at); None if all can.
-
-    Args:
-        wanted: uint8 [NT, G].
-        stored: the highest level of each tile's planes.
-        exact: the level of each tile's exact values, 0 where there are none; None if no tile has any.
-    """
-    if exact is not None:
-        wanted = rounded_up(wanted, stored, exact)
-        stored = torch.where(wanted == exact, exact, stored)
-    beyond = wanted > stored
-    return (int(wanted[beyond].max()), int(stored[beyond].min())) if bool(beyond.any()) else None
 
 
 def tiles_of(plan: PrecisionMap, name: str, like: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ from foveate.memory.report import MemoryReport
 from foveate.memory.residency import LOOK_EVERY
 from foveate.memory.streaming import StreamingResidency
 from foveate.nn.plane_module import PlaneModule
-from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of, shortfall, tiles_of
+from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of, tiles_of
 from foveate.nn.residency.pass_gate import EagerHook, PassGate
 from foveate.nn.residency.streaming import Streaming
 from foveate.nn.residency.use import UseCounter
-from foveate.planes import rounded_up
+from foveate.planes import rounded_up, shortfall
 from foveate.precision.maps import Levels, PrecisionMap, input_level_for
 from foveate.precision.state import LevelState
 
