@@ -12,27 +12,40 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 _SMALL, _LARGEST = 4 << 20, 32 << 20  # bytes; the second is the most that glibc raises its threshold to
 
+#: How many of these contexts are entered, in all threads, since the thresholds are the process's.
+_entered = 0
+_lock = threading.Lock()
+
 
 @contextmanager
 def given_back(wanted: bool) -> Iterator[None]:
-    """Within this context, memory that is freed goes back to the system, if that is wanted."""
+    """Within this context, memory that is freed goes back to the system, if that is wanted. Contexts may be nested, and
+    entered by several threads: the last that is left sets the thresholds back.
+    """
+    global _entered
     library = _glibc() if wanted else None
     if library is None:
         yield
         return
-    library.mallopt(_MMAP_THRESHOLD, _SMALL)
+    with _lock:
+        _entered += 1
+        library.mallopt(_MMAP_THRESHOLD, _SMALL)
     try:
         library.malloc_trim(0)
         yield
     finally:
-        library.mallopt(_MMAP_THRESHOLD, _LARGEST)
-        library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        with _lock:
+            _entered -= 1
+            if not _entered:
+                library.mallopt(_MMAP_THRESHOLD, _LARGEST)
+                library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
 
 
 def _glibc() -> ctypes.CDLL | None:
