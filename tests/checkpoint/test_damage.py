@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 import foveate as fv
@@ -270,7 +270,7 @@ def test_data_files_that_do_not_fit_their_head(saved: tuple[Path, nn.Module, fv.
         made = copy_of(folder, tmp_path / str(i))
         head = json.loads((made / "foveate.json").read_bytes())
         file = made / head["files"][part]["file"]
-        tensors = {k: t.clone() for k, t in load_file(file).items()}
+        tensors = load(file.read_bytes())
         tensors[key] = change(tensors[key]).contiguous()
         save_file(tensors, file)
         head["files"][part]["sha256"][key] = checksum(tensors[key])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import nn
 
 import foveate as fv
@@ -131,7 +131,7 @@ def test_pipes_devices_and_endless_files(saved: tuple[Path, nn.Module, fv.Profil
 def test_files_with_holes_take_no_memory(saved: tuple[Path, nn.Module, fv.Profile], tmp_path: Path, part: str) -> None:
     folder = copy_of(saved[0], tmp_path / "model")
     file = folder / fv.read_head(folder).files[part]
-    names = list(load_file(file))
+    names = list(load(file.read_bytes()))
     size = 1 << 38
     about = {name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in names[1:]} | {
         names[0]: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
@@ -158,7 +158,7 @@ def test_parameters_are_finite_and_gains_too(
     for part, end in (("rest", "0.bias"), ("scales", "|gain")):
         folder = copy_of(saved[0], tmp_path / part)
         file = folder / fv.read_head(folder).files[part]
-        tensors = load_file(file)
+        tensors = load(file.read_bytes())
         name = next(name for name in tensors if name.endswith(end))
         tensors[name].view(-1)[0] = value
         save_file(tensors, file)

@@ -195,6 +195,6 @@ def test_the_files_are_plain_safetensors(saved: tuple[Path, nn.Module, fv.Profil
         assert sorted(tensors.keys()) == ["0:weight", "2:weight", "4:weight"]
         assert torch.equal(tensors.get_tensor("0:weight"), model[0].weight.plane0)  # type: ignore[index]
     data = json.loads((folder / "foveate.json").read_bytes())
-    assert (data["format"], data["version"], data["features"]) == ("foveate", 2, [])
+    assert (data["format"], data["version"], data["features"]) == ("foveate", 2, ["runs"])
     assert head.written_by.startswith("foveate ")
     assert head.dtype == {"0:weight": "float32", "2:weight": "float32", "4:weight": "float32"}

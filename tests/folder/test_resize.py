@@ -20,7 +20,7 @@ def test_the_head_lists_runs_and_their_checksums(small_runs: Saved) -> None:
     folder, model, profile = small_runs
     head = fv.read_head(folder)
     table = head.runs["plane0"]["0:weight"]
-    assert len(table.strips) == len(table.sha256) == len(table.importance) > 2
+    assert len(table.strips) == len(table.xxh3) == len(table.importance) > 2
     # the losses of all runs of plane 0 are what the weight loses at 0 bits and not at 2
     losses = profile.scaled_losses("0:weight")
     assert losses is not None

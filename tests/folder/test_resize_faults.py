@@ -79,14 +79,14 @@ def test_a_head_with_runs_that_do_not_fit_is_refused(small_runs: Saved, tmp_path
     for number, (table, text) in enumerate(
         {
             "do not ascend from 0": {"strips": [0, 3, 2, 5, 6]},
-            "checksums": {"sha256": ["0"]},
+            "checksums": {"xxh3": ["0" * 32]},
             "the head lists strip 99": {"strips": [0, 2, 4, 6, 99]},
             "not a finite number": {"importance": ["x"] * 5},
         }.items()
     ):
         folder = copy_of(source, tmp_path / str(number))
         count = len(fv.read_head(folder).runs["plane0"]["0:weight"].strips)
-        cut = {key: value[:count] if key != "sha256" else value for key, value in text.items()}
+        cut = {key: value[:count] if key != "xxh3" else value for key, value in text.items()}
         if "strips" in cut:
             cut["strips"] = [*range(count - 1), 99] if "99" in table else [0, *range(count, 1, -1)]
         rewrite(folder, changed(**cut))

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from hostile import Watch, ended, mutated, no_network
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 import foveate as fv
@@ -94,7 +94,7 @@ class _Tensors:
         if choice.random() < 0.3:
             _bytes_changed(file, choice)
         else:
-            tensors = load_file(file)
+            tensors = load(file.read_bytes())
             name = choice.choice(list(tensors))
             tensors[name] = _changed(tensors[name], choice)
             save_file(tensors, file)
@@ -156,7 +156,7 @@ class _Resumed:
         if choice.random() < 0.3:
             _bytes_changed(self.file, choice)
         else:
-            tensors = load_file(self.file)
+            tensors = load(self.file.read_bytes())
             name = choice.choice([name for name in tensors if name != _SAMPLE])
             tensors[name] = _changed(tensors[name], choice)
             about = {"foveate_resume": "3", "objective": "Logits"}
@@ -219,7 +219,7 @@ class _Frontiers:
         if what < 0.2:
             _bytes_changed(self.file, choice)
         elif what < 0.4:
-            tensors = load_file(self.file)
+            tensors = load(self.file.read_bytes())
             name = choice.choice(list(tensors))
             tensors[name] = _changed(tensors[name], choice)
             save_file(tensors, self.file)

@@ -13,12 +13,12 @@ import torch
 from foveate.errors import CheckpointError
 from foveate.memory.places import FilePlace, HostPlace
 from foveate.memory.reservation import PAGE, Reservation, lay_out
-from foveate.memory.runs import Run, Tag
+from foveate.memory.runs import Run, Tag, xxh3
 
 _BYTES = torch.randint(0, 256, (5 * PAGE,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def _run(offset: int, size: int, first: int = 0) -> Run:
+def _run(offset: int, size: int, first: int = 0, sha256: bool = False) -> Run:
     content = bytes(_BYTES[offset : offset + size].tolist())
     return Run(
         weight="w",
@@ -27,7 +27,7 @@ def _run(offset: int, size: int, first: int = 0) -> Run:
         last=first + 1,
         offset=offset,
         size=size,
-        sha256=hashlib.sha256(content).hexdigest(),
+        checksum=hashlib.sha256(content).hexdigest() if sha256 else xxh3(content),
         tag=Tag(level=2),
     )
 
@@ -56,12 +56,19 @@ def test_a_file_gives_its_bytes(tmp_path: Path, direct: bool, offset: int, size:
     place.close()
 
 
+def test_the_checksum_is_the_one_that_others_compute() -> None:
+    # xxhash's own vectors, in the canonical form
+    assert xxh3(b"") == "99aa06d3014798d86001c324468d497f"
+    assert xxh3(b"foveate") == xxh3(memoryview(b"foveate")) != xxh3(b"foveatf")
+
+
+@pytest.mark.parametrize("sha256", [True, False])
 @pytest.mark.parametrize("direct", [True, False])
-def test_a_file_that_changes_while_it_is_open(tmp_path: Path, direct: bool) -> None:
+def test_a_file_that_changes_while_it_is_open(tmp_path: Path, direct: bool, sha256: bool) -> None:
     path = _written(tmp_path / "file")
     with open(path, "rb") as file:
         place = FilePlace("the file", file.fileno(), direct=direct)
-    run = _run(PAGE, 2 * PAGE)
+    run = _run(PAGE, 2 * PAGE, sha256=sha256)
     # replaced by another one of its name: what was opened still serves
     (tmp_path / "other").write_bytes(b"x" * 5 * PAGE)
     os.replace(tmp_path / "other", path)

@@ -59,7 +59,7 @@ def _held(disk: _Disk, weights: str = "ab") -> Held:
                         last=first + 4,
                         offset=len(runs) * 4 * _UNIT,
                         size=4 * _UNIT,
-                        sha256="",
+                        checksum="",
                         tag=Tag(level=NESTED_LEVELS[plane]),
                     )
                 )

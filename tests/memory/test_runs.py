@@ -42,7 +42,7 @@ def test_a_run_says_what_is_wrong_with_it() -> None:
 
 def _run(weight: str = "w", plane: int = 0, first: int = 0, offset: int = 0, size: int = 64) -> Run:
     tag = Tag(level=(2, 3, 4, 6, 8)[min(plane, 4)])
-    return Run(weight=weight, plane=plane, first=first, last=first + 1, offset=offset, size=size, sha256="", tag=tag)
+    return Run(weight=weight, plane=plane, first=first, last=first + 1, offset=offset, size=size, checksum="", tag=tag)
 
 
 @st.composite

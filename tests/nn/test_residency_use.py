@@ -19,7 +19,7 @@ from tiny import generator, mlp, rows
 
 
 def _run(weight: str, first: int = 0, last: int = 1) -> Run:
-    return Run(weight=weight, plane=0, first=first, last=last, offset=0, size=64, sha256="", tag=Tag(level=2))
+    return Run(weight=weight, plane=0, first=first, last=last, offset=0, size=64, checksum="", tag=Tag(level=2))
 
 
 def test_experts_are_compared_with_their_share_in_calibration() -> None:

@@ -23,7 +23,7 @@ _STAGING = ".foveate-"
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """A data file that was written: its name, the SHA-256 of each tensor, and the runs of those that have several."""
+    """A data file that was written: its name, the SHA-256 of each tensor, and the runs of planes."""
 
     file: str
     checksums: Mapping[str, str]

@@ -1,7 +1,6 @@
 """The runs that a head lists: where the planes of large weights are cut, and a checksum of each piece.
 
-This is the feature `runs` of the format. A weight whose plane is one run is not listed, since the checksum of the plane
-is that of the run. Without the feature (older folders, and folders of small weights) each plane is one run.
+This is the feature `runs` of the format. Without it each plane is one run, and has the checksum of the whole plane.
 
 Shapes: NT strips, G groups.
 """
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from foveate.errors import CheckpointError
@@ -34,20 +34,20 @@ class RunTable:
 
     Attributes:
         strips: the first strip of each run, ascending from 0.
-        sha256: the checksum of each run.
+        xxh3: the checksum of each run.
         importance: the loss that each run saves, or empty if the model was not measured.
     """
 
     strips: tuple[int, ...]
-    sha256: tuple[str, ...]
+    xxh3: tuple[str, ...]
     importance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         ascending = all(type(n) is int and a < n for a, n in zip((-1, *self.strips), self.strips, strict=False))
         if not self.strips or self.strips[0] != 0 or not ascending:
             raise ValueError(f"the first strips of runs (={self.strips[:5]}...) do not ascend from 0")
-        if len(self.sha256) != len(self.strips) or not all(isinstance(s, str) for s in self.sha256):
-            raise ValueError(f"{len(self.strips)} runs have {len(self.sha256)} checksums")
+        if len(self.xxh3) != len(self.strips) or not all(isinstance(s, str) and len(s) == 32 for s in self.xxh3):
+            raise ValueError(f"{len(self.strips)} runs have not as many checksums of 32 digits")
         if self.importance and len(self.importance) != len(self.strips):
             raise ValueError(f"{len(self.strips)} runs have {len(self.importance)} importances")
         if not all(type(v) in (int, float) and math.isfinite(v) for v in self.importance):
@@ -55,15 +55,13 @@ class RunTable:
 
     def to_json(self) -> dict[str, Any]:
         """As it is in the head."""
-        given = {"strips": list(self.strips), "sha256": list(self.sha256)}
+        given = {"strips": list(self.strips), "xxh3": list(self.xxh3)}
         return given | ({"importance": list(self.importance)} if self.importance else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunTable:
         """The inverse of `to_json`; raises `ValueError`, `TypeError` or `KeyError` for anything else."""
-        return cls(
-            strips=tuple(data["strips"]), sha256=tuple(data["sha256"]), importance=tuple(data.get("importance", ()))
-        )
+        return cls(strips=tuple(data["strips"]), xxh3=tuple(data["xxh3"]), importance=tuple(data.get("importance", ())))
 
 
 def strip_bytes(stored_levels: Tensor, plane: int, group: int) -> list[int]:
@@ -97,7 +95,7 @@ def runs_of(
         stored_levels: uint8 [NT, G], the levels that the folder stores.
         sha256: the checksum of the whole plane.
         offset: where the plane begins in its file.
-        table: what the head lists, or None if the plane is one run.
+        table: what the head lists, or None if it lists no runs.
 
     Raises:
         CheckpointError: the head lists strips that the weight does not have, or a run that is empty.
@@ -105,20 +103,21 @@ def runs_of(
     sizes = strip_bytes(stored_levels, plane, site.group)
     if not sum(sizes):
         return []
-    if table is None:
-        table = RunTable(strips=(0,), sha256=(sha256,))
-    if table.strips[-1] >= len(sizes):
-        raise CheckpointError(f"the head lists strip {table.strips[-1]} of {site.name}, which has {len(sizes)}")
+    strips, checksums, importance = (
+        ((0,), (sha256,), ()) if table is None else (table.strips, table.xxh3, table.importance)
+    )
+    if strips[-1] >= len(sizes):
+        raise CheckpointError(f"the head lists strip {strips[-1]} of {site.name}, which has {len(sizes)}")
     stored = (stored_levels >= NESTED_LEVELS[plane]).double().mean(1)
     runs = []
-    for i, first in enumerate(table.strips):
-        last = table.strips[i + 1] if i + 1 < len(table.strips) else len(sizes)
+    for i, first in enumerate(strips):
+        last = strips[i + 1] if i + 1 < len(strips) else len(sizes)
         size = sum(sizes[first:last])
         if not size:
             raise CheckpointError(f"the head lists a run of {site.name} at strip {first} that stores nothing")
         tag = Tag(
             level=NESTED_LEVELS[plane],
-            importance=table.importance[i] if table.importance else math.nan,
+            importance=importance[i] if importance else math.nan,
             sparsity=1 - float(stored[first:last].mean()),
         )
         run = Run(
@@ -128,7 +127,7 @@ def runs_of(
             last=last,
             offset=offset,
             size=size,
-            sha256=table.sha256[i],
+            checksum=checksums[i],
             tag=tag,
         )
         runs.append(run)
@@ -175,14 +174,14 @@ class Sums:
 
     cuts: Cuts | None = None
     _whole: Any = field(default_factory=hashlib.sha256)
-    _run: Any = field(default_factory=hashlib.sha256)
+    _run: Any = field(default_factory=xxhash.xxh3_128)
     _runs: list[str] = field(default_factory=list)
     _at: int = 0
 
     def add(self, piece: memoryview) -> None:
         """Take the next bytes."""
         self._whole.update(piece)
-        if self.cuts is None or len(self.cuts.ends) < 2:
+        if self.cuts is None:
             return
         while len(piece):
             end = self.cuts.ends[len(self._runs)]
@@ -192,17 +191,17 @@ class Sums:
             piece = piece[len(part) :]
             if self._at == end:
                 self._runs.append(self._run.hexdigest())
-                self._run = hashlib.sha256()
+                self._run.reset()
 
     def whole(self) -> str:
         """The SHA-256 of all bytes."""
         return str(self._whole.hexdigest())
 
     def table(self) -> RunTable | None:
-        """The runs for the head; None if there is only one."""
-        if self.cuts is None or len(self.cuts.ends) < 2:
+        """The runs for the head; None if it has none."""
+        if self.cuts is None or not self._runs:
             return None
-        return RunTable(strips=self.cuts.strips, sha256=tuple(self._runs), importance=self.cuts.importance)
+        return RunTable(strips=self.cuts.strips, xxh3=tuple(self._runs), importance=self.cuts.importance)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

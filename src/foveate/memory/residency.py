@@ -329,6 +329,8 @@ class Residency:
         running = self._mover.cancel(coming)
         for number in set(coming) - running:
             self._where[number] = Where.ABSENT
+        # a neighbour on the same huge page may have made their memory resident
+        self.held.reservation.give_back([self.held.layout.slots[n] for n in set(coming) - running])
         self._leaving = {n for n in decision.evict if self._where[n] is not Where.ABSENT}
         self._next = decision.fetch
 
@@ -356,7 +358,12 @@ class Residency:
             # by planes, so that all weights gain a level before one gains two, and in the order of layers
             asked[number] = (float(self.held.runs[number].plane), float(number))
         self._next = tuple(rest)
-        self._mover.request(asked)
+        self._request(asked)
+
+    def _request(self, urgencies: Mapping[int, tuple[float, ...]]) -> None:
+        """Ask the mover for runs whose memory holds nothing."""
+        self.held.reservation.coming([self.held.layout.slots[n] for n in urgencies])
+        self._mover.request(urgencies)
 
     def _came(self, number: int, error: Exception | None) -> None:
         """A transfer has ended; called on the mover's thread, without the lock."""

@@ -59,9 +59,10 @@ class StreamingResidency(Residency):
     def bring(self, numbers: Collection[int], urgency: float) -> None:
         """Ask for runs, those of the least urgency first."""
         with self._lock:
-            for number in numbers:
-                if self._where[number] is Where.ABSENT:
-                    self._where[number] = Where.COMING
+            new = [n for n in numbers if self._where[n] is Where.ABSENT]
+            for number in new:
+                self._where[number] = Where.COMING
+            self._request(dict.fromkeys(new, (urgency,)))
             self._mover.request({n: (urgency,) for n in numbers if self._where[n] is Where.COMING})
 
     def drop(self, numbers: Collection[int]) -> None:
