@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from foveate.memory.arena import HUGE_PAGE
-from foveate.memory.reservation import Reservation, Slot
+from foveate.memory.reservation import PAGE, Reservation, Slot
 
 _QUARTER = HUGE_PAGE // 4
 
@@ -57,3 +59,56 @@ def test_what_always_stays_keeps_its_huge_pages() -> None:
     memory.slot(slots[0])[:] = bytes([7]) * _QUARTER
     memory.give_back(slots[4:16])
     assert set(memory.slot(slots[0])) == {7}
+
+
+def test_pages_of_what_left_go_to_what_comes() -> None:
+    memory, slots = Reservation(4 * HUGE_PAGE), _slots(16)
+    for number, slot in enumerate(slots[:4]):
+        memory.slot(slot)[:] = bytes([number + 1]) * slot.pages
+    for _ in range(20):  # round and round, as layers do
+        for gone, new in ((0, 8), (1, 9), (8, 0), (9, 1)):
+            memory.release([slots[gone]])
+            memory.coming([slots[new]])
+            memory.slot(slots[new])[:] = bytes([new + 100]) * _QUARTER
+            assert memory.resident() == 4 * _QUARTER
+            assert set(memory.slot(slots[new])) == {new + 100}
+            assert set(memory.slot(slots[2])) == {3}
+            assert set(memory.slot(slots[3])) == {4}
+
+
+def test_a_slot_takes_its_own_pages_again() -> None:
+    memory, slots = Reservation(2 * HUGE_PAGE), _slots(8)
+    memory.slot(slots[3])[:] = bytes([7]) * _QUARTER
+    memory.release([slots[3]])
+    memory.coming([slots[3]])
+    assert set(memory.slot(slots[3])) == {7}
+    memory.trim()  # it is not released any more
+    assert set(memory.slot(slots[3])) == {7}
+
+
+def test_released_pages_never_add_to_what_comes() -> None:
+    memory = Reservation(2 * HUGE_PAGE)
+    small, large = Slot(begin=0, pages=PAGE, lead=0), Slot(begin=HUGE_PAGE, pages=4 * PAGE, lead=0)
+    others = [Slot(begin=(2 + n) * PAGE, pages=2 * PAGE, lead=0) for n in range(0, 6, 2)]
+    for slot in (small, *others):
+        memory.slot(slot)[:] = bytes([7]) * slot.pages
+    memory.release([small, *others])
+    assert memory.resident() == 7 * PAGE
+    memory.coming([large])  # of a size that nothing had
+    memory.slot(large)[:] = bytes([8]) * large.pages
+    assert memory.resident() <= 7 * PAGE
+    memory.trim()
+    assert memory.resident() == 4 * PAGE
+    assert set(memory.slot(large)) == {8}
+
+
+def test_a_system_that_does_not_move_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, slots = Reservation(4 * HUGE_PAGE), _slots(16)
+    monkeypatch.setattr(memory, "_library", SimpleNamespace(mremap=lambda *_: None))
+    memory.slot(slots[0])[:] = bytes([7]) * _QUARTER
+    memory.release([slots[0]])
+    memory.coming([slots[8]])
+    memory.slot(slots[8])[:] = bytes([8]) * _QUARTER
+    monkeypatch.undo()
+    assert memory.resident() == _QUARTER
+    assert set(memory.slot(slots[8])) == {8}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import threading
+import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -15,7 +16,7 @@ from foveate.errors import BudgetError, CheckpointError
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.memory.held import Held
 from foveate.memory.reservation import PAGE, Reservation, lay_out
-from foveate.memory.residency import Residency
+from foveate.memory.residency import REST, Residency, _rest
 from foveate.memory.runs import Run, Tag
 
 _STRIPS, _UNIT, _FIXED = 8, 512, 1000
@@ -202,3 +203,20 @@ def test_a_model_that_is_dropped_ends_its_threads_and_closes_its_files() -> None
     del residency
     gc.collect()
     assert disk.closed.wait(30)
+
+
+def test_the_mover_rests_only_for_calls_that_do_not_wait_for_it() -> None:
+    disk = _Disk()
+    with _residency(disk, _of(20)) as residency:
+        _fill(residency)
+        assert not residency._streams
+        _pass(residency)
+        assert _rest(weakref.ref(residency), 0.001) == REST * 0.001
+        residency._waiters = 1
+        assert _rest(weakref.ref(residency), 0.001) == 0
+        residency._waiters = 0
+        residency._streams = True  # a call will need what comes
+        assert _rest(weakref.ref(residency), 0.001) == 0
+        residency._streams = False
+        residency._passed_s -= 1  # nobody calls
+        assert _rest(weakref.ref(residency), 0.001) == 0

@@ -10,9 +10,10 @@ file to a page of memory without a copy (O_DIRECT).
 
 The first write to a page costs more than reading its bytes from a good disk, up to 4 µs for 4096 bytes on a virtual
 machine. So where all runs of a huge page (2 MiB) come together, they share one: that is said by `coming`, before they
-are written. Huge pages are not used elsewhere, for one run would make memory resident for its neighbours too.
+are written. Huge pages are not used elsewhere, for one run would make memory resident for its neighbours too. Where
+runs come and go all the time, pages of those that left (`release`) are moved to those that come.
 
-Source: mmap(2), madvise(2) with MADV_DONTNEED, open(2) with O_DIRECT, mincore(2).
+Source: mmap(2), madvise(2) with MADV_DONTNEED, open(2) with O_DIRECT, mincore(2), mremap(2) with MREMAP_DONTUNMAP.
 """
 
 from __future__ import annotations
@@ -35,6 +36,9 @@ PAGE = mmap.PAGESIZE
 #: A file whose planes do not begin at a multiple of this is read through the page cache: kernels need it in memory.
 _ALIGNED = ALIGNMENT
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MREMAP_FLAGS = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED and MREMAP_DONTUNMAP
+#: Each slot whose pages were moved is a mapping of its own for the system, which allows a process 65,530 of them.
+_MOST_MOVED = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +147,10 @@ class Reservation:
         self._start = -block.data_ptr() % HUGE_PAGE
         self.whole = block[self._start : self._start + self.size]
         self._view = memoryview(self._map)[self._start : self._start + self.size]
+        self._spare: dict[int, Slot] = {}
+        self._moved: set[int] = set()
+        self._library = ctypes.CDLL(None, use_errno=True)
+        self._library.mremap.restype = ctypes.c_void_p
         self._always = always // HUGE_PAGE * HUGE_PAGE
         self._advise(mmap.MADV_NOHUGEPAGE, 0, self.size)
         self._advise(mmap.MADV_HUGEPAGE, 0, self._always)
@@ -155,12 +163,30 @@ class Reservation:
         """The bytes from `begin` to `end`, uint8."""
         return self.whole[begin:end]
 
+    def release(self, slots: Sequence[Slot]) -> None:
+        """Say that these slots are not read any more. Their pages stay for slots that come, until `trim`."""
+        self._spare.update((slot.begin, slot) for slot in slots)
+
+    def trim(self, wanted: int | None = None) -> None:
+        """Give at least so many bytes of released slots back to the system, if there are so many; all if not given."""
+        chosen: list[Slot] = []
+        while self._spare and (wanted is None or wanted > 0):
+            _, slot = self._spare.popitem()
+            chosen.append(slot)
+            wanted = None if wanted is None else wanted - slot.pages
+        self.give_back(chosen)
+
     def coming(self, slots: Sequence[Slot]) -> int:
-        """Say that all these slots, of which none is written, will be; what is not to be is given back. Returns the
-        bytes that get huge pages, if the system has any.
+        """Say that all these slots, of which none is written, will be; what is not to be is given back. Slots that were
+        released give their pages to those of their size, and as many bytes as come anew are given back of the rest.
+
+        Returns:
+            The bytes that get huge pages, if the system has any.
         """
+        anew = [slot for slot in slots if not self._reused(slot)] if self._spare else list(slots)
+        self.trim(sum(slot.pages for slot in anew))
         found = 0
-        for begin, end in _spans(slots):
+        for begin, end in _spans(anew):
             first, last = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
             if first < last and self._advise(mmap.MADV_HUGEPAGE, first, last):
                 found += last - first
@@ -177,6 +203,22 @@ class Reservation:
             given += end - begin
         return given
 
+    def _reused(self, slot: Slot) -> bool:
+        """Find pages for a slot among those that were released: its own, or those of a slot of its size."""
+        if self._spare.pop(slot.begin, None) is not None:
+            return True
+        other = next((begin for begin, spare in self._spare.items() if spare.pages == slot.pages), None)
+        if other is None or len(self._moved) >= _MOST_MOVED:
+            return False
+        base = self.whole.data_ptr()
+        old, new = ctypes.c_void_p(base + other), ctypes.c_void_p(base + slot.begin)
+        size = ctypes.c_size_t(slot.pages)
+        if self._library.mremap(old, size, size, ctypes.c_int(_MREMAP_FLAGS), new) != new.value:
+            return False  # an older system, or pages that came from several places
+        del self._spare[other]
+        self._moved.add(slot.begin)
+        return True
+
     def _advise(self, advice: int, begin: int, end: int) -> bool:
         """Give advice on a range; whether the system took it, which it does not if it was built without huge pages."""
         with suppress(OSError):
@@ -187,10 +229,9 @@ class Reservation:
 
     def resident(self) -> int:
         """Bytes of it that are in memory now, as the system counts them."""
-        library = ctypes.CDLL(None, use_errno=True)
         count = self.size // PAGE
         flags = (ctypes.c_ubyte * count)()
-        if library.mincore(ctypes.c_void_p(self.whole.data_ptr()), ctypes.c_size_t(self.size), flags):
+        if self._library.mincore(ctypes.c_void_p(self.whole.data_ptr()), ctypes.c_size_t(self.size), flags):
             raise OSError(ctypes.get_errno(), "mincore failed")
         return PAGE * sum(flag & 1 for flag in flags)
 

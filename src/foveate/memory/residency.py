@@ -32,7 +32,7 @@ from foveate.memory.report import MemoryReport
 from foveate.sizes import format_bytes
 
 #: While the model is called, the mover rests this many times as long as each transfer took: calls need the processor.
-REST = 4.0
+REST = 8.0
 #: Seconds without a call after which the mover does not rest.
 _IDLE_S = 0.25
 #: Seconds between two looks at what may have failed, while something is waited for.
@@ -392,6 +392,7 @@ def _came_to(residency: weakref.ref[Residency], number: int, error: Exception | 
 
 def _rest(residency: weakref.ref[Residency], took: float) -> float:
     alive = residency()
-    if alive is None or alive._waiters or time.monotonic() - alive._passed_s > _IDLE_S:
+    # who waits, and who will wait for the next layers, needs the bytes more than the processor
+    if alive is None or alive._waiters or alive._streams or time.monotonic() - alive._passed_s > _IDLE_S:
         return 0.0
     return REST * took

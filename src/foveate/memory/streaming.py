@@ -32,6 +32,7 @@ class StreamingResidency(Residency):
             absent = [n for n in keep if self._where[n] not in (Where.HERE, Where.RESIDENT)]
         self.drop([n for n, where in enumerate(self._where) if where is Where.COMING and n not in keep])
         with self._lock:
+            self.held.reservation.trim()
             gone = [n for n, where in enumerate(self._where) if where is not Where.ABSENT and n not in keep]
             for number in gone:
                 self._where[number] = Where.ABSENT
@@ -53,6 +54,8 @@ class StreamingResidency(Residency):
 
     def stream_no_more(self) -> None:
         """Go back to what the policy says, from the next `between_passes` on."""
+        with self._lock:
+            self.held.reservation.trim()
         self._streams = False
         self._due = True
 
@@ -66,7 +69,9 @@ class StreamingResidency(Residency):
             self._mover.request({n: (urgency,) for n in numbers if self._where[n] is Where.COMING})
 
     def drop(self, numbers: Collection[int]) -> None:
-        """Give runs up that nobody reads any more, those that are on their way too."""
+        """Give runs up that nobody reads any more, those that are on their way too. Their memory is for those that are
+        brought next.
+        """
         running = self._mover.cancel(numbers)
         while not self._mover.wait(running, 1.0):
             self._mover.cancel(running)  # one that failed has been asked for again
@@ -74,7 +79,7 @@ class StreamingResidency(Residency):
             here = [n for n in numbers if self._where[n] in (Where.HERE, Where.COMING)]
             for number in here:
                 self._where[number] = Where.ABSENT
-            self.held.reservation.give_back([self.held.layout.slots[n] for n in here])
+            self.held.reservation.release([self.held.layout.slots[n] for n in here])
 
     def readable(self, name: str) -> Tensor:
         """The caps of a weight with all that is in memory, also what is not for long, [NT]."""

@@ -73,7 +73,8 @@ class Bench:
         return time.perf_counter() - started
 
     def idle(self) -> None:
-        """Wait until nothing is on its way any more, and have the model take it."""
+        """Wait until nothing is on its way any more."""
+        self.registry.residency.settle()
         while foveate.memory_report(self.model).waiting:
             time.sleep(0.001)
 
@@ -171,6 +172,7 @@ def _disk(bench: Bench) -> dict[str, float]:
         for verified in (True, False):
             foveate.resize(bench.model, memory=bench.registry.residency.least)
             transfer = held.transfer if verified else _unverified(held)
+            held.reservation.coming([held.layout.slots[n] for n in runs])
             mover = Mover(transfer, lambda number, error: None, threads=_THREADS)
             started = time.perf_counter()
             mover.request({n: (float(n),) for n in runs})

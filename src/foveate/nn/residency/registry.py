@@ -154,10 +154,15 @@ class ResidentRegistry(Registry):
 
     def _shares(self) -> list[float]:
         """For each run the share of its strips of which the maps in force read it."""
-        return [
-            float((self._read[run.weight][run.first : run.last] >= run.tag.level).float().mean())
-            for run in self.residency.held.runs
-        ]
+        ends = {name: tuple(int(end) for end in levels.aminmax()) for name, levels in self._read.items() if len(levels)}
+        found = []
+        for run in self.residency.held.runs:
+            least, most = ends[run.weight]
+            if least < run.tag.level <= most:
+                found.append(float((self._read[run.weight][run.first : run.last] >= run.tag.level).float().mean()))
+            else:  # all strips or none, as in most weights
+                found.append(float(run.tag.level <= least))
+        return found
 
     # What happens between two calls of the model.
 
@@ -187,14 +192,15 @@ class ResidentRegistry(Registry):
             return
         for name in names:
             self._write_caps(name, self.residency.caps[name])
-        self._found = None
-        self._note_shortfall(self._read)
+        self._note_shortfall(self._read, names)
 
     def _write_caps(self, name: str, caps: Tensor) -> None:
         self.weights[name].value.stored_levels.copy_(torch.minimum(self.stored[name], caps[:, None]))
 
-    def _note_shortfall(self, read: dict[str, Tensor]) -> None:
-        """Count what the passes since the last change read below their map, and see which weights do from now on."""
+    def _note_shortfall(self, read: dict[str, Tensor], names: Collection[str] | None = None) -> None:
+        """Count what the passes since the last change read below their map, and see which weights do from now on; only
+        these weights, if they are given, may have changed.
+        """
         for name in self._short:
             self._fallbacks[name] = self._fallbacks.get(name, 0) + self._short_passes
         self._short_passes = 0
@@ -204,7 +210,9 @@ class ResidentRegistry(Registry):
         if self._streaming is not None:  # every layer gets what the map says
             self._short = frozenset()
             return
-        self._short = frozenset(name for name, levels in read.items() if bool((levels > caps[name]).any()))
+        changed = read if names is None else [name for name in names if name in read]
+        short = {name for name in changed if bool((read[name] > caps[name]).any())}
+        self._short = frozenset(short | (self._short - set(changed)))
 
     def _lowered(self, plan: PrecisionMap) -> PrecisionMap:
         if self._streaming is not None:
