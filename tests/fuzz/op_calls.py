@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.formats.levels import PLANE_BITS
 from fuzz.arguments import REFUSALS, whole
 from fuzz.decoder_calls import DecoderArguments
 from tiny import LEVELS
@@ -232,6 +233,24 @@ class _Maker(DecoderArguments):
         squares = ("add_squared_gradients", [x.t() @ x, x[None], x[None]])
         return self.done(*self.one((("row_sums", [x]), ("input_changes", [x, x.flip(0)]), squares)))
 
+    def converting(self) -> OpCall:
+        rows, group = self.one((0, 16, 48)), self.one((32, 64, 128))
+        columns, plane = group * self.one((0, 1, 3)), self.random.randrange(5)
+        held = torch.randint(0, 256, (rows, columns // (4 if plane in (0, 3, 4) else 8)), generator=self.g)
+        w = torch.randn(rows, columns, generator=self.g).to(self.one((torch.float16, torch.bfloat16)))
+        parts = [torch.randn(rows, columns // group, generator=self.g) for _ in range(2)]
+        held, planes = (
+            held.to(torch.uint8),
+            [torch.zeros(w.numel() * bits // 8, dtype=torch.uint8) for bits in PLANE_BITS],
+        )
+        calls = (
+            ("plane_to_tiles", [held, plane, group, torch.zeros_like(held.flatten())]),
+            ("half_extremes", [w, group]),
+            ("halves_to_planes", [w, *parts, group, planes]),
+            ("upper_halves", [held.flatten(), self.one((16, 8, 4)), torch.zeros_like(held.flatten()[::2])]),
+        )
+        return self.done(*self.one(calls))
+
     def group(self) -> OpCall:
         bits, size = self.one((2, 4, 8, 16)), self.one((32, 64, 96, 256, 1024))
         x = self.flat()
@@ -300,6 +319,7 @@ def op_call(seed: int, number: int) -> OpCall:
         make.estimate,
         make.rounding,
         make.collecting,
+        make.converting,
         make.group,
         make.mask,
         make.narrow,

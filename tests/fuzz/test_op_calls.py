@@ -19,6 +19,7 @@ OPS = {
     "error_feedback", "coordinate_descent", "group_pack", "group_unpack", "group_variance",
     "mask_pack", "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
     "decoder_handle", "decoder_blocks", "decoder_blocks_paged", "row_sums", "input_changes", "add_squared_gradients",
+    "plane_to_tiles", "half_extremes", "halves_to_planes", "upper_halves",
 }  # fmt: skip
 
 

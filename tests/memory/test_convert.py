@@ -24,8 +24,8 @@ def _rows(codes_NK: Tensor, bits: int) -> Tensor:
 
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("plane", range(5))
-def test_tile_order_is_that_of_the_planes(plane: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "BLOCK", 16 * group * 6)  # so that there are several blocks
+def test_tile_order_is_that_of_the_planes(plane: int, group: int) -> None:
+    ensure_loaded()
     codes = torch.randint(0, 1 << PLANE_BITS[plane], (80, 3 * group), generator=generator(plane), dtype=torch.uint8)
     found = convert.tile_order(_rows(codes, PLANE_BITS[plane]), plane, group)
     assert torch.equal(found, pack_plane(codes, plane, group).flatten())
@@ -35,8 +35,7 @@ def test_tile_order_is_that_of_the_planes(plane: int, group: int, monkeypatch: p
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("group", [32, 128])
-def test_weights_of_16_bits_become_planes(group: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "BLOCK", 16 * group * 2)
+def test_weights_of_16_bits_become_planes(group: int, dtype: torch.dtype) -> None:
     ensure_loaded()
     w = (torch.randn(64, 2 * group, generator=generator(0)) * 0.05).to(dtype)
     made = convert.halves_to_planes(w, group)
@@ -59,6 +58,9 @@ def test_weights_of_16_bits_become_planes(group: int, dtype: torch.dtype, monkey
         assert bool((error <= step / 2 * 1.07 + slack).all()), level
     with pytest.raises(FoveateError, match="is not float16 or bfloat16"):
         convert.halves_to_planes(w.float(), group)
+    w[5, 7] = float("inf")
+    with pytest.raises(FoveateError, match="NaN or Inf"):
+        convert.halves_to_planes(w, group)
 
 
 @pytest.mark.parametrize(("level", "target"), [(16, 8), (16, 4), (8, 4), (8, 2), (4, 2)])

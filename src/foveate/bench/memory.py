@@ -21,6 +21,7 @@ import torch
 from foveate.bench.fresh_process.run import run_in_fresh_process
 from foveate.bench.load import write_model
 from foveate.bench.shared.result import Measured
+from foveate.formats.levels import PLANE_BITS
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory import convert
 
@@ -34,8 +35,11 @@ def _seconds(run: Callable[[], object], times: int) -> float:
     return median(found)
 
 
-def conversions(megabytes: int = 8, times: int = 5) -> dict[str, float]:
-    """For each conversion the bytes that it reads and writes a second, over those of a copy, in alternating rounds."""
+def conversions(megabytes: int = 64, times: int = 5) -> dict[str, float]:
+    """For each conversion the bytes that it reads and writes a second, over those of a copy, in alternating rounds.
+
+    Both write to memory that is resident, and the data are larger than caches.
+    """
     ensure_loaded()
     generator = torch.Generator().manual_seed(0)
     size = megabytes << 20
@@ -44,13 +48,15 @@ def conversions(megabytes: int = 8, times: int = 5) -> dict[str, float]:
     rows = source.view(-1, 1024)
     halves = torch.randn(size // 2048, 1024, generator=generator).half()
     ranges = torch.ones(size // 64, 2, dtype=torch.bfloat16)
+    half = torch.empty(size // 2, dtype=torch.uint8)
+    planes = [torch.empty(halves.numel() * bits // 8, dtype=torch.uint8) for bits in PLANE_BITS]
     work: dict[str, tuple[Callable[[], object], float]] = {
-        "planes_to_tile_order": (lambda: convert.tile_order(rows, 0, 128), 2 * size),
-        "planes_of_1_bit_to_tile_order": (lambda: convert.tile_order(rows, 1, 128), 2 * size),
-        "16_bits_to_planes": (lambda: convert.halves_to_planes(halves, 128), halves.numel() * (2 + 1 + 0.125)),
-        "cache_16_to_8": (lambda: convert.fewer_bits(source, ranges, 16, 8), 1.5 * size),
-        "cache_8_to_4": (lambda: convert.fewer_bits(source, ranges, 8, 4), 1.5 * size),
-        "cache_4_to_2": (lambda: convert.fewer_bits(source, ranges, 4, 2), 1.5 * size),
+        "planes_to_tile_order": (lambda: convert.tile_order(rows, 0, 128, target), 2 * size),
+        "planes_of_1_bit_to_tile_order": (lambda: convert.tile_order(rows, 1, 128, target), 2 * size),
+        "16_bits_to_planes": (lambda: convert.halves_to_planes(halves, 128, planes), halves.numel() * (2 + 1 + 0.125)),
+        "cache_16_to_8": (lambda: convert.fewer_bits(source, ranges, 16, 8, half), 1.5 * size),
+        "cache_8_to_4": (lambda: convert.fewer_bits(source, ranges, 8, 4, half), 1.5 * size),
+        "cache_4_to_2": (lambda: convert.fewer_bits(source, ranges, 4, 2, half), 1.5 * size),
     }
     found = {}
     for name, (run, moved) in work.items():

@@ -13,6 +13,7 @@ from functools import cache, partial
 
 from foveate.kernels.backends.cpu import library as cpu
 from foveate.kernels.collect import ops as collect_ops  # noqa: F401  importing them defines the ops
+from foveate.kernels.convert import ops as convert_ops  # noqa: F401
 from foveate.kernels.decoder import ops as decoder_ops  # noqa: F401
 from foveate.kernels.planes import choice as choice_ops  # noqa: F401
 from foveate.kernels.planes import generations as generation_ops  # noqa: F401

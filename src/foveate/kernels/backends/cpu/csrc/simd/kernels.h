@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "collect/collect.h"
+#include "convert/convert.h"
 #include "decoder/decoder.h"
 #include "planes/planes.h"
 #include "rounding/column_block.h"
@@ -29,6 +30,7 @@ struct Kernels {
   const SavedKernels* saved;
   CollectKernels collect;
   DecoderKernels decoder;
+  ConvertKernels convert;
 };
 
 // Null where the machine does not have the instructions.
