@@ -75,6 +75,8 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("ids", [IDS, BATCH], ids=["one", "three"])
 def test_tokens_are_those_of_the_loop_of_transformers(model: Any, case: str, ids: Tensor) -> None:
+    if case == "chunks of the prompt" and not hasattr(transformers, "ContinuousBatchingConfig"):
+        pytest.skip("generate of this release of transformers makes no cache for chunks of a prompt")
     expected, got = _both(model, ids, **CASES[case])
     assert torch.equal(got, expected)
     assert got.shape[1] > ids.shape[1]

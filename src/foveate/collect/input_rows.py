@@ -88,6 +88,5 @@ def add_product(total_KK: Tensor, x_TK: Tensor, weight: float) -> Tensor:
 
 
 def symmetric(total_KK: Tensor) -> Tensor:
-    """The symmetric matrix of which the lower half is given."""
-    lower_KK = total_KK.tril()
-    return lower_KK + total_KK.tril(-1).t()
+    """The symmetric matrix, or matrices [..., K, K], of which the lower half is given."""
+    return total_KK.tril() + total_KK.tril(-1).mT

@@ -295,7 +295,8 @@ class WeightStatistics:
         total = self.tensors.get("gradients_BRR")
         if total is None or float(self.tensors["gradients_rows"][1]) < _MIN_ROWS_PER_OUTPUT * total.shape[1]:
             return None
-        return total / float(self.tensors["rows"])
+        # a product g^T g is symmetric only as far as the machine's order of additions is
+        return symmetric(total).div_(float(self.tensors["rows"]))
 
     def fisher(self, samples: int) -> Tensor | Factored:
         """F for one sample: [N, K], or its factors."""
