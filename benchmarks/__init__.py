@@ -2,6 +2,7 @@
 
     quality          models/ at every level, and allocated      quality/levels.py
     inputs           inputs that choose their precision         quality/inputs.py
+    cascade          classifiers that read twice where needed   quality/cascade.py
     input-levels     levels of inputs, and inputs that drift    quality/input_levels.py
     cache            packed key/value caches                    quality/cache.py
     activations      compressed activations in real training    training/
@@ -29,6 +30,7 @@ MODULES = {
     **{name: f"foveate.bench.{name}" for name in bench.NAMES},
     "quality": "benchmarks.quality.levels",
     "inputs": "benchmarks.quality.inputs",
+    "cascade": "benchmarks.quality.cascade",
     "input-levels": "benchmarks.quality.input_levels",
     "cache": "benchmarks.quality.cache",
     "activations": "benchmarks.training.activations",

@@ -13,7 +13,8 @@ import foveate as fv
 
 PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not inspect.ismodule(getattr(fv, name)))
 PROMISED = {
-    "ActivationOptions", "ActivationStore", "Audit", "Budget", "BudgetError", "CacheProfile", "CheckpointError",
+    "ActivationOptions", "ActivationStore", "Audit", "Budget", "BudgetError", "CacheProfile", "Cascade",
+    "CheckpointError",
     "CompressActivations", "Constraints", "DataError", "DeviceError", "Embedding", "Floor", "FloorError",
     "FoveateError", "Frontier", "Fused", "Granularity", "Head", "ImportanceTracker", "KeepExact", "LevelError",
     "LevelState", "Limits",
@@ -21,7 +22,8 @@ PROMISED = {
     "PlaneNotResidentError", "Point", "PrecisionMap", "Profile", "Relative", "Request", "RuntimeManager",
     "SavedReport", "Site", "SiteError", "Smoothed", "StateError", "TaskProfile", "TileTags", "Timings",
     "TrackingOptions", "Verification", "WeightError", "adapt_to_input", "allocate", "apply", "audit", "backends",
-    "calibrate_cache", "compress_activations", "current_map", "decoding_loop", "dequantize", "explain", "fit_to_loss",
+    "calibrate_cache", "cascade", "compress_activations", "current_map", "decoding_loop", "dequantize", "explain",
+    "fit_to_loss",
     "floor", "fold_batchnorm", "frontier", "frontier_of", "fuse", "importance_of", "load", "load_frontier",
     "load_profile",
     "load_task", "measure", "measure_frontier", "measure_timings", "memory_report", "plan_memory", "profile_of",

@@ -27,6 +27,8 @@ from foveate.errors import DataError
 
 VARIABLE = "FOVEATE_DATA"
 TEXTS = ("stories", "wiki", "c", "shakespeare", "python")
+#: Training images that the ResNets are calibrated on.
+_CALIBRATION_IMAGES = 512
 Metric = Callable[[Any, Any], Tensor]
 
 
@@ -184,20 +186,32 @@ def mixed_llama(
     return _llama("lm", path, seen, held_out)
 
 
+def _images(file: Path, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Normalised images [B, 3, 32, 32] of a file, and their labels."""
+    held = require("numpy").load(file)
+    pixels = torch.from_numpy(held["images"][first : first + count]).float() / 255
+    x_BCHW = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    return x_BCHW, torch.from_numpy(held["labels"][first : first + count])
+
+
+def augmented_images(folder: Path, share: float = 1.0, seed: int = 0) -> list[Tensor]:
+    """Training images that the ResNets are not calibrated on, moved by up to 4 pixels, half of them mirrored."""
+    x_BCHW, _ = _images(folder / "cifar10" / "train4000.npz", _CALIBRATION_IMAGES, _some(3488, share))
+    generator = torch.Generator().manual_seed(seed)
+    padded, moved = F.pad(x_BCHW, (4, 4, 4, 4)), torch.empty_like(x_BCHW)
+    for i, (row, column, mirrored) in enumerate(torch.randint(0, 9, (len(x_BCHW), 3), generator=generator).tolist()):
+        part = padded[i, :, row : row + 32, column : column + 32]
+        moved[i] = part.flip(2) if mirrored % 2 else part
+    return list(moved.split(64))
+
+
 def _resnet(name: str, layers: int, folder: Path, share: float) -> Case:
-    numpy = require("numpy")
     path = folder / "cifar10"
     model = ResNet(layers)
     model.load_state_dict(load_file(path / f"{name}.safetensors"), strict=False)
-
-    def images(file: str, count: int) -> tuple[list[Tensor], Tensor]:
-        held = numpy.load(path / file)
-        pixels = torch.from_numpy(held["images"][:count]).float() / 255
-        x_BCHW = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-        return list(x_BCHW.split(64)), torch.from_numpy(held["labels"][:count])
-
-    seen, _ = images("train4000.npz", _some(512, share))
-    held_out, labels = images("test1000.npz", _some(1000, share))
+    seen = list(_images(path / "train4000.npz", 0, _some(_CALIBRATION_IMAGES, share))[0].split(64))
+    images, labels = _images(path / "test1000.npz", 0, _some(1000, share))
+    held_out = list(images.split(64))
     wanted = {id(batch): part for batch, part in zip(held_out, labels.split(64), strict=True)}
 
     def top1(output: Tensor, batch: Tensor) -> Tensor:

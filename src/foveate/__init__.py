@@ -67,7 +67,9 @@ from foveate.importance import importance_of as importance_of
 from foveate.importance import load_task as load_task
 from foveate.importance import save_task as save_task
 from foveate.importance import track_importance as track_importance
+from foveate.inputs import Cascade as Cascade
 from foveate.inputs import adapt_to_input as adapt_to_input
+from foveate.inputs import cascade as cascade
 from foveate.inputs import explain as explain
 from foveate.inputs import watch_inputs as watch_inputs
 from foveate.kvcache.cache import quantized_cache as quantized_cache

@@ -129,8 +129,8 @@ def row_precision(model: nn.Module, requests: Sequence[Request | None]) -> Itera
             model(input_ids)  # three sequences
 
     Products of planes give each row the bits that it has alone. A layer for whose rows it is not known which of the
-    batch they belong to reads the best of the maps in use: that is so where neither the first dimension is that of the
-    batch, nor all tokens of all sequences are there, sequence by sequence.
+    batch they belong to reads the best of the maps in use, unless all rows ask for the same: that is so where neither
+    the first dimension is that of the batch, nor all tokens of all sequences are there, sequence by sequence.
 
     Args:
         model: a quantized model.

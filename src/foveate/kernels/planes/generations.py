@@ -66,8 +66,9 @@ class _Book:
 @dataclass(frozen=True, eq=False)
 class _Pass:
     generation: _Generation
-    classes: Tensor | None
+    classes: Tensor | None  # of each row; None where all are of class `common`
     length: int
+    common: int = 0
 
 
 class _Open(threading.local):
@@ -174,7 +175,10 @@ def begin_pass(book: Tensor, length: int) -> None:
     classes = _TABLES.open.classes.get(number)
     if classes is not None:
         classes = torch.where(classes < len(newest.pairs), classes, 0)
-    _TABLES.open.passes[number] = _Pass(newest, classes, length)
+    common = 0
+    if classes is not None and len(classes) and bool((classes == classes[0]).all()):
+        common, classes = int(classes[0]), None
+    _TABLES.open.passes[number] = _Pass(newest, classes, length, common)
 
 
 def end_pass(book: Tensor) -> None:
@@ -224,7 +228,8 @@ def pass_rows(book: Tensor, x: Tensor, trailing: int, owners: Tensor | None) -> 
 
     A row of x belongs to a row that the pass was given: the one that `owners` names; else the one of its first
     dimension, where that has as many entries as the pass has rows, or where x has as many rows, or as many as there are
-    tokens. Rows for which none of this holds read map 0, which is the best of those in use.
+    tokens. Rows for which none of this holds read map 0, which is the best of those in use. Where all rows of the pass
+    are of one class, all rows of x read as it does.
 
     Args:
         book: of the model.
@@ -237,7 +242,7 @@ def pass_rows(book: Tensor, x: Tensor, trailing: int, owners: Tensor | None) -> 
     count = shape.numel()
     pairs = now.generation.pairs
     if now.classes is None:
-        return pairs[0].expand(count, 2).contiguous()
+        return pairs[now.common].expand(count, 2).contiguous()
     rows = len(now.classes)
     if owners is None:
         by_first = len(shape) > 1 and shape[0] == rows
@@ -250,7 +255,7 @@ def pass_rows(book: Tensor, x: Tensor, trailing: int, owners: Tensor | None) -> 
 
 def pass_owners(book: Tensor, count: int) -> Tensor:
     """The row of a pass that each of its `count` tokens belongs to, int64 [count], or -1 where that is not known; empty
-    where nothing was asked for rows.
+    where nothing was asked for rows, or the same for all.
     """
     now = _pass_of(book)
     if now.classes is None:

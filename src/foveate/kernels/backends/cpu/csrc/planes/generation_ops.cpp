@@ -162,6 +162,12 @@ void begin_pass(const Tensor& book, int64_t length) {
     const size_t known = made->generation->pairs.size() / 2;
     for (uint8_t& one : made->classes)
       if (one >= known) one = 0;  // its request was withdrawn meanwhile
+    // rows that are alike need not be told apart, and what no row of x belongs to alone reads as they do
+    std::vector<uint8_t>& of = made->classes;
+    if (!of.empty() && std::all_of(of.begin(), of.end(), [&](uint8_t one) { return one == of[0]; })) {
+      made->common = of[0];
+      of.clear();
+    }
   }
   open_passes()[number] = made;
 }
@@ -226,9 +232,10 @@ bool row_maps(const Pass& pass, at::IntArrayRef shape, int64_t count, const std:
   const std::vector<uint8_t>& of_class = pass.generation->pairs;
   const int64_t rows = static_cast<int64_t>(pass.classes.size());
   if (rows == 0) {
-    if (of_class[0] == 0 && of_class[1] == 0) return false;
+    const uint8_t* const own = of_class.data() + 2 * pass.common;
+    if (own[0] == 0 && own[1] == 0) return false;
     pairs.resize(static_cast<size_t>(2 * count));
-    for (int64_t r = 0; r < count; ++r) std::copy_n(of_class.begin(), 2, pairs.begin() + 2 * r);
+    for (int64_t r = 0; r < count; ++r) std::copy_n(own, 2, pairs.begin() + 2 * r);
     return true;
   }
   const auto owner_of_all = [&](const auto& owner) {

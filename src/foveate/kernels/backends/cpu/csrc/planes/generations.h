@@ -73,7 +73,8 @@ struct Book {
 
 struct Pass {
   std::shared_ptr<const Generation> generation;
-  std::vector<uint8_t> classes;  // of each row that the pass knows; empty: all are of class 0
+  std::vector<uint8_t> classes;  // of each row that the pass knows; empty: all are of class `common`
+  uint8_t common = 0;
   int64_t length = 0;            // tokens of each such row, where the outermost module was given rows of tokens; else 0
 };
 
