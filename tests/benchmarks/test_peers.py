@@ -183,11 +183,22 @@ def test_the_command_that_makes_them_goes_on_after_a_failure(monkeypatch, tmp_pa
     from benchmarks.peers.__main__ import main
 
     _fake_steps(monkeypatch, tmp_path, "import sys; sys.exit('nothing to install from')")
-    assert main() == 1
+    assert main([]) == 1
     said = caplog.text
     assert all(
         f"the environment of {name} could not be built: nothing to install from" in said for name in ENVIRONMENTS
     )
+
+
+def test_only_what_is_named_is_built(monkeypatch, tmp_path, caplog):
+    from benchmarks.peers.__main__ import main
+
+    _fake_steps(monkeypatch, tmp_path, "pass")
+    assert main(["nobody"]) == 1
+    assert "'nobody' is not one of" in caplog.text
+    name = next(iter(ENVIRONMENTS))
+    main([name])
+    assert [e for e in ENVIRONMENTS.values() if e.built] in ([], [ENVIRONMENTS[name]])
 
 
 def test_a_script_is_a_program_of_its_own():

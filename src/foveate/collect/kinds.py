@@ -7,10 +7,11 @@ entries. Depthwise filters are [channels, kernel].
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -78,16 +79,23 @@ def weight_matrix(module: nn.Module) -> Tensor:
 
 
 def patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """The inputs of each output of a convolution: [B, groups, K, P], P output positions."""
+    """The inputs of each output of a convolution: [B, groups, K, P], P output positions.
+
+    In memory the inputs of one position lie together, since products read them as rows: made by one copy of a view.
+    (`F.unfold` writes them the other way round, and a second copy of so much memory takes longer than the product.)
+    """
     if x.dim() == 1 + len(conv.kernel_size):
         x = x[None]
     padding = conv._reversed_padding_repeated_twice
     x = F.pad(x, padding, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
-    if len(kernel) == 1:
-        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
-    columns = F.unfold(x, cast(Any, kernel), cast(Any, dilation), 0, cast(Any, stride))
-    return columns.view(len(x), conv.groups, columns.shape[1] // conv.groups, columns.shape[-1])
+    view, count = x, len(conv.kernel_size)
+    for axis, (size, stride, dilation) in enumerate(zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), 2):
+        view = view.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    axes = range(2, 2 + count)  # of the output, after which come those of the kernel
+    positions, each = math.prod(view.shape[axis] for axis in axes), math.prod(view.shape[2 + count :])
+    view = view.permute(0, *axes, 1, *range(2 + count, 2 + 2 * count))
+    rows = view.reshape(x.shape[0], positions, conv.groups, x.shape[1] // conv.groups * each)
+    return rows.permute(0, 2, 3, 1)
 
 
 @dataclass(frozen=True)
