@@ -14,6 +14,7 @@ from foveate.cli import frontier
 from foveate.cli.shared import options
 from foveate.cli.shared.console import emit, plain_table, show
 from foveate.cli.shared.tables import bits_line, legend, map_figures, map_table, sizes_table
+from foveate.errors import DataError
 from foveate.folder.plan_memory import MemoryPlan, plan_memory
 from foveate.precision.maps import PrecisionMap, Site
 from foveate.report.layers import dense_bytes, layers_of, mean_level, module_path, stored_bytes
@@ -24,6 +25,7 @@ Text = Annotated[
     typer.Option("--input", help="Show what this text makes of the model: which weights and words get more bits."),
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="With --input: a text like those that the model will see.")]
+Page = Annotated[Path | None, typer.Option("--page", help="With --input: write what it shows as an HTML file, too.")]
 Bits = Annotated[float, typer.Option("--bits", help="With --input: the average bits of a weight.")]
 
 
@@ -34,6 +36,7 @@ def inspect(
     text: Text = None,
     data: Data = None,
     bits: Bits = 4.0,
+    page: Page = None,
     json_output: options.Json = False,
 ) -> None:
     """Show where a model's bits are: for each layer the share of its tiles at each level, the bytes in total, and the
@@ -43,8 +46,10 @@ def inspect(
     if text is not None:
         from foveate.cli.shared.explain import show_explanation
 
-        show_explanation(out, text, data, bits, json_output)
+        show_explanation(out, text, data, bits, page, json_output)
         return
+    if page is not None:
+        raise DataError("--page is of --input: foveate report writes the page on a map")
     with opened(out) as folder:
         plan, size = folder.head.plan, folder.bytes
         chain = None if folder.head.frontier is None else read_frontier(folder)

@@ -19,10 +19,10 @@ from foveate.evaluate.verify import Outcome
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.precision.maps import PrecisionMap, uniform_of_bytes
 from foveate.precision.profiles import Profile
+from foveate.report.document import card, cards, document, listed
 from foveate.report.layers import dense_bytes, layers_of
 from foveate.report.picture import HEAT_LEVEL, picture
 from foveate.report.plot import Mark, plot
-from foveate.report.style import CSS
 from foveate.sizes import format_bytes
 
 
@@ -99,31 +99,23 @@ def html(
     ]
     said = [*notes, *(() if profile is None else profile.notes)]
     if said:
-        sections.append(
-            f"<section><h2>Notes</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in said)}</ul></section>"
-        )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} - foveate</title><style>{CSS}</style></head><body><main>"
-        f"{_header(plan, title, profile)}{_cards(plan, profile, measured, name)}{''.join(sections)}"
-        "<footer><p>A value is stored as bit planes, most significant first; "
-        "its precision is how many planes are read. Made by foveate.</p></footer>"
-        "</main></body></html>\n"
+        sections.append(f"<section><h2>Notes</h2>{listed(said)}</section>")
+    return document(
+        title,
+        "foveate report",
+        _subtitle(plan, profile),
+        f"{_cards(plan, profile, measured, name)}{''.join(sections)}",
+        "A value is stored as bit planes, most significant first; its precision is how many planes are read. "
+        "Made by foveate.",
     )
 
 
-def _header(plan: PrecisionMap, title: str, profile: Profile | None) -> str:
+def _subtitle(plan: PrecisionMap, profile: Profile | None) -> str:
     sites = list(plan.weight_sites())
     said = f"{sum(s.weights for s in sites):,} weights in {len(sites)} matrices, {len(layers_of(sites))} layers"
     if profile is not None:
         said += f"; sensitivity measured on {profile.samples:,} samples"
-    name = f'<p class="kicker">foveate report</p><h1>{escape(title)}</h1>'
-    return f'<header>{name}<p class="sub">{escape(said)}.</p></header>'
-
-
-def _card(value: str, unit: str, text: str) -> str:
-    return f'<div class="card"><b>{escape(value)} <small>{escape(unit)}</small></b><span>{escape(text)}</span></div>'
+    return said
 
 
 def _split(size: float) -> tuple[str, str]:
@@ -133,29 +125,27 @@ def _split(size: float) -> tuple[str, str]:
 
 def _cards(plan: PrecisionMap, profile: Profile | None, measured: Sequence[Measured], name: str) -> str:
     dense = dense_bytes(plan, 4)
-    cards = [
-        _card(f"{plan.bits:.2f}", "bits", "a weight on average, scales included"),
-        _card(
+    made = [
+        card(f"{plan.bits:.2f}", "bits", "a weight on average, scales included"),
+        card(
             *_split(plan.bytes_resident),
             f"in memory, {dense / max(plan.bytes_resident, 1):.1f} times smaller than float32 ({format_bytes(dense)})",
         ),
-        _card(*_split(plan.bytes_read), "read for each token or input"),
+        card(*_split(plan.bytes_read), "read for each token or input"),
     ]
     loss = predicted_loss(plan, profile)
     if math.isfinite(loss):
         beside = (
             "" if profile is None else f"; uniform at equal bytes {figure(profile.predict(uniform_of_bytes(plan)))}"
         )
-        cards.append(_card(figure(loss), "", f"predicted {name}{beside}"))
+        made.append(card(figure(loss), "", f"predicted {name}{beside}"))
     for entry in measured:
         if entry.is_default:
-            cards.append(_card(divergence_text(entry.outcome), "", f"measured {name}"))
-            cards.append(
-                _card(
-                    f"{entry.outcome.agreement:.1%}", "", f"of {entry.outcome.samples:,} decisions are the original's"
-                )
+            made.append(card(divergence_text(entry.outcome), "", f"measured {name}"))
+            made.append(
+                card(f"{entry.outcome.agreement:.1%}", "", f"of {entry.outcome.samples:,} decisions are the original's")
             )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    return cards(made)
 
 
 def predicted_loss(plan: PrecisionMap, profile: Profile | None) -> float:

@@ -66,6 +66,11 @@ svg.chart{display:block;width:100%;min-width:600px;height:auto;margin:12px 0 4px
 .plot .measured circle{fill:none;stroke:var(--ink);stroke-width:1.8}
 .plot .measured line{stroke:var(--ink);stroke-width:1.5}
 .plot .measured text{fill:var(--ink)}
+svg.heat .tick{fill:var(--soft);font-size:11px}
+svg.heat .name{fill:var(--soft);font-size:10.5px}
+svg.heat .mark{stroke:var(--accent);stroke-width:1.6}
+.words{max-width:none;line-height:2}
+.words span{padding:2px 3px;border-radius:3px;white-space:pre-wrap}
 .mark{width:16px;height:14px;display:inline-block;vertical-align:-2px}
 .scroll{overflow-x:auto}
 table.figures{margin-top:12px;font-size:14px}

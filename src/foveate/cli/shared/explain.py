@@ -9,16 +9,19 @@ import torch
 from rich.table import Table
 
 import foveate as fv
-from foveate.cli.shared.console import emit, show
+from foveate.cli.shared.console import check_writable, emit, show
 from foveate.cli.shared.data import Request, batches, windows
 from foveate.cli.shared.models import config_of, load_planes, load_tokenizer
 from foveate.errors import DataError
 from foveate.inputs import Explanation, InputAdaptation
+from foveate.report import input_page
 
 _SAMPLES, _LENGTH, _BATCH = 32, 128, 8
 
 
-def show_explanation(out: Path, text: str, data: Path | None, bits: float, json_output: bool) -> None:
+def show_explanation(
+    out: Path, text: str, data: Path | None, bits: float, page: Path | None, json_output: bool
+) -> None:
     """Let inputs choose at an average of bits, run one text, and print what it read.
 
     Args:
@@ -26,6 +29,7 @@ def show_explanation(out: Path, text: str, data: Path | None, bits: float, json_
         text: the input.
         data: a text file on which the price of a byte is found.
         bits: average bits of a weight.
+        page: an HTML file to write, too.
         json_output: print one JSON object.
 
     Raises:
@@ -33,6 +37,8 @@ def show_explanation(out: Path, text: str, data: Path | None, bits: float, json_
     """
     if data is None:
         raise DataError("there are no data to find the price of a byte on: give --data FILE.txt")
+    if page is not None:
+        check_writable(page)
     model, tokenizer = load_planes(out), load_tokenizer(str(out), "--input is a text, which needs one")
     config = config_of(str(out))
     found = windows(Request(data, None, _SAMPLES, _LENGTH, _BATCH), str(out), config)
@@ -42,6 +48,8 @@ def show_explanation(out: Path, text: str, data: Path | None, bits: float, json_
     words = [tokenizer.decode([one]) for one in ids]
     with fv.adapt_to_input(model, bits=bits, batches=batches(found, _BATCH)) as adapted:
         explained = fv.explain(model, {"input_ids": torch.tensor([ids])})
+        if page is not None:
+            page.write_text(input_page(explained, words, text if len(text) < 60 else f"{text[:59]}…"), encoding="utf-8")
         if json_output:
             print(emit(_figures(adapted, explained, words)))
         else:
