@@ -29,7 +29,7 @@ from foveate.bench.shared.result import Measured
 from foveate.calibrate.quantize import quantize
 from foveate.errors import BudgetError
 from foveate.inputs.adapt import adapt_to_input
-from foveate.inputs.cascade import cascade
+from foveate.inputs.cascading import cascade
 from foveate.nn.levels import apply, withdraw
 from foveate.precision.maps import PrecisionMap
 from foveate.progress import log

@@ -2,9 +2,9 @@
 
 from foveate.inputs.adapt import InputAdaptation as InputAdaptation
 from foveate.inputs.adapt import adapt_to_input as adapt_to_input
-from foveate.inputs.cascade import Cascade as Cascade
-from foveate.inputs.cascade import CascadeVerdict as CascadeVerdict
-from foveate.inputs.cascade import cascade as cascade
+from foveate.inputs.cascading import Cascade as Cascade
+from foveate.inputs.cascading import CascadeVerdict as CascadeVerdict
+from foveate.inputs.cascading import cascade as cascade
 from foveate.inputs.drift import Tolerance as Tolerance
 from foveate.inputs.explain import Explanation as Explanation
 from foveate.inputs.explain import explain as explain

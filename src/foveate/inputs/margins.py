@@ -51,8 +51,8 @@ def margins(logits_nC: Tensor) -> Tensor:
 
 
 def wanted(agreement: float, samples: int) -> float:
-    """The agreement that so many samples must show: one standard error more than what is asked of further ones."""
-    return min(agreement + math.sqrt(agreement * (1 - agreement) / max(samples, 1)), 1.0)
+    """The agreement that so many samples must show: two standard errors more than what is asked of further ones."""
+    return min(agreement + 2 * math.sqrt(agreement * (1 - agreement) / max(samples, 1)), 1.0)
 
 
 def static_plan(right_mn: Tensor, bits: Sequence[float], agreement: float) -> Plan | None:
