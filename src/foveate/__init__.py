@@ -52,6 +52,7 @@ from foveate.evaluate.verify import Outcome as Outcome
 from foveate.evaluate.verify import Verification as Verification
 from foveate.evaluate.verify import measure as measure
 from foveate.evaluate.verify import verify as verify
+from foveate.folder.compact import compact as compact
 from foveate.folder.known_frontier import frontier_of as frontier_of
 from foveate.folder.load import load as load
 from foveate.folder.plan_memory import MemoryPlan as MemoryPlan

@@ -98,6 +98,19 @@ def test_a_head_with_runs_that_do_not_fit_is_refused(small_runs: Saved, tmp_path
         fv.load(folder, memory="1GiB", model=skeleton())
 
 
+def test_runs_of_earlier_states_are_refused_in_a_sentence(small_runs: Saved, tmp_path: Path) -> None:
+    folder = copy_of(small_runs[0], tmp_path / "earlier")
+
+    def earlier(data: Any) -> Any:
+        for table in data["files"]["plane0"]["runs"].values():
+            table["sha256"] = [2 * sum for sum in table.pop("xxh3")]
+        return data
+
+    rewrite(folder, earlier)
+    with pytest.raises(CheckpointError, match="an earlier state of foveate wrote it, save the model again"):
+        fv.load(folder, model=skeleton())
+
+
 def test_a_folder_without_runs_is_read_plane_by_plane(small_runs: Saved, tmp_path: Path) -> None:
     source, model, profile = small_runs
     folder = copy_of(source, tmp_path / "older")

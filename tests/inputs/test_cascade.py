@@ -27,32 +27,52 @@ def _random(maps: int, samples: int, seed: int) -> tuple[Tensor, Tensor, list[fl
     return right, thin, [8.0 - i for i in range(maps)]
 
 
-@given(st.integers(1, 4), st.integers(1, 30), st.sampled_from([0.3, 0.6, 0.8, 0.95]), st.integers(0, 1 << 30))
+def _cheapest(right: Tensor, thin: Tensor, bits: list[float], pair: tuple[int, int], need: float) -> float:
+    """The fewest bits of two maps that show enough, by trying every threshold."""
+    low, high = pair
+    best = math.inf
+    for threshold in [-math.inf, *sorted({float(v) + 1e-6 for v in thin[low]})]:
+        again = thin[low] < threshold
+        shown = float(torch.where(again, right[high], right[low]).double().mean())
+        if shown >= need - 1e-9:
+            best = min(best, bits[low] + float(again.double().mean()) * bits[high])
+    return best
+
+
+@given(st.integers(1, 4), st.integers(2, 40), st.sampled_from([0.3, 0.6, 0.8, 0.95]), st.integers(0, 1 << 30))
 def test_no_pair_of_maps_and_no_threshold_is_cheaper(maps: int, samples: int, agreement: float, seed: int) -> None:
     right, thin, bits = _random(maps, samples, seed)
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    pairs = [(low, high) for low in range(maps) for high in range(low)]
+    need = wanted(agreement, samples // 2)
+    first = {p: _cheapest(right[:, even], thin[:, even], bits, p, agreement) for p in pairs}
+    able = [
+        p for p in pairs if first[p] < math.inf and _cheapest(right[:, odd], thin[:, odd], bits, p, need) < math.inf
+    ]
     found = cascade_plan(right, thin, bits, agreement)
-    need = wanted(agreement, samples)
-    best = math.inf
-    for low in range(maps):
-        for high in range(low):
-            for threshold in [-math.inf, *sorted({float(v) + 1e-6 for v in thin[low]})]:
-                again = thin[low] < threshold
-                shown = float(torch.where(again, right[high], right[low]).double().mean())
-                if shown >= need - 1e-9:
-                    best = min(best, bits[low] + float(again.double().mean()) * bits[high])
     if found is None:
-        assert best == math.inf
+        assert not able
         return
-    assert found.bits == pytest.approx(best)
-    again = thin[found.low] < found.threshold
+    pair = (found.low, found.high)
+    assert first[pair] == pytest.approx(min(first[p] for p in able))
+    assert found.bits == pytest.approx(_cheapest(right[:, odd], thin[:, odd], bits, pair, need))
+    again = thin[found.low, odd] < found.threshold
     assert float(again.double().mean()) == pytest.approx(found.share)
-    shown = float(torch.where(again, right[found.high], right[found.low]).double().mean())
+    shown = float(torch.where(again, right[found.high, odd], right[found.low, odd]).double().mean())
     assert shown == pytest.approx(found.agreement)
     assert shown >= need - 1e-9
 
 
+def test_a_single_sample() -> None:
+    right, thin = torch.tensor([[True], [False]]), torch.tensor([[3.0], [1.0]])
+    found = cascade_plan(right, thin, [8.0, 2.0], 0.9)
+    assert found is not None
+    assert (found.low, found.high, found.share, found.bits) == (1, 0, 1.0, 10.0)
+    assert static_plan(right, [8.0, 2.0], 0.9) is not None
+
+
 def test_the_cheapest_single_map_shows_enough() -> None:
-    right = torch.tensor([[1] * 100, [1] * 99 + [0], [1] * 80 + [0] * 20]).bool()
+    right = torch.tensor([[1] * 200, [1] * 198 + [0] * 2, [1] * 160 + [0] * 40]).bool()
     bits = [8.0, 4.0, 2.0]
     assert static_plan(right, bits, 0.9) is not None
     assert [static_plan(right, bits, a).low for a in (0.7, 0.9, 0.999)] == [2, 1, 0]  # type: ignore[union-attr]

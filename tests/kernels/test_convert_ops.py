@@ -90,6 +90,15 @@ def test_upper_halves(count: int, level: int, seed: int) -> None:
             assert torch.equal(_upper(ops, codes, level), expected), isa
 
 
+def test_rows_that_begin_at_any_byte() -> None:
+    whole = _bytes(1 + 32 * 16, seed=4)
+    rows = whole[1:].view(32, 16)
+    assert torch.equal(_tiles(ops, rows, 0, 32), _tiles(ops, rows.clone(), 0, 32))
+    assert torch.equal(_tiles(reference, rows, 0, 32), _tiles(ops, rows.clone(), 0, 32))
+    with pytest.raises(RuntimeError, match="multiple of 4 bytes"):
+        ops.plane_to_tiles(rows.clone(), 0, 32, torch.empty(1 + 512, dtype=torch.uint8)[1:])
+
+
 def test_many_threads_give_the_same() -> None:
     rows, w = _bytes(512, 1024, seed=1), torch.randn(512, 1024, generator=generator(2)).half()
     parts = torch.randn(512, 8, generator=generator(3))

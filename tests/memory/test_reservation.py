@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -112,3 +115,77 @@ def test_a_system_that_does_not_move_pages(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.undo()
     assert memory.resident() == _QUARTER
     assert set(memory.slot(slots[8])) == {8}
+
+
+def _straddling(count: int) -> list[Slot]:
+    """Slots that huge pages do not hold whole numbers of."""
+    size = 75 * PAGE
+    return [Slot(begin=n * size, pages=size, lead=0) for n in range(count)]
+
+
+def test_slots_across_huge_pages_move_too_or_are_given_back() -> None:
+    slots = _straddling(120)
+    memory = Reservation(slots[-1].begin + slots[-1].pages)
+    memory.coming(slots[:57])
+    for number, slot in enumerate(slots[:57]):
+        memory.slot(slot)[:] = bytes([number + 1]) * slot.pages
+    for gone in range(40):
+        memory.release([slots[gone]])
+        memory.coming([slots[60 + gone]])
+        memory.slot(slots[60 + gone])[:] = bytes([200 + gone % 50]) * slots[0].pages
+    memory.trim()
+    assert memory.resident() == 57 * slots[0].pages
+    for number, slot in enumerate(slots):
+        value = number + 1 if 40 <= number < 57 else 200 + (number - 60) % 50 if 60 <= number < 100 else 0
+        assert set(memory.slot(slot)) == {value}, number
+
+
+@pytest.mark.parametrize("unmapped", [True, False])
+def test_a_move_that_fails_halfway_leaves_no_hole(monkeypatch: pytest.MonkeyPatch, unmapped: bool) -> None:
+    memory, slots = Reservation(4 * HUGE_PAGE), _slots(16)
+    real = memory._library
+
+    def mremap(old: Any, size: Any, same: Any, flags: Any, target: Any) -> int | None:
+        if not flags.value & 2:
+            return real.mremap(old, size, same, flags, target)  # type: ignore[no-any-return]
+        if unmapped:  # as older systems do before they find the source wanting
+            assert real.munmap(target, size) == 0
+        return ctypes.c_void_p(-1).value
+
+    monkeypatch.setattr(
+        memory, "_library", SimpleNamespace(mremap=mremap, munmap=real.munmap, mmap=real.mmap, mincore=real.mincore)
+    )
+    memory.slot(slots[0])[:] = bytes([7]) * _QUARTER
+    memory.release([slots[0]])
+    memory.coming([slots[8]])
+    memory.slot(slots[8])[:] = bytes([8]) * _QUARTER
+    memory.trim()
+    assert set(memory.slot(slots[8])) == {8}
+    assert set(memory.slot(slots[0])) == {0}
+    assert memory.resident() <= 2 * _QUARTER
+
+
+def test_what_was_moved_away_gets_no_huge_pages_again() -> None:
+    memory, slots = Reservation(8 * HUGE_PAGE), _slots(32)
+    memory.coming(slots[:16])
+    for slot in slots[:16]:
+        memory.slot(slot)[:] = bytes([7]) * _QUARTER
+    memory.release(slots[:16])
+    memory.coming(slots[16:])
+    memory.slot(slots[0])[:] = bytes([9]) * _QUARTER  # comes back alone
+    assert memory.resident() == 17 * _QUARTER
+    flags = _flags_of(memory.whole.data_ptr())
+    assert flags is None or "hg" not in flags
+
+
+def _flags_of(address: int) -> list[str] | None:
+    """The flags of the mapping at an address; None where the system does not say."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            low, high = (int(end, 16) for end in first.split("-"))
+            inside = low <= address < high
+        elif inside and first == "VmFlags:":
+            return line.split()[1:]
+    return None

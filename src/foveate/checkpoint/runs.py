@@ -61,6 +61,8 @@ class RunTable:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RunTable:
         """The inverse of `to_json`; raises `ValueError`, `TypeError` or `KeyError` for anything else."""
+        if "xxh3" not in data:
+            raise ValueError("its runs have no xxh3: an earlier state of foveate wrote it, save the model again")
         return cls(strips=tuple(data["strips"]), xxh3=tuple(data["xxh3"]), importance=tuple(data.get("importance", ())))
 
 

@@ -183,7 +183,7 @@ def cascade(
         batches: data like those that the model will see, as for `foveate.quantize`. A quarter of them, spread evenly,
             is held out for the verdict.
         agreement: the part of further samples to be decided as by the reference, 0 to 1. What `batches` must show is
-            two standard errors more: the cheapest of many pairs of maps is one that was lucky on them.
+            one standard error more.
         reference: the original model; by default the model itself with every plane that it holds.
         verdict: whether to measure if a cascade pays. If it does not, a line says so, and `verdict.pays` is False.
         progress: whether to show progress bars.

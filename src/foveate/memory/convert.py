@@ -72,7 +72,8 @@ def halves_to_planes(w_NK: Tensor, group: int, out: Sequence[Tensor] | None = No
         out: where the planes go, uint8 1-D of the right sizes; new memory if not given.
 
     Raises:
-        FoveateError: the dtype has not 16 bits, the shape is not of whole tiles, or a weight is NaN or Inf.
+        FoveateError: the dtype has not 16 bits, the shape is not of whole tiles, a weight is NaN or Inf, or two of a
+            group are further apart than float32 can say.
     """
     check_halves(w_NK)
     check_tiles(w_NK.shape[0], w_NK.shape[1], group)
@@ -82,7 +83,7 @@ def halves_to_planes(w_NK: Tensor, group: int, out: Sequence[Tensor] | None = No
     scale = (greatest - least).clamp_min_(2.0**-24) * (16 / 255)
     largest = float(scale.max()) if scale.numel() else 0.0
     if not math.isfinite(largest):
-        raise FoveateError("the weights hold NaN or Inf")
+        raise FoveateError("the weights hold NaN or Inf, or values whose distance is beyond float32")
     exponent = exponent_for(largest)
     codes = encoded(scale, (greatest + least) / 2, exponent)
     scale, offset = decoded(*codes, exponent)

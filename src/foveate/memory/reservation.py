@@ -19,6 +19,7 @@ Source: mmap(2), madvise(2) with MADV_DONTNEED, open(2) with O_DIRECT, mincore(2
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import sys
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,10 @@ PAGE = mmap.PAGESIZE
 #: A file whose planes do not begin at a multiple of this is read through the page cache: kernels need it in memory.
 _ALIGNED = ALIGNMENT
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-_MREMAP_FLAGS = 1 | 2 | 4  # MREMAP_MAYMOVE, MREMAP_FIXED and MREMAP_DONTUNMAP
+_MADV_FREE = 8
+_MAYMOVE, _FIXED, _DONTUNMAP = 1, 2, 4  # of mremap
+_FIXED_NOREPLACE = 0x100000  # of mmap
+_FAILED = ctypes.c_void_p(-1).value
 #: Each slot whose pages were moved is a mapping of its own for the system, which allows a process 65,530 of them.
 _MOST_MOVED = 1 << 14
 
@@ -150,7 +154,7 @@ class Reservation:
         self._spare: dict[int, Slot] = {}
         self._moved: set[int] = set()
         self._library = ctypes.CDLL(None, use_errno=True)
-        self._library.mremap.restype = ctypes.c_void_p
+        self._library.mremap.restype = self._library.mmap.restype = ctypes.c_void_p
         self._always = always // HUGE_PAGE * HUGE_PAGE
         self._advise(mmap.MADV_NOHUGEPAGE, 0, self.size)
         self._advise(mmap.MADV_HUGEPAGE, 0, self._always)
@@ -196,9 +200,10 @@ class Reservation:
         """Give the pages of slots back to the system; neighbours in one call. Returns the bytes."""
         given = 0
         for begin, end in _spans(slots):
-            # what is left of a huge page must not grow to a whole one again
-            first, last = begin // HUGE_PAGE * HUGE_PAGE, -(-end // HUGE_PAGE) * HUGE_PAGE
-            self._advise(mmap.MADV_NOHUGEPAGE, max(first, self._always), min(last, self.size))
+            self._small_pages(begin, end)
+            # a huge page of which a part leaves is split by this; without it all of it stays until the system is short
+            for edge_begin, edge_end in _edges(begin, end):
+                self._advise(_MADV_FREE, edge_begin, edge_end)
             self._map.madvise(mmap.MADV_DONTNEED, self._start + begin, end - begin)
             given += end - begin
         return given
@@ -208,16 +213,50 @@ class Reservation:
         if self._spare.pop(slot.begin, None) is not None:
             return True
         other = next((begin for begin, spare in self._spare.items() if spare.pages == slot.pages), None)
-        if other is None or len(self._moved) >= _MOST_MOVED:
+        if other is None or (len(self._moved) >= _MOST_MOVED and slot.begin not in self._moved):
             return False
-        base = self.whole.data_ptr()
-        old, new = ctypes.c_void_p(base + other), ctypes.c_void_p(base + slot.begin)
-        size = ctypes.c_size_t(slot.pages)
-        if self._library.mremap(old, size, size, ctypes.c_int(_MREMAP_FLAGS), new) != new.value:
-            return False  # an older system, or pages that came from several places
+        if not self._move(other, slot.begin, slot.pages):
+            return False
         del self._spare[other]
         self._moved.add(slot.begin)
         return True
+
+    def _move(self, old: int, new: int, size: int) -> bool:
+        """Move pages within the reservation; False where the system does not.
+
+        In two steps, since systems before Linux 6.17 unmap the target and only then find that a source is made of
+        several mappings. To anywhere such a source fails and changes nothing, and what was moved is one mapping.
+
+        Raises:
+            FoveateError: the addresses were lost.
+        """
+        base, length = self.whole.data_ptr(), ctypes.c_size_t(size)
+        target = ctypes.c_void_p(base + new)
+        moved = self._library.mremap(
+            ctypes.c_void_p(base + old), length, length, ctypes.c_int(_MAYMOVE | _DONTUNMAP), ctypes.c_void_p(None)
+        )
+        if moved in (None, _FAILED):
+            return False
+        flags = ctypes.c_int(_MAYMOVE | _FIXED)
+        if self._library.mremap(ctypes.c_void_p(moved), length, length, flags, target) != target.value:
+            self._library.munmap(ctypes.c_void_p(moved), length)
+            self._map_again(target, length)
+            return False
+        self._small_pages(old, old + size)
+        return True
+
+    def _map_again(self, target: ctypes.c_void_p, length: ctypes.c_size_t) -> None:
+        """Make sure that addresses of the reservation are mapped, before somebody else gets them."""
+        protection = ctypes.c_int(mmap.PROT_READ | mmap.PROT_WRITE)
+        flags = ctypes.c_int(mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE | _FIXED_NOREPLACE)
+        found = self._library.mmap(target, length, protection, flags, ctypes.c_int(-1), ctypes.c_long(0))
+        if found not in (target.value, _FAILED) or (found == _FAILED and ctypes.get_errno() != errno.EEXIST):
+            raise FoveateError("the system took back addresses that planes have: load the model again")
+
+    def _small_pages(self, begin: int, end: int) -> None:
+        """Have the system make no huge pages of those that this range is a part of: they would be resident whole."""
+        first, last = begin // HUGE_PAGE * HUGE_PAGE, -(-end // HUGE_PAGE) * HUGE_PAGE
+        self._advise(mmap.MADV_NOHUGEPAGE, max(first, self._always), min(last, self.size))
 
     def _advise(self, advice: int, begin: int, end: int) -> bool:
         """Give advice on a range; whether the system took it, which it does not if it was built without huge pages."""
@@ -234,6 +273,14 @@ class Reservation:
         if self._library.mincore(ctypes.c_void_p(self.whole.data_ptr()), ctypes.c_size_t(self.size), flags):
             raise OSError(ctypes.get_errno(), "mincore failed")
         return PAGE * sum(flag & 1 for flag in flags)
+
+
+def _edges(begin: int, end: int) -> list[tuple[int, int]]:
+    """The parts of a range that do not fill a huge page."""
+    first, last = -(-begin // HUGE_PAGE) * HUGE_PAGE, end // HUGE_PAGE * HUGE_PAGE
+    if first > last:
+        return [(begin, end)]
+    return [(a, b) for a, b in ((begin, first), (last, end)) if a < b]
 
 
 def _spans(slots: Sequence[Slot]) -> list[tuple[int, int]]:

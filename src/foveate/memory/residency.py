@@ -348,21 +348,22 @@ class Residency:
         asked: dict[int, tuple[float, ...]] = {}
         rest = []
         for number in self._next:
-            if self._where[number] is not Where.ABSENT:
+            if self._where[number] is not Where.ABSENT or number in asked:
                 continue
             if held + self._items[number].size > self.room:
                 rest.append(number)
                 continue
             held += self._items[number].size
-            self._where[number] = Where.COMING
             # by planes, so that all weights gain a level before one gains two, and in the order of layers
             asked[number] = (float(self.held.runs[number].plane), float(number))
         self._next = tuple(rest)
         self._request(asked)
 
     def _request(self, urgencies: Mapping[int, tuple[float, ...]]) -> None:
-        """Ask the mover for runs whose memory holds nothing."""
+        """Ask the mover for runs that are absent."""
         self.held.reservation.coming([self.held.layout.slots[n] for n in urgencies])
+        for number in urgencies:
+            self._where[number] = Where.COMING
         self._mover.request(urgencies)
 
     def _came(self, number: int, error: Exception | None) -> None:

@@ -43,7 +43,8 @@ class StreamingResidency(Residency):
         self.settle(numbers=absent)
         with self._lock:
             for number in keep:
-                self._where[number] = Where.RESIDENT
+                if self._where[number] is Where.HERE:
+                    self._where[number] = Where.RESIDENT
             self._arrived.clear()
             self._renew_and(publish)
 
@@ -62,10 +63,7 @@ class StreamingResidency(Residency):
     def bring(self, numbers: Collection[int], urgency: float) -> None:
         """Ask for runs, those of the least urgency first."""
         with self._lock:
-            new = [n for n in numbers if self._where[n] is Where.ABSENT]
-            for number in new:
-                self._where[number] = Where.COMING
-            self._request(dict.fromkeys(new, (urgency,)))
+            self._request(dict.fromkeys((n for n in numbers if self._where[n] is Where.ABSENT), (urgency,)))
             self._mover.request({n: (urgency,) for n in numbers if self._where[n] is Where.COMING})
 
     def drop(self, numbers: Collection[int]) -> None:

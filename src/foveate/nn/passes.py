@@ -77,7 +77,7 @@ class Passes:
 
     def owners(self, count: int) -> Tensor | None:
         """The row of the pass that each of its `count` tokens belongs to, int64 [count], or -1 where that is not known;
-        None where nothing was asked for rows.
+        None where nothing was asked for rows, or the same for all.
         """
         found: Tensor = torch.ops.foveate.pass_owners(self.book, count)
         return found if found.numel() else None

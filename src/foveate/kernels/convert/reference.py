@@ -45,7 +45,7 @@ def plane_to_tiles(rows_NB: Tensor, plane: int, group: int, out: Tensor) -> None
     check_tiles(rows, size * 8 // bits, group)
     _check_out(out, rows_NB.numel())
     if rows_NB.numel():
-        words = _in_tile_order(rows_NB.contiguous().view(torch.int32), bits)
+        words = _in_tile_order(rows_NB.clone(memory_format=torch.contiguous_format).view(torch.int32), bits)
         _write(out, _words_to_tiles(words, group, bits))
 
 

@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdint>
 
 #include "checks.h"
 #include "convert/convert.h"
@@ -30,6 +31,9 @@ void check_tiles(int64_t rows, int64_t columns, int64_t group) {
   TORCH_CHECK(rows % kStripRows == 0 && columns % group == 0, rows, " rows of ", columns, " inputs are not whole tiles of 16 x ", group);
 }
 
+// Whether it can be read by words. Bytes that were cut out of others need not be.
+bool is_aligned(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.const_data_ptr()) % sizeof(uint32_t) == 0; }
+
 bool is_bfloat(const Tensor& w) {
   TORCH_CHECK(w.scalar_type() == at::kHalf || w.scalar_type() == at::kBFloat16, "dtype (=", w.scalar_type(), ") is not float16 or bfloat16");
   return w.scalar_type() == at::kBFloat16;
@@ -40,11 +44,13 @@ const uint16_t* halves_of(const Tensor& w) { return static_cast<const uint16_t*>
 // Where the result goes: bytes that are there already, since the first write to new memory costs more than converting.
 uint8_t* bytes_for(Tensor& out, int64_t size) {
   check_vector(out, at::kByte, "out");
+  TORCH_CHECK(is_aligned(out), "out does not begin at a multiple of 4 bytes");
   TORCH_CHECK(out.dim() == 1 && out.numel() == size, "out of shape (=", out.sizes(), ") is not [", size, "]");
   return out.data_ptr<uint8_t>();
 }
 
-void plane_to_tiles(const Tensor& rows, int64_t plane, int64_t group, Tensor& out) {
+void plane_to_tiles(const Tensor& given, int64_t plane, int64_t group, Tensor& out) {
+  const Tensor rows = is_aligned(given) ? given : given.clone();
   TORCH_CHECK(rows.scalar_type() == at::kByte, "rows has dtype (=", rows.scalar_type(), "), not ", at::kByte);
   check_matrix(rows, "rows");
   TORCH_CHECK(plane >= 0 && plane < kFormPlanes, "plane (=", plane, ") is not one of 0 to ", kFormPlanes - 1);
