@@ -31,6 +31,7 @@ def test_where_the_bits_of_a_text_are(run: Run, folder: Path, text_file: Path, t
     [
         (("--input", "x"), "give --data FILE.txt"),
         (("--input", "", "--data", "{text}"), "has no tokens"),
+        (("--input", "word " * 3000, "--data", "{text}"), "give a shorter one"),
         (("--page", "out.html"), "--page is of --input"),
     ],
 )

@@ -12,7 +12,7 @@ from torch import nn
 
 import foveate as fv
 from folders import copy_of, mixed
-from foveate.errors import BudgetError, CheckpointError, PlaneNotResidentError
+from foveate.errors import BudgetError, CheckpointError, LevelError, PlaneNotResidentError
 from foveate.nn.residency.registry import resident_registry
 
 
@@ -203,3 +203,23 @@ def test_saving_copies_what_is_stored(small_runs: Saved, tmp_path: Path) -> None
     fv.resize(loaded, memory="1GiB")
     settled(loaded)
     assert torch.equal(loaded(X), model(X))
+
+
+def test_saving_keeps_the_default_map_that_only_the_limit_lowered(small_runs: Saved, tmp_path: Path) -> None:
+    folder, model, profile = small_runs
+    loaded = fv.load(folder, memory=profile.uniform(3).bytes_resident, model=skeleton())
+    assert fv.current_map(loaded).bits < fv.read_head(folder).plan.bits
+    fv.save(loaded, tmp_path / "same")
+    assert fv.read_head(tmp_path / "same").plan.levels == fv.read_head(folder).plan.levels
+    assert torch.equal(fv.load(tmp_path / "same", model=skeleton())(X), model(X))
+    fv.apply(loaded, profile.uniform(4))  # somebody decided: that is what is saved
+    fv.save(loaded, tmp_path / "other")
+    assert fv.read_head(tmp_path / "other").plan.levels == profile.uniform(4).levels
+
+
+@pytest.mark.parametrize("floor", [-3, 1, 5, 9, True, "4", 2.5])
+def test_floors_are_maps_or_levels(small_runs: Saved, floor: object) -> None:
+    folder, _, _ = small_runs
+    loaded = fv.load(folder, memory="1GiB", model=skeleton())
+    with pytest.raises(LevelError, match="is neither a map nor one of the levels"):
+        fv.resize(loaded, memory="1GiB", floor=floor)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import foveate as fv
 from foveate.errors import BudgetError, DataError, FoveateError
+from foveate.inputs.cascading import CascadeVerdict
 from foveate.inputs.margins import cascade_plan, margins, static_plan, wanted
 from tiny import generator, mlp, rows
 
@@ -129,7 +130,7 @@ def test_each_sample_is_read_as_it_would_be_alone(classifier: tuple[nn.Module, n
         assert str(made.verdict) in str(made)
     assert fv.state_of(model).frontiers.keys() == before.frontiers.keys()
     assert not fv.state_of(model).requests
-    with pytest.raises(FoveateError, match="not in force any more"):
+    with pytest.raises(FoveateError, match="was closed"):
         made(x)
 
 
@@ -168,6 +169,66 @@ def test_two_threads_and_other_rows(classifier: tuple[nn.Module, nn.Module, list
                 thread.join()
         assert len(found) == 40
         assert all(torch.equal(one, expected) for one in found)
+
+
+def test_cascades_end_in_any_order_and_floors_count(classifier: tuple[nn.Module, nn.Module, list[Tensor]]) -> None:
+    model, original, batches = classifier
+    x = batches[0]
+
+    def made(agreement: float) -> fv.Cascade:
+        return fv.cascade(
+            model, batches=batches, agreement=agreement, reference=original, verdict=False, progress=False
+        )
+
+    with torch.no_grad():
+        first, second = made(0.9), made(0.97)
+        expected = second(x)
+        first.close()
+        assert torch.equal(second(x), expected)
+        share = second.bits
+        with fv.floor(model, bits=7):
+            second(x)
+            second(x)
+        assert second.bits > share
+        second.close()
+
+
+def test_the_single_map_of_the_verdict_is_the_cheapest(
+    classifier: tuple[nn.Module, nn.Module, list[Tensor]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, original, batches = classifier
+    with fv.cascade(model, batches=batches, agreement=0.95, reference=original, progress=False) as made:
+        verdict = made.verdict
+    assert verdict is not None
+    assert verdict.asked == 0.95
+    chain = made.frontier
+    alone = min(range(len(chain)), key=lambda i: abs(chain.bits(i) - verdict.static_bits))
+    assert chain.bits(alone) == verdict.static_bits
+    seen = torch.cat([batch for i, batch in enumerate(batches) if i % 4 != 3])[1::2]
+    with torch.no_grad():
+        wanted_n = original(seen).argmax(1)
+        fv.apply(model, chain[alone + 1])
+        shown = float((model(seen).argmax(1) == wanted_n).double().mean())
+    assert shown < wanted(0.95, len(seen))  # one map further is not enough
+    with fv.cascade(model, batches=batches[:2], agreement=0.95, verdict=False, progress=False):
+        assert "100 samples are few for an agreement of 0.95" in capsys.readouterr().err
+
+
+def test_a_broken_promise_does_not_pay() -> None:
+    found = CascadeVerdict(
+        agreement=0.9, bits=3.0, static_agreement=0.99, static_bits=4.0, share=0.1, samples=1000, asked=0.99
+    )
+    assert found.ratio < 1
+    assert not found.pays
+    assert "the agreement of 0.99 is not kept" in str(found)
+
+
+def test_what_is_no_classifier_is_refused_at_once() -> None:
+    model = nn.Sequential(nn.Linear(70, 32), nn.Linear(32, 8))
+    batches = [torch.randn(4, 5, 70, generator=generator(i)) for i in range(4)]
+    fv.quantize(model, batches, objective=fv.Logits(), progress=False)
+    with pytest.raises(BudgetError, match="20 rows of logits for 4 samples"):
+        fv.cascade(model, batches=batches, progress=False)
 
 
 def test_an_encoder_with_keywords() -> None:

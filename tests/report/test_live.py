@@ -89,7 +89,7 @@ def test_a_stream_that_moved() -> None:
     assert "was refused" in page
     assert "z: 0.00" in page
     assert "z: 4.00" in page
-    with pytest.raises(DataError, match="nothing was followed yet"):
+    with pytest.raises(DataError, match="there is no moment yet"):
         following_page([], verdict)
 
 

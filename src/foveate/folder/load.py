@@ -87,6 +87,7 @@ def _load_within(folder: Folder, memory: int | str, strict: bool, model: nn.Modu
         residency = StreamingResidency(tiers.held, limit=limit, importance=tiers.importance)
         model, _ = on_planes_of(folder, tiers.weights, model)
         registry = make_resident(model, residency, tiers, strict=strict)
+        registry.default = folder.head.plan
         registry.fill()
         keep_ranges(folder, registry)
     if memory == AUTO:

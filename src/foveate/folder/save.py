@@ -73,7 +73,7 @@ def save(
     model = quantized_part(model)
     registry = registry_of(model)
     resident = registry if isinstance(registry, ResidentRegistry) else None
-    plan = keep if keep is not None else registry.wanted
+    plan = keep if keep is not None else registry.wanted if resident is None else resident.decided
     assert plan is not None
     registry.check(plan)
     _check_in_place(model, registry)

@@ -9,6 +9,7 @@ Legend: B samples of a batch, C classes, m maps, n samples in all.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from foveate.allocate import frontier
 from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Logits, check_batches, run
 from foveate.errors import BudgetError, DataError, FoveateError
-from foveate.inputs.margins import Plan, cascade_plan, margins, static_plan
+from foveate.inputs.margins import cascade_plan, margins, static_plan
 from foveate.nn.closing import Closing
 from foveate.nn.levels import apply, highest_map, set_classes, withdraw
 from foveate.nn.registry import profile_of, registry_of
@@ -31,6 +32,8 @@ from foveate.progress import say, track
 
 #: Maps of a frontier that is made here, and those of a frontier that are tried.
 _POINTS, _TRIED = 160, 12
+#: An agreement is known badly where the samples may disagree less often than this.
+_FEW_ERRORS = 10
 _NUMBERS = itertools.count(1)
 _OBJECTIVE = Logits()
 
@@ -45,6 +48,7 @@ class CascadeVerdict:
         static_agreement, static_bits: the same of the cheapest single map that was found with the same rule.
         share: the part that was read again.
         samples: how many samples there were.
+        asked: the agreement that was asked for.
     """
 
     agreement: float
@@ -53,6 +57,7 @@ class CascadeVerdict:
     static_bits: float
     share: float
     samples: int
+    asked: float
 
     @property
     def ratio(self) -> float:
@@ -61,11 +66,18 @@ class CascadeVerdict:
 
     @property
     def pays(self) -> bool:
-        """Whether the cascade reads less than the single map."""
-        return self.ratio < 1
+        """Whether the cascade reads less than the single map, and keeps what was asked for as far as chance lets it."""
+        return self.ratio < 1 and not self.broken
+
+    @property
+    def broken(self) -> bool:
+        """Whether the agreement is below what was asked for, by more than two standard errors."""
+        return self.agreement < self.asked - 2 * math.sqrt(self.asked * (1 - self.asked) / max(self.samples, 1))
 
     def __str__(self) -> str:
         said = "the cascade pays" if self.pays else "no gain was found: a single map reads less"
+        if self.broken:
+            said = f"the agreement of {self.asked:g} is not kept: give more data, or data that are more like these"
         return (
             f"{said}: agreement {self.agreement:.4f} at {self.bits:.3f} bits, {self.share:.1%} read twice; single map "
             f"{self.static_agreement:.4f} at {self.static_bits:.3f} bits, ratio {self.ratio:.3f} ({self.samples})"
@@ -73,7 +85,8 @@ class CascadeVerdict:
 
 
 class Cascade(Closing):
-    """A classifier that reads samples twice where that is needed; made by `cascade`. Call it as the model is called.
+    """A classifier that reads samples twice where that is needed; made by `cascade`. Call it as the model is called; it
+    gives the logits alone, whatever else the model's output holds.
 
     Attributes:
         frontier: the maps that the two are of.
@@ -89,23 +102,22 @@ class Cascade(Closing):
         self._decider = f"cascade {next(_NUMBERS)}"
         self._lock = threading.Lock()
         self._samples = self._again = 0
+        self._bits_read = 0.0
         self._closed = False
-        state = self._registry.generations.state
-        if state is None or state.frontier is not chain:
-            apply(model, chain, decider=self._decider)
-        requests = [Request(tier=low), Request(tier=high)]
-        classes = set_classes(model, requests, decider=self._decider)
-        self._classes = tuple(classes[request] for request in requests)
+        apply(model, chain, decider=self._decider)  # of its own, also where another decider has the same in force
+        set_classes(model, (Request(tier=low), Request(tier=high)), decider=self._decider)
 
     def __call__(self, *args: Any, **named: Any) -> Tensor:
         """The logits of a batch, [B, C]; arguments are the model's.
 
         Raises:
-            FoveateError: it is closed, or another frontier is in force than the one that it was set on.
+            FoveateError: it was closed, or another frontier is in force than the one that it was set on.
             DataError: no argument is a tensor, or the output has no logits of classes.
         """
+        if self._closed:
+            raise FoveateError("this cascade was closed: make another one")
         state = self._registry.generations.state
-        if self._closed or state is None or state.frontier is not self.frontier:
+        if state is None or state.frontier is not self.frontier:
             raise FoveateError(
                 "the frontier that this cascade was set on is not in force any more: make another cascade"
             )
@@ -120,11 +132,24 @@ class Cascade(Closing):
         with self._lock:
             self._samples += count
             self._again += again
+            self._bits_read += count * self._bits_of(0) + again * self._bits_of(1)
         return logits_BC
+
+    def _bits_of(self, which: int) -> float:
+        """Bits of the map that one of the two readings reads: a standing floor may have raised it."""
+        composed = self._registry.generations.composed
+        assert composed is not None
+        return composed.maps[composed.pairs[self._class(which)][1]].bits
+
+    def _class(self, which: int) -> int:
+        """The number that the class of a reading has now: it changes when others come and go."""
+        state = self._registry.generations.state
+        assert state is not None
+        return state.classes[f"{self._decider} {which}"]
 
     def _read(self, which: int, count: int, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
         passes = self._registry.generations.passes
-        before = passes.set_rows([self._classes[which]] * count)
+        before = passes.set_rows([self._class(which)] * count)
         try:
             output = self._model(*args, **named)
         finally:
@@ -142,7 +167,7 @@ class Cascade(Closing):
     @property
     def bits(self) -> float:
         """Bits of a weight that a sample read on average so far, both readings counted; NaN before the first."""
-        return self.frontier.bits(self.low) + self.share * self.frontier.bits(self.high)
+        return self._bits_read / self._samples if self._samples else float("nan")
 
     def close(self) -> None:
         """End it: the model is read as it would be without it."""
@@ -180,8 +205,8 @@ def cascade(
 
     Args:
         model: a quantized classifier with its profile: its output has logits [B, C].
-        batches: data like those that the model will see, as for `foveate.quantize`. A quarter of them, spread evenly,
-            is held out for the verdict.
+        batches: data like those that the model will see, as for `foveate.quantize`. Every fourth is held out for the
+            verdict; of less than four batches none is.
         agreement: the part of further samples to be decided as by the reference, 0 to 1. What `batches` must show is
             one standard error more.
         reference: the original model; by default the model itself with every plane that it holds.
@@ -212,6 +237,11 @@ def cascade(
     seen = [batch for i, batch in enumerate(given) if not held or i % 4 != 3]
     right_mn, margins_mn = _measured(model, chain, indices, seen, reference, progress)
     bits = [chain.bits(i) for i in indices]
+    if right_mn.shape[1] * (1 - agreement) < _FEW_ERRORS:
+        say(
+            f"cascade: {right_mn.shape[1]} samples are few for an agreement of {agreement:g}, which they may show by "
+            "chance: give more"
+        )
     found = cascade_plan(right_mn, margins_mn, bits, agreement)
     if found is None:
         shown = float(right_mn.double().mean(1).max())
@@ -222,14 +252,36 @@ def cascade(
     made = Cascade(model, chain, indices[found.low], indices[found.high], found.threshold)
     try:
         if verdict:
-            alone = static_plan(right_mn, bits, agreement)
-            made.verdict = _verdict(model, made, indices, found, alone, held or seen, reference, progress)
+            tried = static_plan(right_mn, bits, agreement)
+            alone = 0 if tried is None else indices[tried.low]
+            following = [i for i in indices if i > alone]
+            if tried is not None and following:
+                alone = _cheapest(model, chain, alone, following[0], seen, agreement, reference, progress)
+            made.verdict = _verdict(model, made, alone, held or seen, agreement, reference, progress)
             if not made.verdict.pays:
                 say(f"cascade: {made.verdict}")
     except BaseException:
         made.close()
         raise
     return made
+
+
+def _cheapest(
+    model: nn.Module,
+    chain: Frontier,
+    good: int,
+    bad: int,
+    batches: Sequence[Any],
+    agreement: float,
+    reference: nn.Module | None,
+    progress: bool,
+) -> int:
+    """The furthest index between one that shows enough and one that does not, by halves, that shows enough too."""
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        right_1n, _ = _measured(model, chain, [middle], batches, reference, progress)
+        good, bad = (good, middle) if static_plan(right_1n, [1.0], agreement) is None else (middle, bad)
+    return good
 
 
 def _tried(chain: Frontier) -> list[int]:
@@ -257,6 +309,12 @@ def _measured(
                 if reference is None:
                     apply(model, highest_map(model), decider=decider)
                 decided_n = _OBJECTIVE.outcome(run(reference or model, batch), batch).argmax(1)
+                count = _count(*(((), batch) if isinstance(batch, Mapping) else (_positions(batch), {})))
+                if len(decided_n) != count:
+                    raise BudgetError(
+                        f"the output has {len(decided_n)} rows of logits for {count} samples: a cascade needs a "
+                        "classifier, whose logits are [B, C]"
+                    )
                 right_m, thin_m = [], []
                 for index in indices:
                     apply(model, chain[index], decider=decider)
@@ -273,26 +331,30 @@ def _measured(
 def _verdict(
     model: nn.Module,
     made: Cascade,
-    indices: Sequence[int],
-    found: Plan,
-    alone: Plan | None,
+    alone: int,
     batches: Sequence[Any],
+    agreement: float,
     reference: nn.Module | None,
     progress: bool,
 ) -> CascadeVerdict:
-    """What the cascade and the single map give on other samples; without a map that shows enough, on the best map."""
-    maps = [found.low, found.high, 0 if alone is None else alone.low]
-    right_3n, margins_3n = _measured(model, made.frontier, [indices[i] for i in maps], batches, reference, progress)
+    """What the cascade and the single map, at index `alone`, give on other samples."""
+    maps = [made.low, made.high, alone]
+    right_3n, margins_3n = _measured(model, made.frontier, maps, batches, reference, progress)
     again_n = margins_3n[0] < made.threshold
     share = float(again_n.double().mean())
     return CascadeVerdict(
         agreement=float(torch.where(again_n, right_3n[1], right_3n[0]).double().mean()),
         bits=made.frontier.bits(made.low) + share * made.frontier.bits(made.high),
         static_agreement=float(right_3n[2].double().mean()),
-        static_bits=made.frontier.bits(indices[maps[2]]),
+        static_bits=made.frontier.bits(alone),
         share=share,
         samples=right_3n.shape[1],
+        asked=agreement,
     )
+
+
+def _positions(batch: Any) -> Sequence[Any]:
+    return batch if isinstance(batch, (tuple, list)) else (batch,)
 
 
 def _count(args: Sequence[Any], named: Mapping[str, Any]) -> int:

@@ -37,10 +37,10 @@ def following_page(history: Sequence[Snapshot], verdict: Verdict, title: str = "
         title: of the page.
 
     Raises:
-        DataError: nothing was followed yet.
+        DataError: there is no moment yet: one is kept at each decision (`TrackingOptions.decide_every`).
     """
     if not history:
-        raise DataError("nothing was followed yet: run the model first")
+        raise DataError("there is no moment yet: one is kept at each decision, after some thousand tokens")
     names = list(history[0].bits)
     moved = [one for one in verdict.decisions if one.accepted]
     ticks = _moments(history, moved)

@@ -151,9 +151,15 @@ def digest(samples: Sequence[Window]) -> str:
     return sha.hexdigest()[:12]
 
 
-def _window_length(length: int | None, config: Any) -> int:
+def positions_of(config: Any) -> int | None:
+    """How many positions a model has; None if its configuration does not say."""
     most = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if not isinstance(most, int):
+    return most if isinstance(most, int) else None
+
+
+def _window_length(length: int | None, config: Any) -> int:
+    most = positions_of(config)
+    if most is None:
         return length or _LENGTH
     if length is not None and length > most:
         raise DataError(f"length (={length}) is more than the {most} positions of the model")

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from foveate.checkpoint import Tiers
-from foveate.errors import FoveateError
-from foveate.formats.levels import TOP_LEVEL
+from foveate.errors import FoveateError, LevelError
+from foveate.formats.levels import TOP_LEVEL, WEIGHT_LEVELS
 from foveate.memory.policy.limits import AutoLimit
 from foveate.memory.report import MemoryReport
 from foveate.memory.residency import LOOK_EVERY
@@ -31,7 +31,7 @@ from foveate.nn.plane_module import PlaneModule
 from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of, tiles_of
 from foveate.nn.residency.pass_gate import EagerHook, PassGate
 from foveate.nn.residency.streaming import Streaming
-from foveate.nn.residency.use import UseCounter
+from foveate.nn.residency.use import UseCounter, alone
 from foveate.planes import rounded_up, shortfall
 from foveate.precision.maps import Levels, PrecisionMap, input_level_for
 from foveate.precision.state import LevelState
@@ -48,6 +48,7 @@ class ResidentRegistry(Registry):
         tiers: the folder that the model came from, whose files are open.
         stored: the levels that it stores, uint8 [NT, G] for each weight.
         strict: whether a call waits for planes instead of reading fewer bits.
+        default: the default map of the folder.
         auto: the limit that follows free memory; None where the limit is fixed.
         hooks: what was put on the model.
     """
@@ -56,6 +57,7 @@ class ResidentRegistry(Registry):
     tiers: Tiers
     stored: Mapping[str, Tensor]
     strict: bool
+    default: PrecisionMap | None
     auto: AutoLimit | None
     hooks: list[RemovableHandle]
     _gate: PassGate
@@ -89,8 +91,8 @@ class ResidentRegistry(Registry):
         own._short_passes = own._uncounted = 0
         own._fallbacks = {}
         own._wait_s = 0.0
-        own.auto = None
-        own._use = UseCounter([s for s in own.sites if s.kind == "weight"], _alone(model), tiers.row_frequency)
+        own.auto = own.default = None
+        own._use = UseCounter([s for s in own.sites if s.kind == "weight"], alone(model), tiers.row_frequency)
         for weight in own.weights.values():
             weight.users.discard(registry)
             weight.users.add(own)
@@ -264,6 +266,12 @@ class ResidentRegistry(Registry):
 
     # What users ask for.
 
+    @property
+    def decided(self) -> PrecisionMap | None:
+        """The map that somebody decided: that of the folder where only the memory limit did."""
+        state = self.generations.state
+        return self.default if state is not None and state.frontier_by == DECIDER and self.default else self.wanted
+
     def fill(self) -> None:
         """Read what fits in the limit, and wait for it; the map in force becomes the best that fits.
 
@@ -297,6 +305,8 @@ class ResidentRegistry(Registry):
             self._follow()
 
     def _strips_of(self, floor: PrecisionMap | int) -> dict[str, Tensor]:
+        if not isinstance(floor, PrecisionMap) and (type(floor) is not int or floor not in WEIGHT_LEVELS):
+            raise LevelError(f"floor (={floor!r}) is neither a map nor one of the levels {WEIGHT_LEVELS}")
         found = {}
         for name, stored in self.stored.items():
             tiles = torch.full_like(stored, floor) if isinstance(floor, int) else self._of_planes(floor, name)
@@ -345,15 +355,6 @@ class ResidentRegistry(Registry):
         for name in self._short:
             counts[name] = counts.get(name, 0) + self._short_passes
         return self.residency.report({name: n for name, n in counts.items() if n}, self._wait_s)
-
-
-def _alone(model: nn.Module) -> dict[str, PlaneModule]:
-    """For each weight that only one module has, this module."""
-    modules: dict[str, list[PlaneModule]] = {}
-    for module in model.modules():
-        if isinstance(module, PlaneModule):
-            modules.setdefault(module.weight.name, []).append(module)
-    return {name: found[0] for name, found in modules.items() if len(found) == 1}
 
 
 def make_resident(model: nn.Module, residency: StreamingResidency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:

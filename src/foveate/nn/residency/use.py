@@ -116,3 +116,12 @@ class _Count:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
             self._counter.add(self._name, args[0])
+
+
+def alone(model: nn.Module) -> dict[str, PlaneModule]:
+    """For each weight that only one module has, this module."""
+    modules: dict[str, list[PlaneModule]] = {}
+    for module in model.modules():
+        if isinstance(module, PlaneModule):
+            modules.setdefault(module.weight.name, []).append(module)
+    return {name: found[0] for name, found in modules.items() if len(found) == 1}
