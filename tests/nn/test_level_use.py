@@ -364,3 +364,32 @@ def test_memory_of_generations_is_freed() -> None:
         fv.apply(model, profile.uniform(level))
     assert torch.equal(first[0], kept[0])  # what a pass, or a tensor, still needs is as it was
     assert registry.generations.number > 100
+
+
+def test_rows_keep_their_precision_while_other_threads_come_and_go() -> None:
+    model, profile = quantized_mlp()
+    fv.apply(model, fv.frontier(profile, 6))
+    x = torch.randn(5, 70, generator=generator(2))
+    with torch.no_grad():
+        with fv.row_precision(model, [fv.Request(tier=4)] * 5):
+            expected = model(x)
+        assert not torch.equal(model(x), expected)
+        entered, left = threading.Event(), threading.Event()
+
+        def other() -> None:
+            with fv.row_precision(model, [fv.Request(tier=2)]):
+                entered.set()
+                assert left.wait(60)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(60)
+        with fv.row_precision(model, [fv.Request(tier=4)] * 5):
+            assert torch.equal(model(x), expected)
+            left.set()
+            thread.join()  # whose class was the first: the others' numbers change
+            assert torch.equal(model(x), expected)
+            with fv.row_precision(model, [fv.Request(tier=1)] * 5):
+                assert not torch.equal(model(x), expected)
+            assert torch.equal(model(x), expected)
+        assert not torch.equal(model(x), expected)

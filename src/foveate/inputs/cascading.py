@@ -149,7 +149,7 @@ class Cascade(Closing):
 
     def _read(self, which: int, count: int, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
         passes = self._registry.generations.passes
-        before = passes.set_rows([self._class(which)] * count)
+        before = passes.set_rows(lambda: [self._class(which)] * count)
         try:
             output = self._model(*args, **named)
         finally:

@@ -143,13 +143,21 @@ def row_precision(model: nn.Module, requests: Sequence[Request | None]) -> Itera
     """
     if not requests:
         raise BudgetError("no requests are given: one for each row of the batch, or None")
-    name, passes = f"rows {next(_NUMBERS)}", registry_of(model).generations.passes
-    classes = set_classes(model, (request for request in requests if request is not None), decider=name)
-    before = passes.set_rows([0 if request is None else classes[request] for request in requests])
+    name, generations = f"rows {next(_NUMBERS)}", registry_of(model).generations
+    asked = list(dict.fromkeys(request for request in requests if request is not None))
+    set_classes(model, asked, decider=name)
+    names = {request: f"{name} {number}" for number, request in enumerate(asked)}
+
+    def classes() -> list[int]:
+        # their numbers change where others, in other threads, come and go
+        numbers = {} if generations.state is None else generations.state.classes
+        return [0 if request is None else numbers.get(names[request], 0) for request in requests]
+
+    before = generations.passes.set_rows(classes)
     try:
         yield
     finally:
-        passes.set_rows(before)
+        generations.passes.set_rows(before)
         set_classes(model, (), decider=name)
 
 

@@ -13,20 +13,24 @@ part again during backward, that part reads the newest generation.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from foveate.errors import DataError
 
+#: The class of each row, or a function that says what it is now.
+Classes: TypeAlias = Sequence[int] | Callable[[], Sequence[int]]
+
 
 class _OfThread(threading.local):
     def __init__(self) -> None:
         self.is_open = False
         self.begun = 0
-        self.classes: Sequence[int] | None = None
+        self.classes: Classes | None = None
+        self.given: list[int] | None = None  # what the kernels were told last
 
 
 class Passes:
@@ -56,7 +60,11 @@ class Passes:
             return
         rows, length = _shape_of_call(args, kwargs)
         if not torch.compiler.is_dynamo_compiling():
-            classes = self._here.classes
+            if callable(self._here.classes):
+                now = self._here.classes()
+                if now != self._here.given:
+                    self._tell(now)
+            classes = self._here.given
             if classes is not None and rows is not None and len(classes) not in (rows, rows * max(length, 1)):
                 raise DataError(f"precision was asked for {len(classes)} rows, and the model is given {rows}")
             self._here.is_open = True
@@ -82,20 +90,26 @@ class Passes:
         found: Tensor = torch.ops.foveate.pass_owners(self.book, count)
         return found if found.numel() else None
 
-    def set_rows(self, classes: Sequence[int] | None) -> Sequence[int] | None:
+    def set_rows(self, classes: Classes | None) -> Classes | None:
         """Give each row of this thread's next passes a class; None ends that.
 
         Args:
-            classes: the class of each row: of each sequence of a batch, or of each token of packed sequences.
+            classes: the class of each row: of each sequence of a batch, or of each token of packed sequences. If it is
+                a function, it is asked before each eager pass, since numbers change where other classes come and go.
 
         Returns:
             The classes that were set before.
         """
         before = self._here.classes
         self._here.classes = classes
-        given = None if classes is None else torch.tensor(list(classes), dtype=torch.uint8)
-        torch.ops.foveate.rows_of_passes(self.book, given)
+        self._tell(classes() if callable(classes) else classes)
         return before
+
+    def _tell(self, classes: Sequence[int] | None) -> None:
+        """Tell the kernels the class of each row."""
+        self._here.given = None if classes is None else list(classes)
+        given = None if classes is None else torch.tensor(self._here.given, dtype=torch.uint8)
+        torch.ops.foveate.rows_of_passes(self.book, given)
 
 
 def hooked_passes(model: nn.Module) -> Passes:
