@@ -28,7 +28,7 @@ from benchmarks.models.cases import VARIABLE, Case, augmented_images, data_folde
 from foveate.bench.shared.result import Measured
 from foveate.calibrate.quantize import quantize
 from foveate.errors import BudgetError
-from foveate.inputs.adapt import adapt_to_input
+from foveate.inputs.adapt import adapt_to_input, nearest
 from foveate.inputs.cascading import cascade
 from foveate.nn.levels import apply, withdraw
 from foveate.precision.maps import PrecisionMap
@@ -92,8 +92,7 @@ def _cascade(case: Case, reference: torch.nn.Module, images: Sequence[Tensor]) -
         bits, read_twice = classify.bits, classify.share
         assert classify.verdict is not None
         static_bits = classify.verdict.static_bits
-        index = min(range(len(classify.frontier)), key=lambda i: abs(classify.frontier.bits(i) - static_bits))
-        plan = classify.frontier[index]
+        plan = classify.frontier[nearest(classify.frontier, static_bits)]
     static_n = _read_at(case, plan)
     return {
         "model": case.name,

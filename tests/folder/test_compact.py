@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.errors import FoveateError, PlaneNotResidentError
+from foveate.errors import FoveateError, LevelError, PlaneNotResidentError, SiteError
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import PrecisionMap
 from tiny import generator, mlp, quantized_llama, rows, tokens
@@ -85,7 +85,7 @@ def test_more_than_is_read_can_stay(made: tuple[nn.Module, fv.Profile], keep: in
     assert torch.equal(model(X), expected[6])
     fv.compact(model, 8)  # what the weights have, where that is less
     with (
-        pytest.raises(PlaneNotResidentError, match="keep reads planes that the model does not have")
+        pytest.raises(PlaneNotResidentError, match="at level 8: some of its tiles are stored up to 6 bits only")
         if (keep != 8)
         else pytest.raises(FoveateError, match="more is read now")
     ):
@@ -135,6 +135,20 @@ def test_exact_tiles_stay_where_they_are_read() -> None:
     fv.compact(model)
     assert torch.equal(model(X), before)
     assert all(plane.numel() == 0 for w in registry_of(model).weights.values() for plane in w.value.planes)
+
+
+def test_only_levels_and_maps_of_the_model_can_be_kept(made: tuple[nn.Module, fv.Profile]) -> None:
+    model, profile = made
+    fv.apply(model, profile.uniform(3))
+    before, size = model(X), _stored(model)
+    for level in (5, 9, -1):
+        with pytest.raises(LevelError):
+            fv.compact(model, level)
+    _, other = quantized_llama()
+    with pytest.raises(SiteError):
+        fv.compact(model, other.uniform(4))
+    assert _stored(model) == size
+    assert torch.equal(model(X), before)
 
 
 def test_models_whose_planes_come_and_go_are_resized_instead(

@@ -15,7 +15,7 @@ import foveate as fv
 from foveate.errors import DataError
 from foveate.importance.verdict import Decision, Snapshot, Verdict
 from foveate.report import following_page, input_page
-from foveate.report.heat import Ticks, heat_map
+from foveate.report.heat import Ticks, heat_chart
 from tiny import mlp, quantized_llama, rows, tokens
 
 _VOID = {"meta", "br"}
@@ -53,7 +53,7 @@ def _decision(token: int, accepted: bool = True) -> Decision:
 
 
 def test_cells_are_the_values_and_neighbours_of_one_shade_are_one() -> None:
-    made = heat_map(
+    made = heat_chart(
         {"a": [0, 0, 0, 9, 9], "b": [1, math.nan, 2, 5, 9]}, Ticks(texts={2: "two"}, marks={3: "<here>"}), "bits"
     )
     cells = re.findall(r'<rect x="([\d.]+)" y="(\d+)" width="([\d.]+)".*?fill="(.*?)"><title>(.*?)</title>', made)
@@ -70,7 +70,7 @@ def test_cells_are_the_values_and_neighbours_of_one_shade_are_one() -> None:
 
 @pytest.mark.parametrize("table", [{}, {"a": []}, {"a": [math.nan, math.inf]}, {"a": [3.0, 3.0]}])
 def test_maps_without_a_range(table: dict[str, list[float]]) -> None:
-    _checked(heat_map(table, Ticks(texts={}, marks={}), "bits"))
+    _checked(heat_chart(table, Ticks(texts={}, marks={}), "bits"))
 
 
 def test_a_stream_that_moved() -> None:

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import FoveateError, PlaneNotResidentError
+from foveate.errors import FoveateError
 from foveate.memory.allocator import given_back
 from foveate.nn.registry import Registry, quantized_part, registry_of, tiles_of
 from foveate.nn.residency.registry import ResidentRegistry
 from foveate.planes import PlaneTensor, gathered, highest, rounded_up
-from foveate.precision.maps import PrecisionMap
+from foveate.precision.maps import PrecisionMap, uniform
 
 
 def compact(model: nn.Module, keep: PrecisionMap | int | None = None) -> int:
@@ -35,6 +35,8 @@ def compact(model: nn.Module, keep: PrecisionMap | int | None = None) -> int:
         The bytes that were given back.
 
     Raises:
+        LevelError: `keep` is no level.
+        SiteError: `keep` is a map of another model.
         PlaneNotResidentError: `keep` reads planes that the model does not have.
         FoveateError: less would stay than is read now, or the model was loaded with `memory=`: `foveate.resize` gives
             memory back there, and takes it again. Nothing was changed.
@@ -42,7 +44,10 @@ def compact(model: nn.Module, keep: PrecisionMap | int | None = None) -> int:
     registry = registry_of(quantized_part(model))
     if isinstance(registry, ResidentRegistry):
         raise FoveateError("the planes of this model come and go: foveate.resize gives memory back, and takes it again")
-    levels = {name: _kept_levels(registry, name, keep) for name in registry.weights}
+    plan = keep if keep is None or isinstance(keep, PrecisionMap) else uniform(registry.sites, keep)
+    if plan is not None and plan is keep:
+        registry.check(plan)
+    levels = {name: _kept_levels(registry, name, plan) for name in registry.weights}
     before = sum(weight.value.nbytes() for weight in registry.weights.values())
     with given_back(True):
         _put(registry, [weight.value.kept(levels[name]) for name, weight in registry.weights.items()])
@@ -51,24 +56,20 @@ def compact(model: nn.Module, keep: PrecisionMap | int | None = None) -> int:
     return before - sum(weight.value.nbytes() for weight in registry.weights.values())
 
 
-def _kept_levels(registry: Registry, name: str, keep: PrecisionMap | int | None) -> Tensor:
-    """The levels up to which the tiles of a weight stay, uint8 [NT, G]."""
+def _kept_levels(registry: Registry, name: str, plan: PrecisionMap | None) -> Tensor:
+    """The levels up to which the tiles of a weight stay, uint8 [NT, G]: those of a map, as far as the weight has them,
+    or those that are read now.
+    """
     value = registry.weights[name].value
     stored, most = value.stored_levels, highest(value.stored_levels, value.exact)
     exact = torch.zeros_like(stored) if value.exact is None else value.exact.levels()
     composed = registry.generations.composed
-    maps = () if composed is None else composed.maps
     read = torch.zeros_like(stored)
-    for plan in maps:
-        read = torch.maximum(read, rounded_up(tiles_of(plan, name, stored), stored, exact))
-    if keep is None:
+    for one in () if composed is None else composed.maps:
+        read = torch.maximum(read, rounded_up(tiles_of(one, name, stored), stored, exact))
+    if plan is None:
         return read
-    if isinstance(keep, int):
-        levels = torch.full_like(stored, keep).minimum(most)
-    else:
-        levels = rounded_up(tiles_of(keep, name, stored), stored, exact)
-    if bool((levels > most).any()):
-        raise PlaneNotResidentError(f"{name}: keep reads planes that the model does not have")
+    levels = rounded_up(tiles_of(plan, name, stored).minimum(most), stored, exact)
     if bool((levels < read).any()):
         raise FoveateError(
             f"{name}: keep leaves some of its tiles {int(levels[levels < read].min())} bits, and more is read now: "

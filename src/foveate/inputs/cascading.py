@@ -22,9 +22,10 @@ from foveate.allocate import frontier
 from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Logits, check_batches, run
 from foveate.errors import BudgetError, DataError, FoveateError
+from foveate.inputs.adapt import nearest
 from foveate.inputs.margins import cascade_plan, margins, static_plan
 from foveate.nn.closing import Closing
-from foveate.nn.levels import apply, highest_map, set_classes, withdraw
+from foveate.nn.levels import apply, class_numbers, highest_map, set_classes, withdraw
 from foveate.nn.registry import profile_of, registry_of
 from foveate.precision.frontiers import Frontier
 from foveate.precision.state import Request
@@ -104,8 +105,9 @@ class Cascade(Closing):
         self._samples = self._again = 0
         self._bits_read = 0.0
         self._closed = False
+        self._requests = (Request(tier=low), Request(tier=high))
         apply(model, chain, decider=self._decider)  # of its own, also where another decider has the same in force
-        set_classes(model, (Request(tier=low), Request(tier=high)), decider=self._decider)
+        set_classes(model, self._requests, decider=self._decider)
 
     def __call__(self, *args: Any, **named: Any) -> Tensor:
         """The logits of a batch, [B, C]; arguments are the model's.
@@ -143,9 +145,7 @@ class Cascade(Closing):
 
     def _class(self, which: int) -> int:
         """The number that the class of a reading has now: it changes when others come and go."""
-        state = self._registry.generations.state
-        assert state is not None
-        return state.classes[f"{self._decider} {which}"]
+        return class_numbers(self._model, self._requests, decider=self._decider)[self._requests[which]]
 
     def _read(self, which: int, count: int, args: Sequence[Any], named: Mapping[str, Any]) -> Tensor:
         passes = self._registry.generations.passes
@@ -206,7 +206,7 @@ def cascade(
     Args:
         model: a quantized classifier with its profile: its output has logits [B, C].
         batches: data like those that the model will see, as for `foveate.quantize`. Every fourth is held out for the
-            verdict; of less than four batches none is.
+            verdict; of fewer than four batches none is.
         agreement: the part of further samples to be decided as by the reference, 0 to 1. What `batches` must show is
             one standard error more.
         reference: the original model; by default the model itself with every plane that it holds.
@@ -229,9 +229,8 @@ def cascade(
     if not 0 < agreement <= 1:
         raise BudgetError(f"agreement (={agreement!r}) is not a part of the samples, above 0 and at most 1")
     state = registry_of(model).generations.state
-    chain = frontier(profile_of(model), _POINTS)
-    if state is not None and len(state.frontier) > 1:
-        chain = state.frontier
+    in_force = None if state is None or len(state.frontier) < 2 else state.frontier
+    chain = in_force or frontier(profile_of(model), _POINTS)
     indices = _tried(chain)
     held = given[3::4] if verdict and len(given) > 3 else []
     seen = [batch for i, batch in enumerate(given) if not held or i % 4 != 3]
@@ -288,7 +287,7 @@ def _tried(chain: Frontier) -> list[int]:
     """Indices of a frontier whose bits are spread evenly, the best first."""
     most, least = chain.bits(0), chain.bits(len(chain) - 1)
     goals = [most - (most - least) * i / (_TRIED - 1) for i in range(_TRIED)]
-    return sorted({min(range(len(chain)), key=lambda i: abs(chain.bits(i) - goal)) for goal in goals})
+    return sorted({nearest(chain, goal) for goal in goals})
 
 
 def _measured(
@@ -309,7 +308,7 @@ def _measured(
                 if reference is None:
                     apply(model, highest_map(model), decider=decider)
                 decided_n = _OBJECTIVE.outcome(run(reference or model, batch), batch).argmax(1)
-                count = _count(*(((), batch) if isinstance(batch, Mapping) else (_positions(batch), {})))
+                count = _count(*_arguments(batch))
                 if len(decided_n) != count:
                     raise BudgetError(
                         f"the output has {len(decided_n)} rows of logits for {count} samples: a cascade needs a "
@@ -353,8 +352,11 @@ def _verdict(
     )
 
 
-def _positions(batch: Any) -> Sequence[Any]:
-    return batch if isinstance(batch, (tuple, list)) else (batch,)
+def _arguments(batch: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The positional and the named arguments that a batch stands for, as `foveate.collect.objectives.run` takes it."""
+    if isinstance(batch, Mapping):
+        return (), batch
+    return (batch if isinstance(batch, (tuple, list)) else (batch,)), {}
 
 
 def _count(args: Sequence[Any], named: Mapping[str, Any]) -> int:

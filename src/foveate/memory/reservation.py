@@ -13,7 +13,8 @@ machine. So where all runs of a huge page (2 MiB) come together, they share one:
 are written. Huge pages are not used elsewhere, for one run would make memory resident for its neighbours too. Where
 runs come and go all the time, pages of those that left (`release`) are moved to those that come.
 
-Source: mmap(2), madvise(2) with MADV_DONTNEED, open(2) with O_DIRECT, mincore(2), mremap(2) with MREMAP_DONTUNMAP.
+Source: mmap(2), madvise(2) with MADV_DONTNEED and MADV_FREE, open(2) with O_DIRECT, mincore(2), mremap(2) with
+MREMAP_DONTUNMAP.
 """
 
 from __future__ import annotations

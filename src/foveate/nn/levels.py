@@ -144,14 +144,13 @@ def row_precision(model: nn.Module, requests: Sequence[Request | None]) -> Itera
     if not requests:
         raise BudgetError("no requests are given: one for each row of the batch, or None")
     name, generations = f"rows {next(_NUMBERS)}", registry_of(model).generations
-    asked = list(dict.fromkeys(request for request in requests if request is not None))
+    asked = [request for request in requests if request is not None]
     set_classes(model, asked, decider=name)
-    names = {request: f"{name} {number}" for number, request in enumerate(asked)}
 
     def classes() -> list[int]:
         # their numbers change where others, in other threads, come and go
-        numbers = {} if generations.state is None else generations.state.classes
-        return [0 if request is None else numbers.get(names[request], 0) for request in requests]
+        numbers = class_numbers(model, asked, decider=name)
+        return [0 if request is None else numbers[request] for request in requests]
 
     before = generations.passes.set_rows(classes)
     try:
@@ -188,7 +187,7 @@ def set_classes(model: nn.Module, requests: Iterable[Request], *, decider: str) 
         FloorError: a floor cannot be met.
         BudgetError: the requests need more than 8 different maps at once.
     """
-    names = {request: f"{decider} {number}" for number, request in enumerate(dict.fromkeys(requests))}
+    names = _class_names(requests, decider)
 
     def changed(now: LevelState) -> LevelState:
         for name in now.requests:
@@ -200,6 +199,18 @@ def set_classes(model: nn.Module, requests: Iterable[Request], *, decider: str) 
 
     classes = registry_of(model).change(changed).classes
     return {request: classes[name] for request, name in names.items()}
+
+
+def class_numbers(model: nn.Module, requests: Iterable[Request], *, decider: str) -> Mapping[Request, int]:
+    """The numbers that the classes of a decider's requests have now; 0, the index in force, for those that are gone."""
+    state = registry_of(model).generations.state
+    classes = {} if state is None else state.classes
+    return {request: classes.get(name, 0) for request, name in _class_names(requests, decider).items()}
+
+
+def _class_names(requests: Iterable[Request], decider: str) -> dict[Request, str]:
+    """The name that each of a decider's requests has in the state."""
+    return {request: f"{decider} {number}" for number, request in enumerate(dict.fromkeys(requests))}
 
 
 def set_row_classes(model: nn.Module, classes: Sequence[int] | None) -> None:

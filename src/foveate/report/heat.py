@@ -33,7 +33,7 @@ class Ticks:
     marks: Mapping[int, str]
 
 
-def heat_map(table: Mapping[str, Sequence[float]], ticks: Ticks, unit: str, digits: int = 2) -> str:
+def heat_chart(table: Mapping[str, Sequence[float]], ticks: Ticks, unit: str, digits: int = 2) -> str:
     """The map and its legend as HTML.
 
     Args:

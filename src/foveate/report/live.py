@@ -16,7 +16,7 @@ from foveate.errors import DataError
 from foveate.importance.verdict import Decision, Snapshot, Verdict
 from foveate.inputs.explain import Explanation
 from foveate.report.document import card, cards, document, listed, section
-from foveate.report.heat import Ticks, heat_map
+from foveate.report.heat import Ticks, heat_chart
 from foveate.report.palette import heat_colour
 from foveate.sizes import format_bytes
 
@@ -70,12 +70,12 @@ def following_page(history: Sequence[Snapshot], verdict: Verdict, title: str = "
         + section(
             "Bits over time",
             "The mean level of each weight's tiles. A line is a move; its sentence is in the list below.",
-            heat_map(bits, ticks, "bits"),
+            heat_chart(bits, ticks, "bits"),
         )
         + section(
             "Importance over time",
             "Of each weight now, over what it was in calibration: 0 is the same, 1 ten times as much.",
-            heat_map(importance, ticks, "log10 of importance over calibration's"),
+            heat_chart(importance, ticks, "log10 of importance over calibration's"),
         )
         + section(
             "Decisions", "In the order in which they were taken.", listed([*lines, str(verdict).split("\n")[-1]])
@@ -141,7 +141,7 @@ def input_page(explanation: Explanation, words: Sequence[str] | None = None, tit
         + section(
             "Weights and rows",
             f"The mean level at which each row read each weight.{left_out}",
-            heat_map(table, ticks, "mean level"),
+            heat_chart(table, ticks, "mean level"),
         )
         + section(
             "Weights", "How the estimate and the true error compare, on average over rows.", _layers(explanation)
