@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.errors import FoveateError
 from foveate.formats.packing import tile_grid
 from foveate.planes import PlaneTensor
 from tiny import coded, generator, random_levels, with_exact
 
-#: What an op may answer instead of a result.
-REFUSALS = (RuntimeError, IndexError, TypeError, ValueError, OverflowError, MemoryError, NotImplementedError)
+#: What an op may answer instead of a result. Layouts without kernels (sparse) reach the reference and its errors.
+REFUSALS = (
+    FoveateError, RuntimeError, IndexError, TypeError, ValueError, OverflowError, MemoryError, NotImplementedError,
+)  # fmt: skip
 DTYPES = (
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool, torch.complex64,

@@ -106,7 +106,11 @@ def environment() -> dict[str, str]:
 
 
 def load() -> None:
-    """Load the library in this process, in place of the plain kernels."""
-    import foveate.kernels.backends.table  # noqa: F401  the ops must be defined before they are given kernels
+    """Load the library in this process, in place of the plain kernels, which nothing loads from then on."""
+    from foveate.kernels.backends import table  # the ops must be defined before they are given kernels
 
-    torch.ops.load_library(library())
+    path = library()
+    torch.ops.load_library(path)
+    status = table.cpu.Status(torch.ops.foveate._cpu_isa(""), "with sanitizers", path)
+    table.cpu.load = lambda: status
+    assert table.ensure_loaded() is status, "the plain kernels were loaded before"

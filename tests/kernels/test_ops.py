@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from foveate.errors import DeviceError
+from foveate.errors import DeviceError, FoveateError
 from foveate.kernels.backends import table as dispatch
 from foveate.kernels.planes import reference
 from foveate.nn.modules import PlaneEmbedding, PlaneLinear
@@ -384,3 +384,14 @@ def test_the_reference_has_handles_too() -> None:
     del handle
     with pytest.raises(RuntimeError, match="its weight is gone"):
         reference.plane_linear_by_handle(call.x, copied, None, None, *args)
+
+
+def test_ops_that_write_refuse_what_is_negated_lazily() -> None:
+    """torch would negate a copy, look for it among what the op returns, and end the process."""
+    written = torch._neg_view(torch.zeros(0, dtype=torch.uint8))
+    with pytest.raises(FoveateError, match="plane_to_tiles writes into an argument"):
+        torch.ops.foveate.plane_to_tiles(torch.zeros(16, 0, dtype=torch.uint8), 3, 128, written)
+    with pytest.raises(FoveateError, match="resolve_neg"):
+        torch.ops.foveate.add_squared_gradients(
+            torch.zeros(2, 2), torch._neg_view(torch.zeros(1, 2)), torch.zeros(1, 2)
+        )

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from foveate.errors import DeviceError
+from foveate.errors import DeviceError, FoveateError
 
 LIBRARY = torch.library.Library("foveate", "DEF")
 
@@ -47,7 +47,19 @@ def define(schema: str, reference: Callable[..., Any]) -> str:
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, on_the_cpu, "CompositeExplicitAutograd")
+    if (
+        "!)" in schema
+    ):  # torch negates and conjugates for ops that return what they write, and ends the process for others
+        for key in ("Negative", "Conjugate"):
+            LIBRARY.impl(name, functools.partial(_refuse_lazy, name), key)
     return name
+
+
+def _refuse_lazy(name: str, *_: Any, **__: Any) -> NoReturn:
+    raise FoveateError(
+        f"foveate.{name} writes into an argument, and takes no tensor that is negated or conjugated lazily: give "
+        "tensor.resolve_neg() or tensor.resolve_conj()"
+    )
 
 
 def _tensors(args: Iterable[Any]) -> Iterator[Tensor]:
