@@ -315,3 +315,17 @@ def test_a_model_that_cannot_be_rebuilt(tmp_path: Path, change: dict[str, Any]) 
     rewrite(tmp_path / "llama", changed)
     with pytest.raises(CheckpointError):
         fv.load(tmp_path / "llama")
+
+
+def test_ties_that_the_folder_does_not_have(tmp_path: Path) -> None:
+    model, _ = quantized_llama(tie_word_embeddings=False)
+    fv.save(model, tmp_path / "llama")
+
+    def changed(data: Any) -> Any:
+        data["model"]["config"]["tie_word_embeddings"] = True
+        del data["files"]["rest"]["sha256"]["model.norm.weight"]
+        return data
+
+    rewrite(tmp_path / "llama", changed)
+    with pytest.raises(CheckpointError, match="ties weights that the checkpoint does not"):
+        fv.load(tmp_path / "llama")

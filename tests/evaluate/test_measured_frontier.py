@@ -204,7 +204,8 @@ def _timings(**changes: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"rest": -1.0}, "the rest"),
-        ({"rest": math.nan}, "finite"),
+        ({"rest": math.nan}, "not from 0 to"),
+        ({"rest": 10**400}, "not from 0 to"),
         ({"products": {"a": (1, 2)}}, "2 times for a, not one for each"),
         ({"products": {"a": (0, 1, 2, 3, 4, math.inf)}}, "timings of a"),
         ({"products": {"a": (0, 1, 2, 3, 4, "5")}}, "timings of a"),

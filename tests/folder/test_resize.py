@@ -13,7 +13,7 @@ from torch import nn
 import foveate as fv
 from folders import copy_of, mixed
 from foveate.errors import BudgetError, CheckpointError, LevelError, PlaneNotResidentError
-from foveate.nn.residency.registry import resident_registry
+from foveate.nn.residency.attach import resident_registry
 
 
 def test_the_head_lists_runs_and_their_checksums(small_runs: Saved) -> None:

@@ -23,8 +23,8 @@ import foveate as fv
 from folders import copy_of, rewrite
 from foveate.errors import CheckpointError, FoveateError
 from foveate.memory.mover import FIRST_RETRY_S
+from foveate.nn.residency.attach import resident_registry
 from foveate.nn.residency.following import look
-from foveate.nn.residency.registry import resident_registry
 
 
 def _plane_file(folder: Path, plane: int) -> Path:

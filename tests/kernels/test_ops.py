@@ -395,3 +395,16 @@ def test_ops_that_write_refuse_what_is_negated_lazily() -> None:
         torch.ops.foveate.add_squared_gradients(
             torch.zeros(2, 2), torch._neg_view(torch.zeros(1, 2)), torch.zeros(1, 2)
         )
+
+
+def test_sizes_that_no_machine_has_are_refused() -> None:
+    ops, one = torch.ops.foveate, torch.ones(1, 1)
+    empty = torch.empty(0, 2**62, dtype=torch.uint8)
+    with pytest.raises((RuntimeError, FoveateError)):
+        ops.plane_to_tiles(empty, 0, 128, torch.empty(0, dtype=torch.uint8))
+    with pytest.raises((RuntimeError, FoveateError)):
+        ops.row_sums(one.expand(2**50, 1))
+    with pytest.raises((RuntimeError, FoveateError)):
+        ops.input_changes(one.expand(1, 2**50), one.expand(1, 2**50))
+    with pytest.raises(FoveateError, match="group"):
+        torch.library.opcheck(ops.half_extremes.default, (torch.ones(16, 32, dtype=torch.float16), 0))

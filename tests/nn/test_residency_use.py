@@ -13,7 +13,7 @@ import foveate as fv
 from foveate.checkpoint import runs as checkpoint_runs
 from foveate.memory.runs import Run, Tag
 from foveate.nn.registry import registry_of
-from foveate.nn.residency.registry import resident_registry
+from foveate.nn.residency.attach import resident_registry
 from foveate.nn.residency.use import UseCounter
 from tiny import generator, mlp, rows
 

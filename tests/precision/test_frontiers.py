@@ -225,6 +225,16 @@ def test_between_stays_between(places: list[float], at: float, ratios: bool) -> 
             assert found <= value * (1 + 1e-12)
 
 
+@pytest.mark.parametrize("ratios", [False, True])
+@pytest.mark.parametrize("most", [1e308, math.inf])
+def test_between_places_that_are_very_far_apart(most: float, ratios: bool) -> None:
+    places, values = [1e-300, 1.0, most], [1e-300, 1.0, 1e300]
+    found = [between(at, places, values, ratios=ratios) for at in (1e-300, 1e-9, 1.0, 1e200, most)]
+    assert all(math.isfinite(value) for value in found)
+    assert found == sorted(found)
+    assert found[-1] == pytest.approx(1e300, rel=1e-9)
+
+
 def test_budgets_of_time_and_energy() -> None:
     assert fv.Budget(latency="30ms").latency == pytest.approx(0.03)
     assert fv.Budget(latency=0.5).latency == 0.5

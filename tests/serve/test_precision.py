@@ -180,10 +180,10 @@ def test_wishes_and_reports() -> None:
     with pytest.raises(RefusedRequest, match="not an object"):
         Wish.parse({"tier": 1, "speed": 2})
     given = Given()
-    assert given.report((8.0, 4.0), Wish())["bits"] is None
+    assert given.report(Wish())["bits"] is None
     for index, token in ((0, False), (1, True), (1, True), (0, True)):
-        given.add(index, token)
-    assert given.report((8.0, 4.0), Wish(floor=1)) == {
+        given.add(index, (8.0, 4.0)[index], token)
+    assert given.report(Wish(floor=1)) == {
         "tier": "auto", "best": 0, "worst": 1, "bits": round(16 / 3, 4), "min_bits": 4.0, "switches": 2
     }  # fmt: skip
 

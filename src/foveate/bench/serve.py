@@ -143,7 +143,7 @@ async def _loaded(engine: Any, sizes: Sizes, batch: int) -> dict[str, float]:
                 counted["tokens"] += not isinstance(event, Ended) and time.monotonic() < until
             counted["answers"] += 1
             counted["lost"] += event.error is not None or job.produced != sizes.answer
-            counted["worst"] = max(counted["worst"], *job.given.passes)
+            counted["worst"] = max(counted["worst"], job.given.worst or 0)
 
     await asyncio.gather(*(client() for _ in range(3 * batch)))
     times = engine.metrics.times

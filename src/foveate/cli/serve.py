@@ -12,6 +12,7 @@ import typer
 import foveate as fv
 from foveate.cli.shared import options
 from foveate.cli.shared.console import log
+from foveate.cli.shared.data import price_batches
 from foveate.cli.shared.models import config_of, is_causal, load_tokenizer
 from foveate.errors import BudgetError, DataError
 
@@ -31,7 +32,19 @@ def serve(
         ),
     ] = "queue_wait=500ms",
     name: Annotated[str | None, typer.Option(help="The model's name in requests. Default: the folder's.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Load the planes of the best map that fits, such as 6GiB.")] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(help="What the model may take, such as 6GiB, or auto; the rest of its planes stay on disk."),
+    ] = None,
+    adapt: Annotated[
+        Path | None,
+        typer.Option(
+            help="Text like the requests': each token then chooses between two maps around the index in force."
+        ),
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Move bits to the weights that the requests need, for the same bytes.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Requests that are computed together.")] = 8,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that one step computes.")] = 256,
     cache_tokens: Annotated[int, typer.Option(min=16, help="Tokens whose keys and values are kept.")] = 8192,
@@ -51,7 +64,7 @@ def serve(
 
     require_serving()
     from foveate.runtime import Limits, ManagerOptions
-    from foveate.serve.options import ServeOptions, ServerLimits, default_name
+    from foveate.serve.options import ADAPTING_POINTS, FOLLOW, ServeOptions, ServerLimits, default_name
     from foveate.serve.run import made_engine
     from foveate.serve.run import serve as run
 
@@ -63,6 +76,9 @@ def serve(
         log.warning("anybody who reaches %s may use this server: %s is not set", host, _ENVIRONMENT_KEY)
     settings = ServeOptions(
         name=name or default_name(out),
+        adapt_on=() if adapt is None else price_batches(adapt, out),
+        follow=FOLLOW if follow else None,
+        points=16 if adapt is None else ADAPTING_POINTS,
         bend=None if limits.strip() == "none" else Limits.parse(limits),
         limits=ServerLimits(
             batch=batch,

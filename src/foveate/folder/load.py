@@ -20,8 +20,8 @@ from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.allocator import given_back
 from foveate.memory.streaming import StreamingResidency
 from foveate.nn.decoder.fuse import fuse
+from foveate.nn.residency.attach import make_resident
 from foveate.nn.residency.following import AUTO, first_limit, start_following
-from foveate.nn.residency.registry import make_resident
 from foveate.precision.maps import PrecisionMap, uniform
 from foveate.sizes import parse_bytes
 

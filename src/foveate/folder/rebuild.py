@@ -132,7 +132,10 @@ def _fill(model: nn.Module, folder: Folder) -> None:
             own: dict[str, Any] = module.origin.module._parameters
             own.update({name: filled[id(old)][1] for name, old in own.items() if id(old) in filled})
     if hasattr(model, "tie_weights") and any(p.is_meta for p in model.parameters()):
-        cast(Any, model).tie_weights()
+        try:
+            cast(Any, model).tie_weights()
+        except AttributeError as error:  # to a weight that is on planes
+            raise CheckpointError(f"the model ties weights that the checkpoint does not: {error}") from error
     empty = [name for name, t in _rest(model).items() if t.is_meta or name not in folder.head.checksums["rest"]]
     if empty:
         raise CheckpointError(

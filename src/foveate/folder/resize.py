@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from foveate.memory.report import MemoryReport
+from foveate.nn.residency.attach import resident_registry
 from foveate.nn.residency.following import limit_of
-from foveate.nn.residency.registry import resident_registry
 from foveate.precision.maps import PrecisionMap
 
 

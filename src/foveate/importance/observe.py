@@ -155,3 +155,34 @@ class Observer:
         energies = grouped * (count / max(len(some_MK), 1))
         self._shared = (x, group, energies)
         return energies
+
+
+class Hook:
+    """Two functions that are called before and after each eager pass of a model, until `end`.
+
+    A copy of the model has a hook that does nothing.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[tuple[Any, ...], dict[str, Any]], None] | None,
+        done: Callable[[bool], None] | None,
+    ) -> None:
+        self._begin, self._done = begin, done
+
+    def __reduce__(self) -> Any:
+        return Hook, (None, None)
+
+    def end(self) -> None:
+        """Call nothing any more."""
+        self._begin = self._done = None
+
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook with keywords."""
+        if self._begin is not None and not torch.compiler.is_compiling():
+            self._begin(args, kwargs)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook that runs even if the call raised."""
+        if self._done is not None and not torch.compiler.is_compiling():
+            self._done(output is not None)

@@ -54,6 +54,8 @@ class TrackingOptions:
         contribution: the importance is the plain contribution |w x| (patent 10846621), not the loss that a tile costs.
             It needs thresholds.
         shadow: how moves are checked; None trusts the prediction.
+        by_hand: decisions are taken where `tracker.step()` is called, and not after a pass. A server calls it between
+            its steps, and gives the calls of shadow runs by `tracker.show`.
 
     Raises:
         BudgetError: a count is not a whole number in its range, or `contribution` is given without thresholds.
@@ -67,6 +69,7 @@ class TrackingOptions:
     thresholds: Thresholds | None = None
     contribution: bool = False
     shadow: Shadow | None = field(default_factory=Shadow)
+    by_hand: bool = False
 
     def __post_init__(self) -> None:
         if type(self.warm_up) is not int or self.warm_up < 0:

@@ -106,6 +106,14 @@ def load_task(path: str | os.PathLike[str]) -> TaskProfile:
     return task
 
 
+def means_for(task: TaskProfile, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The means of a task, which must be of this model."""
+    for name, mean in task.means.items():
+        if name not in means or mean.shape != means[name].shape:
+            raise DataError(f"task {task.name} is of another model: {name} {list(mean.shape)} is not followed here")
+    return dict(task.means)
+
+
 def _digest(task: TaskProfile, tensors: Mapping[str, Tensor]) -> str:
     parts = [[name, list(t.shape), checksum(t)] for name, t in sorted(tensors.items())]
     return hashlib.sha256(json.dumps([task.name, task.tokens, parts]).encode()).hexdigest()

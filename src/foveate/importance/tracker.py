@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from foveate.allocate.constraints import Constraints
 from foveate.allocate.plan import allocate
 from foveate.collect.objectives import named
-from foveate.errors import DataError, FloorError, FoveateError, PlaneNotResidentError
+from foveate.errors import FloorError, FoveateError, PlaneNotResidentError
 from foveate.formats.levels import TOP_LEVEL
 from foveate.importance.chains import Rooms, chain_of, rooms_of, thresholds_chain_of
 from foveate.importance.contribution import magnitude, start_contributions, update_contributions
 from foveate.importance.moves import Held, Proposal, Ratios, chosen, proposal_of, propose
-from foveate.importance.observe import Observer
+from foveate.importance.observe import Hook, Observer
 from foveate.importance.options import TOKENS_OF_A_PASS, TrackingOptions
 from foveate.importance.rolling import Seen, baseline, ratios, rescaled, start, update
 from foveate.importance.shadow import Sample, divergences, tokens_of
 from foveate.importance.tags import TileTags, tags_of
-from foveate.importance.tasks import Sharing, TaskProfile, start_shares, task_of, update_shares
+from foveate.importance.tasks import Sharing, TaskProfile, means_for, start_shares, task_of, update_shares
 from foveate.importance.verdict import Decision, Snapshot, Verdict
 from foveate.nn.closing import Closing
 from foveate.nn.levels import USER, apply, withdraw
@@ -50,24 +50,6 @@ _LONGEST_WAIT = 64
 _MOST_SNAPSHOTS = 512
 #: The tracker of each model that is followed.
 TRACKERS: WeakKeyDictionary[Registry, ImportanceTracker] = WeakKeyDictionary()
-
-
-class _Hook:
-    """The hooks of a tracker on its model. A copy of the model has hooks that do nothing."""
-
-    def __init__(self, tracker: ImportanceTracker | None) -> None:
-        self.tracker = tracker
-
-    def __reduce__(self) -> Any:
-        return _Hook, (None,)
-
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.tracker is not None and not torch.compiler.is_compiling():
-            self.tracker._begin(args, kwargs)
-
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.tracker is not None and not torch.compiler.is_compiling():
-            self.tracker._end(output is not None)
 
 
 class ImportanceTracker(Closing):
@@ -98,13 +80,13 @@ class ImportanceTracker(Closing):
         means = {n: m for n, m in baseline(self._profile).items() if n in self._registry.weights}
         if not means:
             raise FoveateError("the profile has no input energies: quantize the original again")
-        self._rolling = start(means if warm_up is None else {**means, **_fitting(warm_up, means)}, options.warm_up)
+        self._rolling = start(means if warm_up is None else {**means, **means_for(warm_up, means)}, options.warm_up)
         self._observer = Observer(self._model, self._registry, frozenset(means))
         self._sample = None if options.shadow is None else Sample(options.shadow.calls, options.shadow.tokens)
         self._ones: Ratios = {n: torch.ones(s.tiles, dtype=torch.float64) for n, s in self._sites.items()}
         self._contributions: dict[str, Tensor] | None = None
         self._magnitudes: dict[str, Tensor] = {}
-        self._tasks = {task.name: ratios(self._profile, _fitting(task, means)) for task in tasks}
+        self._tasks = {task.name: ratios(self._profile, means_for(task, means)) for task in tasks}
         self.shares = start_shares(("static", "online", *self._tasks)) if tasks else {}
         self.source = "static"
         self.history: list[Snapshot] = []
@@ -112,7 +94,7 @@ class ImportanceTracker(Closing):
         self._unobserved = self._new_tokens = self._shadow_tokens = 0
         self._decided_at = self._shadowed_at = self._quiet_until = self._refusals = 0
         self._observing = threading.Lock()
-        self._inside = self._inside_pass = 0
+        self._inside = self._inside_pass = self._furthest = 0
         self._handed_over = False
         self._base: Frontier | None = None
         if options.contribution:
@@ -123,7 +105,7 @@ class ImportanceTracker(Closing):
                 whole = replace(value, active_levels=value.highest_levels[None])
                 self._magnitudes[name] = magnitude(whole.dequantize(), site)
         self._take_base(self._state())
-        self._hook = _Hook(self)
+        self._hook = Hook(self._begin, self._end)
         self._handles = [
             self._model.register_forward_pre_hook(self._hook.before, with_kwargs=True),
             self._model.register_forward_hook(self._hook.after, always_call=True),
@@ -135,6 +117,7 @@ class ImportanceTracker(Closing):
         if self._inside == threading.get_ident() or self._is_suspended():
             return
         tokens = tokens_of(args, kwargs)
+        self._furthest = max(self._furthest, self._state().index)
         self._new_tokens += tokens
         self._unobserved += max(1, tokens // TOKENS_OF_A_PASS)
         if self._unobserved < self._options.observe_every:
@@ -143,7 +126,7 @@ class ImportanceTracker(Closing):
             self._unobserved = 0
             self._inside_pass = threading.get_ident()
             self._observer.begin()
-            if self._sample is not None:
+            if self._sample is not None and not self._options.by_hand:
                 self._sample.add(args, kwargs)
 
     def _end(self, is_whole: bool) -> None:
@@ -154,13 +137,20 @@ class ImportanceTracker(Closing):
             seen = self._observer.end()
             if is_whole:
                 self._see(seen)
-                if self._rolling.tokens - self._decided_at >= self._options.decide_every:
-                    self._decided_at = self._rolling.tokens
-                    self._inside = ident
-                    self._decide()
+                if not self._options.by_hand:
+                    self._decide_if_due()
+        finally:
+            self._observing.release()
+
+    def _decide_if_due(self) -> None:
+        if not self.is_due:
+            return
+        self._decided_at = self._rolling.tokens
+        self._inside = threading.get_ident()
+        try:
+            self._decide()
         finally:
             self._inside = 0
-            self._observing.release()
 
     def _see(self, seen: Mapping[str, Seen]) -> None:
         tokens, self._new_tokens = self._new_tokens, 0
@@ -213,8 +203,7 @@ class ImportanceTracker(Closing):
 
     def _chain(self, by: Ratios) -> Frontier:
         """The chain for ratios of importance; for the plain contribution, `by` is the importance itself."""
-        weights = self._registry.weights
-        stored = {name: weight.value.highest_levels.clamp_max(TOP_LEVEL) for name, weight in weights.items()}
+        stored = {name: self._registry.highest_of(name).clamp_max(TOP_LEVEL) for name in self._registry.weights}
         options, profile = self._options, self._profile
         if options.thresholds is not None:
             if not options.contribution:
@@ -234,7 +223,9 @@ class ImportanceTracker(Closing):
         self._take_base(state)
         now = ratios(self._profile, self._rolling.means())
         self._remember(now)
-        index = self._state().index
+        # where bits were scarcest since the last decision: at the best maps there may be nothing to move
+        index = max(self._furthest, self._state().index)
+        self._furthest = 0
         proposal = self._proposal(now, index)
         options, tokens = self._options.shadow, self._rolling.tokens
         due = options is not None and tokens - self._shadowed_at >= options.every
@@ -343,6 +334,26 @@ class ImportanceTracker(Closing):
     # what a user asks for
 
     @property
+    def is_due(self) -> bool:
+        """Whether a decision is due: `decide_every` tokens have passed since the last one."""
+        return self._rolling.tokens - self._decided_at >= self._options.decide_every
+
+    def step(self) -> None:
+        """Decide now, if it is due; call it between passes, on the thread that runs the model (`options.by_hand`)."""
+        with self._observing:
+            self._decide_if_due()
+
+    def show(self, *args: Any, **kwargs: Any) -> None:
+        """Keep a call of the model for shadow runs: one like the stream, that can be made again."""
+        if self._sample is not None:
+            self._sample.add(args, kwargs)
+
+    @property
+    def chain(self) -> Frontier:
+        """The frontier that was handed over last."""
+        return self._held.chain
+
+    @property
     def verdict(self) -> Verdict:
         """What following came to so far."""
         return Verdict(
@@ -372,7 +383,7 @@ class ImportanceTracker(Closing):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._hook.tracker = None
+        self._hook.end()
         self._observer.end()  # a pass of another thread may be observed just now
         withdraw(self._model, self.name)
         self._handed_over = False
@@ -380,11 +391,3 @@ class ImportanceTracker(Closing):
 
     def __str__(self) -> str:
         return str(self.verdict)
-
-
-def _fitting(task: TaskProfile, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The means of a task, which must be of this model."""
-    for name, mean in task.means.items():
-        if name not in means or mean.shape != means[name].shape:
-            raise DataError(f"task {task.name} is of another model: {name} {list(mean.shape)} is not followed here")
-    return dict(task.means)

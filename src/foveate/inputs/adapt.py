@@ -37,6 +37,7 @@ from foveate.precision.adaptation import Adaptation, Estimator
 from foveate.precision.budgets import Budget
 from foveate.precision.frontiers import Frontier
 from foveate.precision.profiles import Profile
+from foveate.precision.state import Composed
 from foveate.progress import say, track
 
 #: Maps of a frontier that is made here.
@@ -94,13 +95,30 @@ class InputAdaptation(Closing):
         now = counts.clone()
         before = self._seen[1] if self._seen[0] is counts and self._seen[1] is not None else torch.zeros_like(now)
         self._seen = (counts, now)
-        decided, high = (now - before).unbind(1)
+        return self._samples_and_bits(now - before, composed, pair)
+
+    def _samples_and_bits(self, counts: Tensor, composed: Composed, pair: tuple[int, int]) -> tuple[float, float]:
+        """(samples, mean bits) of the rows that `counts` [weights, 2] counted."""
+        decided, high = counts.unbind(1)
         low, better = (composed.maps[number] for number in pair)
         names = [site.name for site in low.weight_sites()]
         shares = {n: h / d for n, d, h in zip(names, decided.tolist(), high.tolist(), strict=True) if d}
         rows = self._adaptation.estimator.rows
         samples = max((d / rows.get(n, 1.0) for n, d in zip(names, decided.tolist(), strict=True)), default=0.0)
         return samples, Shares.between(low, better).bits(shares)
+
+    @property
+    def present_bits(self) -> float | None:
+        """The mean bits of the rows that were decided since levels last changed; None before the first one. Reading it
+        changes nothing, in any thread.
+        """
+        generations = self._registry.generations
+        composed, counted = generations.composed, generations.counts
+        pair = None if composed is None else composed.pairs[0]
+        if composed is None or pair is None or pair not in counted:
+            return None
+        samples, bits = self._samples_and_bits(counted[pair].clone(), composed, pair)
+        return bits if samples else None
 
     @property
     def bits(self) -> float:
@@ -126,6 +144,10 @@ class InputAdaptation(Closing):
         self.correction = corrected(self.correction, round(samples), bits)
         if self.correction.multiplier != self._adaptation.multiplier:
             self.renew(replace(self._adaptation, multiplier=self.correction.multiplier))
+
+    def give_index_back(self) -> None:
+        """Demand no index any more: the two maps stand around whatever index others demand, at the same price."""
+        set_index(self._model, 0, decider=self._decider)
 
     def hold(self) -> None:
         """Correct the price from now on, whenever enough rows were decided."""

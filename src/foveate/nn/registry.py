@@ -207,6 +207,19 @@ class Registry:
     def _put(self, changed: Callable[[LevelState | None], LevelState]) -> LevelState:
         return self.generations.change(changed, self._levels_read)
 
+    def highest_of(self, name: str) -> Tensor:
+        """The highest level at which maps may read each tile of a weight, uint8 [NT, G]."""
+        return self.weights[name].value.highest_levels
+
+    @property
+    def version(self) -> int:
+        """Changes whenever another level may be read for one map."""
+        return 0
+
+    def as_read(self, plan: PrecisionMap) -> PrecisionMap:
+        """A map at the levels that are in memory."""
+        return plan
+
     @property
     def wanted(self) -> PrecisionMap | None:
         """The map that was decided for rows for which nothing was asked; None before any was applied."""

@@ -38,6 +38,8 @@ from foveate.precision.sites import Site, tile_levels
 TILE_ROWS = 16
 #: The share of the probability that all strips have alike: no strip has a very small one, and so a very large weight.
 _ALIKE = 0.1
+#: Pairs of maps of which an estimator keeps what it found; importance that is followed makes ever new ones.
+_MOST_KNOWN = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -107,6 +109,8 @@ class Estimator:
         if known is None:
             samples = tuple(self._sample(i, site, low, high) for i, site in enumerate(low.weight_sites()))
             known = Between(low=low, high=high, bytes=bytes_between(low, high), samples=samples)
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.pop(next(iter(self._known)))
             self._known[id(low), id(high)] = known
         return known
 

@@ -42,12 +42,13 @@ def between(at: float, places: Sequence[float], values: Sequence[float], *, rati
     if not after:
         return values[0]
     x0, x1, y0, y1 = places[after - 1], places[after], values[after - 1], values[after]
-    if not x1 > x0:
+    if not x1 > x0 or math.isinf(x1):
         return y1 if at >= x1 else y0
     at = min(max(at, x0), x1)
-    if ratios and min(x0, y0, y1) > 0:
-        share = math.log(at / x0) / math.log(x1 / x0)
-        found = y0 * math.exp(share * math.log(y1 / y0))
+    if ratios and min(x0, y0, y1) > 0:  # differences of logarithms: a ratio may be too large for a number
+        share = (math.log(at) - math.log(x0)) / (math.log(x1) - math.log(x0))
+        half = math.exp(share * (math.log(y1) - math.log(y0)) / 2)
+        found = y0 * half * half
     else:
-        found = y0 + (y1 - y0) * (at - x0) / (x1 - x0)
+        found = y0 + (y1 - y0) * ((at - x0) / (x1 - x0))
     return min(max(found, min(y0, y1)), max(y0, y1))

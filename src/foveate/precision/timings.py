@@ -9,7 +9,6 @@ depends on the shape of its weight, on the level, and on the rows of x, so it is
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -19,6 +18,9 @@ from foveate.errors import BudgetError, SiteError
 from foveate.formats.levels import EXACT_LEVELS, TILE_LEVELS, TOP_LEVEL, WEIGHT_LEVELS
 from foveate.precision.maps import PrecisionMap
 from foveate.precision.sites import Levels, Site, level_counts
+
+#: No product takes so many seconds, and sums of such times are still numbers.
+_LONGEST = 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +58,8 @@ class Timings:
         for name, times in (*self.products.items(), ("the rest", (self.rest,) * len(self.levels))):
             if len(times) != len(self.levels):
                 raise BudgetError(f"timings have {len(times)} times for {name}, not one for each of {self.levels}")
-            if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in times):
-                raise BudgetError(f"timings of {name} (={times}) are not finite and at least 0")
+            if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t <= _LONGEST for t in times):
+                raise BudgetError(f"timings of {name} (={times}) are not from 0 to {_LONGEST:g} seconds")
 
     def seconds_of(self, plan: PrecisionMap) -> float:
         """The seconds of a token or sample at a map.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from foveate.errors import BudgetError
+from foveate.importance import Shadow, TrackingOptions
 from foveate.runtime import Limits, ManagerOptions
 
 
@@ -56,6 +59,9 @@ class ServeOptions:
         api_key: if given, requests must carry it as a bearer token; health, readiness and metrics need none.
         drain_seconds: how long answers may go on after a signal to end.
         points: maps of the frontier that is made where the folder stores none.
+        adapt_on: batches on which the price of a byte is found, for inputs that choose their precision around the
+            index in force (`foveate.adapt_to_input`); none if they do not.
+        follow: how the importance of weights is followed (`foveate.track_importance`); None if it is not.
     """
 
     name: str
@@ -65,8 +71,12 @@ class ServeOptions:
     api_key: str | None = None
     drain_seconds: float = 30.0
     points: int = 16
+    adapt_on: Sequence[Any] = ()
+    follow: TrackingOptions | None = None
 
     def __post_init__(self) -> None:
+        if self.follow is not None and not self.follow.by_hand:
+            raise BudgetError("follow has by_hand=False: a server decides between its steps, give by_hand=True")
         if not self.name or len(self.name) > 200 or not self.name.isprintable():
             raise BudgetError(f"name (={self.name!r}) is not a printable text of 1 to 200 characters")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable() and self.api_key):
@@ -80,3 +90,11 @@ class ServeOptions:
 def default_name(folder: Path) -> str:
     """What a model is called if nobody says otherwise: its folder's name."""
     return folder.resolve().name or "foveate"
+
+
+#: How a server follows importance unless told otherwise. Observed steps run block by block, so few are; and a shadow
+#: run, for which all requests wait, is of short calls.
+FOLLOW = TrackingOptions(observe_every=128, decide_every=8192, shadow=Shadow(calls=4, tokens=96), by_hand=True)
+
+#: Maps of a frontier by the profile where inputs choose between neighbours: near ones, for wide pairs lose.
+ADAPTING_POINTS = 32

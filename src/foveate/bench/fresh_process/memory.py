@@ -29,7 +29,8 @@ from foveate.errors import BudgetError
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.memory.held import Held
 from foveate.memory.mover import Mover
-from foveate.nn.residency.registry import ResidentRegistry, resident_registry
+from foveate.nn.residency.attach import resident_registry
+from foveate.nn.residency.registry import ResidentRegistry
 from foveate.precision.maps import PrecisionMap, uniform
 
 _THREADS = 2  # as the mover has

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from foveate.cli.shared.console import log
-from foveate.cli.shared.models import is_causal, load_tokenizer
+from foveate.cli.shared.models import config_of, is_causal, load_tokenizer
 from foveate.errors import DataError
 
 #: For this many windows of calibration, one more window is held out.
@@ -28,6 +28,8 @@ HELD_OUT = 8
 _LENGTH = 512
 #: How many lines tell how long lines are.
 _LINES_COUNTED = 128
+#: Windows on which inputs that choose find their price, tokens of one, and windows of a batch.
+_PRICE_WINDOWS, _PRICE_LENGTH, _PRICE_BATCH = 32, 128, 8
 Window = dict[str, Tensor]
 
 
@@ -133,6 +135,18 @@ def batches(samples: Sequence[Window], size: int | None = None) -> list[Window]:
         longest = max(w["input_ids"].shape[1] for w in part)
         made.append({key: torch.cat([F.pad(w[key], (0, longest - w[key].shape[1])) for w in part]) for key in part[0]})
     return made
+
+
+def price_batches(text: Path, out: Path) -> list[Window]:
+    """Batches of a text on which inputs that choose find the price of a byte.
+
+    Args:
+        text: the text file.
+        out: the folder of the model.
+    """
+    config = config_of(str(out))
+    length = min(_PRICE_LENGTH, positions_of(config) or _PRICE_LENGTH)
+    return batches(windows(Request(text, None, _PRICE_WINDOWS, length, _PRICE_BATCH), str(out), config), _PRICE_BATCH)
 
 
 def describe(samples: Sequence[Window]) -> str:

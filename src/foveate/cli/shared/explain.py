@@ -10,13 +10,11 @@ from rich.table import Table
 
 import foveate as fv
 from foveate.cli.shared.console import check_writable, emit, show
-from foveate.cli.shared.data import Request, batches, positions_of, windows
+from foveate.cli.shared.data import positions_of, price_batches
 from foveate.cli.shared.models import config_of, load_planes, load_tokenizer
 from foveate.errors import DataError
 from foveate.inputs import Explanation, InputAdaptation
 from foveate.report import input_page
-
-_SAMPLES, _LENGTH, _BATCH = 32, 128, 8
 
 
 def show_explanation(
@@ -40,17 +38,14 @@ def show_explanation(
     if page is not None:
         check_writable(page)
     model, tokenizer = load_planes(out), load_tokenizer(str(out), "--input is a text, which needs one")
-    config = config_of(str(out))
-    most = positions_of(config)
-    length = _LENGTH if most is None else min(_LENGTH, most)
-    found = windows(Request(data, None, _SAMPLES, length, _BATCH), str(out), config)
+    most = positions_of(config_of(str(out)))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise DataError(f"the text (={text!r}) has no tokens")
     if most is not None and len(ids) > most:
         raise DataError(f"the text has {len(ids)} tokens, and the model {most} positions: give a shorter one")
     words = [tokenizer.decode([one]) for one in ids]
-    with fv.adapt_to_input(model, bits=bits, batches=batches(found, _BATCH)) as adapted:
+    with fv.adapt_to_input(model, bits=bits, batches=price_batches(data, out)) as adapted:
         explained = fv.explain(model, {"input_ids": torch.tensor([ids])})
         if page is not None:
             page.write_text(input_page(explained, words, text if len(text) < 60 else f"{text[:59]}…"), encoding="utf-8")

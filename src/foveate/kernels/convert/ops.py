@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.formats.packing import check_group
 from foveate.kernels.convert import reference as reference
 from foveate.kernels.library import LIBRARY, define
 
@@ -39,7 +40,7 @@ def _plane_to_tiles_fake(rows: Tensor, plane: int, group: int, out: Tensor) -> N
 
 @torch.library.register_fake("foveate::half_extremes", lib=LIBRARY)
 def _half_extremes_fake(w: Tensor, group: int) -> Tensor:
-    return w.new_empty(2, w.shape[0], w.shape[1] // group, dtype=torch.float32)
+    return w.new_empty(2, w.shape[0], w.shape[1] // check_group(group), dtype=torch.float32)
 
 
 @torch.library.register_fake("foveate::halves_to_planes", lib=LIBRARY)

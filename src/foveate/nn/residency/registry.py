@@ -14,25 +14,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from foveate.checkpoint import Tiers
-from foveate.errors import FoveateError, LevelError
+from foveate.errors import LevelError
 from foveate.formats.levels import TOP_LEVEL, WEIGHT_LEVELS
 from foveate.memory.policy.limits import AutoLimit
 from foveate.memory.report import MemoryReport
 from foveate.memory.residency import LOOK_EVERY
 from foveate.memory.streaming import StreamingResidency
 from foveate.nn.plane_module import PlaneModule
-from foveate.nn.registry import Registry, attach, detach, quantized_part, registry_of, tiles_of
-from foveate.nn.residency.pass_gate import EagerHook, PassGate
+from foveate.nn.registry import Registry, registry_of, tiles_of
+from foveate.nn.residency.pass_gate import PassGate
 from foveate.nn.residency.streaming import Streaming
 from foveate.nn.residency.use import UseCounter, alone
-from foveate.planes import rounded_up, shortfall
+from foveate.planes import highest, rounded_up, shortfall
 from foveate.precision.maps import Levels, PrecisionMap, input_level_for
 from foveate.precision.state import LevelState
 
@@ -72,6 +72,7 @@ class ResidentRegistry(Registry):
     _use: UseCounter
     _fallbacks: dict[str, int]
     _wait_s: float
+    _version: int
 
     @classmethod
     def of(cls, model: nn.Module, residency: StreamingResidency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
@@ -88,7 +89,7 @@ class ResidentRegistry(Registry):
         own._embeddings = tuple(m for m in model.modules() if isinstance(m, PlaneModule) and m not in inputs)
         own._read = {}
         own._short = frozenset()
-        own._short_passes = own._uncounted = 0
+        own._short_passes = own._uncounted = own._version = 0
         own._fallbacks = {}
         own._wait_s = 0.0
         own.auto = own.default = None
@@ -135,7 +136,7 @@ class ResidentRegistry(Registry):
         if wanted is None:
             return None
         if self._found is None or self._found_for is not wanted:
-            self._found, self._found_for = self._lowered(wanted), wanted
+            self._found, self._found_for = self.as_read(wanted), wanted
         return self._found
 
     def _put(self, changed: Callable[[LevelState | None], LevelState]) -> LevelState:
@@ -194,6 +195,7 @@ class ResidentRegistry(Registry):
             return
         for name in names:
             self._write_caps(name, self.residency.caps[name])
+        self._version += 1
         self._note_shortfall(self._read, names)
 
     def _write_caps(self, name: str, caps: Tensor) -> None:
@@ -216,7 +218,17 @@ class ResidentRegistry(Registry):
         short = {name for name in changed if bool((read[name] > caps[name]).any())}
         self._short = frozenset(short | (self._short - set(changed)))
 
-    def _lowered(self, plan: PrecisionMap) -> PrecisionMap:
+    @property
+    def version(self) -> int:
+        """Changes whenever planes have come or gone."""
+        return self._version
+
+    def highest_of(self, name: str) -> Tensor:
+        """The highest level at which maps may read each tile of a weight, in memory or on disk, uint8 [NT, G]."""
+        return highest(self.stored[name], self.weights[name].value.exact)
+
+    def as_read(self, plan: PrecisionMap) -> PrecisionMap:
+        """A map at the levels that are in memory."""
         if self._streaming is not None:
             return plan
         levels: dict[str, Levels] = dict(plan.levels)
@@ -355,40 +367,3 @@ class ResidentRegistry(Registry):
         for name in self._short:
             counts[name] = counts.get(name, 0) + self._short_passes
         return self.residency.report({name: n for name, n in counts.items() if n}, self._wait_s)
-
-
-def make_resident(model: nn.Module, residency: StreamingResidency, tiers: Tiers, *, strict: bool) -> ResidentRegistry:
-    """Give a model whose weights have gaps the registry that lets its planes come and go.
-
-    Args:
-        model: a quantized model.
-        residency: its runs.
-        tiers: the folder that it came from.
-        strict: whether calls wait for planes that are not in memory.
-    """
-    registry = ResidentRegistry.of(model, residency, tiers, strict=strict)
-    detach(model)
-    attach(model, registry)
-
-    registry.hooks = [
-        model.register_forward_pre_hook(EagerHook(registry.begin_pass), prepend=True),
-        model.register_forward_hook(EagerHook(registry.end_pass), always_call=True),
-        model.register_state_dict_pre_hook(_refuse_state),
-        model.register_load_state_dict_pre_hook(_refuse_state),
-    ]
-    return registry
-
-
-def _refuse_state(*_: Any) -> NoReturn:
-    raise FoveateError(
-        "a model whose planes are partly on disk has no state_dict: save it with foveate.save, or load its folder "
-        "without memory="
-    )
-
-
-def resident_registry(model: nn.Module) -> ResidentRegistry:
-    """The registry of a model whose planes come and go; raises `FoveateError` if all of its planes are in memory."""
-    registry = registry_of(quantized_part(model))
-    if not isinstance(registry, ResidentRegistry):
-        raise FoveateError("all planes of this model are in memory: load it with foveate.load(path, memory=...)")
-    return registry

@@ -12,9 +12,7 @@ So a whole number is an index of the frontier, of which 0 is the best, and a tex
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from foveate.errors import BudgetError, FloorError
@@ -97,43 +95,52 @@ class Given:
     """The precision that one answer got, written down pass by pass.
 
     Attributes:
-        passes: how many passes read at each index, prompt included.
-        tokens: how many tokens of the answer came from passes at each index.
+        best, worst: the least and the furthest index of its passes; None before the first.
+        tokens: tokens of the answer so far, and `passes`, prompt included.
+        token_bits, pass_bits: the sum over them of the average bits of a weight.
+        min_bits: the least bits of a pass.
         switches: how often the index differed from that of the pass before.
         last: the index of the last pass; None before the first.
     """
 
-    passes: Counter[int] = field(default_factory=Counter)
-    tokens: Counter[int] = field(default_factory=Counter)
+    best: int | None = None
+    worst: int | None = None
+    tokens: int = 0
+    passes: int = 0
+    token_bits: float = 0.0
+    pass_bits: float = 0.0
+    min_bits: float = math.inf
     switches: int = 0
     last: int | None = None
 
-    def add(self, index: int, token: bool) -> None:
-        """Write down one pass, and whether a token of the answer came from it."""
-        self.passes[index] += 1
-        self.tokens[index] += token
+    def add(self, index: int, bits: float, token: bool) -> None:
+        """Write down one pass: its index, the average bits that it read, and whether it gave a token of the answer."""
+        self.best = index if self.best is None else min(self.best, index)
+        self.worst = index if self.worst is None else max(self.worst, index)
+        self.passes += 1
+        self.pass_bits += bits
+        self.min_bits = min(self.min_bits, bits)
+        self.tokens += token
+        self.token_bits += bits * token
         self.switches += self.last is not None and self.last != index
         self.last = index
 
-    def report(self, bits: Sequence[float], wish: Wish) -> dict[str, Any]:
+    def report(self, wish: Wish) -> dict[str, Any]:
         """What the answer says of it.
 
         Args:
-            bits: the average bits of a weight at each index.
             wish: what was asked for.
 
         Returns:
             `tier` ("auto" or the index that was fixed), `best` and `worst` (the indices of its passes), `bits` (the
             mean over the tokens of the answer), `min_bits`, and `switches`. Before the first pass the numbers are None.
         """
-        counted = self.tokens if self.tokens.total() else self.passes
-        total = counted.total()
-        mean = sum(bits[index] * count for index, count in counted.items()) / total if total else math.nan
+        bits = self.token_bits / self.tokens if self.tokens else self.pass_bits / max(self.passes, 1)
         return {
             "tier": "auto" if wish.tier is None else self.last,
-            "best": min(self.passes, default=None),
-            "worst": max(self.passes, default=None),
-            "bits": round(mean, 4) if total else None,
-            "min_bits": round(min(bits[index] for index in self.passes), 4) if total else None,
+            "best": self.best,
+            "worst": self.worst,
+            "bits": round(bits, 4) if self.passes else None,
+            "min_bits": round(self.min_bits, 4) if self.passes else None,
             "switches": self.switches,
         }

@@ -1,8 +1,9 @@
 """PrecisionControl: who decides the precision of each pass of a served model, and what is said of it.
 
-Three deciders act between two steps, on the thread that runs the model, so that no step is torn: the runtime manager
-moves the index; the operator (the page, or `POST /v1/precision`) holds an index or sets a floor; and each request may
-fix its own tier or floor, for its own rows. While the operator holds the index, the manager waits.
+Deciders act between two steps, on the thread that runs the model, so that no step is torn: the runtime manager moves
+the index; the operator (the page, or `POST /v1/precision`) holds an index, sets a floor or another limit of memory; and
+each request may fix its own tier or floor, for its own rows. While the operator holds the index, the manager waits.
+Where the server was told so, inputs choose and importance follows, too (`foveate.serve.engine.deciders`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import nn
 from foveate.allocate import frontier as computed_frontier
 from foveate.errors import BudgetError
 from foveate.folder.known_frontier import known_frontier
+from foveate.folder.resize import resize
+from foveate.importance import Decision as Move
+from foveate.importance import TrackingOptions, Verdict
 from foveate.nn.levels import (
     apply,
     current_map,
@@ -29,21 +33,25 @@ from foveate.nn.levels import (
     state_of,
     withdraw,
 )
-from foveate.nn.registry import profile_of
+from foveate.nn.registry import profile_of, registry_of
+from foveate.nn.residency.registry import ResidentRegistry
 from foveate.precision.frontiers import Frontier
 from foveate.precision.state import Floor, Request
 from foveate.runtime import Costs, Limits, ManagerOptions, RuntimeManager
 from foveate.runtime.levels import DECIDER as MANAGER
 from foveate.runtime.site_control import below
+from foveate.serve.engine.deciders import Deciders, who_decides
 
-#: The names under which the server, its operator, and the rows of its requests decide.
-SERVER, OPERATOR, ROWS = "server", "operator", "rows of requests"
+#: The names under which the server, its operator, and the rows of its requests decide, and of importance in its log.
+SERVER, OPERATOR, ROWS, IMPORTANCE = "server", "operator", "rows of requests", "importance"
+#: What is read with the planes in memory is looked at anew after so many seconds at the earliest.
+_BITS_EVERY = 0.5
 _log = logging.getLogger("foveate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """A change of the index in force: when (seconds since 1970), from where to where, who decided it, and why."""
+    """What somebody decided: when (seconds since 1970), the index before and after it, who decided it, and why."""
 
     at: float
     before: int
@@ -73,11 +81,15 @@ class PrecisionControl:
         bend: the limits that the manager keeps; None for no manager.
         options: how the manager works.
         queue_wait: seconds that the first request in the queue has waited.
+        adapt_on: batches on which inputs that choose find the price of a byte; none if they do not choose.
+        follow: how importance is followed; None if it is not.
 
     Attributes:
-        frontier: the chain of maps.
-        bits: the average bits of a weight at each index.
-        decisions: the last changes of the index, the newest last.
+        frontier: the chain of maps in force: that which was given or, index by index of the same bytes, that of the
+            importance that is followed.
+        bits: the average bits of a weight at each index, if all planes that it reads are in memory.
+        deciders: inputs that choose, and importance.
+        decisions: the last decisions, the newest last.
         switches: how many there were, by direction ("down" is to fewer bits) and by who decided.
         manager: the manager, or None.
         fault: why the manager no longer decides; empty while it does.
@@ -92,10 +104,17 @@ class PrecisionControl:
         bend: Limits | None,
         options: ManagerOptions,
         queue_wait: Callable[[], float],
+        adapt_on: Sequence[Any] = (),
+        follow: TrackingOptions | None = None,
     ) -> None:
-        self._model, self.frontier = model, frontier
+        self._model, self._registry, self._given = model, registry_of(model), frontier
         apply(model, frontier, decider=SERVER)
-        self.bits = tuple(frontier.bits(index) for index in range(len(frontier)))
+        self._take(frontier)
+        try:
+            self.deciders = Deciders(model, frontier, adapt_on=adapt_on, follow=follow, told=self._moved)
+        except BaseException:
+            withdraw(model, SERVER)
+            raise
         self.decisions: deque[Decision] = deque(maxlen=256)
         self.switches: Counter[tuple[str, str]] = Counter()
         self.fault = ""
@@ -110,6 +129,22 @@ class PrecisionControl:
             given = replace(options, background=False, costs=options.costs or _measured_costs(frontier))
             self.manager = RuntimeManager(model, limits=bend, sensors=sensors, options=given)
 
+    def _take(self, chain: Frontier) -> None:
+        """Know another chain as that in force."""
+        self.frontier, self.bits = chain, tuple(chain.bits(index) for index in range(len(chain)))
+        self._read_bits: dict[int, float] = {}
+        self._read_version, self._read_since = self._registry.version, 0.0
+
+    def read_bits(self, index: int) -> float:
+        """The average bits of a weight that are read at an index, with the planes that are in memory."""
+        now = time.monotonic()
+        if self._read_version != self._registry.version and now - self._read_since > _BITS_EVERY:
+            self._read_bits, self._read_version, self._read_since = {}, self._registry.version, now
+        bits = self._read_bits.get(index)
+        if bits is None:
+            bits = self._read_bits[index] = self._registry.as_read(self.frontier[index]).bits
+        return bits
+
     @property
     def index(self) -> int:
         """The index in force, for rows that ask for nothing."""
@@ -121,12 +156,14 @@ class PrecisionControl:
         return self.manager is None or bool(self.fault) or self.manager.admits
 
     def start(self) -> None:
-        """Let the manager begin to decide."""
+        """Let the deciders begin."""
         if self.manager is not None:
             self.manager.start()
+        self.deciders.start()
 
     def close(self) -> None:
         """Withdraw everything that was decided here."""
+        self.deciders.close()
         if self.manager is not None and not self.fault:
             self.manager.close()
         for decider in (OPERATOR, SERVER):
@@ -134,7 +171,10 @@ class PrecisionControl:
         self._set_classes(())
 
     def turn(self) -> None:
-        """Between two steps: let the manager decide, if it is time and nobody holds the index."""
+        """Between two steps: let the deciders decide what is due, the manager only while nobody holds the index."""
+        chain = self.deciders.turn()
+        if chain is not None and chain is not self.frontier:
+            self._take(chain)
         now = time.monotonic()
         if self.manager is None or self.fault or self.held is not None or now < self._next:
             return
@@ -183,6 +223,21 @@ class PrecisionControl:
         self.floor = floor
         self._noted(OPERATOR, "the operator set a floor" if floor else "the operator took the floor back")
 
+    @property
+    def resident_bytes(self) -> int | None:
+        """Bytes of planes in memory; None where all of them are."""
+        return self._registry.report().resident if isinstance(self._registry, ResidentRegistry) else None
+
+    def resize(self, memory: int | str) -> None:
+        """Have the model take at most so much memory from now on (`foveate.resize`).
+
+        Raises:
+            BudgetError: the size is none, or the standing floor needs more.
+            FoveateError: all planes of the model are in memory.
+        """
+        resize(self._model, memory=memory)
+        self._note(OPERATOR, f"the operator gives the model {memory} of memory")
+
     def pass_indices(self, requests: Sequence[Request | None], counts: Sequence[int]) -> tuple[list[int], bool]:
         """Give the rows of the next pass their maps.
 
@@ -209,25 +264,37 @@ class PrecisionControl:
         self._classes = set_classes(self._model, requests, decider=ROWS)
 
     def _noted(self, by: str, reason: str) -> None:
+        """Note a change of the index, if there was one."""
         index = state_of(self._model).index
         if index == self._index:
             return
-        self.decisions.append(Decision(at=time.time(), before=self._index, index=index, by=by, reason=reason))
+        self._note(by, reason, index)
         self.switches["down" if index > self._index else "up", by] += 1
         self._index = index
 
+    def _note(self, by: str, reason: str, index: int | None = None) -> None:
+        index = self._index if index is None else index
+        self.decisions.append(Decision(at=time.time(), before=self._index, index=index, by=by, reason=reason))
+
+    def _moved(self, move: Move) -> None:
+        self._note(IMPORTANCE, str(move))
+
     def status(self) -> dict[str, Any]:
         """What `GET /v1/precision` says."""
-        chain, manager = self.frontier, self.manager
+        chain, given, manager = self.frontier, self._given, self.manager
         floors = state_of(self._model).floor
+        tracker = self.deciders.tracker
         return {
             "index": self._index,
-            "bits": self.bits[self._index],
+            "bits": self.read_bits(self._index),
+            "chosen_bits": self.deciders.mean_bits,
+            "importance": None if tracker is None else _told(tracker.verdict),
+            "deciders": who_decides(self._model),
             "frontier": [
-                {"index": index, "bits": bits, "bytes_read": chain.bytes_read(index), "kl": _kl(chain, index)}
+                {"index": index, "bits": bits, "bytes_read": chain.bytes_read(index), "kl": _kl(given, index)}
                 for index, bits in enumerate(self.bits)
             ],
-            "names": {point.name: point.index for point in chain.points},
+            "names": {point.name: point.index for point in given.points},
             "held": self.held is not None,
             "floor": floors,
             "manager": None if manager is None else {
@@ -238,6 +305,16 @@ class PrecisionControl:
             },
             "switches": {f"{way} by {by}": count for (way, by), count in sorted(self.switches.items())},
         }  # fmt: skip
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    decisions = verdict.decisions
+    return {
+        "tokens": verdict.tokens,
+        "moves": verdict.moves,
+        "refused": len(decisions) - verdict.moves,
+        "last": str(decisions[-1]) if decisions else "no shift, static is fine",
+    }
 
 
 def _kl(chain: Frontier, index: int) -> float | None:

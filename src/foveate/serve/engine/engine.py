@@ -55,7 +55,13 @@ class Engine:
         self.jobs = Jobs(options.limits)
         self.metrics = Metrics()
         self.control = PrecisionControl(
-            model, frontier, bend=options.bend, options=options.manager, queue_wait=self.jobs.head_wait
+            model,
+            frontier,
+            bend=options.bend,
+            options=options.manager,
+            queue_wait=self.jobs.head_wait,
+            adapt_on=options.adapt_on,
+            follow=options.follow,
         )
         self.draining = False
         self.positions = getattr(model.config, "max_position_embeddings", None) or options.limits.cache_tokens
@@ -210,7 +216,7 @@ class Engine:
                 if job.started is None:
                     job.started = moment
                     self.metrics.started(job, moment)
-                job.given.add(index, one.has_new_token)
+                job.given.add(index, self.control.read_bits(index), one.has_new_token)
         self._forward = now
         return differ
 
@@ -232,15 +238,15 @@ class Engine:
     def _hand_over(self, job: Job, got: Chosen, moment: float) -> None:
         self.metrics.token(job, moment)
         job.first, job.latest = job.first or moment, moment
-        job.produced += 1
-        if got.token in job.ends:
-            self.metrics.ended(job, "stop", moment)
-            job.post(Ended(reason="stop"))
-            return
-        job.post(got)
-        if job.produced >= job.max_tokens:
-            self.metrics.ended(job, "length", moment)
-            job.post(Ended(reason="length"))
+        job.answer.append(got.token)
+        stops = got.token in job.ends
+        if not stops:
+            job.post(got)
+        if stops or job.produced >= job.max_tokens:
+            reason = "stop" if stops else "length"
+            self.metrics.ended(job, reason, moment)
+            job.post(Ended(reason=reason))
+            self.control.deciders.answered((*job.tokens, *job.answer))
 
     def end(self, batch: Sequence[Any]) -> None:
         """After a step: what is counted."""

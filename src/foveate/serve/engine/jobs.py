@@ -49,7 +49,7 @@ class Job:
         events: its tokens, and the end, for the event loop.
         loop: the event loop that waits.
         arrived, started, first, latest: times of the monotonic clock; None before they come.
-        produced: tokens of the answer so far.
+        answer: the tokens of the answer so far.
     """
 
     id: str
@@ -66,7 +66,12 @@ class Job:
     started: float | None = None
     first: float | None = None
     latest: float | None = None
-    produced: int = 0
+    answer: list[int] = field(default_factory=list)
+
+    @property
+    def produced(self) -> int:
+        """How many tokens the answer has so far."""
+        return len(self.answer)
 
     def post(self, event: Chosen | Ended) -> None:
         """Hand an event to the event loop, from any thread."""

@@ -74,7 +74,7 @@ class Answer:
 
     def precision(self) -> dict[str, Any]:
         """What precision the answer got so far."""
-        return self.job.given.report(self.engine.control.bits, self.job.call.wish)
+        return self.job.given.report(self.job.call.wish)
 
     def headers(self) -> dict[str, str]:
         """The headers that say it. Before the first pass they say what would be read at this moment."""
@@ -84,7 +84,7 @@ class Answer:
         now = control.index if request is None or request.tier is None else request.tier
         return {
             "x-foveate-tier": str(got["tier"] if begun or got["tier"] == "auto" else now),
-            "x-foveate-bits": str(got["bits"] if begun else round(control.bits[now], 4)),
+            "x-foveate-bits": str(got["bits"] if begun else round(control.read_bits(now), 4)),
             "x-foveate-switches": str(got["switches"]),
         }
 

@@ -53,7 +53,9 @@ def add_routes(app: FastAPI, engine: Engine) -> None:
 
     @app.post("/v1/precision")
     async def change(body: dict[str, Any]) -> dict[str, Any]:
-        """Hold an index, give it back, or set a floor: `{"index": 3}`, `{"hold": false}`, `{"floor": "4.25"}`."""
+        """Hold an index, give it back, set a floor, or the memory of the model: `{"index": 3}`, `{"hold": false}`,
+        `{"floor": "4.25"}`, `{"memory": "300MiB"}`.
+        """
         change_precision(engine, body)
         changed: dict[str, Any] = await _between_steps(engine, partial(_changed, engine, body))
         return changed
@@ -77,9 +79,13 @@ def _status(good: bool, why: str) -> Response:
 
 def change_precision(engine: Engine, body: Mapping[str, Any]) -> None:
     """Check a body of `POST /v1/precision`; raises `RefusedRequest`."""
-    unknown = sorted(set(body) - {"index", "hold", "floor"})
+    unknown = sorted(set(body) - {"index", "hold", "floor", "memory"})
     if unknown or not body:
-        raise RefusedRequest(f"{unknown[0]} is not one of index, hold and floor" if unknown else "the body is empty")
+        why = f"{unknown[0]} is not one of index, hold, floor and memory" if unknown else "the body is empty"
+        raise RefusedRequest(why)
+    memory = body.get("memory", "auto")
+    if isinstance(memory, bool) or not isinstance(memory, (int, str)):
+        raise RefusedRequest("memory is neither a number of bytes nor a text such as 300MiB", parameter="memory")
     if "hold" in body and not isinstance(body["hold"], bool):
         raise RefusedRequest("hold is not true or false", parameter="hold")
     if body.get("index") is not None and body.get("hold") is False:
@@ -91,6 +97,8 @@ def change_precision(engine: Engine, body: Mapping[str, Any]) -> None:
 def _changed(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
     """Carry out a change that was checked; called between two steps."""
     control = engine.control
+    if "memory" in body:
+        control.resize(body["memory"])
     if "floor" in body:
         floor = body["floor"]
         control.stand(None if floor is None else floor_of(floor, control.frontier))
@@ -125,10 +133,20 @@ def gauges(engine: Engine) -> Gauges:
         "kv_cache_usage_perc": ("Share of the cache of keys and values in use, 0 to 1.", engine.cache_usage),
         "prefill_tokens_per_second": ("Tokens of prompts a second, as measured.", engine.jobs.prefill_rate or 0.0),
         "frontier_index": ("Index of the frontier in force; 0 is the best.", float(control.index)),
-        "effective_bits": ("Average bits of a weight in force.", control.bits[control.index]),
+        "effective_bits": ("Average bits of a weight that are read.", control.read_bits(control.index)),
         "precision_held": ("1 while the operator holds the index.", float(control.held is not None)),
         "manager_fault": ("1 if the runtime manager no longer decides.", float(bool(control.fault))),
     }
+    chosen, tracker = control.deciders.mean_bits, control.deciders.tracker
+    if chosen is not None:
+        values["chosen_bits"] = ("Average bits of a weight that tokens chose lately.", chosen)
+    if tracker is not None:
+        verdict = tracker.verdict
+        values["importance_moves"] = ("Moves of bits to what requests need.", float(verdict.moves))
+        values["importance_tokens"] = ("Tokens whose importance was followed.", float(verdict.tokens))
+    resident = control.resident_bytes
+    if resident is not None:
+        values["planes_resident_bytes"] = ("Bytes of planes in memory.", float(resident))
     status = _manager_status(engine)
     credit = status.get("credit")
     if credit is not None and math.isfinite(credit):

@@ -38,8 +38,8 @@ std::tuple<Tensor, Tensor> row_sums(const Tensor& given) {
   const Tensor x = in_rows(given);
   const int64_t rows = x.size(0), columns = x.size(1), stride = x.stride(0), chunks = x.numel() ? over(rows, kSummedRows) : 0;
   const float infinity = std::numeric_limits<float>::infinity();
+  const Tensor parts = at::zeros({chunks, columns}, x.options());  // refuses more than there is memory for
   std::vector<RowTotals> totals(static_cast<size_t>(chunks), RowTotals{0.0, infinity, -infinity});
-  const Tensor parts = at::zeros({chunks, columns}, x.options());
   const float* const from = x.const_data_ptr<float>();
   float* const squares = parts.data_ptr<float>();
   const auto run = kernels().collect.row_sums;
@@ -68,6 +68,7 @@ Tensor input_changes(const Tensor& given, const Tensor& toward) {
   TORCH_CHECK(given.sizes() == toward.sizes(), "toward of shape (=", toward.sizes(), ") is not of the shape of x, ", given.sizes());
   const Tensor x = in_rows(given), to = in_rows(toward);
   const int64_t rows = x.size(0), columns = x.size(1), blocks = over(columns, 32);
+  TORCH_CHECK(columns < int64_t{1} << 40, "x of shape (=", x.sizes(), ") has more columns than there is memory for");
   Tensor changes = at::zeros({2, rows}, x.options().dtype(at::kDouble));
   double* const found = changes.data_ptr<double>();
   const float *const from = x.const_data_ptr<float>(), *const along = to.const_data_ptr<float>();

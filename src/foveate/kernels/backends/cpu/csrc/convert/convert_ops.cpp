@@ -55,7 +55,9 @@ void plane_to_tiles(const Tensor& given, int64_t plane, int64_t group, Tensor& o
   check_matrix(rows, "rows");
   TORCH_CHECK(plane >= 0 && plane < kFormPlanes, "plane (=", plane, ") is not one of 0 to ", kFormPlanes - 1);
   const int bits = kFormBits[plane];
-  check_tiles(rows.size(0), rows.size(1) * (8 / bits), group);
+  int64_t columns = 0;
+  TORCH_CHECK(!__builtin_mul_overflow(rows.size(1), int64_t{8 / bits}, &columns), "rows of shape (=", rows.sizes(), ") has more than 2^63 inputs");
+  check_tiles(rows.size(0), columns, group);
   const int64_t words = rows.size(1) / 4, strips = rows.numel() ? rows.size(0) / kStripRows : 0;
   const uint32_t* const from = reinterpret_cast<const uint32_t*>(rows.const_data_ptr<uint8_t>());
   uint32_t* const to = reinterpret_cast<uint32_t*>(bytes_for(out, rows.numel()));

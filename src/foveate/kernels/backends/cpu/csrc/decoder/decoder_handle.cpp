@@ -55,7 +55,7 @@ Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, Te
     std::memcpy(&block.numbers, numbers.data() + b * kNumbersOfBlock, sizeof(Numbers));
     std::memcpy(&block.constants, constants.data() + b * kConstantsOfBlock, sizeof(Constants));
     const Numbers& n = block.numbers;
-    TORCH_CHECK(n.heads > 0 && n.kv_heads > 0 && n.heads % n.kv_heads == 0 && n.head_size > 0 && n.head_size <= kMaxHead, "block ", b, " has ", n.heads,
+    TORCH_CHECK(n.heads > 0 && n.heads < int64_t{1} << 24 && n.kv_heads > 0 && n.heads % n.kv_heads == 0 && n.head_size > 0 && n.head_size <= kMaxHead, "block ", b, " has ", n.heads,
                 " heads, ", n.kv_heads, " of keys, of size ", n.head_size, ", at most ", kMaxHead);
     TORCH_CHECK((n.rotary_size == 0 || n.rotary_size == made.rotary_size) && n.rotary_size <= n.head_size && n.rotary_table >= 0 &&
                     n.rotary_table < made.rotary_tables && n.window >= 0 && n.activation >= 0 && n.activation <= 3,

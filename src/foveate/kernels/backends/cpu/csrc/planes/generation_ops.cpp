@@ -203,7 +203,7 @@ Tensor pass_rows(const Tensor& book, const Tensor& x, int64_t trailing, const st
   std::vector<uint8_t> pairs;
   Tensor out = at::zeros({count, 2}, at::kByte);
   if (row_maps(*pass_of(book), x.sizes().slice(0, static_cast<size_t>(x.dim() - trailing)), count, owners, pairs))
-    std::memcpy(out.data_ptr(), pairs.data(), pairs.size());
+    std::copy(pairs.begin(), pairs.end(), out.data_ptr<uint8_t>());
   return out;
 }
 
