@@ -22,7 +22,12 @@ from tiny import TRANSFORMER, generator, llama
 
 BUDGET = fv.Budget(bits=4.0)
 QUICK = TrackingOptions(
-    decay=Decay(keep=0.5, tokens=64), warm_up=16, observe_every=1, decide_every=64, caution=Caution(margin=0.05)
+    decay=Decay(keep=0.5, tokens=64),
+    warm_up=16,
+    observe_every=1,
+    most_time=None,
+    decide_every=64,
+    caution=Caution(margin=0.05),
 )
 
 

@@ -262,3 +262,15 @@ def test_what_is_refused(quantized: tuple[nn.Module, fv.Profile]) -> None:
         Correction(target=4.0, span=0.5, every=0)
     chain = fv.Frontier((fv.profile_of(model).uniform(8), fv.profile_of(model).uniform(4)))
     assert nearest(chain, 4.4) == 1
+
+
+def test_where_most_weights_do_not_choose_the_lower_map_is_further_away() -> None:
+    """Embeddings read the higher map, and here they are most of the weights."""
+    model, profile = quantized_llama(vocab_size=600, tie_word_embeddings=False)
+    bits = fv.frontier(profile, 160).bits(80)
+    with fv.adapt_to_input(model, bits=bits, batches=tokens(8, 24), verdict=False, progress=False) as adapted:
+        low, _ = adapted.adaptation.around(adapted.index, len(adapted.frontier) - 1)
+        assert adapted.frontier.bits(low) < bits - 0.4
+        with torch.no_grad():
+            model(**tokens(8, 24)[0])
+        assert adapted.tally()[1] == pytest.approx(bits, rel=0.05)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from foveate.errors import DeviceError, FoveateError
 from foveate.kernels.backends import table as dispatch
@@ -406,5 +407,5 @@ def test_sizes_that_no_machine_has_are_refused() -> None:
         ops.row_sums(one.expand(2**50, 1))
     with pytest.raises((RuntimeError, FoveateError)):
         ops.input_changes(one.expand(1, 2**50), one.expand(1, 2**50))
-    with pytest.raises(FoveateError, match="group"):
-        torch.library.opcheck(ops.half_extremes.default, (torch.ones(16, 32, dtype=torch.float16), 0))
+    with FakeTensorMode(), pytest.raises(FoveateError, match="group"):
+        ops.half_extremes(torch.ones(16, 32, dtype=torch.float16), 0)

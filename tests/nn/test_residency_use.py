@@ -14,7 +14,7 @@ from foveate.checkpoint import runs as checkpoint_runs
 from foveate.memory.runs import Run, Tag
 from foveate.nn.registry import registry_of
 from foveate.nn.residency.attach import resident_registry
-from foveate.nn.residency.use import UseCounter
+from foveate.nn.residency.use import COUNT_EVERY, UseCounter
 from tiny import generator, mlp, rows
 
 
@@ -35,11 +35,19 @@ def test_experts_are_compared_with_their_share_in_calibration() -> None:
     assert counter.counts
     runs = [*map(_run, names), _run("other")]
     assert counter.rates(runs) == [1.0] * 4  # nothing was called yet
+    counter.begin_pass()
     for i, count in enumerate((10, 30, 0)):
         if count:
             model[2 * i](torch.randn(count, 32))
     assert counter.rates(runs) == pytest.approx([0.5, 3.0, 0.0, 1.0])
     assert counter.rates(runs) == [1.0] * 4  # counted from then on
+    counter.end_pass()
+    for _ in range(COUNT_EVERY - 1):  # passes that do not count leave the experts without hooks
+        counter.begin_pass()
+        assert not any(module._forward_pre_hooks for module in modules.values())
+        counter.end_pass()
+    counter.begin_pass()
+    assert all(module._forward_pre_hooks for module in modules.values())
     counter.end()
     model[0](torch.randn(4, 32))
     assert counter.rates(runs) == [1.0] * 4

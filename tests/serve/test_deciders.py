@@ -29,6 +29,7 @@ _QUICK = TrackingOptions(
     decay=Decay(keep=0.5, tokens=64),
     warm_up=0,
     observe_every=1,
+    most_time=None,
     decide_every=64,
     caution=Caution(margin=0.0),
     shadow=Shadow(calls=2, tokens=24),

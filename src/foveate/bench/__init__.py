@@ -11,9 +11,10 @@
     serve    the server's engine: tokens a second under too much load, and what a step costs beside the model
     memory   planes that come and go: memory given back, the limit, restoring, streaming, conversions
 
-One more trains two small models on texts, minutes of work that are kept for the next time, and needs `FOVEATE_DATA`:
+Two more train small models on texts, minutes of work that are kept for the next time, and need `FOVEATE_DATA`:
 
     importance  a mixture of experts that follows its task, beside static maps of equal bytes
+    trace    an hour of recorded requests on one server, compressed: with every decider, and held at its best map
 
 Each benchmark returns one object that can be written as JSON:
 
@@ -45,6 +46,7 @@ NAMES = (
     "serve",
     "inputs",
     "importance",
+    "trace",
 )
 
 

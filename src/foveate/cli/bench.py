@@ -15,25 +15,36 @@ from foveate.errors import CheckpointError, DataError
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Also write the JSON object to this file.")]
 
 
-#: The options that only one benchmark has.
-_OWN = {"model": "calibrate", "data": "calibrate", "windows": "calibrate", "minutes": "runtime", "costs": "runtime"}
+#: The options that only some benchmarks have.
+_OWN = {
+    "model": ("calibrate", "trace"),
+    "data": ("calibrate",),
+    "windows": ("calibrate",),
+    "minutes": ("runtime", "trace"),
+    "costs": ("runtime",),
+}
 
 
 def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="kernels, switch, load, decode, calibrate, saved, runtime, memory, serve, inputs or importance."
+            help="kernels, switch, load, decode, calibrate, saved, runtime, memory, serve, inputs, importance or trace."
         ),
     ],
     out: Out = None,
-    model: Annotated[str | None, typer.Option(help="calibrate: a model's folder. Default: random weights.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="calibrate, trace: a model's folder. Default: one of the benchmark's.")
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="calibrate: a text file. Default: random tokens.")] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="calibrate: windows of 512 tokens. Default: as many as it needs.")
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.0, help="runtime: how long the live loop runs; 0 leaves it out.")
+        float | None,
+        typer.Option(
+            min=0.0, help="runtime: how long the live loop runs, 0 leaves it out; trace: what the hour takes."
+        ),
     ] = None,
     costs: Annotated[
         Path | None, typer.Option(help="runtime: an earlier result whose costs are taken, not measured anew.")
@@ -46,8 +57,8 @@ def bench(
     check_folder_of(out)
     given = {"model": model, "data": data, "windows": windows, "minutes": minutes, "costs": costs}
     for option, value in given.items():
-        if value is not None and _OWN[option] != name:
-            raise DataError(f"--{option} is for the benchmark {_OWN[option]}, not for {name}")
+        if value is not None and name not in _OWN[option]:
+            raise DataError(f"--{option} is for the benchmark {' or '.join(_OWN[option])}, not for {name}")
     sizes: Any = None
     if name == "runtime":
         from foveate.bench.runtime import Sizes
@@ -57,6 +68,10 @@ def bench(
         from foveate.bench.calibrate import Calibrated
 
         sizes = Calibrated(model=model, data=None if data is None else str(data), windows=windows)
+    elif name == "trace":
+        from foveate.bench.trace import Sizes as TraceSizes
+
+        sizes = TraceSizes(model=model) if minutes is None else TraceSizes(model=model, minutes=minutes)
     show_result(benchmarks.run(name, sizes), out, json_output)
 
 

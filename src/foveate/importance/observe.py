@@ -12,6 +12,7 @@ Shapes: M rows, K columns, G groups, NT strips of 16 rows.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -186,3 +187,33 @@ class Hook:
         """A forward hook that runs even if the call raised."""
         if self._done is not None and not torch.compiler.is_compiling():
             self._done(output is not None)
+
+
+class Pace:
+    """Keeps the time of observed passes to a share of the time of all passes, by a credit that other passes earn.
+
+    An observed pass may take many times as long as others: hooks have a decoder's blocks computed one by one.
+
+    Args:
+        most: the share, 0 to 1; None for no limit.
+    """
+
+    def __init__(self, most: float | None) -> None:
+        self._most, self._credit = most, 0.0
+        self._began: dict[int, float] = {}
+
+    @property
+    def allows(self) -> bool:
+        """Whether a pass may be observed now."""
+        return self._most is None or self._credit >= 0
+
+    def begin(self) -> None:
+        """A pass of this thread begins."""
+        self._began[threading.get_ident()] = time.perf_counter()
+
+    def end(self, was_observed: bool) -> None:
+        """It has ended."""
+        began = self._began.pop(threading.get_ident(), None)
+        if began is not None and self._most is not None:
+            taken = time.perf_counter() - began
+            self._credit = min(self._credit + self._most * taken - taken * was_observed, taken)

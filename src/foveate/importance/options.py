@@ -48,6 +48,8 @@ class TrackingOptions:
         warm_up: how many tokens the calibration's own importance, or that of a task, counts as at the start.
         observe_every: one pass in so many is observed. A long pass counts as one for each 16 tokens, since observing it
             costs little beside it.
+        most_time: the share of the time of all passes that observed ones may take; they are rarer where they would take
+            more. None for no limit.
         decide_every: levels are decided at most once in so many tokens.
         caution: what a move must be worth.
         thresholds: choose levels by thresholds; by the loss that each byte saves if None.
@@ -64,6 +66,7 @@ class TrackingOptions:
     decay: Decay = field(default_factory=Decay)
     warm_up: int = 2048
     observe_every: int = 32
+    most_time: float | None = 0.02
     decide_every: int = 4096
     caution: Caution = field(default_factory=Caution)
     thresholds: Thresholds | None = None
@@ -76,6 +79,8 @@ class TrackingOptions:
             raise BudgetError(f"warm_up (={self.warm_up!r}) is not a whole number from 0 on")
         for name in ("observe_every", "decide_every"):
             _check_count(name, getattr(self, name))
+        if self.most_time is not None and not 0 < self.most_time <= 1:
+            raise BudgetError(f"most_time (={self.most_time!r}) is not a share above 0, up to 1")
         if self.contribution and self.thresholds is None:
             raise BudgetError("contribution has no losses to compare by: give thresholds too")
 
@@ -91,6 +96,7 @@ PATENT = TrackingOptions(
     decay=PATENT_DECAY,
     warm_up=0,
     observe_every=1,
+    most_time=None,
     caution=Caution(margin=0.0),
     thresholds=Thresholds(levels=(8, 6, 4, 0), at=(2.0, 0.5, 0.05)),
     contribution=True,

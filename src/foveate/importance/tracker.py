@@ -28,7 +28,7 @@ from foveate.formats.levels import TOP_LEVEL
 from foveate.importance.chains import Rooms, chain_of, rooms_of, thresholds_chain_of
 from foveate.importance.contribution import magnitude, start_contributions, update_contributions
 from foveate.importance.moves import Held, Proposal, Ratios, chosen, proposal_of, propose
-from foveate.importance.observe import Hook, Observer
+from foveate.importance.observe import Hook, Observer, Pace
 from foveate.importance.options import TOKENS_OF_A_PASS, TrackingOptions
 from foveate.importance.rolling import Seen, baseline, ratios, rescaled, start, update
 from foveate.importance.shadow import Sample, divergences, tokens_of
@@ -93,7 +93,7 @@ class ImportanceTracker(Closing):
         self._decisions: list[Decision] = []
         self._unobserved = self._new_tokens = self._shadow_tokens = 0
         self._decided_at = self._shadowed_at = self._quiet_until = self._refusals = 0
-        self._observing = threading.Lock()
+        self._observing, self._pace = threading.Lock(), Pace(options.most_time)
         self._inside = self._inside_pass = self._furthest = 0
         self._handed_over = False
         self._base: Frontier | None = None
@@ -120,7 +120,8 @@ class ImportanceTracker(Closing):
         self._furthest = max(self._furthest, self._state().index)
         self._new_tokens += tokens
         self._unobserved += max(1, tokens // TOKENS_OF_A_PASS)
-        if self._unobserved < self._options.observe_every:
+        self._pace.begin()
+        if self._unobserved < self._options.observe_every or not self._pace.allows:
             return
         if self._observing.acquire(blocking=False):
             self._unobserved = 0
@@ -131,7 +132,11 @@ class ImportanceTracker(Closing):
 
     def _end(self, is_whole: bool) -> None:
         ident = threading.get_ident()
-        if self._inside == ident or not self._observer.is_open or self._inside_pass != ident:
+        if self._inside == ident:
+            return
+        was_observed = self._observer.is_open and self._inside_pass == ident
+        self._pace.end(was_observed)
+        if not was_observed:
             return
         try:
             seen = self._observer.end()
@@ -143,7 +148,7 @@ class ImportanceTracker(Closing):
             self._observing.release()
 
     def _decide_if_due(self) -> None:
-        if not self.is_due:
+        if not self.is_due or not self._handles:
             return
         self._decided_at = self._rolling.tokens
         self._inside = threading.get_ident()

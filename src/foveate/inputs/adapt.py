@@ -184,6 +184,12 @@ class InputAdaptation(Closing):
         """The index of the frontier that the target is at."""
         return nearest(self.frontier, self.correction.target)
 
+    @property
+    def span(self) -> float:
+        """How many bits lie between the two maps around the target."""
+        low, high = self._adaptation.around(self.index, len(self.frontier) - 1)
+        return self.frontier.bits(high) - self.frontier.bits(low)
+
 
 def adapt_to_input(
     model: nn.Module,
@@ -254,7 +260,17 @@ def adapt_to_input(
         gradients = output_gradients(model, seen[:_GRADIENT_BATCHES], objective, progress=progress)
         estimator = Estimator(gradients=gradients.squares, losses=profile.losses, strips=strips, rows=gradients.rows)
         adapted.renew(replace(adapted.adaptation, estimator=estimator))
-        _calibrate(model, adapted, seen, progress)
+        while True:
+            try:
+                _calibrate(model, adapted, seen, progress)
+                break
+            except BudgetError:
+                # weights that do not choose read the higher map: the lower one is further away where they are many
+                further = replace(adapted.adaptation, multiplier=1.0, below=2 * adapted.adaptation.below)
+                if index + adapted.adaptation.below >= len(chain) - 1:
+                    raise
+                adapted.renew(further)
+                adapted.correction = replace(adapted.correction, span=adapted.span)
         if verdict:
             adapted.verdict = _verdict(model, adapted, given[-held:] if held else seen, objective, progress)
             if not adapted.verdict.pays:

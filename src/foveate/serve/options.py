@@ -92,9 +92,8 @@ def default_name(folder: Path) -> str:
     return folder.resolve().name or "foveate"
 
 
-#: How a server follows importance unless told otherwise. Observed steps run block by block, so few are; and a shadow
-#: run, for which all requests wait, is of short calls.
-FOLLOW = TrackingOptions(observe_every=128, decide_every=8192, shadow=Shadow(calls=4, tokens=96), by_hand=True)
+#: How a server follows importance unless told otherwise. All requests wait for a shadow run, so its calls are short.
+FOLLOW = TrackingOptions(decide_every=8192, shadow=Shadow(calls=4, tokens=96), by_hand=True)
 
 #: Maps of a frontier by the profile where inputs choose between neighbours: near ones, for wide pairs lose.
 ADAPTING_POINTS = 32

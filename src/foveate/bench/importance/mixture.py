@@ -25,6 +25,7 @@ from foveate.bench.shared.extras import require
 from foveate.errors import CheckpointError, DataError
 from foveate.files.kept_model import keep_model, kept_path, restore_model
 from foveate.kernels.backends.cpu.compiled import cache_folder
+from foveate.kernels.threads import threads
 from foveate.progress import say, track
 
 #: The texts by name: the file to train on, and the file that a stream is read from.
@@ -177,7 +178,15 @@ def trained(recipe: Recipe, sources: Mapping[str, Text], cache: Path) -> nn.Modu
 
 
 def train(model: nn.Module, recipe: Recipe, sources: Sequence[Tensor]) -> None:
-    """Train a model in place, on windows of all texts in turn."""
+    """Train a model in place, on windows of all texts in turn.
+
+    With one thread: the model is so small that threads gain nothing, and on a busy machine they wait for each other.
+    """
+    with threads(1):
+        _train(model, recipe, sources)
+
+
+def _train(model: nn.Module, recipe: Recipe, sources: Sequence[Tensor]) -> None:
     model.train()
     generator = torch.Generator().manual_seed(recipe.seed)
     adam = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)

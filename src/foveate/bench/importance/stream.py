@@ -87,6 +87,7 @@ def options(lengths: Lengths) -> TrackingOptions:
         decay=Decay(keep=0.5, tokens=8 * tokens),
         warm_up=2 * tokens,
         observe_every=1,
+        most_time=None,
         decide_every=2 * tokens,
         caution=Caution(margin=0.02),
         shadow=Shadow(calls=8, tokens=lengths.window, every=1 << 18),

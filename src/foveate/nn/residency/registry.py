@@ -174,11 +174,13 @@ class ResidentRegistry(Registry):
         if self.strict and self._short:
             self._wait()
         self._gate.begin(self._between, self.residency.arrivals, one_at_a_time=self._streaming is not None)
+        self._use.begin_pass()
         if self._streaming is not None:
             self._streaming.begin_pass()
 
     def end_pass(self, module: nn.Module, args: Any, output: Any) -> None:
         """A forward hook: a call of the model has ended."""
+        self._use.end_pass()
         self._gate.end()
 
     def _between(self) -> None:

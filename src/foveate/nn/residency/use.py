@@ -1,8 +1,8 @@
 """Use: how often experts and rows of embeddings are read, relative to calibration, which their importance counts on.
 
 An expert that is routed to twice as often as in calibration is worth twice as much of memory, and so are the rows of an
-embedding. Layers that every token reads need no count. Counting costs a hook on each expert and embedding, and nothing
-on other layers.
+embedding. Layers that every token reads need no count. Embeddings have a hook that stays. Experts have theirs during
+one pass in `COUNT_EVERY`: a hook within a decoder's block has its blocks computed one by one.
 
 Shapes: NT strips of a weight.
 """
@@ -23,6 +23,9 @@ from foveate.nn.plane_module import PlaneModule
 from foveate.nn.residency.pass_gate import EagerHook
 from foveate.precision.maps import Site
 
+#: One pass in so many counts the rows of experts.
+COUNT_EVERY = 16
+
 
 class UseCounter:
     """Counts what reads experts and embeddings.
@@ -34,7 +37,7 @@ class UseCounter:
     def __init__(
         self, sites: Sequence[Site], modules: Mapping[str, PlaneModule], row_frequency: Mapping[str, Tensor]
     ) -> None:
-        """Put hooks on the modules whose weights not every token reads whole.
+        """Find the modules whose weights not every token reads whole, and put hooks on embeddings.
 
         Args:
             sites: the weight sites.
@@ -46,16 +49,32 @@ class UseCounter:
         self._rows: dict[str, float] = {}
         self._strips: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
+        self._experts: list[tuple[PlaneModule, EagerHook]] = []
+        self._expert_hooks: list[RemovableHandle] = []
+        self._passes = 0
         for name in self._sites:
             module = modules[name]
             if isinstance(module, PlaneEmbedding):
                 if name not in row_frequency:
                     continue
                 self._strips[name] = torch.zeros(self._sites[name].grid[0], dtype=torch.float64)
+                self._hooks.append(module.register_forward_pre_hook(EagerHook(_Count(self, name))))
             else:
                 self._rows[name] = 0.0
-            self._hooks.append(module.register_forward_pre_hook(EagerHook(_Count(self, name))))
-        self.counts = bool(self._hooks)
+                self._experts.append((module, EagerHook(_Count(self, name))))
+        self.counts = bool(self._hooks or self._experts)
+
+    def begin_pass(self) -> None:
+        """A pass of the model begins."""
+        self._passes += 1
+        if self._experts and self._passes % COUNT_EVERY == 1 and not self._expert_hooks:
+            self._expert_hooks = [module.register_forward_pre_hook(hook) for module, hook in self._experts]
+
+    def end_pass(self) -> None:
+        """A pass of the model has ended."""
+        hooks, self._expert_hooks = self._expert_hooks, []
+        for hook in hooks:
+            hook.remove()
 
     def add(self, name: str, x: Tensor) -> None:
         """Note what a module is called with."""
@@ -103,6 +122,7 @@ class UseCounter:
 
     def end(self) -> None:
         """Take the hooks off."""
+        self.end_pass()
         for hook in self._hooks:
             hook.remove()
 

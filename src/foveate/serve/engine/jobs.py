@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from foveate.precision.state import Request
@@ -74,8 +75,8 @@ class Job:
         return len(self.answer)
 
     def post(self, event: Chosen | Ended) -> None:
-        """Hand an event to the event loop, from any thread."""
-        if not self.loop.is_closed():
+        """Hand an event to the event loop, from any thread; nobody waits where the loop has ended."""
+        with suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
 
 

@@ -8,10 +8,11 @@
 // place. simd/kernels-inl.h includes this file after planes/rows-inl.h.
 
 template <class V>
-inline typename V::Floats exponential(typename V::Floats x) {
+inline typename V::Floats exponential(typename V::Floats given) {
   using Floats = typename V::Floats;
   using Bits = typename V::Ints;
   const Floats least = V::splat(-87.0f), most = V::splat(88.0f);
+  Floats x = given == given ? given : V::splat(0.0f);  // a NaN's bits are no number to add to
   x = x < least ? least : x;
   x = x > most ? most : x;
   const Floats shifted = V::fma(x, V::splat(1.44269504f), V::splat(kRound));
@@ -21,7 +22,8 @@ inline typename V::Floats exponential(typename V::Floats x) {
   Floats p = V::splat(1.98756915e-4f);
   for (const float c : {1.39819995e-3f, 8.33345205e-3f, 4.16657962e-2f, 1.66666654e-1f, 0.5f}) p = V::fma(p, r, V::splat(c));
   p = V::fma(p, r * r, r) + V::splat(1.0f);
-  return (Floats)((Bits)p + ((Bits)shifted << 23));
+  const Floats found = (Floats)((Bits)p + ((Bits)shifted << 23));
+  return given == given ? found : given;
 }
 
 template <class V>
