@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import foveate as fv
 from served import Served
 
 
@@ -118,6 +120,35 @@ def test_an_echo_and_token_ids(served: Served) -> None:
     ids = served.engine.tokenizer("def f(x):")["input_ids"]
     assert served.complete(prompt=ids).json["choices"][0]["text"] == plain
     assert served.complete(prompt=["def f(x):"]).json["choices"][0]["text"] == plain
+    assert served.complete(prompt=[ids]).json["choices"][0]["text"] == plain
+
+
+@pytest.mark.parametrize("tier", [None, 2])
+def test_an_echo_has_the_log_probabilities_of_the_prompt(served: Served, tier: int | None) -> None:
+    fields = {} if tier is None else {"precision": {"tier": tier}}
+    answer = served.complete(echo=True, logprobs=1, max_tokens=1, **fields).json["choices"][0]
+    found = answer["logprobs"]
+    ids = torch.tensor([served.engine.tokenizer("def f(x):")["input_ids"]])
+    chain = served.engine.control.frontier
+    model = copy.deepcopy(served.engine.model)
+    fv.apply(model, chain[tier or 0])
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    assert found["token_logprobs"][0] is None
+    assert found["top_logprobs"][0] is None
+    assert found["token_logprobs"][1:-1] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert len(found["tokens"]) == len(found["text_offset"]) == ids.shape[1] + 1
+    assert answer["text"].startswith("".join(found["tokens"][:-1]))
+    greedy = logits.argmax(-1) == ids[0, 1:]
+    likeliest = [max(one.values()) for one in found["top_logprobs"][1:-1]]
+    assert [a == b for a, b in zip(found["token_logprobs"][1:-1], likeliest, strict=True)] == greedy.tolist()
+
+
+def test_a_long_prompt_is_not_echoed_with_log_probabilities(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foveate.serve.engine.engine.MOST_ECHOED", 4)
+    assert served.complete(echo=True, logprobs=1).status == 400
+    assert served.complete(echo=True).status == 200
 
 
 @pytest.mark.parametrize(
@@ -129,7 +160,10 @@ def test_an_echo_and_token_ids(served: Served) -> None:
         ({"suffix": "end"}, 400, "suffix"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"guided_json": {}}, 400, "guided_json"),
-        ({"echo": True, "logprobs": 1}, 400, "echo"),
+        ({"echo": True, "logprobs": 1, "stream": True}, 400, "stream"),
+        ({"prompt": [[1, 2], [3]]}, 400, "prompt"),
+        ({"prompt": [[-1]]}, 400, "prompt"),
+        ({"prompt": [[]]}, 400, "prompt"),
         ({"prompt": 7}, 400, "prompt"),
         ({"prompt": ["a", "b"]}, 400, "prompt"),
         ({"prompt": [999999]}, 400, "prompt"),

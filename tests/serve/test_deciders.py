@@ -177,6 +177,22 @@ def test_inputs_alone_choose_around_the_index(folder: Path, tokenizer: Any) -> N
     assert fixed.json["choices"][0]["text"] == tokenizer.decode(expected)
 
 
+def test_importance_that_fails_leaves_the_answers_alone(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise MemoryError("no room for a chain")
+
+    monkeypatch.setattr("foveate.importance.tracker.ImportanceTracker._decide", fails)
+    with serving(model, tokenizer, ServeOptions(name="tiny", bend=None, limits=_LIMITS, follow=_QUICK)) as one:
+        replies = _load(one, 16)
+        assert {reply.status for reply in replies} == {200}
+        status = one.ask("GET", "/v1/precision").json
+        assert "no room for a chain" in status["importance"]
+        assert not any(by["by"].startswith("track_importance") for by in status["deciders"])
+        assert one.complete(precision={"tier": 2}).status == 200
+
+
 def test_a_server_decides_between_its_steps_alone() -> None:
     with pytest.raises(BudgetError, match="by_hand"):
         ServeOptions(name="tiny", follow=TrackingOptions())

@@ -62,7 +62,7 @@ class Sizes:
 
     model: str | None = None
     minutes: float = 6.0
-    load: float = 1.0
+    load: float = 0.7
     share: tuple[float, float] = (0.8, 0.5)
     prompt: int = 64
     answer: int = 32

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,7 +32,8 @@ from foveate.runtime.controller import Decision, Observation, State, step
 from foveate.runtime.costs import known_costs
 from foveate.runtime.limits import Limits
 from foveate.runtime.options import ManagerOptions
-from foveate.runtime.policy import Costs, Setup
+from foveate.runtime.planes_on_disk import planes_along
+from foveate.runtime.policy import Setup
 from foveate.runtime.readings import Reading, Sensor
 from foveate.runtime.records import Log
 from foveate.runtime.sensors.machine import machine_sensors
@@ -83,8 +84,9 @@ class RuntimeManager:
         setup: what the controller knows.
         moves: the last moves, the newest last.
         switches: how many moves there were.
-        admits: whether new work may be admitted; False while memory is above its limit. Without `residency` a move
-            frees no memory, so a limit of memory only gates admission.
+        admits: whether new work may be admitted; False while memory is above its limit. A move frees memory where the
+            model's planes come and go (`load(memory=)`), or `residency` is given; elsewhere a limit of memory only
+            gates admission.
 
     Raises:
         FoveateError: the model is not quantized or has a manager already; `queue_wait` is limited and nobody reads it;
@@ -116,12 +118,17 @@ class RuntimeManager:
             if chain[0] != self._levels.current():
                 chain = below(self._levels.current(), chain)
             self.frontier = chain if control is None else controlled(chain, control)
+        costs = self._options.costs or known_costs(model, self.frontier)
+        self._residency: Callable[[int], None] | None = self._options.residency
+        self._planes = planes_along(model, self.frontier) if limits.memory and self._residency is None else None
+        if self._planes is not None:
+            self._residency, costs = self._planes, replace(costs, resident=self._planes.resident)
         self.setup = Setup(
             limits=limits,
-            costs=self._options.costs or known_costs(model, self.frontier),
+            costs=costs,
             policy=self._options.policy,
             floor=self._options.floor,
-            frees_memory=self._options.residency is not None and bool((self._options.costs or _NO_COSTS).resident),
+            frees_memory=self._residency is not None and bool(costs.resident),
         )
         if len(self.setup.costs) != len(self.frontier):
             raise FoveateError(
@@ -197,6 +204,8 @@ class RuntimeManager:
             for sensor in self._sensors:
                 sensor.close()
             self._levels.withdraw()
+            if self._planes is not None:
+                self._planes.end()
             if self._log is not None:
                 self._log.close()
             if self._status_file is not None:
@@ -259,7 +268,7 @@ class RuntimeManager:
         """Move the model; planes are fetched before a rise, and given back after a fall."""
         if decision.index == self._levels.index:
             return
-        rises, residency = decision.index < self._levels.index, self._options.residency
+        rises, residency = decision.index < self._levels.index, self._residency
         if rises and residency is not None:
             try:
                 residency(decision.index)
@@ -357,9 +366,6 @@ class RuntimeManager:
                     for m in list(self.moves)[-10:]
                 ],
             }  # fmt: skip
-
-
-_NO_COSTS = Costs(kl=(0.0,))
 
 
 def _finite(value: float) -> float | None:

@@ -27,7 +27,8 @@ class ManagerOptions:
         status: whether `foveate top` can see the manager.
         floor: the furthest index that is allowed; None is the last.
         residency: called with an index before a rise and after a fall, to fetch planes or give them back. If it raises
-            before a rise, the rise is refused and tried again later.
+            before a rise, the rise is refused and tried again later. By default a limit of memory moves the planes of a
+            model that was loaded with `memory=`.
         clock: gives seconds and does not go back.
         make_control: makes what reaches the model.
     """

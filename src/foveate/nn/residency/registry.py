@@ -354,6 +354,14 @@ class ResidentRegistry(Registry):
                 levels[site.name] = input_level_for(mean[f"{site.name.removesuffix(':input')}:weight"])
         return PrecisionMap(self.sites, levels, self.other_bytes, other_parameters=self.other_parameters)
 
+    def bytes_of(self, plan: PrecisionMap) -> int:
+        """The bytes that the model takes with the planes that a map reads, and those that never leave."""
+        read = {name: self._of_planes(plan, name).amax(1) for name in self.stored}
+        held = self.residency.held
+        runs = {n for n, r in enumerate(held.runs) if bool((read[r.weight][r.first : r.last] >= r.tag.level).any())}
+        kept = held.closed(runs | self.residency.floor)
+        return held.fixed + sum(held.runs[n].size for n in kept)
+
     def leave(self) -> None:
         """Take all hooks off the model, which holds no planes any more, and close the files."""
         for hook in self.hooks:

@@ -17,6 +17,8 @@ from foveate.serve.calls.wish import Wish
 
 #: The most alternatives to a token whose log probabilities can be asked for.
 MOST_LOGPROBS = 20
+#: The most tokens of a prompt that is echoed with its log probabilities: their logits are in memory together.
+MOST_ECHOED = 2048
 #: The most stop strings of a request, and the longest.
 MOST_STOPS, LONGEST_STOP = 16, 500
 
@@ -57,7 +59,7 @@ class Call:
         max_tokens: the most tokens of the answer; None for the server's default.
         stream: whether the answer comes piece by piece.
         usage_in_stream: whether a stream ends with the count of tokens.
-        echo: whether a completion begins with its prompt.
+        echo: whether a completion begins with its prompt, log probabilities included where they are asked for.
         wish: the precision that is asked for.
     """
 
@@ -75,18 +77,20 @@ def completion_call(body: Mapping[str, Any]) -> Call:
     """The call of a body of `/v1/completions`; raises `RefusedRequest`."""
     _refuse_unknown(body, _COMPLETION)
     prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]
     if isinstance(prompt, list) and prompt and all(type(one) is int and one >= 0 for one in prompt):
         prompt = tuple(prompt)
-    elif isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str):
-        prompt = prompt[0]
     elif not isinstance(prompt, str):
         raise RefusedRequest("prompt is not one text or one list of token ids", parameter="prompt")
     logprobs = _whole(body, "logprobs", 0, MOST_LOGPROBS)
+    if body.get("echo") is True and body.get("stream") is True and logprobs is not None:
+        raise RefusedRequest("echo with logprobs is not served as a stream", parameter="stream")
     return Call(
         prompt=prompt,
         sampling=_sampling(body, logprobs),
         max_tokens=_whole(body, "max_tokens", 1, 1 << 30),
-        echo=_echo(body, logprobs),
+        echo=_truth(body, "echo"),
         **_shared(body),
     )
 
@@ -110,13 +114,6 @@ def chat_call(body: Mapping[str, Any]) -> Call:
         max_tokens=_whole(body, both[0], 1, 1 << 30) if both else None,
         **_shared(body),
     )
-
-
-def _echo(body: Mapping[str, Any], logprobs: int | None) -> bool:
-    echo = _truth(body, "echo")
-    if echo and logprobs is not None:
-        raise RefusedRequest("echo with logprobs is not served: tokens of prompts have no logprobs", parameter="echo")
-    return echo
 
 
 def _message(message: Any, number: int) -> Mapping[str, str]:

@@ -41,6 +41,7 @@ from foveate.runtime import Costs, Limits, ManagerOptions, RuntimeManager
 from foveate.runtime.levels import DECIDER as MANAGER
 from foveate.runtime.site_control import below
 from foveate.serve.engine.deciders import Deciders, who_decides
+from foveate.sizes import format_bytes, parse_bytes
 
 #: The names under which the server, its operator, and the rows of its requests decide, and of importance in its log.
 SERVER, OPERATOR, ROWS, IMPORTANCE = "server", "operator", "rows of requests", "importance"
@@ -236,7 +237,8 @@ class PrecisionControl:
             FoveateError: all planes of the model are in memory.
         """
         resize(self._model, memory=memory)
-        self._note(OPERATOR, f"the operator gives the model {memory} of memory")
+        size = memory if memory == "auto" else format_bytes(parse_bytes(memory))
+        self._note(OPERATOR, f"the operator gives the model {size} of memory")
 
     def pass_indices(self, requests: Sequence[Request | None], counts: Sequence[int]) -> tuple[list[int], bool]:
         """Give the rows of the next pass their maps.
@@ -288,7 +290,7 @@ class PrecisionControl:
             "index": self._index,
             "bits": self.read_bits(self._index),
             "chosen_bits": self.deciders.mean_bits,
-            "importance": None if tracker is None else _told(tracker.verdict),
+            "importance": _told(tracker.verdict) if tracker is not None else self.deciders.fault or None,
             "deciders": who_decides(self._model),
             "frontier": [
                 {"index": index, "bits": bits, "bytes_read": chain.bytes_read(index), "kl": _kl(given, index)}

@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ from foveate.nn.levels import state_of
 from foveate.nn.registry import registry_of
 from foveate.nn.residency.registry import ResidentRegistry
 from foveate.precision.frontiers import Frontier
+from foveate.serve.engine.plain_calls import without_pages
 
 #: The price of a byte is found at the map whose average bits are nearest to this.
 _BITS = 4.25
-#: At least so many bits are between the two maps that a token chooses from.
+#: At least so many bits are between the index and each of the two maps that a token chooses from.
 _SPREAD = 0.25
+_log = logging.getLogger("foveate")
 
 
 class Deciders:
@@ -41,6 +43,9 @@ class Deciders:
         adapt_on: batches on which the price of a byte is found; none if inputs do not choose.
         follow: how importance is followed; None if it is not.
         told: called with each move of importance.
+
+    Attributes:
+        fault: why importance is followed no more; empty while it is.
 
     Raises:
         BudgetError: the frontier has too few maps for inputs to choose from.
@@ -58,6 +63,7 @@ class Deciders:
         self._model, self._follow, self._told = model, follow, told
         self.tracker: ImportanceTracker | None = None
         self._chosen: float | None = None
+        self.fault = ""
         self.adapted = _adapted(model, frontier, adapt_on) if adapt_on else None
 
     def start(self) -> None:
@@ -70,8 +76,15 @@ class Deciders:
         if self.tracker is None:
             return None
         if self.tracker.is_due:
-            with _without_pages(self._model):
-                self.tracker.step()
+            try:
+                with without_pages(self._model):
+                    self.tracker.step()
+            except Exception as error:  # the answers go on
+                self.fault = f"{type(error).__name__}: {error}"
+                _log.exception("importance is followed no more")
+                self.tracker.close()
+                self.tracker = None
+                return state_of(self._model).frontier
         return self.tracker.chain
 
     def answered(self, tokens: Sequence[int]) -> None:
@@ -108,21 +121,6 @@ def _adapted(model: nn.Module, frontier: Frontier, batches: Sequence[Any]) -> In
         raise BudgetError("the frontier has no two maps near enough for inputs to choose from: give it more maps")
     adapted.give_index_back()
     return adapted
-
-
-@contextmanager
-def _without_pages(model: Any) -> Iterator[None]:
-    """Plain calls of a model that continuous batching has prepared for a cache in pages."""
-    name = getattr(model.config, "_attn_implementation", None) or ""
-    plain = name.removeprefix("paged|")
-    if plain == name:
-        yield
-        return
-    model.set_attn_implementation(plain)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(name)
 
 
 def who_decides(model: nn.Module) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ import queue
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 from foveate.errors import FoveateError
 from foveate.nn.levels import set_row_classes
 from foveate.precision.frontiers import Frontier
-from foveate.serve.calls.fields import Call
+from foveate.serve.calls.fields import MOST_ECHOED, Call
 from foveate.serve.calls.refused import RefusedRequest
 from foveate.serve.engine.batching import StepManager
 from foveate.serve.engine.control import PrecisionControl
 from foveate.serve.engine.jobs import Ended, Job, Jobs
 from foveate.serve.engine.metrics import Metrics
+from foveate.serve.engine.plain_calls import prompt_logprobs
 from foveate.serve.engine.sampling import Chosen, Sampler
 from foveate.serve.options import ServeOptions
 
@@ -118,6 +120,11 @@ class Engine:
     def _most(self, call: Call, prompt: int) -> int:
         """The most tokens of an answer to a prompt of so many tokens."""
         limits = self.options.limits
+        if call.echo and call.sampling.logprobs is not None and prompt > MOST_ECHOED:
+            raise RefusedRequest(
+                f"the prompt has {prompt} tokens: with log probabilities at most {MOST_ECHOED} are echoed",
+                parameter="echo",
+            )
         words = getattr(self.model.config, "vocab_size", None)
         room = min(int(self.positions), limits.cache_tokens) - prompt
         if prompt < 1 or room < 1:
@@ -166,6 +173,12 @@ class Engine:
         else:
             self._asked.put((change, answer))
         return answer
+
+    def ask_logprobs(self, job: Job) -> Future[list[Chosen]]:
+        """Have the log probabilities of a prompt computed, between two steps, for which all other requests wait."""
+        count = job.call.sampling.logprobs
+        assert count is not None
+        return self.ask(partial(prompt_logprobs, self.model, job.tokens, job.request, count))
 
     def stop(self, seconds: float) -> None:
         """Let what is on its way end, for at most so many seconds, and then end it."""

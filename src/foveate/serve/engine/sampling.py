@@ -23,7 +23,8 @@ class Chosen:
 
     Attributes:
         token: its id.
-        logprob: the log of the probability that the model gives it, before temperature; None if not asked for.
+        logprob: the log of the probability that the model gives it, before temperature; None if not asked for, and for
+            the first token of a prompt.
         alternatives: the likeliest tokens with their log probabilities.
     """
 
@@ -52,12 +53,7 @@ class Sampler:
         adjusted_V = self._adjusted(logits_V)
         token = int(adjusted_V.argmax()) if how.temperature == 0 else self._drawn(adjusted_V / how.temperature)
         self.counts[token] += 1
-        if how.logprobs is None:
-            return Chosen(token=token)
-        logprobs_V = logits_V.log_softmax(-1)
-        best = logprobs_V.topk(min(how.logprobs, len(logprobs_V)))
-        pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        return Chosen(token=token, logprob=float(logprobs_V[token]), alternatives=pairs)
+        return Chosen(token=token) if how.logprobs is None else told(token, logits_V, how.logprobs)
 
     def _adjusted(self, logits_V: Tensor) -> Tensor:
         """Logits with penalties and biases; a token beyond the vocabulary has no bias."""
@@ -93,3 +89,11 @@ class Sampler:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= max(how.top_p, 1e-9), 0.0)
         return int(tokens[torch.multinomial(probabilities, 1, generator=self.generator)])
+
+
+def told(token: int, logits_V: Tensor, count: int) -> Chosen:
+    """A token with its log probability by logits, float32 [V], and those of the `count` likeliest ones."""
+    logprobs_V = logits_V.log_softmax(-1)
+    best = logprobs_V.topk(min(count, len(logprobs_V)))
+    pairs = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return Chosen(token=token, logprob=float(logprobs_V[token]), alternatives=pairs)

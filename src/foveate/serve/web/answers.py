@@ -7,11 +7,13 @@ headers go out first, and have the tier and the bits of the moment at which it b
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from foveate.serve.calls.refused import RefusedRequest, error_body
@@ -101,6 +103,8 @@ class Answer:
                 reason = piece.reason or reason
         if self.job.call.echo:
             text = self._prompt_text() + text
+            if self.job.call.sampling.logprobs is not None:
+                chosen = await asyncio.wrap_future(self.engine.ask_logprobs(self.job)) + chosen
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(chosen)}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
@@ -168,9 +172,12 @@ class Answer:
             "tokens": texts,
             "token_logprobs": [one.logprob for one in chosen],
             "top_logprobs": [
-                {self._token_text(token): logprob for token, logprob in one.alternatives} for one in chosen
+                None
+                if one.logprob is None
+                else {self._token_text(token): logprob for token, logprob in one.alternatives}
+                for one in chosen
             ],
-            "text_offset": [sum(map(len, texts[:at])) for at in range(len(texts))],
+            "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)) if texts else [],
         }
 
     def _chat_logprob(self, one: Chosen) -> dict[str, Any]:
