@@ -114,6 +114,18 @@ def test_a_bias_decides(served: Served) -> None:
     assert answer.json["choices"][0]["text"] == "!!!"
 
 
+def test_an_answer_ends_at_a_token_that_ends_it_unless_told_otherwise(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token = served.engine.tokenizer("!")["input_ids"][0]
+    monkeypatch.setattr(served.engine, "_ends", frozenset([token]))
+    fields: dict[str, Any] = {"logit_bias": {str(token): 100}, "max_tokens": 3}
+    ended = served.complete(**fields).json["choices"][0]
+    assert (ended["text"], ended["finish_reason"]) == ("", "stop")
+    whole = served.complete(**fields, ignore_eos=True).json["choices"][0]
+    assert (whole["text"], whole["finish_reason"]) == ("!!!", "length")
+
+
 def test_an_echo_and_token_ids(served: Served) -> None:
     plain = served.complete().json["choices"][0]["text"]
     assert served.complete(echo=True).json["choices"][0]["text"] == "def f(x):" + plain

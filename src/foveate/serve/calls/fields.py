@@ -56,6 +56,7 @@ class Call:
         prompt: the text to continue, token ids, or the messages of a chat.
         sampling: how tokens are chosen.
         stops: texts that end the answer.
+        ignore_eos: whether the answer goes on behind a token that would end it.
         max_tokens: the most tokens of the answer; None for the server's default.
         stream: whether the answer comes piece by piece.
         usage_in_stream: whether a stream ends with the count of tokens.
@@ -66,6 +67,7 @@ class Call:
     prompt: str | tuple[int, ...] | tuple[Mapping[str, str], ...]
     sampling: Sampling
     stops: tuple[str, ...] = ()
+    ignore_eos: bool = False
     max_tokens: int | None = None
     stream: bool = False
     usage_in_stream: bool = False
@@ -161,6 +163,7 @@ def _shared(body: Mapping[str, Any]) -> dict[str, Any]:
         raise RefusedRequest(f"stream_options.{unknown[0]} is not served", parameter="stream_options")
     return {
         "stops": _stops(body.get("stop")),
+        "ignore_eos": _truth(body, "ignore_eos"),
         "stream": stream,
         "usage_in_stream": _truth(options or {}, "include_usage"),
         "wish": Wish.parse(body.get("precision")),
@@ -225,7 +228,7 @@ class _Fields:
 
 
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs")
-_BOTH = frozenset(("model", "max_tokens", "stream", "stream_options", "stop", "precision", *_SAMPLING))
+_BOTH = frozenset(("model", "max_tokens", "stream", "stream_options", "stop", "ignore_eos", "precision", *_SAMPLING))
 _NOTHING: Mapping[str, Callable[[Any], bool]] = {
     "n": lambda value: type(value) is int and value == 1,
     "user": lambda value: isinstance(value, str),

@@ -110,7 +110,7 @@ class Engine:
             tokens=tuple(tokens),
             max_tokens=most,
             request=call.wish.on(self.control.frontier),
-            ends=self._ends,
+            ends=frozenset() if call.ignore_eos else self._ends,
             sampler=Sampler(sampling=call.sampling),
             loop=asyncio.get_running_loop(),
         )

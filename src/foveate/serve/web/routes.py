@@ -20,6 +20,7 @@ from foveate.serve.calls.wish import Wish, floor_of
 from foveate.serve.engine.engine import Engine
 from foveate.serve.engine.metrics import Gauges
 from foveate.serve.web.gate import GONE
+from foveate.serve.web.schema import described
 
 T = TypeVar("T")
 #: Seconds from one event of the page to the next.
@@ -60,14 +61,19 @@ def add_routes(app: FastAPI, engine: Engine) -> None:
         changed: dict[str, Any] = await _between_steps(engine, partial(_changed, engine, body))
         return changed
 
-    @app.get("/", response_class=HTMLResponse)
+    @app.get("/openapi.json", include_in_schema=False)
+    def schema() -> dict[str, Any]:
+        """What the server takes and answers, as OpenAPI has it."""
+        return described(app)
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     def page() -> HTMLResponse:
         """The built-in page."""
         text = resources.files("foveate.serve.web").joinpath("page.html").read_text(encoding="utf-8")
         policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
         return HTMLResponse(text, headers={"content-security-policy": policy, "x-frame-options": "DENY"})
 
-    @app.get("/events")
+    @app.get("/events", include_in_schema=False)
     async def events() -> StreamingResponse:
         """What the page shows, as server-sent events, one at once and then two a second."""
         return StreamingResponse(_events(engine, GONE.get()), media_type="text/event-stream")
