@@ -81,7 +81,7 @@ def test_top_shows_a_manager_of_this_process(run: Run) -> None:
 def test_options_of_the_benchmark_are_of_that_benchmark(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run("bench", "switch", "--minutes", 1)
     assert result.exit_code == 2
-    assert "--minutes is for the benchmark runtime, not for switch" in result.stderr
+    assert "--minutes is for the benchmark runtime or trace, not for switch" in result.stderr
     monkeypatch.delenv("FOVEATE_DATA", raising=False)
     result = run("bench", "runtime", "--minutes", 0)
     assert result.exit_code == 2

@@ -95,7 +95,8 @@ class ImportanceTracker(Closing):
         self._decided_at = self._shadowed_at = self._quiet_until = self._refusals = 0
         self._observing, self._pace = threading.Lock(), Pace(options.most_time)
         self._inside = self._inside_pass = self._furthest = 0
-        self._handed_over = False
+        self._handed_over = self._suspended = False
+        self._looked_at: LevelState | None = None
         self._base: Frontier | None = None
         if options.contribution:
             self._contributions = start_contributions(self._sites)
@@ -114,10 +115,15 @@ class ImportanceTracker(Closing):
     # what the stream shows
 
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._inside == threading.get_ident() or self._is_suspended():
+        if self._inside == threading.get_ident():
+            return
+        state = self._registry.generations.state
+        if state is not self._looked_at:  # looked at where it has changed, for this is a part of every pass
+            self._looked_at, self._suspended = state, self._is_suspended()
+            self._furthest = max(self._furthest, self._state().index)
+        if self._suspended:
             return
         tokens = tokens_of(args, kwargs)
-        self._furthest = max(self._furthest, self._state().index)
         self._new_tokens += tokens
         self._unobserved += max(1, tokens // TOKENS_OF_A_PASS)
         self._pace.begin()
@@ -230,7 +236,7 @@ class ImportanceTracker(Closing):
         self._remember(now)
         # where bits were scarcest since the last decision: at the best maps there may be nothing to move
         index = max(self._furthest, self._state().index)
-        self._furthest = 0
+        self._furthest, self._looked_at = 0, None
         proposal = self._proposal(now, index)
         options, tokens = self._options.shadow, self._rolling.tokens
         due = options is not None and tokens - self._shadowed_at >= options.every
@@ -361,12 +367,8 @@ class ImportanceTracker(Closing):
     @property
     def verdict(self) -> Verdict:
         """What following came to so far."""
-        return Verdict(
-            tokens=self._rolling.tokens,
-            decisions=tuple(self._decisions),
-            shadow_tokens=self._shadow_tokens,
-            refused_observations=self._rolling.refused,
-        )
+        one = {"shadow_tokens": self._shadow_tokens, "refused_observations": self._rolling.refused}
+        return Verdict(tokens=self._rolling.tokens, decisions=tuple(self._decisions), **one)
 
     def task(self, name: str) -> TaskProfile:
         """The importance of the stream so far, to be saved as the profile of a task.

@@ -63,6 +63,10 @@ class Costs:
         return max(sum(kl <= allowed for kl in worst) - 1, 0)
 
 
+#: A step that saves less of the time than this factor, and loses more KL than that one, is behind the knee.
+_LITTLE, _MUCH = 1.05, 1.5
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
     """The constants of the controller. Times are seconds.
@@ -74,8 +78,8 @@ class Policy:
         longest_hold: the most that the hold grows to.
         lower: the share of its limit that a signal must stay below for precision to rise.
         steps_up: by how many indices precision rises at once, at most.
-        price: the KL in nats a token that is paid for one unit of congestion (`foveate.runtime.signals`), where the
-            load is known. A higher price leaves more room for bursts.
+        price: what is paid for one unit of congestion (`foveate.runtime.signals`), where the load is known, in units of
+            the KL at the knee (`Setup.knee`). A higher price leaves more room for bursts.
         deadband: the relative error of power that is taken for none.
         power_gain: indices a second for a relative error of 1 in power.
         stale_after: the age at which a reading is stale.
@@ -91,7 +95,7 @@ class Policy:
     longest_hold: float = 60.0
     lower: float = 0.5
     steps_up: int = 1
-    price: float = 0.03
+    price: float = 2.0
     deadband: float = 0.03
     power_gain: float = 0.5
     stale_after: float = 2.0
@@ -150,6 +154,16 @@ class Setup:
     def last(self) -> int:
         """The furthest index that is allowed."""
         return len(self.costs) - 1 if self.floor is None else self.floor
+
+    @cached_property
+    def knee(self) -> int:
+        """The furthest index that is worth its loss where work waits: each step behind it saves less than 5 % of the
+        time and loses half as much again, at the least. The last one where no times are known.
+        """
+        kl, at = self.costs.kl, self.last
+        while at and self.costs.speed(at - 1) <= _LITTLE * self.costs.speed(at) and kl[at] >= _MUCH * kl[at - 1]:
+            at -= 1
+        return at if self.costs.seconds_per_token else self.last
 
     @property
     def safe(self) -> int:

@@ -28,6 +28,8 @@ _AIM = 0.97
 _KNOWN_CALM = 0.92
 #: The power of the utilisation in the wait: sqrt(2 (m + 1)) - 1, of about 16 requests in a batch.
 _POWER = 5.0
+#: A wait of so many times its limit may go behind the knee.
+_DESPERATE = 5.0
 #: By how much the load must be able to rise before precision may rise.
 _ROOM = 1.05
 
@@ -115,10 +117,12 @@ def judge(setup: Setup, signal: str, value: float, index: int) -> Judgement:
         return _by_effect(setup, index, lambda at: value + resident[at] - resident[index], limit, (_AIM, _KNOWN_CALM))
     # a signal that is twice its limit asks for two steps, four times for three
     steps = 1 + int(math.log2(max(value / limit, 1.0))) if value < math.inf else setup.last
+    # behind the knee little time is left to gain, so only a wait that is far beyond its limit goes there
+    furthest = setup.knee if signal == "queue_wait" and value < _DESPERATE * limit else setup.last
     return Judgement(
         above=value > limit,
         calm=value < setup.policy.lower * limit,
-        down_to=min(index + steps, setup.last),
+        down_to=max(min(index + steps, furthest), index),
         up_to=max(index - setup.policy.steps_up, 0),
     )
 
@@ -126,11 +130,12 @@ def judge(setup: Setup, signal: str, value: float, index: int) -> Judgement:
 def _cheapest(setup: Setup, load: float) -> int:
     """The index of the least KL and price of congestion together; the last if the load is too much for any."""
     best, least = setup.last, math.inf
+    price = setup.policy.price * setup.costs.kl[setup.knee]
     for at in range(setup.last + 1):
         used = load * setup.costs.speed(at)
         if used >= 1:
             continue
-        cost = setup.costs.kl[at] + setup.policy.price * used**_POWER / (1 - used)
+        cost = setup.costs.kl[at] + price * used**_POWER / (1 - used)
         if cost < least:
             best, least = at, cost
     return best

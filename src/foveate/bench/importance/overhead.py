@@ -28,7 +28,7 @@ def _decode(model: nn.Module, prompt: Tensor, tokens: int) -> float:
         return time.perf_counter() - started
 
 
-def measure_overhead(one: Subject, prompt: Tensor, bits: float, tokens: int = 64, rounds: int = 9) -> dict[str, float]:
+def measure_overhead(one: Subject, prompt: Tensor, bits: float, tokens: int = 768, rounds: int = 9) -> dict[str, float]:
     """Time of decoding while followed, by default options, over time without.
 
     Each round decodes the same tokens in both ways, one after the other. Decisions are rare (every 4096 tokens) and on
