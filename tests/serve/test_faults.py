@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 import foveate as fv
-from foveate.errors import BudgetError
+from foveate.cli.serve import check_free
+from foveate.cli.shared.data import price_batches
+from foveate.errors import BudgetError, DataError
 from foveate.serve.options import ServeOptions, ServerLimits
 from served import Served, serving
 
@@ -85,13 +87,13 @@ def test_an_engine_that_fails_says_so_and_answers_503(model: Any, tokenizer: Any
 def test_on_a_signal_answers_that_are_on_their_way_are_finished(model: Any, tokenizer: Any) -> None:
     with serving(model, tokenizer, ServeOptions(name="tiny", bend=None)) as one:
         with ThreadPoolExecutor(6) as pool:
-            answers = [pool.submit(one.complete, max_tokens=40, stream=n % 2 == 0) for n in range(6)]
+            answers = [pool.submit(one.complete, max_tokens=150, stream=n % 2 == 0) for n in range(6)]
             _until(lambda: one.engine.jobs.counts()[0] + one.engine.jobs.counts()[1] == 6)
             one.server.handle_exit(15, None)
             replies = [answer.result() for answer in answers]
         assert {reply.status for reply in replies} == {200}
         assert all(reply.events[-1]["choices"][0]["finish_reason"] == "length" for reply in replies[::2])
-        assert all(reply.json["usage"]["completion_tokens"] == 40 for reply in replies[1::2])
+        assert all(reply.json["usage"]["completion_tokens"] == 150 for reply in replies[1::2])
         one.thread.join(60)
         assert not one.thread.is_alive()
 
@@ -123,3 +125,19 @@ def test_the_command_serves_a_folder_until_it_is_told_to_end(model: Any, tokeniz
 def test_limits_check_themselves(bad: dict[str, Any]) -> None:
     with pytest.raises(BudgetError):
         ServerLimits(**bad)
+
+
+def test_a_port_that_is_taken_and_a_text_that_is_short_are_said_before_the_work(
+    served: Served, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=f"cannot listen at 127.0.0.1:{served.port}"):
+        check_free("127.0.0.1", served.port)
+    check_free("127.0.0.1", 0)
+    fv.save(model, tmp_path / "out")
+    tokenizer.save_pretrained(tmp_path / "out")
+    (tmp_path / "short.txt").write_text("few", encoding="utf-8")
+    with pytest.raises(DataError, match=r"short.txt has 3 tokens, too few to find the price of a byte on"):
+        price_batches(tmp_path / "short.txt", tmp_path / "out")
+    (tmp_path / "long.txt").write_text("def f(x):\n    return x\n" * 100, encoding="utf-8")
+    made = price_batches(tmp_path / "long.txt", tmp_path / "out")
+    assert {tuple(one["input_ids"].shape) for one in made} <= {(8, 128), (made[-1]["input_ids"].shape[0], 128)}

@@ -106,6 +106,13 @@ def test_bad_changes_are_refused_and_change_nothing(served: Served, body: dict[s
     assert served.ask("GET", "/v1/precision").json == before
 
 
+def test_an_index_that_there_is_not_is_called_by_its_name(served: Served) -> None:
+    for body, name in (({"index": 200}, "index"), ({"floor": "99"}, "floor"), ({"index": -1}, "index")):
+        error = served.ask("POST", "/v1/precision", body).json["error"]
+        assert error["param"] == name
+        assert "precision." not in error["message"]
+
+
 def test_random_switches_under_load_change_no_token_at_a_fixed_tier(served: Served) -> None:
     control, engine = served.engine.control, served.engine
     last = len(control.frontier) - 1

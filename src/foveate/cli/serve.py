@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -71,9 +72,13 @@ def serve(
     fv.read_head(out)
     if not is_causal(config_of(str(out))):
         raise DataError(f"{out} holds no model that predicts the next token")
+    check_free(host, port)
     key = os.environ.get(_ENVIRONMENT_KEY) or None
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         log.warning("anybody who reaches %s may use this server: %s is not set", host, _ENVIRONMENT_KEY)
+    tokenizer = load_tokenizer(str(out), "copy the original model's tokenizer files into it")
+    if not getattr(tokenizer, "is_fast", False):
+        raise BudgetError(f"the tokenizer of {out} is not a fast one, which streaming needs")
     settings = ServeOptions(
         name=name or default_name(out),
         adapt_on=() if adapt is None else price_batches(adapt, out),
@@ -92,9 +97,6 @@ def serve(
         api_key=key,
         drain_seconds=drain,
     )
-    tokenizer = load_tokenizer(str(out), "copy the original model's tokenizer files into it")
-    if not getattr(tokenizer, "is_fast", False):
-        raise BudgetError(f"the tokenizer of {out} is not a fast one, which streaming needs")
     log.info("loading %s", out)
     engine = made_engine(fv.load(out, memory=memory), tokenizer, settings, whole=memory is None)
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -105,3 +107,13 @@ def serve(
         port=port,
         told=lambda taken: log.info("serving %s at http://%s:%d/", settings.name, shown, taken),
     )
+
+
+def check_free(host: str, port: int) -> None:
+    """Raise `DataError` before the work if nobody can listen there."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.create_server((host, port), family=family):
+            pass
+    except OSError as error:
+        raise DataError(f"cannot listen at {host}:{port}: {error.strerror or error}") from error

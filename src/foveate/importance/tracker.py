@@ -234,10 +234,11 @@ class ImportanceTracker(Closing):
         self._take_base(state)
         now = ratios(self._profile, self._rolling.means())
         self._remember(now)
-        # where bits were scarcest since the last decision: at the best maps there may be nothing to move
-        index = max(self._furthest, self._state().index)
+        # where bits were scarcest since the last decision, and half way: at both ends there may be nothing to move
+        furthest = max(self._furthest, self._state().index)
         self._furthest, self._looked_at = 0, None
-        proposal = self._proposal(now, index)
+        tried = ((at, self._proposal(now, at)) for at in (furthest, furthest // 2))
+        index, proposal = next((one for one in tried if one[1] is not None), (furthest, None))
         options, tokens = self._options.shadow, self._rolling.tokens
         due = options is not None and tokens - self._shadowed_at >= options.every
         if proposal is None and not due:
@@ -280,9 +281,7 @@ class ImportanceTracker(Closing):
                 best = "held"
         else:
             best = chosen(found, self._options.caution.margin)
-        refused = proposal is not None and best != "online"
-        if refused:
-            assert proposal is not None
+        if proposal is not None and best != "online":
             self._wait()
             self._record("online", False, proposal, found["held"], found["online"])
         is_new = best != self.source or (best == "online" and proposal is not None)

@@ -28,8 +28,8 @@ HELD_OUT = 8
 _LENGTH = 512
 #: How many lines tell how long lines are.
 _LINES_COUNTED = 128
-#: Windows on which inputs that choose find their price, tokens of one, and windows of a batch.
-_PRICE_WINDOWS, _PRICE_LENGTH, _PRICE_BATCH = 32, 128, 8
+#: Windows on which inputs that choose find their price, tokens of one, windows of a batch, and tokens at the least.
+_PRICE_WINDOWS, _PRICE_LENGTH, _PRICE_BATCH, _LEAST_PRICE_LENGTH = 32, 128, 8, 16
 Window = dict[str, Tensor]
 
 
@@ -144,9 +144,14 @@ def price_batches(text: Path, out: Path) -> list[Window]:
         text: the text file.
         out: the folder of the model.
     """
-    config = config_of(str(out))
-    length = min(_PRICE_LENGTH, positions_of(config) or _PRICE_LENGTH)
-    return batches(windows(Request(text, None, _PRICE_WINDOWS, length, _PRICE_BATCH), str(out), config), _PRICE_BATCH)
+    ids = load_tokenizer(str(out))(_read_text(text), add_special_tokens=False, verbose=False)["input_ids"]
+    length = min(_PRICE_LENGTH, positions_of(config_of(str(out))) or _PRICE_LENGTH, len(ids))
+    if length < _LEAST_PRICE_LENGTH:
+        raise DataError(
+            f"{text} has {len(ids)} tokens, too few to find the price of a byte on: at least {_LEAST_PRICE_LENGTH}"
+        )
+    cut = _cut(torch.tensor(ids, dtype=torch.int64), length)
+    return batches([{"input_ids": w[None]} for w in _spread(cut, _PRICE_WINDOWS)], _PRICE_BATCH)
 
 
 def describe(samples: Sequence[Window]) -> str:

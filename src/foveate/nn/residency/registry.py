@@ -354,6 +354,12 @@ class ResidentRegistry(Registry):
                 levels[site.name] = input_level_for(mean[f"{site.name.removesuffix(':input')}:weight"])
         return PrecisionMap(self.sites, levels, self.other_bytes, other_parameters=self.other_parameters)
 
+    def take_arrivals(self) -> None:
+        """Read the planes that have arrived, between two calls: else the next call takes them."""
+        if self.residency.arrivals():
+            with self._gate.alone():
+                self.residency.between_passes(self._publish, 0)
+
     def bytes_of(self, plan: PrecisionMap) -> int:
         """The bytes that the model takes with the planes that a map reads, and those that never leave."""
         read = {name: self._of_planes(plan, name).amax(1) for name in self.stored}

@@ -44,7 +44,8 @@ class Wish:
             is_index = type(one) is int and 0 <= one < 256
             if one is not None and not is_index and not (isinstance(one, str) and 0 < len(one) <= 80):
                 raise RefusedRequest(
-                    f"precision.{name} (={one!r}) is neither an index of the frontier nor the name of a point",
+                    f"precision.{name} (={one!r}) is neither an index of the frontier, a whole number, nor a text "
+                    'such as "4.25"',
                     parameter=f"precision.{name}",
                 )
         tier, floor = value.get("tier"), value.get("floor")

@@ -45,8 +45,8 @@ from foveate.sizes import format_bytes, parse_bytes
 
 #: The names under which the server, its operator, and the rows of its requests decide, and of importance in its log.
 SERVER, OPERATOR, ROWS, IMPORTANCE = "server", "operator", "rows of requests", "importance"
-#: What is read with the planes in memory is looked at anew after so many seconds at the earliest.
-_BITS_EVERY = 0.5
+#: What is read with the planes in memory is looked at anew after so many times as long as a look took.
+_LOOKING_SHARE = 20.0
 _log = logging.getLogger("foveate")
 
 
@@ -133,17 +133,19 @@ class PrecisionControl:
     def _take(self, chain: Frontier) -> None:
         """Know another chain as that in force."""
         self.frontier, self.bits = chain, tuple(chain.bits(index) for index in range(len(chain)))
-        self._read_bits: dict[int, float] = {}
-        self._read_version, self._read_since = self._registry.version, 0.0
+        self._read_bits: dict[int, tuple[int, float]] = {}
+        self._read_again = 0.0
 
     def read_bits(self, index: int) -> float:
         """The average bits of a weight that are read at an index, with the planes that are in memory."""
-        now = time.monotonic()
-        if self._read_version != self._registry.version and now - self._read_since > _BITS_EVERY:
-            self._read_bits, self._read_version, self._read_since = {}, self._registry.version, now
-        bits = self._read_bits.get(index)
-        if bits is None:
-            bits = self._read_bits[index] = self._registry.as_read(self.frontier[index]).bits
+        version = self._registry.version
+        known, bits = self._read_bits.get(index, (-1, 0.0))
+        now = time.perf_counter()
+        if known != version and (known < 0 or now >= self._read_again):
+            bits = self._registry.as_read(self.frontier[index]).bits
+            self._read_bits[index] = version, bits
+            taken = time.perf_counter() - now
+            self._read_again = now + _LOOKING_SHARE * taken  # planes arrive one by one, and each look takes its time
         return bits
 
     @property
@@ -173,6 +175,8 @@ class PrecisionControl:
 
     def turn(self) -> None:
         """Between two steps: let the deciders decide what is due, the manager only while nobody holds the index."""
+        if isinstance(self._registry, ResidentRegistry):
+            self._registry.take_arrivals()
         chain = self.deciders.turn()
         if chain is not None and chain is not self.frontier:
             self._take(chain)
@@ -237,6 +241,7 @@ class PrecisionControl:
             FoveateError: all planes of the model are in memory.
         """
         resize(self._model, memory=memory)
+        self._read_again = 0.0
         size = memory if memory == "auto" else format_bytes(parse_bytes(memory))
         self._note(OPERATOR, f"the operator gives the model {size} of memory")
 
@@ -281,6 +286,13 @@ class PrecisionControl:
     def _moved(self, move: Move) -> None:
         self._note(IMPORTANCE, str(move))
 
+    def _who_decides(self) -> list[dict[str, str]]:
+        found = who_decides(self._model)
+        if self.held is None:
+            return found
+        others = [one for one in found if one["by"] != OPERATOR or not one["what"].startswith("index")]
+        return [*others, {"by": OPERATOR, "what": f"holds index {self.held}"}]
+
     def status(self) -> dict[str, Any]:
         """What `GET /v1/precision` says."""
         chain, given, manager = self.frontier, self._given, self.manager
@@ -288,10 +300,10 @@ class PrecisionControl:
         tracker = self.deciders.tracker
         return {
             "index": self._index,
-            "bits": self.read_bits(self._index),
+            "bits": round(self.read_bits(self._index), 4),
             "chosen_bits": self.deciders.mean_bits,
             "importance": _told(tracker.verdict) if tracker is not None else self.deciders.fault or None,
-            "deciders": who_decides(self._model),
+            "deciders": self._who_decides(),
             "frontier": [
                 {"index": index, "bits": bits, "bytes_read": chain.bytes_read(index), "kl": _kl(given, index)}
                 for index, bits in enumerate(self.bits)

@@ -141,10 +141,12 @@ def who_decides(model: nn.Module) -> list[dict[str, str]]:
     found += [(by, f"a floor: no index beyond {floor.on(chain)}") for by, floor in state.floors.items()]
     for by, adaptation in state.adaptations.items():
         low, high = adaptation.around(state.index, state.floor)
-        found.append((by, f"each token reads map {high} or {low}, weight by weight"))
+        which = f"map {high} or {low}, weight by weight" if low != high else f"map {high}"
+        found.append((by, f"each token reads {which}"))
     found += [(by, f"{len(raised)} inputs are raised") for by, raised in state.raises.items() if raised]
     if state.requests:
-        found.append(("requests", f"{len(state.requests)} classes of rows with a precision of their own"))
+        count = len(state.requests)
+        found.append(("requests", f"{count} of late with {'precisions' if count > 1 else 'a precision'} of their own"))
     if isinstance(registry, ResidentRegistry):
         found.append(("memory", str(registry.report()).partition("\n")[0]))
     return [{"by": by, "what": what} for by, what in found]

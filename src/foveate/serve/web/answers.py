@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -171,14 +171,17 @@ class Answer:
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in chosen],
-            "top_logprobs": [
-                None
-                if one.logprob is None
-                else {self._token_text(token): logprob for token, logprob in one.alternatives}
-                for one in chosen
-            ],
+            "top_logprobs": [None if one.logprob is None else self._by_text(one.alternatives) for one in chosen],
             "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)) if texts else [],
         }
+
+    def _by_text(self, pairs: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Log probabilities by the texts of tokens, or by their ids where a text is taken (parts of characters)."""
+        found: dict[str, float] = {}
+        for token, logprob in pairs:
+            text = self._token_text(token)
+            found[f"token_id:{token}" if text in found else text] = logprob
+        return found
 
     def _chat_logprob(self, one: Chosen) -> dict[str, Any]:
         def named(token: int, logprob: float | None) -> dict[str, Any]:

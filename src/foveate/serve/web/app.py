@@ -172,7 +172,9 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _malformed(request: Request, error: Exception) -> Response:
-    return JSONResponse(error_body("the body is not a JSON object", 400), status_code=400)
+    return JSONResponse(
+        error_body("the body is not a JSON object (content-type: application/json)", 400), status_code=400
+    )
 
 
 async def _http(request: Request, error: Exception) -> Response:

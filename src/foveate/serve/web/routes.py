@@ -97,7 +97,10 @@ def change_precision(engine: Engine, body: Mapping[str, Any]) -> None:
     if body.get("index") is not None and body.get("hold") is False:
         raise RefusedRequest("index holds, and hold is false", parameter="hold")
     for name, key in (("index", "tier"), ("floor", "floor")):
-        Wish.parse({key: body[name]} if body.get(name) not in (None, "auto") else None).on(engine.control.frontier)
+        try:
+            Wish.parse({key: body[name]} if body.get(name) not in (None, "auto") else None).on(engine.control.frontier)
+        except RefusedRequest as error:
+            raise RefusedRequest(str(error).replace(f"precision.{key}", name), parameter=name) from error
 
 
 def _changed(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,8 @@ _REFUSALS = {
     "500": "The engine failed while it computed the answer.",
     "503": "The server is ending, or cannot compute any more.",
 }
+#: Statuses of requests that have a body.
+_OF_BODIES = ("408", "413", "429", "500")
 _POINT: Schema = {
     "anyOf": [{"type": "integer", "minimum": 0, "maximum": 255}, {"type": "string", "minLength": 1, "maxLength": 80}]
 }
@@ -135,7 +137,8 @@ def described(app: FastAPI) -> Schema:
     for path, methods in found["paths"].items():
         for method, route in methods.items():
             answers = {status: one for status, one in route["responses"].items() if status != "422"}
-            route["responses"] = {**answers, **refusals}
+            own = refusals if method == "post" else {s: one for s, one in refusals.items() if s not in _OF_BODIES}
+            route["responses"] = {**answers, **own}
             if path in ("/v1/completions", "/v1/chat/completions"):  # whole, or as a stream
                 route["responses"]["200"]["content"]["text/event-stream"] = {"schema": {}}
             if path == "/metrics":
