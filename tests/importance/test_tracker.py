@@ -293,3 +293,17 @@ def test_calls_with_a_cache_are_not_repeated() -> None:
         assert repeatable((), {"input_ids": ids, name: type(cache)()}, 100) is not None
     assert repeatable((ids,), {}, 5) is None
     assert repeatable((), {}, 5) is None
+
+
+def test_deciding_by_hand_where_nothing_can_be_observed() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 32, 3), nn.Flatten(), nn.Linear(32 * 36, 8))
+    profile = fv.quantize(model, [torch.randn(4, 4, 8, 8) for _ in range(2)], objective=fv.Logits(), progress=False)
+    fv.apply(model, fv.frontier(profile, 4))
+    with fv.track_importance(model, options=replace(QUICK, by_hand=True)) as tracker:
+        with torch.no_grad():
+            for _ in range(30):
+                model(torch.randn(4, 4, 8, 8))
+                tracker.step()
+        assert not tracker.verdict.moves  # nothing was shown for shadow runs, so no move was checked
+        tracker.show(torch.randn(1, 4, 8, 8))
+    tracker.step()  # ended: nothing to decide, and nothing to wait for

@@ -66,3 +66,14 @@ def test_planes_leave_with_a_fall_and_come_back_with_a_rise(tmp_path: Path, monk
         tick(100)
         assert manager.index > 0
     assert fv.memory_report(model).limit == whole.limit
+    with fv.RuntimeManager(
+        model, limits=fv.Limits(memory=limit), sensors={"memory": memory}, options=options
+    ) as manager:
+        tick(100)
+        assert manager.index > 0
+        fv.resize(model, memory=resident[2])  # another limit than the manager's is the most from then on
+        others[0] = 0
+        tick(3000)
+        assert manager.index == 0
+        assert fv.memory_report(model).limit == resident[2]
+    assert fv.memory_report(model).limit == resident[2]

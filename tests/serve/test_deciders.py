@@ -161,6 +161,27 @@ def test_a_floor_holds_whoever_else_decides(everything: Served) -> None:
     assert everything.ask("POST", "/v1/precision", {"floor": None}).status == 200
 
 
+def test_as_many_tiers_as_clients_like_do_not_end_the_engine(everything: Served) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        asked = [{"tier": n} for n in range(2, 10)] + [{"floor": n} for n in range(4, 8)]
+        replies = list(pool.map(lambda wish: everything.complete(precision=wish, max_tokens=24), asked * 3))
+    assert {reply.status for reply in replies} == {200}
+    for wish, reply in zip(asked * 3, replies, strict=True):
+        got = reply.json["precision"]
+        assert got["worst"] == got["best"] == wish["tier"] if "tier" in wish else got["worst"] <= wish["floor"]
+    with ThreadPoolExecutor(12) as pool:
+        echoes = list(pool.map(lambda n: everything.complete(precision={"tier": n}, echo=True, logprobs=1), range(14)))
+    assert {reply.status for reply in echoes} == {200}
+
+
+def test_a_floor_that_the_frontier_no_longer_meets_is_read_at_the_best(everything: Served) -> None:
+    control = everything.engine.control
+    best = control.bits[0]
+    unmet = fv.Request(floor=fv.Floor(bits=best + 0.4))
+    assert everything.engine.ask(lambda: control.pass_indices([unmet, None], [1, 1])[0]).result(30)[0] == 0
+    assert everything.complete().status == 200
+
+
 def test_inputs_alone_choose_around_the_index(folder: Path, tokenizer: Any) -> None:
     model = fv.load(folder)
     batches = tokens(4, 24, vocabulary=256, seed=3)

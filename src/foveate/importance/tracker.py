@@ -91,10 +91,9 @@ class ImportanceTracker(Closing):
         self.source = "static"
         self.history: list[Snapshot] = []
         self._decisions: list[Decision] = []
-        self._unobserved = self._new_tokens = self._shadow_tokens = 0
-        self._decided_at = self._shadowed_at = self._quiet_until = self._refusals = 0
+        self._unobserved = self._new_tokens = self._shadow_tokens = self._decided_at = self._shadowed_at = 0
+        self._quiet_until = self._refusals = self._inside = self._inside_pass = self._furthest = 0
         self._observing, self._pace = threading.Lock(), Pace(options.most_time)
-        self._inside = self._inside_pass = self._furthest = 0
         self._handed_over = self._suspended = False
         self._looked_at: LevelState | None = None
         self._base: Frontier | None = None
@@ -140,7 +139,7 @@ class ImportanceTracker(Closing):
         ident = threading.get_ident()
         if self._inside == ident:
             return
-        was_observed = self._observer.is_open and self._inside_pass == ident
+        was_observed = self._inside_pass == ident
         self._pace.end(was_observed)
         if not was_observed:
             return
@@ -151,6 +150,7 @@ class ImportanceTracker(Closing):
                 if not self._options.by_hand:
                     self._decide_if_due()
         finally:
+            self._inside_pass = 0
             self._observing.release()
 
     def _decide_if_due(self) -> None:
@@ -244,7 +244,7 @@ class ImportanceTracker(Closing):
         if proposal is None and not due:
             return
         if self._sample is None or not len(self._sample):
-            if proposal is not None:
+            if proposal is not None and (self._sample is None or not self._options.by_hand):
                 self._move("online", proposal, math.nan, math.nan)
             return
         self._check(proposal, now, index)
@@ -350,8 +350,9 @@ class ImportanceTracker(Closing):
 
     def step(self) -> None:
         """Decide now, if it is due; call it between passes, on the thread that runs the model (`options.by_hand`)."""
-        with self._observing:
-            self._decide_if_due()
+        if self._handles and self.is_due:
+            with self._observing:
+                self._decide_if_due()
 
     def show(self, *args: Any, **kwargs: Any) -> None:
         """Keep a call of the model for shadow runs: one like the stream, that can be made again."""

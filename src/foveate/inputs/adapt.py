@@ -266,7 +266,9 @@ def adapt_to_input(
                 break
             except BudgetError:
                 # weights that do not choose read the higher map: the lower one is further away where they are many
-                further = replace(adapted.adaptation, multiplier=1.0, below=2 * adapted.adaptation.below)
+                fresh = replace(estimator, ratios={})
+                below = 2 * adapted.adaptation.below
+                further = replace(adapted.adaptation, multiplier=1.0, below=below, estimator=fresh)
                 if index + adapted.adaptation.below >= len(chain) - 1:
                     raise
                 adapted.renew(further)

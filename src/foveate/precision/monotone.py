@@ -47,8 +47,8 @@ def between(at: float, places: Sequence[float], values: Sequence[float], *, rati
     at = min(max(at, x0), x1)
     if ratios and min(x0, y0, y1) > 0:  # differences of logarithms: a ratio may be too large for a number
         share = (math.log(at) - math.log(x0)) / (math.log(x1) - math.log(x0))
-        half = math.exp(share * (math.log(y1) - math.log(y0)) / 2)
-        found = y0 * half * half
+        quarter = math.exp(share * (math.log(y1) - math.log(y0)) / 4)
+        found = y0 * quarter * quarter * quarter * quarter
     else:
         found = y0 + (y1 - y0) * ((at - x0) / (x1 - x0))
     return min(max(found, min(y0, y1)), max(y0, y1))

@@ -205,7 +205,10 @@ class RuntimeManager:
                 sensor.close()
             self._levels.withdraw()
             if self._planes is not None:
-                self._planes.end()
+                try:
+                    self._planes.end()
+                except FoveateError as refusal:  # a floor that was raised meanwhile
+                    _log.warning("the limit of memory stays lowered: %s", refusal)
             if self._log is not None:
                 self._log.close()
             if self._status_file is not None:

@@ -17,16 +17,31 @@ class PlanesAlong:
     """
 
     def __init__(self, registry: ResidentRegistry, frontier: Frontier) -> None:
-        self._registry, self._most = registry, registry.residency.limit
+        self._registry, self._frontier = registry, frontier
+        self._most = self._set = registry.residency.limit
         self.resident = tuple(min(self._most, registry.bytes_of(plan)) for plan in frontier)
 
     def __call__(self, index: int) -> None:
         """Have the model take what an index reads. Planes leave before this returns, and come in the background."""
-        self._registry.resize(self.resident[index])
+        state = self._registry.generations.state
+        if state is not None and state.adaptation is not None and state.frontier is self._frontier:
+            index = state.adaptation.around(index, len(self._frontier) - 1)[1]  # inputs may read the map before
+        self._look()
+        self._set = min(self._most, self.resident[index])
+        self._registry.resize(self._set)
 
     def end(self) -> None:
-        """Set the limit that there was before."""
-        self._registry.resize(self._most)
+        """Set the limit that there was before, or that somebody has set since."""
+        self._look()
+        if self._set != self._most:
+            self._set = self._most
+            self._registry.resize(self._most)
+
+    def _look(self) -> None:
+        """Where somebody else has set the limit, it is the most from now on."""
+        limit = self._registry.residency.limit
+        if limit != self._set:
+            self._most = self._set = limit
 
 
 def planes_along(model: nn.Module, frontier: Frontier) -> PlanesAlong | None:

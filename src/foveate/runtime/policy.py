@@ -65,6 +65,8 @@ class Costs:
 
 #: A step that saves less of the time than this factor, and loses more KL than that one, is behind the knee.
 _LITTLE, _MUCH = 1.05, 1.5
+#: All steps behind the knee save less of the time than this factor.
+_ALL = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,10 +160,13 @@ class Setup:
     @cached_property
     def knee(self) -> int:
         """The furthest index that is worth its loss where work waits: each step behind it saves less than 5 % of the
-        time and loses half as much again, at the least. The last one where no times are known.
+        time and loses half as much again, at the least, and all of them save less than 20 %. The last one where no
+        times are known.
         """
-        kl, at = self.costs.kl, self.last
-        while at and self.costs.speed(at - 1) <= _LITTLE * self.costs.speed(at) and kl[at] >= _MUCH * kl[at - 1]:
+        kl, at, speed = self.costs.kl, self.last, self.costs.speed
+        while (
+            at and kl[at] >= _MUCH * kl[at - 1] and speed(at - 1) <= min(_LITTLE * speed(at), _ALL * speed(self.last))
+        ):
             at -= 1
         return at if self.costs.seconds_per_token else self.last
 

@@ -12,6 +12,7 @@ So a whole number is an index of the frontier, of which 0 is the best, and a tex
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,18 +54,22 @@ class Wish:
             raise RefusedRequest("precision has a tier or a floor, not both: a tier is fixed", parameter="precision")
         return Wish(tier=None if tier == "auto" else tier, floor=floor)
 
-    def on(self, frontier: Frontier) -> Request | None:
+    def on(self, frontier: Frontier, names: Mapping[str, int] | None = None) -> Request | None:
         """What the rows of the request ask for; None if they follow the index in force.
+
+        Args:
+            frontier: the chain in force.
+            names: the indices that names stand for; those of the frontier's points if not given.
 
         Raises:
             RefusedRequest: the frontier has no such point, or cannot meet the floor.
         """
         try:
             if self.tier is not None:
-                return Request(tier=_index_of(self.tier, frontier))
+                return Request(tier=_index_of(self.tier, frontier, names))
             if self.floor is None:
                 return None
-            floor = floor_of(self.floor, frontier)
+            floor = floor_of(self.floor, frontier, names)
             floor.on(frontier)
             return Request(floor=floor)
         except (BudgetError, FloorError) as error:
@@ -72,10 +77,10 @@ class Wish:
             raise RefusedRequest(f"precision.{name}: {error}", parameter=f"precision.{name}") from error
 
 
-def floor_of(value: int | str, frontier: Frontier) -> Floor:
+def floor_of(value: int | str, frontier: Frontier, names: Mapping[str, int] | None = None) -> Floor:
     """The floor that an index, the name of a point or average bits mean; raises `BudgetError`."""
-    if isinstance(value, int) or value in {point.name for point in frontier.points}:
-        return Floor(index=_index_of(value, frontier))
+    if isinstance(value, int) or value in (_names(frontier) if names is None else names):
+        return Floor(index=_index_of(value, frontier, names))
     try:
         bits = float(value)
     except ValueError:
@@ -83,9 +88,14 @@ def floor_of(value: int | str, frontier: Frontier) -> Floor:
     return Floor(bits=bits)
 
 
-def _index_of(value: int | str, frontier: Frontier) -> int:
+def _names(frontier: Frontier) -> dict[str, int]:
+    return {point.name: point.index for point in frontier.points}
+
+
+def _index_of(value: int | str, frontier: Frontier, names: Mapping[str, int] | None) -> int:
     if isinstance(value, str):
-        return frontier.find(value)
+        known = _names(frontier) if names is None else names
+        return known[value] if value in known else frontier.find(value)
     if value >= len(frontier):
         raise BudgetError(f"index (={value}) is not on the frontier, which has the indices 0 to {len(frontier) - 1}")
     return value

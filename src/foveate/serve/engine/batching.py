@@ -7,6 +7,7 @@ runs the model, and once in each turn of its loop. Nothing else of transformers'
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from typing import Any, Protocol, cast
 
@@ -32,6 +33,9 @@ class Steps(Protocol):
     def class_of(self, request_id: str) -> Hashable:
         """What the precision of a request is told apart by; None follows the index in force."""
 
+    def maps_of(self, request_id: str | None) -> int:
+        """How many maps a step needs for the rows of a request; None: for those that ask for nothing."""
+
     def turn(self) -> None:
         """Between two steps, and some ten times a second where there is nothing to do."""
 
@@ -46,7 +50,7 @@ class Steps(Protocol):
 
 
 class RowScheduler(FIFOScheduler):
-    """First come, first served, with at most 7 different wishes for precision in a step beside the index in force.
+    """First come, first served, with as many wishes for precision in a step as a generation has maps for.
 
     Those that have waited longest for their turn go first, so none waits for ever.
     """
@@ -58,11 +62,14 @@ class RowScheduler(FIFOScheduler):
         assert self.steps is not None
         wishes = {state.request_id: self.steps.class_of(state.request_id) for state in candidates}
         different = dict.fromkeys(wish for wish in wishes.values() if wish is not None)
-        if len(different) > MAX_MAPS - 1:
+        needs = {wishes[state.request_id]: self.steps.maps_of(state.request_id) for state in candidates}
+        room = MAX_MAPS - self.steps.maps_of(None)
+        if sum(needs[wish] for wish in different) > room:
             order = [wish for wish in self._waited if wish in different]
             order += [wish for wish in different if wish not in self._waited]
-            now = order[: MAX_MAPS - 1]
-            self._waited = order[MAX_MAPS - 1 :] + now
+            ends = itertools.accumulate(needs[wish] for wish in order)
+            now = [wish for wish, end in zip(order, ends, strict=True) if end <= room]
+            self._waited = [wish for wish in order if wish not in now] + now
             candidates = [s for s in candidates if wishes[s.request_id] is None or wishes[s.request_id] in now]
         return super()._process_candidates(candidates, *args, **kwargs)
 

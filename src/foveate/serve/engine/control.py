@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from foveate.allocate import frontier as computed_frontier
-from foveate.errors import BudgetError
+from foveate.errors import BudgetError, FloorError
 from foveate.folder.known_frontier import known_frontier
 from foveate.folder.resize import resize
 from foveate.importance import Decision as Move
@@ -154,6 +154,11 @@ class PrecisionControl:
         return self._index
 
     @property
+    def names(self) -> dict[str, int]:
+        """The indices that the points of the given frontier have; importance that is followed keeps them."""
+        return {point.name: point.index for point in self._given.points}
+
+    @property
     def admits(self) -> bool:
         """Whether new work may be admitted, which the manager denies while memory is above its limit."""
         return self.manager is None or bool(self.fault) or self.manager.admits
@@ -162,13 +167,21 @@ class PrecisionControl:
         """Let the deciders begin."""
         if self.manager is not None:
             self.manager.start()
-        self.deciders.start()
+        try:
+            self.deciders.start()
+        except BaseException:
+            if self.manager is not None:
+                self.manager.close()
+            raise
 
     def close(self) -> None:
         """Withdraw everything that was decided here."""
         self.deciders.close()
-        if self.manager is not None and not self.fault:
-            self.manager.close()
+        if self.manager is not None:
+            try:
+                self.manager.close()
+            except Exception:  # its log may be on a full disk
+                _log.exception("the runtime manager did not end as it should")
         for decider in (OPERATOR, SERVER):
             withdraw(self._model, decider)
         self._set_classes(())
@@ -177,6 +190,8 @@ class PrecisionControl:
         """Between two steps: let the deciders decide what is due, the manager only while nobody holds the index."""
         if isinstance(self._registry, ResidentRegistry):
             self._registry.take_arrivals()
+        if self.deciders.is_due:
+            self.forget_rows()  # floors of requests that have ended would forbid maps that are tried
         chain = self.deciders.turn()
         if chain is not None and chain is not self.frontier:
             self._take(chain)
@@ -255,6 +270,7 @@ class PrecisionControl:
         Returns:
             The index at which each sequence is read, and whether rows were given maps of their own.
         """
+        requests = [self._met(request) for request in requests]
         asked = [request for request in requests if request is not None]
         if not set(asked) <= set(self._classes):
             self._set_classes(asked)
@@ -266,6 +282,23 @@ class PrecisionControl:
             set_row_classes(self._model, None)
         indices = {request: state.index_of(request) for request in dict.fromkeys(requests)}
         return [indices[request] for request in requests], bool(asked)
+
+    def _met(self, request: Request | None) -> Request | None:
+        """A request as the chain in force can meet it: since it was taken, its floor may be above the best map."""
+        try:
+            state_of(self._model).index_of(request)
+        except FloorError:
+            return Request(tier=0)
+        return request
+
+    def maps_of(self, request: Request | None) -> int:
+        """How many maps a generation needs for the rows of a request: two where inputs choose."""
+        fixed = request is not None and request.tier is not None
+        return 1 if fixed or self.deciders.adapted is None else 2
+
+    def forget_rows(self) -> None:
+        """Between two steps: no rows have a precision of their own until the next step."""
+        self._set_classes(())
 
     def _set_classes(self, requests: Iterable[Request]) -> None:
         self._classes = set_classes(self._model, requests, decider=ROWS)
@@ -308,7 +341,7 @@ class PrecisionControl:
                 {"index": index, "bits": bits, "bytes_read": chain.bytes_read(index), "kl": _kl(given, index)}
                 for index, bits in enumerate(self.bits)
             ],
-            "names": {point.name: point.index for point in given.points},
+            "names": self.names,
             "held": self.held is not None,
             "floor": floors,
             "manager": None if manager is None else {

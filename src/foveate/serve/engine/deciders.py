@@ -71,6 +71,11 @@ class Deciders:
         if self._follow is not None:
             self.tracker = track_importance(self._model, options=self._follow, on_decision=self._told)
 
+    @property
+    def is_due(self) -> bool:
+        """Whether importance is to decide at the next turn."""
+        return self.tracker is not None and self.tracker.is_due
+
     def turn(self) -> Frontier | None:
         """Between two steps: decide what is due. The frontier of importance, if it is followed."""
         if self.tracker is None:

@@ -13,7 +13,6 @@ import queue
 import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -109,7 +108,7 @@ class Engine:
             call=call,
             tokens=tuple(tokens),
             max_tokens=most,
-            request=call.wish.on(self.control.frontier),
+            request=call.wish.on(self.control.frontier, self.control.names),
             ends=frozenset() if call.ignore_eos else self._ends,
             sampler=Sampler(sampling=call.sampling),
             loop=asyncio.get_running_loop(),
@@ -178,7 +177,12 @@ class Engine:
         """Have the log probabilities of a prompt computed, between two steps, for which all other requests wait."""
         count = job.call.sampling.logprobs
         assert count is not None
-        return self.ask(partial(prompt_logprobs, self.model, job.tokens, job.request, count))
+
+        def computed() -> list[Chosen]:
+            self.control.forget_rows()  # a generation holds only so many maps
+            return prompt_logprobs(self.model, job.tokens, job.request, count)
+
+        return self.ask(computed)
 
     def stop(self, seconds: float) -> None:
         """Let what is on its way end, for at most so many seconds, and then end it."""
@@ -191,6 +195,11 @@ class Engine:
         self.control.close()
 
     # what the engine's thread calls
+
+    def maps_of(self, request_id: str | None) -> int:
+        """How many maps a step needs for the rows of a request, or for those that ask for nothing."""
+        job = None if request_id is None else self.jobs.get(request_id)
+        return self.control.maps_of(None if job is None else job.request)
 
     def class_of(self, request_id: str) -> Hashable:
         """What the precision of a request is told apart by; None follows the index in force."""

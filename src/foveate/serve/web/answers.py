@@ -22,6 +22,9 @@ from foveate.serve.engine.engine import Engine
 from foveate.serve.engine.jobs import Ended, Job
 from foveate.serve.engine.sampling import Chosen
 
+#: Seconds that the log probabilities of a prompt may take, other prompts before it included.
+_PROMPT_SECONDS = 120.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -104,13 +107,19 @@ class Answer:
         if self.job.call.echo:
             text = self._prompt_text() + text
             if self.job.call.sampling.logprobs is not None:
-                chosen = await asyncio.wrap_future(self.engine.ask_logprobs(self.job)) + chosen
+                chosen = await self._prompt_chosen() + chosen
         choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": self._logprobs(chosen)}
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             choice["text"] = text
         return {**self._head(""), "choices": [choice], "usage": self._usage(), "precision": self.precision()}
+
+    async def _prompt_chosen(self) -> list[Chosen]:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(self.engine.ask_logprobs(self.job)), _PROMPT_SECONDS)
+        except Exception as error:  # a model's, or the engine has ended
+            raise RefusedRequest(f"the engine failed: {error!r}", status=500) from error
 
     async def events(self) -> AsyncGenerator[str, None]:
         """The answer as server-sent events."""

@@ -98,7 +98,9 @@ def change_precision(engine: Engine, body: Mapping[str, Any]) -> None:
         raise RefusedRequest("index holds, and hold is false", parameter="hold")
     for name, key in (("index", "tier"), ("floor", "floor")):
         try:
-            Wish.parse({key: body[name]} if body.get(name) not in (None, "auto") else None).on(engine.control.frontier)
+            Wish.parse({key: body[name]} if body.get(name) not in (None, "auto") else None).on(
+                engine.control.frontier, engine.control.names
+            )
         except RefusedRequest as error:
             raise RefusedRequest(str(error).replace(f"precision.{key}", name), parameter=name) from error
 
@@ -110,9 +112,9 @@ def _changed(engine: Engine, body: Mapping[str, Any]) -> dict[str, Any]:
         control.resize(body["memory"])
     if "floor" in body:
         floor = body["floor"]
-        control.stand(None if floor is None else floor_of(floor, control.frontier))
+        control.stand(None if floor is None else floor_of(floor, control.frontier, control.names))
     if body.get("index") is not None:
-        wanted = Wish(tier=body["index"]).on(control.frontier)
+        wanted = Wish(tier=body["index"]).on(control.frontier, control.names)
         control.hold(None if wanted is None else wanted.tier)
     elif "index" in body or body.get("hold") is False:
         control.hold(None)
