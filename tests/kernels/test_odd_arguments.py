@@ -34,3 +34,9 @@ def test_sizes_that_no_machine_has_are_refused() -> None:
         ops.input_changes(one.expand(1, 2**50), one.expand(1, 2**50))
     with FakeTensorMode(), pytest.raises(FoveateError, match="group"):
         ops.half_extremes(torch.ones(16, 32, dtype=torch.float16), 0)
+
+
+def test_a_weight_that_is_not_there_is_not_read() -> None:
+    level, strips = torch.tensor([16], dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises((RuntimeError, FoveateError, ValueError, IndexError)):
+        torch.ops.foveate.plane_error(torch.ones(2, 32), [], [], level, None, [0, 1], strips, torch.zeros(0))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from foveate.errors import FoveateError
 from foveate.kernels.library import LIBRARY, define
 from foveate.kernels.rounding import reference as reference
 
@@ -36,4 +37,6 @@ def _feed_fake(codes: Tensor, *_: object) -> None:
 @torch.library.register_fake("foveate::coordinate_descent", lib=LIBRARY)
 def _descend_fake(codes: Tensor, w: Tensor, covariance: Tensor, gradients: Tensor | None, *_: object) -> Tensor:
     size = reference.LONE_ROWS if gradients is None else gradients.shape[1]
+    if not size:
+        raise FoveateError("gradients are of no rows")
     return codes.new_empty((w.shape[0] + size - 1) // size, dtype=torch.int64)

@@ -74,6 +74,7 @@ void set_exact_tiles(Weight& w, const Tensor& values, const Tensor& numbers, con
 Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   TORCH_CHECK(weights.size() % kTensors == 0 && geometries.size() == weights.size() / kTensors * kGeometryNumbers,
               "a weight is ", kTensors, " tensors and ", kGeometryNumbers, " numbers, not ", weights.size(), " and ", geometries.size());
+  TORCH_CHECK(i < weights.size() / kTensors, "there is no weight ", i);
   const int64_t rows = geometries[i * kGeometryNumbers], columns = geometries[i * kGeometryNumbers + 1], group = geometries[i * kGeometryNumbers + 2], reach = geometries[i * kGeometryNumbers + 3],
                 exponent = geometries[i * kGeometryNumbers + 4];
   TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
