@@ -37,6 +37,7 @@ from foveate.bench.shared.extras import require
 from foveate.bench.shared.result import BackgroundLoad, Measured
 from foveate.bench.simulation.server import Objective
 from foveate.bench.simulation.traces import FILES, Trace, read_trace, traces_folder
+from foveate.errors import DataError
 from foveate.folder.load import load
 from foveate.folder.resize import memory_report
 from foveate.folder.save import save
@@ -82,6 +83,8 @@ class Ask:
 def measure(sizes: Sizes | None = None) -> Measured:
     """Replay the trace on both sides."""
     sizes = sizes or Sizes()
+    if not sizes.minutes > 0:
+        raise DataError(f"minutes (={sizes.minutes:g}) for the hour of the trace are not more than 0")
     require_serving()
     require("transformers")
     trace = read_trace(traces_folder() / FILES["conversation"])
@@ -215,7 +218,8 @@ async def _answered(engine: Any, ask: Ask) -> tuple[float, float, bool]:
     from foveate.serve.calls.fields import Call, Sampling
     from foveate.serve.engine.jobs import Ended
 
-    call = Call(prompt=ask.prompt, sampling=Sampling(temperature=0.7, seed=1), max_tokens=ask.answer)
+    sampling = Sampling(temperature=0.7, seed=1)
+    call = Call(prompt=ask.prompt, sampling=sampling, max_tokens=ask.answer, ignore_eos=True)
     job = engine.submit(call, ask.prompt)
     event: Any = None
     while not isinstance(event, Ended):
