@@ -152,6 +152,14 @@ def tokens(count: int = 4, length: int = 12, batches: int = 2, vocabulary: int =
     return [{"input_ids": part} for part in ids.chunk(batches)]
 
 
+def quick_tracking(**changes: Any) -> Any:
+    """Options of following importance in streams of a few tokens: every pass is observed, and forgotten soon."""
+    from foveate.importance import Decay, TrackingOptions
+
+    known: dict[str, Any] = {"decay": Decay(keep=0.5, tokens=64), "observe_every": 1, "most_time": None}
+    return TrackingOptions(**{**known, "decide_every": 64, **changes})
+
+
 def quantized_llama(**changes: Any) -> tuple[Any, fv.Profile]:
     model = llama(**changes)
     return model, fv.quantize(model, tokens(), progress=False)

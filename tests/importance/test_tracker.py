@@ -14,21 +14,13 @@ from torch import Tensor, nn
 import foveate as fv
 from foveate.errors import DataError, FoveateError
 from foveate.importance.moves import Caution
-from foveate.importance.options import PATENT, Shadow, TrackingOptions
-from foveate.importance.rolling import Decay
+from foveate.importance.options import PATENT, Shadow
 from foveate.importance.verdict import heat_map
 from foveate.nn.foreign.cache_argument import cache_of
-from tiny import TRANSFORMER, generator, llama
+from tiny import TRANSFORMER, generator, llama, quick_tracking
 
 BUDGET = fv.Budget(bits=4.0)
-QUICK = TrackingOptions(
-    decay=Decay(keep=0.5, tokens=64),
-    warm_up=16,
-    observe_every=1,
-    most_time=None,
-    decide_every=64,
-    caution=Caution(margin=0.05),
-)
+QUICK = quick_tracking(warm_up=16, caution=Caution(margin=0.05))
 
 
 class Switched(nn.Module):

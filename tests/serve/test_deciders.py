@@ -14,27 +14,18 @@ import torch
 
 import foveate as fv
 from foveate.errors import BudgetError
-from foveate.importance import Caution, Decay, Shadow, TrackingOptions
+from foveate.importance import Caution, Shadow, TrackingOptions
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.runtime import Limits, ManagerOptions, Policy
 from foveate.serve.engine.deciders import who_decides
 from foveate.serve.options import ServeOptions, ServerLimits
 from served import Served, serving
-from tiny import tokens
+from tiny import quick_tracking, tokens
 
 pytestmark = pytest.mark.skipif(ensure_loaded().isa is None, reason="planes on disk need compiled kernels")
 _LIMITS = ServerLimits(batch=4, batch_tokens=64, cache_tokens=2048)
 #: Decides after a few requests, and takes every move that is predicted to gain.
-_QUICK = TrackingOptions(
-    decay=Decay(keep=0.5, tokens=64),
-    warm_up=0,
-    observe_every=1,
-    most_time=None,
-    decide_every=64,
-    caution=Caution(margin=0.0),
-    shadow=Shadow(calls=2, tokens=24),
-    by_hand=True,
-)
+_QUICK = quick_tracking(warm_up=0, caution=Caution(margin=0.0), shadow=Shadow(calls=2, tokens=24), by_hand=True)
 
 
 def mixtral() -> Any:

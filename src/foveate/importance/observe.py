@@ -68,11 +68,6 @@ class Observer:
         self._tokens: dict[str, float] = {}
         self._shared = None
 
-    @property
-    def is_open(self) -> bool:
-        """Whether a pass is being observed."""
-        return bool(self._handles)
-
     def begin(self) -> None:
         """Observe what this thread computes from now on."""
         self._clear()

@@ -201,6 +201,15 @@ def of_tiles(site: Site, values: Tensor) -> Tensor:
     return values.expand(site.grid).flatten()
 
 
+def mean_ratios(profile: Profile, by: Mapping[str, Tensor]) -> dict[str, float]:
+    """The importance of each weight over that of calibration: its tiles' mean ratio, by what each is worth."""
+    found = {}
+    for site in profile.weight_sites():
+        worth = profile.losses[site.name][:, 0].double()
+        found[site.name] = float((worth * by[site.name]).sum() / worth.sum().clamp_min(1e-300))
+    return found
+
+
 def rescaled(profile: Profile, by: Mapping[str, Tensor]) -> Profile:
     """The profile with the losses of each weight's tiles multiplied by `by`, [T]; the profile that `fv.allocate` takes.
 

@@ -30,7 +30,7 @@ from foveate.importance.contribution import magnitude, start_contributions, upda
 from foveate.importance.moves import Held, Proposal, Ratios, chosen, proposal_of, propose
 from foveate.importance.observe import Hook, Observer, Pace
 from foveate.importance.options import TOKENS_OF_A_PASS, TrackingOptions
-from foveate.importance.rolling import Seen, baseline, ratios, rescaled, start, update
+from foveate.importance.rolling import Seen, baseline, mean_ratios, ratios, rescaled, start, update
 from foveate.importance.shadow import Sample, divergences, tokens_of
 from foveate.importance.tags import TileTags, tags_of
 from foveate.importance.tasks import Sharing, TaskProfile, means_for, start_shares, task_of, update_shares
@@ -136,10 +136,9 @@ class ImportanceTracker(Closing):
                 self._sample.add(args, kwargs)
 
     def _end(self, is_whole: bool) -> None:
-        ident = threading.get_ident()
-        if self._inside == ident:
+        if self._inside == threading.get_ident():
             return
-        was_observed = self._inside_pass == ident
+        was_observed = self._inside_pass == threading.get_ident()
         self._pace.end(was_observed)
         if not was_observed:
             return
@@ -333,11 +332,8 @@ class ImportanceTracker(Closing):
     def _remember(self, now: Ratios) -> None:
         plan = self._present(self._state().index)
         bits = {name: plan.mean_level(site) for name, site in self._sites.items()}
-        importance = {}
-        for name in self._sites:
-            worth = self._profile.losses[name][:, 0].double()
-            importance[name] = float((worth * now[name]).sum() / worth.sum().clamp_min(1e-300))
-        self.history.append(Snapshot(token=self._rolling.tokens, bits=bits, importance=importance))
+        one = Snapshot(token=self._rolling.tokens, bits=bits, importance=mean_ratios(self._profile, now))
+        self.history.append(one)
         if len(self.history) > _MOST_SNAPSHOTS:
             del self.history[1::2]  # every second moment is kept
 
@@ -367,8 +363,12 @@ class ImportanceTracker(Closing):
     @property
     def verdict(self) -> Verdict:
         """What following came to so far."""
-        one = {"shadow_tokens": self._shadow_tokens, "refused_observations": self._rolling.refused}
-        return Verdict(tokens=self._rolling.tokens, decisions=tuple(self._decisions), **one)
+        return Verdict(
+            tokens=self._rolling.tokens,
+            decisions=tuple(self._decisions),
+            shadow_tokens=self._shadow_tokens,
+            refused_observations=self._rolling.refused,
+        )
 
     def task(self, name: str) -> TaskProfile:
         """The importance of the stream so far, to be saved as the profile of a task.

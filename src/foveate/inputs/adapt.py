@@ -266,12 +266,10 @@ def adapt_to_input(
                 break
             except BudgetError:
                 # weights that do not choose read the higher map: the lower one is further away where they are many
-                fresh = replace(estimator, ratios={})
-                below = 2 * adapted.adaptation.below
-                further = replace(adapted.adaptation, multiplier=1.0, below=below, estimator=fresh)
-                if index + adapted.adaptation.below >= len(chain) - 1:
+                below = adapted.adaptation.below
+                if index + below >= len(chain) - 1:
                     raise
-                adapted.renew(further)
+                adapted.renew(replace(adapted.adaptation, multiplier=1.0, below=2 * below, estimator=estimator))
                 adapted.correction = replace(adapted.correction, span=adapted.span)
         if verdict:
             adapted.verdict = _verdict(model, adapted, given[-held:] if held else seen, objective, progress)

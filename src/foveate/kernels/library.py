@@ -47,9 +47,8 @@ def define(schema: str, reference: Callable[..., Any]) -> str:
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, on_the_cpu, "CompositeExplicitAutograd")
-    if (
-        "!)" in schema
-    ):  # torch negates and conjugates for ops that return what they write, and ends the process for others
+    if "!)" in schema:
+        # torch resolves lazy tensors for ops that return what they write, and ends the process for others
         for key in ("Negative", "Conjugate"):
             LIBRARY.impl(name, functools.partial(_refuse_lazy, name), key)
     return name

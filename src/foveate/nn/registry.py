@@ -213,7 +213,7 @@ class Registry:
 
     @property
     def version(self) -> int:
-        """Changes whenever another level may be read for one map."""
+        """A number that changes when planes come or go; always 0 where all are in memory."""
         return 0
 
     def as_read(self, plan: PrecisionMap) -> PrecisionMap:

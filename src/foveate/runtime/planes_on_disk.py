@@ -26,18 +26,18 @@ class PlanesAlong:
         state = self._registry.generations.state
         if state is not None and state.adaptation is not None and state.frontier is self._frontier:
             index = state.adaptation.around(index, len(self._frontier) - 1)[1]  # inputs may read the map before
-        self._look()
+        self._notice_others()
         self._set = min(self._most, self.resident[index])
         self._registry.resize(self._set)
 
     def end(self) -> None:
         """Set the limit that there was before, or that somebody has set since."""
-        self._look()
+        self._notice_others()
         if self._set != self._most:
             self._set = self._most
             self._registry.resize(self._most)
 
-    def _look(self) -> None:
+    def _notice_others(self) -> None:
         """Where somebody else has set the limit, it is the most from now on."""
         limit = self._registry.residency.limit
         if limit != self._set:

@@ -164,11 +164,13 @@ class Setup:
         times are known.
         """
         kl, at, speed = self.costs.kl, self.last, self.costs.speed
-        while (
-            at and kl[at] >= _MUCH * kl[at - 1] and speed(at - 1) <= min(_LITTLE * speed(at), _ALL * speed(self.last))
-        ):
+        if not self.costs.seconds_per_token:
+            return at
+        while at and kl[at] >= _MUCH * kl[at - 1]:
+            if speed(at - 1) > min(_LITTLE * speed(at), _ALL * speed(self.last)):
+                break
             at -= 1
-        return at if self.costs.seconds_per_token else self.last
+        return at
 
     @property
     def safe(self) -> int:

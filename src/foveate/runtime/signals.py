@@ -8,7 +8,8 @@ greatest value of that window was below the lower target. Two time stamps hold a
 The *load* is the work that arrives, in seconds of index 0 a second, and needs no limit. It demands the index at which
 the KL and the price of congestion together are least. Congestion is the mean wait in a queue with several servers, in
 service times and up to a factor: `r^5 / (1 - r)` at a utilisation r, which is the load times the speed at the index.
-Without that price, precision would be either best or lowest, and the convex KL makes the mean of both dear.
+Without that price, precision would be either best or lowest, and the convex KL makes the mean of both dear. The price
+is in units of the KL at the *knee* (`Setup.knee`), behind which little time is left to gain.
 
 Source: Nichols and Jacobson, Controlling Queue Delay, ACM Queue 10(5), 2012; Sakasegawa, An approximation formula
 L_q = alpha rho^beta / (1 - rho), Annals of the Institute of Statistical Mathematics 29, 1977.

@@ -222,7 +222,7 @@ class ResidentRegistry(Registry):
 
     @property
     def version(self) -> int:
-        """Changes whenever planes have come or gone."""
+        """A number that changes when planes come or go."""
         return self._version
 
     def highest_of(self, name: str) -> Tensor:

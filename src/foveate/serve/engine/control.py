@@ -335,7 +335,7 @@ class PrecisionControl:
             "index": self._index,
             "bits": round(self.read_bits(self._index), 4),
             "chosen_bits": self.deciders.mean_bits,
-            "importance": _told(tracker.verdict) if tracker is not None else self.deciders.fault or None,
+            "importance": _importance_status(tracker.verdict) if tracker is not None else self.deciders.fault or None,
             "deciders": self._who_decides(),
             "frontier": [
                 {"index": index, "bits": bits, "bytes_read": chain.bytes_read(index), "kl": _kl(given, index)}
@@ -354,7 +354,7 @@ class PrecisionControl:
         }  # fmt: skip
 
 
-def _told(verdict: Verdict) -> dict[str, Any]:
+def _importance_status(verdict: Verdict) -> dict[str, Any]:
     decisions = verdict.decisions
     return {
         "tokens": verdict.tokens,

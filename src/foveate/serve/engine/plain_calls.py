@@ -10,7 +10,7 @@ import torch
 
 from foveate.nn.levels import row_precision
 from foveate.precision.state import Request
-from foveate.serve.engine.sampling import Chosen, told
+from foveate.serve.engine.sampling import Chosen, with_logprobs
 
 #: Tokens whose log probabilities are computed at a time: a row of logits has the size of the vocabulary.
 _SLICE = 128
@@ -46,5 +46,5 @@ def prompt_logprobs(model: Any, tokens: Sequence[int], request: Request | None, 
         logits_TV = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0, :-1]
     for start in range(0, len(logits_TV), _SLICE):
         part = logits_TV[start : start + _SLICE].float()
-        found += [told(token, row, count) for token, row in zip(tokens[start + 1 :], part, strict=False)]
+        found += [with_logprobs(token, row, count) for token, row in zip(tokens[start + 1 :], part, strict=False)]
     return found

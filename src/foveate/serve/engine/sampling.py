@@ -53,7 +53,7 @@ class Sampler:
         adjusted_V = self._adjusted(logits_V)
         token = int(adjusted_V.argmax()) if how.temperature == 0 else self._drawn(adjusted_V / how.temperature)
         self.counts[token] += 1
-        return Chosen(token=token) if how.logprobs is None else told(token, logits_V, how.logprobs)
+        return Chosen(token=token) if how.logprobs is None else with_logprobs(token, logits_V, how.logprobs)
 
     def _adjusted(self, logits_V: Tensor) -> Tensor:
         """Logits with penalties and biases; a token beyond the vocabulary has no bias."""
@@ -91,7 +91,7 @@ class Sampler:
         return int(tokens[torch.multinomial(probabilities, 1, generator=self.generator)])
 
 
-def told(token: int, logits_V: Tensor, count: int) -> Chosen:
+def with_logprobs(token: int, logits_V: Tensor, count: int) -> Chosen:
     """A token with its log probability by logits, float32 [V], and those of the `count` likeliest ones."""
     logprobs_V = logits_V.log_softmax(-1)
     best = logprobs_V.topk(min(count, len(logprobs_V)))
