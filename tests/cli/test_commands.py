@@ -208,6 +208,16 @@ def test_generate_at_a_precision(run: Run, folder: Path, choice: tuple[object, .
     )
 
 
+def test_generate_with_a_packed_cache(run: Run, folder: Path) -> None:
+    words = ("generate", folder, "--prompt", "x" * 100, "--max-tokens", 4, "--json")
+    exact, same, packed = (
+        json.loads(run(*words, *more).stdout) for more in ((), ("--cache-bits", 32), ("--cache-bits", 2))
+    )
+    assert same["tokens"] == exact["tokens"]
+    assert packed["cache_bytes"] < same["cache_bytes"]
+    assert "cache_bytes" not in exact
+
+
 def test_generate_refuses(run: Run, folder: Path) -> None:
     for words, message in (
         (("--prompt", "x", "--level", 5), "level (=5)"),

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from foveate.kernels.decoder import reference
+from foveate.kernels.decoder.numbers import Numbers
 from fuzz.arguments import Arguments
-from kernels.decoder_cases import Decoder, decoder
+from kernels.decoder_cases import EXACT, Decoder, decoder, packed_of
 
 
 class DecoderArguments(Arguments):
-    """Arguments of `decoder_handle`, `decoder_blocks` and `decoder_blocks_paged`."""
+    """Arguments of `decoder_handle`, and of `decoder_blocks` with exact, packed and paged caches."""
 
     def decoder(self) -> Decoder:
         """A small decoder, of one MLP or of experts."""
         kv_heads = self.one((1, 2))
-        numbers = reference.Numbers(
+        numbers = Numbers(
             heads=kv_heads * self.one((1, 3)),
             kv_heads=kv_heads,
             head_size=self.one((4, 16, 40)),
@@ -45,12 +45,23 @@ class DecoderArguments(Arguments):
 
     def blocks_arguments(self) -> list[Any]:
         """Of `decoder_blocks`."""
-        d = self.decoder()
-        batch, length, past = self.one((1, 2)), self.one((0, 1, 3, 9)), self.one((0, 0, 2, 260))
+        return self._blocks(self.decoder(), self.one((0, 0, 2, 260)), 0)
+
+    def packed_arguments(self) -> list[Any]:
+        """Of `decoder_blocks_packed`."""
+        d, runs, block = self.decoder(), self.one((1, 3)), self.one((32, 64, 256))
+        given = self._blocks(d, self.one((0, 2)), runs * block)
+        bits = self.one(((2,), (4, 8), (16, EXACT)))
+        parts, places = packed_of(d, given[0].shape[0], runs, block, bits, self.one(range(1000)))
+        return [*given, [self.random_of(t) if self.chance(0.1) else t for t in parts], places, block]
+
+    def _blocks(self, d: Decoder, past: int, before: int) -> list[Any]:
+        """Of `decoder_blocks`, where `before` positions lie elsewhere."""
+        batch, length = self.one((1, 2)), self.one((0, 1, 3, 9))
         dtype = self.one((torch.float32, torch.bfloat16, torch.float16))
         keys, values = ([self.random_of(t) for t in part] for part in d.caches(batch, past + length + 1, dtype))
         first = torch.randint(0, 3, (batch,), generator=self.g) if self.chance(0.3) else None
-        turned = d.angles(torch.arange(past, past + length)[None])
+        turned = d.angles(torch.arange(before + past, before + past + length)[None])
         x = torch.randn(batch, length, d.width, generator=self.g).to(self.one((torch.float32, torch.bfloat16)))
         return [x, self.exchanged(d), d.book, keys, values, *turned, first, [past]]
 

@@ -313,6 +313,7 @@ def op_call(seed: int, number: int) -> OpCall:
         make.backward,
         lambda: make.done("decoder_handle", make.handle_arguments()),
         lambda: make.done("decoder_blocks", make.blocks_arguments()),
+        lambda: make.done("decoder_blocks_packed", make.packed_arguments()),
         lambda: make.done("decoder_blocks_paged", make.paged_arguments()),
         make.generation,
         make.generation,

@@ -18,7 +18,8 @@ OPS = {
     "pass_rows", "pass_owners", "pass_generation", "plane_embedding",
     "error_feedback", "coordinate_descent", "group_pack", "group_unpack", "group_variance",
     "mask_pack", "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
-    "decoder_handle", "decoder_blocks", "decoder_blocks_paged", "row_sums", "input_changes", "add_squared_gradients",
+    "decoder_handle", "decoder_blocks", "decoder_blocks_packed", "decoder_blocks_paged", "row_sums", "input_changes",
+    "add_squared_gradients",
     "plane_to_tiles", "half_extremes", "halves_to_planes", "upper_halves",
 }  # fmt: skip
 

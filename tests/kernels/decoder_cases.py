@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from foveate.kernels.backends.table import ensure_loaded
 from foveate.kernels.decoder import reference
+from foveate.kernels.decoder.numbers import Constants, Numbers
 from foveate.kernels.planes import reference as planes_reference
 from tiny import coded, generator, random_levels
 
 ensure_loaded()
 ops = torch.ops.foveate
 
-NUMBERS = reference.Numbers(
+#: In place of bits, numbers as they are.
+EXACT = 0
+
+NUMBERS = Numbers(
     heads=4, kv_heads=2, head_size=16, rotary_size=16, rotary_table=0, window=0, whole_norms=0, activation=0
 )
 
@@ -27,7 +32,7 @@ class Decoder:
     """A random decoder, by the handles of the compiled op and of the reference."""
 
     width: int
-    numbers: reference.Numbers
+    numbers: Numbers
     blocks: int
     tables: int
     handle: Tensor
@@ -49,7 +54,7 @@ class Decoder:
         return turned.cos(), turned.sin()
 
 
-def decoder(seed: int, numbers: reference.Numbers, *, inner: int, blocks: int, level: int, **kinds: Any) -> Decoder:
+def decoder(seed: int, numbers: Numbers, *, inner: int, blocks: int, level: int, **kinds: Any) -> Decoder:
     """A decoder of random weights.
 
     Args:
@@ -122,7 +127,7 @@ def decoder(seed: int, numbers: reference.Numbers, *, inner: int, blocks: int, l
             for n, kind in zip(sizes, of_block, strict=True)
         ]
     norms.append(torch.randn(width, generator=g) * 0.2 + 1)
-    constants = kinds.get("constants", reference.Constants(scale=numbers.head_size**-0.5, cap=0.0, residual=1.0))
+    constants = kinds.get("constants", Constants(scale=numbers.head_size**-0.5, cap=0.0, residual=1.0))
     tables = kinds.get("tables", 1)
     flat = [*vars(numbers).values(), *kinds.get("norms", (1, 0, 0, 0, 1, 0))] * blocks + [
         1,
@@ -141,7 +146,7 @@ def decoder(seed: int, numbers: reference.Numbers, *, inner: int, blocks: int, l
 def decoders(draw: st.DrawFn) -> Decoder:
     kv_heads, shared = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     size = draw(st.sampled_from((4, 12, 16, 40, 64)))
-    numbers = reference.Numbers(
+    numbers = Numbers(
         heads=kv_heads * shared,
         kv_heads=kv_heads,
         head_size=size,
@@ -167,10 +172,37 @@ def decoders(draw: st.DrawFn) -> Decoder:
         biases=draw(st.booleans()),
         tables=2,
         norms=tuple(draw(norm) for _ in range(6)),
-        constants=reference.Constants(
+        constants=Constants(
             scale=0.3, cap=draw(st.sampled_from((0.0, 5.0))), residual=draw(st.sampled_from((1.0, 0.5)))
         ),
     )
+
+
+def pair_of(x_NBhDK: Tensor, bits: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """The two tensors of some heads."""
+    if bits == EXACT:
+        return x_NBhDK.to(dtype), torch.empty(0)
+    runs, batch, heads, size, block = x_NBhDK.shape
+    codes, ranges = ops.group_pack(x_NBhDK.contiguous(), bits, block, None)
+    return codes.view(runs, batch, -1), ranges.view(runs, batch, heads * size, 2)
+
+
+def packed_of(
+    d: Decoder, batch: int, runs: int, block: int, bits: Sequence[int], seed: int
+) -> tuple[list[Tensor], Tensor]:
+    """Random packed positions: heads take turns with `bits`; keys and values of one number of bits share tensors."""
+    g, heads, size = generator(seed), d.numbers.kv_heads, d.numbers.head_size
+    parts: list[Tensor] = []
+    places = torch.full((d.blocks, 2, heads, 2), -1)
+    for number in range(d.blocks):
+        for kind in range(2):
+            of_head = [bits[(h + kind + number) % len(bits)] for h in range(heads)]
+            for level in set(of_head):
+                which = [h for h in range(heads) if of_head[h] == level]
+                places[number, kind, which] = torch.tensor([[len(parts) // 2, i] for i in range(len(which))])
+                x = torch.randn(runs, batch, len(which), size, block, generator=g)
+                parts += pair_of(x, level, torch.bfloat16 if seed % 2 else torch.float32)
+    return parts, places
 
 
 def near(got: Tensor, expected: Tensor, error: float) -> bool:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.bench.shared.random_model import on_random_planes
 from foveate.nn.decoder import agreement
 from foveate.nn.decoder.fused import FusedForward
+from foveate.nn.foreign.cache_argument import cache_argument
+from nn.decoders import FAMILIES, forward_of, model_of, same
 from tiny import generator, quantized_llama, tokens
 
 transformers = pytest.importorskip("transformers")
@@ -22,65 +23,9 @@ transformers = pytest.importorskip("transformers")
 needs_compiler = pytest.mark.skipif(fv.backends()[0].runs is False, reason="no compiled kernels")
 pytestmark = needs_compiler
 
-COMMON = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "Llama": {},
-    "Mistral": {"sliding_window": 6},
-    "Qwen2": {},
-    "Qwen3": {"head_dim": 32},
-    "Gemma": {"head_dim": 16},
-    "Gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6},
-    "Gemma3": {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6, "num_hidden_layers": 7},
-    "Phi3": {"sliding_window": None},
-    "Olmo2": {},
-    "SmolLM3": {"num_hidden_layers": 4},
-    "Mixtral": {"num_local_experts": 4},
-    "Qwen3Moe": {"num_experts": 5, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "norm_topk_prob": True},
-    "Granite": {"residual_multiplier": 0.5, "attention_multiplier": 0.2},
-}
 
-
-def model_of(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    config_class = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
-    model_class = getattr(transformers, f"{family}ForCausalLM", None)
-    if model_class is None:
-        pytest.skip(f"this release of transformers has no {family}")
-    with torch.device("meta"):
-        model = model_class(config_class(**{**COMMON, **FAMILIES.get(family, {}), **changes}))
-    on_random_planes(model)
-    # what is no weight on planes: norms and biases at random, and the angles, which the meta device left out
-    g = generator(0)
-    for name, parameter in model.named_parameters():
-        parameter.data = (torch.ones_like(parameter) + 0.2 * torch.randn(parameter.shape, generator=g)).to(parameter)
-        if "bias" in name:
-            parameter.data -= 1
-    base = model.base_model
-    base.rotary_emb = type(base.rotary_emb)(base.config)
-    scale = getattr(base.embed_tokens, "embed_scale", None)
-    if isinstance(scale, Tensor):
-        scale.fill_(float(base.config.hidden_size) ** 0.5)
-    model.to(dtype)
-    model.generation_config.eos_token_id = None
-    fv.unfuse(model)
-    fv.fuse(model)
-    return model
-
-
-def forward_of(model: nn.Module) -> FusedForward:
-    found: Any = model.base_model.__dict__["forward"]
-    assert isinstance(found, FusedForward)
-    return found
+class OtherCache(transformers.DynamicCache):  # type: ignore[misc]
+    """A cache that may do otherwise than that of transformers."""
 
 
 def ids(batch: int = 2, length: int = 9, seed: int = 1) -> Tensor:
@@ -102,11 +47,6 @@ def both(model: Any, **call: Any) -> tuple[Tensor, Tensor]:
     plain = model(**call).logits
     fv.fuse(model)
     return fused, plain
-
-
-def same(fused: Tensor, plain: Tensor, error: float = 0.01) -> bool:
-    """An input of 8 bits turns a difference of rounding into one of a step now and then."""
-    return float((fused.float() - plain.float()).norm()) <= error * float(plain.float().norm())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -239,7 +179,7 @@ def test_a_call_that_needs_what_is_between_blocks_is_not_fused(what: str) -> Non
         model.model.layers[0].mlp.act_fn = nn.Tanh()
         model(**given)
     elif what == "cache":
-        model(**given, cache=fv.quantized_cache(model.config))
+        model(**given, **cache_argument(model, OtherCache(config=model.config)))
     else:
         with torch.autocast("cpu"):
             model(**given)

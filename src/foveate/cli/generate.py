@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -48,6 +49,9 @@ def generate(
             help="Lower the precision while a limit is exceeded, such as latency=50ms,power=45W,quality=0.02.",
         ),
     ] = None,
+    cache_bits: Annotated[
+        int | None, typer.Option(help="Pack all but recent keys and values at 2, 4, 8 or 16 bits. Default: exact.")
+    ] = None,
     memory: options.Limit = None,
     json_output: options.Json = False,
 ) -> None:
@@ -61,6 +65,7 @@ def generate(
     config = config_of(str(out))
     if not is_causal(config):
         raise DataError(f"{out} holds no model that predicts the next token")
+    cache = None if cache_bits is None else fv.quantized_cache(config, cache_bits)
     levels = [] if schedule is None else options.levels_of(schedule)
     keep: fv.PrecisionMap | int | None = head.plan
     if level is not None:
@@ -102,7 +107,7 @@ def generate(
         print(prompt, end="", flush=True)
     with manager or nullcontext():
         for piece in _pieces(
-            tokenizer, _sampled(model, given, max_tokens, temperature, seed, _ends(model), before), ids
+            tokenizer, _sampled(model, given, cache, max_tokens, temperature, seed, _ends(model), before), ids
         ):
             text += piece
             if not json_output:
@@ -115,7 +120,7 @@ def generate(
         if memory is not None:
             log.info("%s", fv.memory_report(model))
         return
-    result = {
+    result: dict[str, Any] = {
         "prompt": prompt,
         "text": text,
         "tokens": ids,
@@ -126,6 +131,8 @@ def generate(
     if manager is not None:
         result["moves"] = moves
         result["expected_kl"] = manager.expected_kl
+    if cache is not None:
+        result["cache_bytes"] = cache.nbytes
     if memory is not None:
         result["memory"] = asdict(fv.memory_report(model))
     print(emit(result))
@@ -178,19 +185,23 @@ def _ends(model: nn.Module) -> frozenset[int]:
 def _sampled(
     model: nn.Module,
     given_1S: Tensor,
+    cache: Any,
     count: int,
     temperature: float,
     seed: int,
     ends: frozenset[int],
     before: Callable[[int], None],
 ) -> Iterator[int]:
-    """Yield one sampled token after another; `before(index)` is called before each is computed."""
+    """Yield one sampled token after another; `before(index)` is called before each is computed. A cache of None is one
+    of the model's own.
+    """
     generator = torch.Generator().manual_seed(seed)
-    cache: Any = None
+    # a prompt's logits are large
+    only_last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         for index in range(count):
             before(index)
-            output = model(input_ids=given_1S, **cache_argument(model, cache), use_cache=True)
+            output = model(input_ids=given_1S, **cache_argument(model, cache), use_cache=True, **only_last)
             cache = cache_of(output)
             logits_V = output.logits[0, -1].float()
             if temperature > 0:

@@ -65,12 +65,14 @@ class Blocks:
         parts: what is stored, blocks first and sequences second: codes [N, B, C] and ranges [N, B, G, 2], or, where the
             level is exact, the numbers themselves [N, B, h, D, K].
         unpackable: the numbers [B, h, D, K] of blocks with a NaN or an Inf, which have no range.
+        is_finite: whether no block has a NaN or an Inf.
     """
 
     def __init__(self, level: int, block: int) -> None:
         self.level, self.block = level, block
         self.parts: tuple[Tensor, ...] = ()
         self.unpackable: dict[int, Tensor] = {}
+        self.is_finite = True
         self._shape = (0, 0)
         self._dtype = torch.float32
 
@@ -82,10 +84,12 @@ class Blocks:
         new: tuple[Tensor, ...]
         if is_exact(self.level, x_BHTD.dtype):
             new = (x_NBHDK.contiguous(),)
+            self.is_finite &= bool(torch.isfinite(new[0]).all())
         else:
             new = pack(x_NBHDK, self.level)
             for block in new[1][..., 0].isnan().flatten(1).any(1).nonzero().flatten().tolist():
                 self.unpackable[len(self) + block] = x_NBHDK[block].contiguous()
+                self.is_finite = False
         # every token unpacks all blocks, so copying the codes once a block costs little beside it
         self.parts = tuple(torch.cat(both) for both in zip(self.parts, new, strict=True)) if self.parts else new
 

@@ -37,10 +37,10 @@ def quantized_cache(
     """A transformers `Cache` that packs all but the most recent tokens, for a model's argument `cache`.
 
     Works where `DynamicCache` does: greedy and sampled decoding, beam search, padded batches, `crop` and assisted
-    decoding, copies. Appending packs new blocks and never touches old ones. Attention reads keys and values that are
-    unpacked one layer at a time, so memory holds the packed cache and one layer's numbers. Layers with a sliding
-    window, or without plain attention, keep transformers' own cache. It does not compile, and gradients flow to exact
-    tokens only.
+    decoding, copies. Appending packs new blocks and never touches old ones. A decoder whose blocks run in one op
+    (`foveate.fuse`) reads blocks as they lie; elsewhere keys and values are unpacked one layer at a time, so memory
+    holds the packed cache and one layer's numbers. Layers with a sliding window, or without plain attention, keep
+    transformers' own cache. It does not compile, and gradients flow to exact tokens only.
 
     Args:
         config: of the model, a transformers configuration.

@@ -23,6 +23,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from foveate.kvcache.blocks import PackedHeads
+from foveate.kvcache.decoding import Rooms
+from foveate.nn.decoder.caches import Room
+from foveate.nn.decoder.structure import Structure
 
 Levels = int | Sequence[int]
 
@@ -34,14 +37,38 @@ _CROP_REMOVES = "max_length" not in inspect.signature(DynamicLayer.crop).paramet
 class History:
     """The keys, or the values, of a layer: packed blocks and an exact end.
 
+    The memory of the exact end may have room for tokens to come (`room`), which is used once: what is put in by others
+    replaces it.
+
     Attributes:
         packed: the older tokens.
-        end_BHTD: the recent ones.
     """
 
     def __init__(self, levels: Levels, block: int, like_BHTD: Tensor) -> None:
         self.packed = PackedHeads(levels, block)
         self.end_BHTD = like_BHTD[:, :, :0].clone()
+
+    @property
+    def end_BHTD(self) -> Tensor:
+        """The recent tokens."""
+        return self._room[:, :, : self._length]
+
+    @end_BHTD.setter
+    def end_BHTD(self, value_BHTD: Tensor) -> None:
+        self._room, self._length = value_BHTD, value_BHTD.shape[2]
+
+    def room(self, tokens: int, usual: int) -> Tensor:
+        """Memory that begins with the exact end, for so many tokens more, and for `usual` tokens at least."""
+        batch, heads, _, width = self._room.shape
+        if self._room.shape[2] < self._length + tokens:
+            room_BHTD = self._room.new_empty(batch, heads, max(self._length + tokens, usual), width)
+            room_BHTD[:, :, : self._length] = self.end_BHTD
+            self._room = room_BHTD
+        return self._room
+
+    def advance(self, tokens: int) -> None:
+        """Count so many tokens that were written to the room."""
+        self._length += tokens
 
     def read(self, kept: Sequence[int]) -> Tensor:
         """All tokens [B, H, T, D]; `kept` says how many there are in each packed block."""
@@ -74,7 +101,7 @@ class History:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.packed.nbytes + self.end_BHTD.numel() * self.end_BHTD.element_size()
+        return self.packed.nbytes + self._room.numel() * self._room.element_size()
 
 
 class QuantizedLayer(DynamicLayer):
@@ -102,6 +129,8 @@ class QuantizedLayer(DynamicLayer):
         self._histories: tuple[History, ...] = ()
         #: Tokens read of each packed block: all of them, except in a block that `crop` shortened.
         self._kept: list[int] = []
+        #: How often what is packed has changed.
+        self.changes = getattr(self, "changes", 0) + 1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Begin an empty cache of tokens like these."""
@@ -119,12 +148,41 @@ class QuantizedLayer(DynamicLayer):
         for history, new_BHTD in zip(self._histories, (key_states, value_states), strict=True):
             history.end_BHTD = torch.cat([history.end_BHTD, new_BHTD], dim=-2)
         keys, values = (history.read(self._kept) for history in self._histories)
+        self._pack_what_is_old()
+        return keys, values
+
+    def _pack_what_is_old(self) -> None:
         ready = (self.exact_tokens - self.window) // self.block
         if ready > 0:
             for history in self._histories:
                 history.pack(ready * self.block)
             self._kept += [self.block] * ready
+            self.changes += 1
+
+    def room(self, tokens: int, like_BHTD: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Memory for keys and values that begins with the exact ends and has room for so many tokens more; `advance`
+        counts those that were written. None if the layer holds tokens of another shape than [B, H, 0, D], that given.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(like_BHTD, like_BHTD)
+        ends = [history.end_BHTD for history in self._histories]
+        if any(end[:, :, :0].shape != like_BHTD.shape or end.dtype != like_BHTD.dtype for end in ends):
+            return None
+        keys, values = (history.room(tokens, self.window + self.block) for history in self._histories)
         return keys, values
+
+    def advance(self, tokens: int) -> None:
+        """Count so many tokens that were written to the room, and pack those that are old."""
+        for history in self._histories:
+            history.advance(tokens)
+        self._pack_what_is_old()
+
+    def packed(self) -> tuple[PackedHeads, PackedHeads] | None:
+        """The packed keys and values, if they can be read as they lie: whole blocks of finite numbers."""
+        keys, values = (history.packed for history in self._histories)
+        is_whole = all(kept == self.block for kept in self._kept)
+        is_finite = all(blocks.is_finite for _, blocks in (*keys.stores, *values.stores))
+        return (keys, values) if is_whole and is_finite else None
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -161,6 +219,7 @@ class QuantizedLayer(DynamicLayer):
             if last > to_remove:
                 self._kept.append(last - to_remove)
             to_remove -= last
+        self.changes += 1
         for history in self._histories:
             history.crop(len(self._kept), left)
 
@@ -178,6 +237,7 @@ class QuantizedLayer(DynamicLayer):
         """Keep these sequences: their numbers, or a mask [B]."""
         if self._histories:
             batch = torch.arange(self._histories[0].end_BHTD.shape[0], device=self.device)
+            self.changes += 1
             for history in self._histories:
                 history.select(batch[indices.to(self.device)])
 
@@ -196,6 +256,13 @@ class QuantizedCache(DynamicCache):
 
     def __init__(self, layers: Sequence[Any]) -> None:
         Cache.__init__(self, layers=list(layers))
+        self._rooms = Rooms()
+
+    def decoder_room(self, structure: Structure, x: Tensor) -> Room | None:
+        """Room for the tokens of x [B, S, width] in the op that runs all blocks of a decoder; None if it cannot read or
+        write what this cache holds.
+        """
+        return self._rooms.room_in(self.layers, structure, x)
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Each layer's keys and values, unpacked, and the size of its sliding window or None."""

@@ -1,8 +1,8 @@
-"""The ops of a decoder's blocks: `decoder_handle`, `decoder_blocks` and `decoder_blocks_paged`.
+"""The ops of a decoder's blocks: `decoder_handle`, and `decoder_blocks` with its kin for packed and for paged caches.
 
 A model of thirty small layers spends more time between its products than in them. `decoder_blocks` computes all blocks
-of a decoder in one call: norms, products with weights on planes, rotary positions, attention over exact caches, gates
-and residuals. `reference.py` beside this file has the meaning.
+of a decoder in one call: norms, products with weights on planes, rotary positions, attention over caches, exact or
+packed, gates and residuals. `reference.py` beside this file has the meaning.
 
 Its products are those of `plane_linear_by_handle`, to the bit. What lies between them is float32, whatever the dtype
 of x, and rounds otherwise than torch's own functions, by a few units of the last place. A query's attention depends
@@ -30,7 +30,11 @@ define(
     " Tensor sine, Tensor? first, int[] past) -> Tensor",
     reference.decoder_blocks,
 )
-
+define(
+    "decoder_blocks_packed(Tensor x, Tensor handle, Tensor book, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine,"
+    " Tensor sine, Tensor? first, int[] past, Tensor[] packed, Tensor places, int block) -> Tensor",
+    reference.decoder_blocks_packed,
+)
 
 define(
     "decoder_blocks_paged(Tensor x, Tensor handle, Tensor book, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor cosine,"
@@ -45,5 +49,5 @@ def _blocks_fake(
     return torch.empty_like(x)
 
 
-for _name in ("decoder_blocks", "decoder_blocks_paged"):
+for _name in ("decoder_blocks", "decoder_blocks_packed", "decoder_blocks_paged"):
     torch.library.register_fake(f"foveate::{_name}", _blocks_fake, lib=LIBRARY)

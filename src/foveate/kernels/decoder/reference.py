@@ -29,71 +29,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from foveate.kernels.decoder.numbers import ACTIVATIONS, GROUPS, NO_NORM, NORMS, RMS_NORM_ONE_PLUS, Constants, Numbers
+from foveate.kernels.decoder.packed import unpacked
 from foveate.kernels.planes.reference import plane_linear_by_handle, rows_of_handle
-
-#: The groups of weights of a block that share an input, and how many weights each may have: q, k and v, or one that is
-#: all three; the output of attention; gate and up, or one that is both; down.
-GROUPS = (3, 1, 2, 1)
-#: The op takes so many rows at once through all blocks. A call with more needs a cache of its own for each block.
-ROWS_AT_ONCE = 512
-#: The norms of a block: of its input, of queries, of keys, of attention's output, of the MLP's input and of its output.
-NORMS = 6
-#: The kinds of a norm: none, x * weight and x * (1 + weight), of an x whose mean square is 1.
-NO_NORM, RMS_NORM, RMS_NORM_ONE_PLUS = range(3)
-#: Activations, by number.
-ACTIVATIONS: tuple[tuple[str, Callable[[Tensor], Tensor]], ...] = (
-    ("silu", F.silu),
-    ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
-    ("gelu", F.gelu),
-    ("relu", F.relu),
-)
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The numbers of a block, in the order in which `decoder_handle` takes them.
-
-    Attributes:
-        heads, kv_heads, head_size: of queries, and of keys and values.
-        rotary_size: how much of a head is turned; 0 for no rotary positions.
-        rotary_table: which table of angles.
-        window: positions that a query sees, itself among them; 0 for all.
-        whole_norms: 1 if queries and keys are normed whole, 0 if head by head.
-        activation: a number of `ACTIVATIONS`.
-        experts: how many there are in a mixture; 0 for one MLP.
-        top_k: how many of them a row takes.
-        normalized: 1 if the weights of a row's experts add up to 1, 0 if they are shares among all experts.
-    """
-
-    heads: int
-    kv_heads: int
-    head_size: int
-    rotary_size: int
-    rotary_table: int
-    window: int
-    whole_norms: int
-    activation: int
-    experts: int = 0
-    top_k: int = 0
-    normalized: int = 0
-
-
-@dataclass(frozen=True)
-class Constants:
-    """The constants of a block, in the order in which `decoder_handle` takes them.
-
-    Attributes:
-        scale: of scores.
-        cap: scores are cap * tanh(score / cap); 0 for scores as they are.
-        residual: what outputs are multiplied by before they are added.
-    """
-
-    scale: float
-    cap: float
-    residual: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,8 +148,53 @@ def decoder_blocks(
             have the same where B * S is at most `ROWS_AT_ONCE`.
         cosine, sine: the angles of this call's positions, float32 [tables, B or 1, S, rotary size].
         first: int64 [B], the first cached position of each sequence that is no padding, in all caches; None for 0.
-        past: for each block how many positions its cache holds.
+        past: for each block how many positions `keys` and `values` hold.
     """
+    return _over_packed(x, handle, book, keys, values, cosine, sine, first, past, {})
+
+
+def decoder_blocks_packed(
+    x: Tensor,
+    handle: Tensor,
+    book: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    first: Tensor | None,
+    past: Sequence[int],
+    packed: Sequence[Tensor],
+    places: Tensor,
+    block: int,
+) -> Tensor:
+    """As `decoder_blocks`, where older positions lie packed before those of `keys` and `values`.
+
+    Args:
+        x, handle, book, keys, values, cosine, sine, first, past: as for `decoder_blocks`.
+        packed: pairs of tensors with the older positions, of N runs of `block` tokens of h heads: codes uint8
+            [N, B, C] and ranges bfloat16 [N, B, h * D, 2] as `group_pack` makes them, one group a channel; or the exact
+            numbers [N, B, h, D, block] and an empty tensor.
+        places: int64 [blocks, 2, kv_heads, 2]: the pair in which the keys, and then the values, of each head are, and
+            the head's place in it; the pair is -1 where none are packed. Heads of a block have as many positions.
+        block: 32, 64, 128 or 256.
+    """
+    sizes = [block.numbers.head_size for block in _decoder_of(handle).blocks]
+    before = unpacked(sizes, packed, places, block)
+    return _over_packed(x, handle, book, keys, values, cosine, sine, first, past, before)
+
+
+def _over_packed(
+    x: Tensor,
+    handle: Tensor,
+    book: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    cosine: Tensor,
+    sine: Tensor,
+    first: Tensor | None,
+    past: Sequence[int],
+    before: dict[int, tuple[Tensor, Tensor]],
+) -> Tensor:
     decoder = _decoder_of(handle)
     length = x.shape[1]
 
@@ -218,6 +203,9 @@ def decoder_blocks(
         for cache, new in ((keys[number], k), (values[number], v)):
             cache[:, :, held : held + length] = new.transpose(1, 2).to(cache.dtype)
         seen_keys, seen_values = (cache[number][:, :, : held + length].float() for cache in (keys, values))
+        if number in before:
+            packed_keys, packed_values = before[number]
+            seen_keys, seen_values = torch.cat([packed_keys, seen_keys], 2), torch.cat([packed_values, seen_values], 2)
         return _attention(q, seen_keys, seen_values, decoder.blocks[number], first)
 
     return _through(decoder, x, book, cosine, sine, attention)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from foveate.kernels.decoder.reference import ROWS_AT_ONCE
-from foveate.nn.decoder.structure import Structure
+from foveate.kernels.decoder.numbers import ROWS_AT_ONCE
+from foveate.nn.decoder.structure import Block, Structure
 
 _LEAST_ROOM = 64
 
@@ -89,6 +90,21 @@ def _plain(kind: Any, state: dict[str, Any]) -> Any:
     return layer
 
 
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Older positions that lie packed before the keys and values of a `Room`, as `decoder_blocks_packed` takes them.
+
+    Attributes:
+        parts, places, block: its arguments.
+        positions: for each block of the decoder how many are packed.
+    """
+
+    parts: list[Tensor]
+    places: Tensor
+    block: int
+    positions: Sequence[int]
+
+
 class Room:
     """The keys and values of all blocks, with room for the tokens of one call.
 
@@ -96,6 +112,7 @@ class Room:
         keys, values: for each block [B, kv_heads, T, D].
         past: how many positions were seen before.
         pasts: for each block how many of them its tensors hold.
+        packed: those before them; None if there are none.
     """
 
     def __init__(
@@ -105,15 +122,24 @@ class Room:
         past: int,
         pasts: Sequence[int],
         layers: Sequence[Any] = (),
+        packed: Packed | None = None,
     ) -> None:
-        self.keys, self.values, self.past, self.pasts = keys, values, past, pasts
+        self.keys, self.values, self.past, self.pasts, self.packed = keys, values, past, pasts, packed
         self._layers = layers
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every block has all positions that were seen."""
+        packed = [0] * len(self.pasts) if self.packed is None else self.packed.positions
+        return all(before + past == self.past for before, past in zip(packed, self.pasts, strict=True))
 
     def advance(self, count: int) -> None:
         """Say that so many positions were written."""
         static = []
         for layer in self._layers:
-            if hasattr(layer, "room"):
+            if hasattr(layer, "advance"):
+                layer.advance(count)
+            elif hasattr(layer, "room"):
                 layer.lengths = [length + count for length in layer.lengths]
                 if layer.is_sliding:
                     layer.cumulative_length += count
@@ -133,6 +159,9 @@ def room_in(cache: Any, structure: Structure, x: Tensor) -> Room | None:
     """
     if cache is None:
         return scratch(structure, x, shared=x.shape[0] * x.shape[1] <= ROWS_AT_ONCE)
+    if hasattr(cache, "decoder_room"):  # a cache of ours, which may be packed
+        offered: Room | None = cache.decoder_room(structure, x)
+        return offered
     layers = getattr(cache, "layers", None)
     known = type(cache).__module__ == "transformers.cache_utils" and not cache.__dict__.get("offloading")
     if not isinstance(layers, list) or not known:
@@ -185,31 +214,36 @@ def _static(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | No
 
 
 def _growing(layers: Sequence[Any], structure: Structure, x: Tensor) -> Room | None:
+    found = [grown(layer, block, x) for layer, block in zip(layers, structure.blocks, strict=True)]
+    if found[0] is None or set(found) != {found[0]}:
+        return None
+    pasts = [layer.lengths[0] for layer in layers]
+    return Room([layer.room[0] for layer in layers], [layer.room[1] for layer in layers], found[0], pasts, layers)
+
+
+def grown(layer: Any, block: Block, x: Tensor) -> int | None:
+    """Make room in a dynamic layer of a cache for the tokens of x [B, S, H].
+
+    Returns:
+        How many positions it has seen; None if it cannot have the room.
+    """
     batch, length = x.shape[:2]
-    past, pasts = -1, []
-    for layer, block in zip(layers, structure.blocks, strict=True):
-        if not hasattr(layer, "room"):
-            held = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
-            kind: Any = type(layer)
-            layer.__class__ = growing(kind)
-            layer.room, layer.lengths = [None, None], [0, 0]
-            if layer.is_initialized and held[0] is not None and held[0].numel():
-                layer.keys, layer.values = held
-        end = layer.lengths[0] + length
-        if not all(t is not None and t.dim() == 4 and t.shape[2] >= end for t in layer.room) and not _grow(
-            layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x
-        ):
-            return None
-        seen = layer.lengths[0]
-        pasts.append(seen)
-        if layer.is_sliding:
-            if getattr(layer, "record_past", False):  # later releases than 5.0
-                return None
-            seen = layer.cumulative_length
-        if past not in (-1, seen) or layer.room[0].shape[0] != batch:
-            return None
-        past = seen
-    return Room([layer.room[0] for layer in layers], [layer.room[1] for layer in layers], past, pasts, layers)
+    if not hasattr(layer, "room"):
+        held = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
+        kind: Any = type(layer)
+        layer.__class__ = growing(kind)
+        layer.room, layer.lengths = [None, None], [0, 0]
+        if layer.is_initialized and held[0] is not None and held[0].numel():
+            layer.keys, layer.values = held
+    end = layer.lengths[0] + length
+    if not all(t is not None and t.dim() == 4 and t.shape[2] >= end for t in layer.room) and not _grow(
+        layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x
+    ):
+        return None
+    if layer.room[0].shape[0] != batch or getattr(layer, "record_past", False):  # later releases than 5.0
+        return None
+    seen: int = layer.cumulative_length if layer.is_sliding else layer.lengths[0]
+    return seen
 
 
 def _grow(layer: Any, shape: tuple[int, int, int, int], x: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 It stands in the place of `forward` on the decoder itself (`model.model` of a causal language model). A call is fused
 if nothing asks for what lies between the blocks: no gradients, no hooks on the blocks or their layers, no adapters, no
-attentions or hidden states; exact caches; padding on the left, if any. Every other call, and every compiled one, is
-that of the decoder's own class.
+attentions or hidden states; a cache that the op can read and write; padding on the left, if any. Every other call, and
+every compiled one, is that of the decoder's own class.
 
 Before its first fused call it compares both ways on a few random tokens, once. A decoder of which they differ stays as
 it is: its blocks compute something that their structure does not tell.
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from foveate.kernels.decoder.reference import GROUPS, NO_NORM
+from foveate.kernels.decoder.numbers import GROUPS, NO_NORM
 from foveate.nn.decoder import agreement
 from foveate.nn.decoder.caches import Room, room_in, scratch
 from foveate.nn.decoder.masks import OtherMask, first_positions
@@ -201,7 +201,7 @@ class FusedForward:
             first = first_positions(given.get("attention_mask"), room.past, x.shape[1], self.structure.windows)
         except OtherMask:
             return None
-        if first is not None and (set(room.pasts) != {room.past} or len(first) != x.shape[0]):
+        if first is not None and (not room.has_all or len(first) != x.shape[0]):
             return None
         return self._run(x.contiguous(), room, given.get("position_ids"), first)
 
@@ -246,9 +246,13 @@ class FusedForward:
         turned = self._angles_of(positions, room.past, x)
         if turned is None:
             return None
-        hidden: Tensor = torch.ops.foveate.decoder_blocks(
-            x, self._held(), self._book(), room.keys, room.values, *turned, first, room.pasts
-        )
+        given = (x, self._held(), self._book(), room.keys, room.values, *turned, first, room.pasts)
+        hidden: Tensor
+        if room.packed is None:
+            hidden = torch.ops.foveate.decoder_blocks(*given)
+        else:
+            packed = room.packed
+            hidden = torch.ops.foveate.decoder_blocks_packed(*given, packed.parts, packed.places, packed.block)
         room.advance(x.shape[1])
         return hidden
 

@@ -15,15 +15,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from foveate.kernels.decoder.reference import (
+from foveate.kernels.decoder.numbers import (
     ACTIVATIONS,
     NO_NORM,
     RMS_NORM,
     RMS_NORM_ONE_PLUS,
     Constants,
-    Norm,
     Numbers,
 )
+from foveate.kernels.decoder.reference import Norm
 from foveate.nn.experts import PlaneExperts
 from foveate.nn.modules import PlaneLinear
 

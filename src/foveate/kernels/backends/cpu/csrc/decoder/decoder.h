@@ -15,6 +15,15 @@ constexpr int64_t kChunk = 256;  // cached positions whose scores are held at on
 enum class NormKind : uint8_t { kNone, kWeight, kOnePlusWeight };
 enum class Activation : uint8_t { kSilu, kGeluTanh, kGelu, kRelu };
 
+// The older keys or values of one sequence and head, packed: blocks of some tokens, each [head_size, tokens].
+struct PackedTokens {
+  const char* numbers;     // codes, or numbers of a `type`
+  const uint16_t* ranges;  // bfloat16 [head_size, 2], low and step of each channel; null: the numbers are exact
+  int64_t numbers_step, ranges_step;  // from block to block, in bytes and in values
+  int bits;                // of a code
+  Type type;
+};
+
 // Some query rows of one sequence that share the keys and values of one head: row s * heads + h is that of query s and
 // head h.
 struct QueryTile {
@@ -29,6 +38,9 @@ struct QueryTile {
   int64_t keys_stride, values_stride;  // in elements, between two places
   const int64_t* places;  // of each position; null: the position
   Type type;
+  int64_t packed;        // so many positions, before those of `keys` and `values`, are packed; a multiple of `block`
+  int64_t block;         // tokens of a packed block, of which a chunk has a whole number
+  PackedTokens packed_keys, packed_values;
 
   int64_t rows() const { return queries_count * heads; }
   int64_t end() const { return position + queries_count; }

@@ -41,9 +41,9 @@ void check_x(const Decoder& decoder, const Tensor& x) {
   check_vector(x, x.scalar_type(), "x");
 }
 
-Tensor decoder_blocks(const Tensor& x, const Tensor& handle, const Tensor& book, TensorList keys, TensorList values, const Tensor& cosine,
-                      const Tensor& sine, const std::optional<Tensor>& first, at::IntArrayRef past) {
-  const std::shared_ptr<const Decoder> decoder = decoder_by(handle);
+// `before` has the packed positions of each block of the decoder.
+Tensor blocks_over(const std::shared_ptr<const Decoder>& decoder, std::vector<Packed> before, const Tensor& x, const Tensor& book, TensorList keys,
+                   TensorList values, const Tensor& cosine, const Tensor& sine, const std::optional<Tensor>& first, at::IntArrayRef past) {
   const std::shared_ptr<const Pass> pass = pass_of(book);
   check_x(*decoder, x);
   const int64_t batch = x.size(0), length = x.size(1);
@@ -57,7 +57,7 @@ Tensor decoder_blocks(const Tensor& x, const Tensor& handle, const Tensor& book,
       TORCH_CHECK(cache.size(0) == batch && cache.size(2) >= past[b] + length, "the cache of block ", b, " has shape (=", cache.sizes(), "), not [", batch,
                   ", .., ", past[b] + length, " or more, ..]");
     }
-    caches.push_back({keys[b], values[b], past[b]});
+    caches.push_back({keys[b], values[b], past[b], std::move(before[b])});
   }
   if (batch * length > kRowsAtOnce)  // rows go through all blocks a chunk at a time, so each block needs its own
     for (size_t b = 1; b < keys.size(); ++b)
@@ -77,6 +77,20 @@ Tensor decoder_blocks(const Tensor& x, const Tensor& handle, const Tensor& book,
                   cosine.const_data_ptr<float>(), sine.const_data_ptr<float>(), cosine.size(1) * length, first ? first->const_data_ptr<int64_t>() : nullptr};
   if (x.numel()) Run(call).run();
   return call.out;
+}
+
+Tensor decoder_blocks(const Tensor& x, const Tensor& handle, const Tensor& book, TensorList keys, TensorList values, const Tensor& cosine,
+                      const Tensor& sine, const std::optional<Tensor>& first, at::IntArrayRef past) {
+  const std::shared_ptr<const Decoder> decoder = decoder_by(handle);
+  return blocks_over(decoder, std::vector<Packed>(decoder->blocks.size()), x, book, keys, values, cosine, sine, first, past);
+}
+
+Tensor decoder_blocks_packed(const Tensor& x, const Tensor& handle, const Tensor& book, TensorList keys, TensorList values, const Tensor& cosine,
+                             const Tensor& sine, const std::optional<Tensor>& first, at::IntArrayRef past, TensorList packed, const Tensor& places,
+                             int64_t block) {
+  const std::shared_ptr<const Decoder> decoder = decoder_by(handle);
+  check_x(*decoder, x);
+  return blocks_over(decoder, packed_of(*decoder, x.size(0), packed, places, block), x, book, keys, values, cosine, sine, first, past);
 }
 
 Tensor decoder_blocks_paged(const Tensor& x, const Tensor& handle, const Tensor& book, TensorList keys, TensorList values, const Tensor& cosine,
@@ -121,7 +135,7 @@ Tensor decoder_blocks_paged(const Tensor& x, const Tensor& handle, const Tensor&
           TORCH_CHECK_INDEX(list.const_data_ptr<int64_t>()[i] >= 0 && list.const_data_ptr<int64_t>()[i] < places, "place (=", list.const_data_ptr<int64_t>()[i],
                             ") is not one of ", places);
     }
-    caches.push_back({keys[b], values[b], 0, end, reads[b].const_data_ptr<int64_t>(), writes[b].const_data_ptr<int64_t>()});
+    caches.push_back({keys[b], values[b], 0, {}, end, reads[b].const_data_ptr<int64_t>(), writes[b].const_data_ptr<int64_t>()});
   }
   check_angles(*decoder, cosine, sine, 1, x.size(1));
   const Call call{*decoder, *pass, x, at::empty_like(x), x.sizes().slice(0, 2), std::move(sequences), false, std::move(caches),
@@ -135,5 +149,6 @@ Tensor decoder_blocks_paged(const Tensor& x, const Tensor& handle, const Tensor&
 
 TORCH_LIBRARY_IMPL(foveate, CPU, m) {
   m.impl("decoder_blocks", foveate::decoder_blocks);
+  m.impl("decoder_blocks_packed", foveate::decoder_blocks_packed);
   m.impl("decoder_blocks_paged", foveate::decoder_blocks_paged);
 }

@@ -8,6 +8,7 @@
 #include "decoder/blocks.h"
 #include "decoder/group.h"
 #include "decoder/mixture.h"
+#include "decoder/packed.h"
 #include "decoder/scratch.h"
 #include "team.h"
 
@@ -30,13 +31,14 @@ struct Sequence {
 // elements, where place is p; or of pages, where places are listed.
 struct BlockCache {
   Tensor keys, values;  // [B, heads, T, D], or pages [places, heads, D]
-  int64_t past = 0;
+  int64_t past = 0;     // positions of them that are in use
+  Packed packed;        // the positions before them
   const int64_t* ends = nullptr;   // of pages: [sequences + 1], where the places of each sequence are in `reads`
   const int64_t* reads = nullptr;  // the places of all positions of each sequence, the new ones included
   const int64_t* writes = nullptr; // the place of each row of x
 
   bool paged() const { return ends != nullptr; }
-  int64_t past_of(int64_t sequence, int64_t length) const { return paged() ? ends[sequence + 1] - ends[sequence] - length : past; }
+  int64_t past_of(int64_t sequence, int64_t length) const { return paged() ? ends[sequence + 1] - ends[sequence] - length : packed.positions + past; }
   static int64_t bytes(const Tensor& t, int64_t elements) { return elements * static_cast<int64_t>(t.element_size()); }
   // The first byte of a sequence's head; of pages that of the head alone.
   char* memory(const Tensor& t, int64_t sequence, int64_t head) const {

@@ -92,6 +92,12 @@ QueryTile Run::tile_of(const Block& block, const BlockCache& cache, const Tile& 
   made.values_stride = cache.stride(cache.values);
   made.places = cache.paged() ? cache.reads + cache.ends[s.sequence] : nullptr;
   made.type = type_of(cache.keys);
+  made.packed = cache.packed.positions;
+  if (made.packed) {
+    made.block = cache.packed.block;
+    made.packed_keys = cache.packed.keys[static_cast<size_t>(head)].of(s.sequence);
+    made.packed_values = cache.packed.values[static_cast<size_t>(head)].of(s.sequence);
+  }
   return made;
 }
 

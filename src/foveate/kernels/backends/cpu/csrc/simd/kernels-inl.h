@@ -17,6 +17,7 @@
 #include "collect/collect-inl.h"
 #include "convert/convert-inl.h"
 #include "decoder/decoder-inl.h"
+#include "decoder/attention-inl.h"
 
 template <class V>
 Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, int64_t strip_end, int64_t row, int64_t row_end) {
