@@ -288,8 +288,8 @@ def test_memory_is_left_where_that_takes_little_time() -> None:
 
     assert chosen(4 << 30) == (False, 1, False)
     assert chosen(1200 << 20) == (True, 1, False)
-    # blocks that run twice are worth it, and two more passes are not; float weights are kept
-    assert chosen(0) == (True, 1, False)
+    # blocks that run twice and one more pass are worth it, and two more passes are not; float weights are kept
+    assert chosen(0) == (True, 2, False)
     assert make_schedule(costs, kept, replayed, forward, 620 << 20, 0).peak <= 620 << 20
 
 

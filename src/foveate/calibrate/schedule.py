@@ -28,7 +28,7 @@ from foveate.collect.statistics import block_rows
 #: The most bytes of temporaries that the search for grids and the scoring take.
 _TEMPORARIES = 288 << 20
 #: A schedule that takes less memory may take so many times as long as the fastest.
-_WORTH_MEMORY = 1.3
+_WORTH_MEMORY = 1.35
 #: Bytes that every schedule takes: code, small statistics, and what allocators keep.
 _SLACK = 64 << 20
 
