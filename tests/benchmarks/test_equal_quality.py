@@ -188,7 +188,7 @@ def test_a_small_model_from_end_to_end(small: Subject) -> None:
     for kind in ("coarse", "fine"):
         assert 0 < rows[f"at {kind}"]["kl"] <= rows[kind]["kl"]
     names = {"tokens_at_equal_kl", "bytes_at_equal_kl", "smol_tokens_ratio_b8_over_b3"}
-    assert names | {"tokens_at_equal_kl_fine_cached_12"} <= set(result.figures)
+    assert names | {f"tokens_at_equal_kl_fine_cached_12{more}" for more in ("", "_packed")} <= set(result.figures)
     assert "a peer of the test's" in result.notes
     assert "circle" in quality_plot(result.rounds)
 

@@ -7,7 +7,8 @@ whose measured KL is at most the type's. Both then decode greedily in alternatin
 
 `tokens_at_equal_kl` is our tokens a second over theirs, the geometric mean over the types of medians over rounds.
 `bytes_at_equal_kl` is the same of the bytes that a token reads. `smol_tokens_ratio_b8_over_b3` is our speed with all
-weights at 8 bits over that at 3 bits. `tokens_at_equal_kl_..._cached_4096` has a long prompt in the cache.
+weights at 8 bits over that at 3 bits. `tokens_at_equal_kl_..._cached_4096` has a long prompt in the cache, and
+`..._cached_4096_packed` our cache of it at 4 bits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from benchmarks.models.cases import VARIABLE, data_folder
 from benchmarks.peers.child import SCRIPTS, Child, PeerError
 from benchmarks.peers.environments import ENVIRONMENTS
 from benchmarks.peers.equal_quality import subject as subjects
-from benchmarks.peers.equal_quality.figures import OURS, THEIRS, at, figures, uniform
+from benchmarks.peers.equal_quality.figures import OURS, THEIRS, at, figures, packed, uniform
 from benchmarks.peers.equal_quality.peer import LlamaCpp, Peer
 from benchmarks.peers.equal_quality.search import smallest_within
 from benchmarks.peers.equal_quality.subject import ENVIRONMENT, Subject
@@ -57,6 +58,7 @@ class Sizes:
         rounds: the number of interleaved rounds; one more goes before them.
         long, long_tokens, long_rounds: the same with a long prompt; no rounds, no long prompt.
         long_types: the types that are timed with it.
+        packed_bits: of all but the recent tokens of our long caches that are packed.
         compiled: whether a token's pass is compiled; if None, only where blocks do not run as one op.
     """
 
@@ -72,6 +74,7 @@ class Sizes:
     long_tokens: int = 32
     long_rounds: int = 3
     long_types: tuple[str, ...] = ("Q4_K_M",)
+    packed_bits: int = 4
     compiled: bool | None = None
 
     @property
@@ -121,10 +124,12 @@ class Ours:
         """The row of a map."""
         return {"side": OURS, "name": name, "bits": plan.bits, "bytes": plan.bytes_read, "kl": kl}
 
-    def decode(self, plan: PrecisionMap, prompt: int, tokens: int) -> float:
+    def decode(self, plan: PrecisionMap, prompt: int, tokens: int, *, packed: bool = False) -> float:
         """Seconds a token, after the first."""
         apply(self._model, plan)
-        times = generate(self._model, prompt, tokens + 1, static=self.compiled, compiled=self.compiled)
+        compiled = self.compiled and not packed
+        bits = self._sizes.packed_bits if packed else None
+        times = generate(self._model, prompt, tokens + 1, static=compiled, compiled=compiled, cache_bits=bits)
         return (times[-1] - times[1]) / tokens
 
     def forget_cache(self) -> None:
@@ -212,7 +217,7 @@ def our_maps(ours: Ours, sizes: Sizes, wanted: dict[str, float]) -> list[tuple[s
 def timed(ours: Ours, maps: dict[str, PrecisionMap], peer: Peer, sizes: Sizes) -> Iterator[dict[str, Any]]:
     """The rows of time: every map and every type once in each round, with a short prompt and then with a long one."""
     matched = [kind for kind in sizes.long_types if at(kind) in maps]
-    own = {at(kind): maps[at(kind)] for kind in matched}
+    own = {name(kind): maps[at(kind)] for kind in matched for name in (at, packed)}
     yield from _rounds(ours, maps, peer, list(peer.types), (sizes.prompt, sizes.tokens, sizes.rounds))
     ours.forget_cache()
     yield from _rounds(ours, own, peer, matched, (sizes.long, sizes.long_tokens, sizes.long_rounds))
@@ -224,12 +229,12 @@ def _rounds(
 ) -> Iterator[dict[str, Any]]:
     prompt, tokens, rounds = sizes
     for number in track(range(rounds + 1 if rounds and maps else 0), f"rounds after {prompt} tokens"):
-        beside = [name for kind in types for name in (kind, at(kind))]  # each type, then ours at its KL
+        beside = [name for kind in types for name in (kind, at(kind), packed(kind))]  # each type, then ours at its KL
         for name in dict.fromkeys((*beside, *maps)):
             if name in types:
                 seconds = peer.decode(name, prompt, tokens)
             elif name in maps:
-                seconds = ours.decode(maps[name], prompt, tokens)
+                seconds = ours.decode(maps[name], prompt, tokens, packed=name in map(packed, types))
             else:
                 continue
             if number:  # the round before them compiles and warms up

@@ -19,6 +19,11 @@ def at(kind: str) -> str:
     return f"at {kind}"
 
 
+def packed(kind: str) -> str:
+    """The name of that map with a packed cache."""
+    return f"{at(kind)}, packed cache"
+
+
 def seconds(rows: Sequence[Row]) -> dict[tuple[str, int], dict[int, float]]:
     """By name and cached tokens: the seconds of each round."""
     found: dict[tuple[str, int], dict[int, float]] = {}
@@ -61,6 +66,8 @@ def figures(rows: Sequence[Row]) -> dict[str, float]:
                 tokens.append(faster)
             else:
                 result[f"tokens_at_equal_kl_{label}_cached_{cached}"] = faster
+                if (faster := ratio(times, packed(name), name, cached)) is not None:
+                    result[f"tokens_at_equal_kl_{label}_cached_{cached}_packed"] = faster
     types = sum(side == THEIRS for side, _ in quality)
     if types and len(sizes) == types:
         result["bytes_at_equal_kl"] = geometric_mean(sizes)

@@ -47,8 +47,10 @@ from foveate.bench.shared.result import Measured
 from foveate.folder.save import save
 from foveate.formats.levels import NESTED_LEVELS
 from foveate.kernels.threads import threads
+from foveate.kvcache.cache import quantized_cache
 from foveate.memory.arena import arena
 from foveate.nn.decoder.loop import decoding_loop
+from foveate.nn.foreign.cache_argument import cache_argument
 from foveate.nn.levels import apply
 from foveate.nn.registry import registry_of
 from foveate.precision.maps import uniform
@@ -129,7 +131,14 @@ class Clock:
 
 
 def generate(
-    model: Any, prompt: int, tokens: int, *, static: bool = False, compiled: bool = False, sequences: int = 1
+    model: Any,
+    prompt: int,
+    tokens: int,
+    *,
+    static: bool = False,
+    compiled: bool = False,
+    sequences: int = 1,
+    cache_bits: int | None = None,
 ) -> list[float]:
     """Decode greedily after a prompt of so many tokens, in transformers' `generate` with foveate's loop.
 
@@ -139,6 +148,7 @@ def generate(
         static: whether the cache has a fixed size. transformers keeps the largest size so far from call to call.
         compiled: whether the pass of one token is compiled, which needs a static cache.
         sequences: how many prompts are continued at once, each of its own.
+        cache_bits: bits of all but recent keys and values; exact ones if not given.
 
     Returns:
         The times at which the prompt and each token were ready.
@@ -146,6 +156,8 @@ def generate(
     ids = (torch.arange(prompt)[None] * 7919 + 1 + torch.arange(sequences)[:, None]) % model.config.vocab_size
     clock = Clock()
     options: dict[str, Any] = {"cache_implementation": "static"} if static else {}
+    if cache_bits is not None:
+        options |= cache_argument(model.generate, quantized_cache(model.config, cache_bits))
     if compiled:
         options["compile_config"] = require("transformers").CompileConfig(mode="default", fullgraph=False)
         options["compile_config"]._compile_all_devices = True  # transformers compiles for GPUs only unless told so
