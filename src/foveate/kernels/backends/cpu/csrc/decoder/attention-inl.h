@@ -178,55 +178,85 @@ void unpack_blocks(const QueryTile& tile, const PackedTokens& packed, int64_t fi
   }
 }
 
-template <class V, int VECTORS>
-inline void score_columns(const float* query, int64_t size, const float* keys, int64_t step, float* scores) {
-  typename V::Floats sums[VECTORS];
+// What a part of a tile's rows needs: their queries, or their weights and outputs.
+template <int ROWS, class T>
+struct RowsOf {
+  T* at[ROWS];
+};
+
+template <class V, int ROWS, int VECTORS>
+inline void score_columns(const RowsOf<ROWS, const float>& queries, int64_t size, const float* keys, int64_t step, float* scores) {
+  typename V::Floats sums[ROWS][VECTORS] = {};
+  for (int64_t k = 0; k < size; ++k)
 #pragma GCC unroll 4
-  for (int j = 0; j < VECTORS; ++j) sums[j] = V::splat(0.0f);
-  for (int64_t k = 0; k < size; ++k) {
-    const typename V::Floats q = V::splat(query[k]);
+    for (int j = 0; j < VECTORS; ++j) {
+      const typename V::Floats key = V::floats(keys + k * step + j * V::kRows);
 #pragma GCC unroll 4
-    for (int j = 0; j < VECTORS; ++j) sums[j] = V::fma(q, V::floats(keys + k * step + j * V::kRows), sums[j]);
-  }
+      for (int r = 0; r < ROWS; ++r) sums[r][j] = V::fma(V::splat(queries.at[r][k]), key, sums[r][j]);
+    }
 #pragma GCC unroll 4
-  for (int j = 0; j < VECTORS; ++j) V::store_floats(scores + j * V::kRows, sums[j]);
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int j = 0; j < VECTORS; ++j) V::store_floats(scores + r * kChunk + j * V::kRows, sums[r][j]);
 }
 
-// The scores of one query with the keys of `unpack_blocks`.
-template <class V>
-void score_blocks(const QueryTile& tile, const float* query, const float* keys, int64_t count, float* scores) {
-  const int64_t block = tile.block;
-  for (int64_t first = 0; first < count; first += block, keys += tile.head_size * block) {
+// The scores of some rows with the keys of `unpack_blocks`.
+template <class V, int ROWS>
+void score_blocks(const QueryTile& tile, int64_t row, const float* keys, int64_t count, float* scores) {
+  const int64_t block = tile.block, size = tile.head_size;
+  RowsOf<ROWS, const float> queries;
+  for (int r = 0; r < ROWS; ++r) queries.at[r] = tile.queries + (row + r) / tile.heads * tile.queries_stride + (row + r) % tile.heads * size;
+  for (int64_t first = 0; first < count; first += block, keys += size * block) {
     int64_t p = 0;
-    for (; p + 4 * V::kRows <= block; p += 4 * V::kRows) score_columns<V, 4>(query, tile.head_size, keys + p, block, scores + first + p);
-    for (; p < block; p += V::kRows) score_columns<V, 1>(query, tile.head_size, keys + p, block, scores + first + p);
+    for (; p + 4 * V::kRows <= block; p += 4 * V::kRows) score_columns<V, ROWS, 4>(queries, size, keys + p, block, scores + first + p);
+    for (; p < block; p += V::kRows) score_columns<V, ROWS, 1>(queries, size, keys + p, block, scores + first + p);
   }
 }
 
-// out += sum of weights[p] * values[p], for the values of `unpack_blocks`.
-template <class V>
-void weigh_blocks(const QueryTile& tile, const float* weights, const float* values, int64_t count, float* out) {
+// out[r] += sum of weights[r][p] * values[p], for the values of `unpack_blocks`.
+template <class V, int ROWS>
+void weigh_blocks(const QueryTile& tile, const float* weights, const float* values, int64_t count, float* out, int64_t padded) {
   using Floats = typename V::Floats;
+  constexpr int kChannels = ROWS > 1 ? V::kRows / 2 : V::kRows;  // at once: their sums stay in registers
   const int64_t block = tile.block, size = tile.head_size;
   for (int64_t k = 0; k < size; k += V::kRows) {
-    const int64_t channels = size - k < V::kRows ? size - k : V::kRows;
-    Floats sums[V::kRows];
+    Floats sums[ROWS][V::kRows] = {};
+    for (int half = 0; half < V::kRows && k + half < size; half += kChannels) {
+      const int64_t left = size - k - half;
+      const auto add = [&](const auto& channels) {
+        Floats part[ROWS][kChannels] = {};
+        for (int64_t first = 0; first < count; first += block) {
+          const float* const from = values + first * size + (k + half) * block;
+          for (int64_t p = 0; p < block; p += V::kRows) {
+            Floats e[ROWS];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; ++r) e[r] = V::floats(weights + r * kChunk + first + p);
 #pragma GCC unroll 16
-    for (int i = 0; i < V::kRows; ++i) sums[i] = V::splat(0.0f);
-    for (int64_t first = 0; first < count; first += block) {
-      const float* const from = values + first * size + k * block;
-      for (int64_t p = 0; p < block; p += V::kRows) {
-        const Floats e = V::floats(weights + first + p);
-        if (channels == V::kRows) {
-#pragma GCC unroll 16
-          for (int i = 0; i < V::kRows; ++i) sums[i] = V::fma(e, V::floats(from + i * block + p), sums[i]);
-        } else {
-          for (int64_t i = 0; i < channels; ++i) sums[i] = V::fma(e, V::floats(from + i * block + p), sums[i]);
+            for (int i = 0; i < channels; ++i) {
+              const Floats value = V::floats(from + i * block + p);
+#pragma GCC unroll 4
+              for (int r = 0; r < ROWS; ++r) part[r][i] = V::fma(e[r], value, part[r][i]);
+            }
+          }
         }
-      }
+        for (int r = 0; r < ROWS; ++r)
+          for (int i = 0; i < kChannels; ++i) sums[r][half + i] = part[r][i];
+      };
+      if (left >= kChannels) add(std::integral_constant<int, kChannels>{});
+      else add(static_cast<int>(left));
     }
-    V::store_floats(out + k, V::floats(out + k) + sums_of_lanes<V>(sums));
+    for (int r = 0; r < ROWS; ++r) V::store_floats(out + r * padded + k, V::floats(out + r * padded + k) + sums_of_lanes<V>(sums[r]));
   }
+}
+
+// each(number of rows, first of them) for all rows of a tile, up to four at once.
+template <class Each>
+inline void few_rows_each(int64_t rows, const Each& each) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) each(std::integral_constant<int, 4>{}, r);
+  if (rows - r == 3) each(std::integral_constant<int, 3>{}, r);
+  if (rows - r == 2) each(std::integral_constant<int, 2>{}, r);
+  if (rows - r == 1) each(std::integral_constant<int, 1>{}, r);
 }
 
 template <class V>
@@ -248,6 +278,7 @@ void attend(const QueryTile& tile, int64_t chunk, const Partial& to, float* scra
     keys = chunk_rows<V>(tile, tile.keys, tile.keys_stride, begin, count - packed, keys_copy + copied, keys_step);
     values = chunk_rows<V>(tile, tile.values, tile.values_stride, begin, count - packed, values_copy + copied, values_step) - packed * values_step;
   }
+  if (packed) few_rows_each(rows, [&](auto some, int64_t row) { score_blocks<V, some>(tile, row, keys_copy, packed, scores + row * kChunk); });
   float line[kMaxHead + kVectorFloats];
   for (int64_t s = 0; s < tile.queries_count; ++s) {
     const int64_t begin = tile.begin_of(s) > first ? tile.begin_of(s) - first : 0;
@@ -261,7 +292,6 @@ void attend(const QueryTile& tile, int64_t chunk, const Partial& to, float* scra
         query = line;
       }
       float* const row_scores = scores + row * kChunk;
-      if (begin < end && packed) score_blocks<V>(tile, query, keys_copy, packed, row_scores);
       if (begin < end && packed < end) score_row<V>(query, keys, keys_step, end - packed, padded, row_scores + packed);
       for (int64_t p = begin < end ? (end + V::kRows - 1) / V::kRows * V::kRows : 0; p < kChunk; ++p) row_scores[p] = 0.0f;
       if (begin < end) {
@@ -273,10 +303,8 @@ void attend(const QueryTile& tile, int64_t chunk, const Partial& to, float* scra
     }
   }
   std::memset(out, 0, static_cast<size_t>(rows * padded) * sizeof(float));
-  int64_t r = 0;
-  if (packed)
-    for (; r < rows; ++r) weigh_blocks<V>(tile, scores + r * kChunk, values_copy, packed, out + r * padded);
-  r = packed < count ? 0 : rows;
+  if (packed) few_rows_each(rows, [&](auto some, int64_t row) { weigh_blocks<V, some>(tile, scores + row * kChunk, values_copy, packed, out + row * padded, padded); });
+  int64_t r = packed < count ? 0 : rows;
   for (; r + 4 <= rows; r += 4) weigh_tile<V, 4>(tile, first, packed, last, r, scores + r * kChunk, values, values_step, out + r * padded, padded);
   for (; r + 2 <= rows; r += 2) weigh_tile<V, 2>(tile, first, packed, last, r, scores + r * kChunk, values, values_step, out + r * padded, padded);
   for (; r < rows; ++r) weigh_tile<V, 1>(tile, first, packed, last, r, scores + r * kChunk, values, values_step, out + r * padded, padded);
