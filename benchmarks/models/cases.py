@@ -140,7 +140,7 @@ def sentences(folder: Path, share: float = 1.0) -> Case:
     )
 
 
-def _token_losses(output: Any, batch: Tensor) -> Tensor:
+def token_losses(output: Any, batch: Tensor) -> Tensor:
     """Negative log-likelihood of each next token, [n]."""
     return F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
 
@@ -157,7 +157,7 @@ def _windows(paths: Sequence[Path], width: int, count: int, batch: int) -> list[
 
 def _llama(name: str, path: Path, calibration: list[Tensor], evaluation: list[Tensor]) -> Case:
     model = require("transformers").AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    return Case(name, model, calibration, evaluation, Logits(), "loss", _token_losses, "most likely next token")
+    return Case(name, model, calibration, evaluation, Logits(), "loss", token_losses, "most likely next token")
 
 
 def stories260k(folder: Path, share: float = 1.0) -> Case:
