@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Every benchmark: those that are installed with foveate, and those that only developers run.",
 )
 #: These benchmarks have further options, so each has a command of its own below.
-_WITH_OPTIONS = ("activations", "architectures", "equal_quality", "peers")
+_WITH_OPTIONS = ("activations", "architectures", "equal_quality", "inputs", "peers")
 
 
 @app.callback()
@@ -87,6 +87,26 @@ def architectures(
 
         table.write_text(page(result), encoding="utf-8")
     show_result(result, out, json_output)
+
+
+@app.command(help=_headline(MODULES["inputs"]))
+def inputs(
+    out: Out = None,
+    switch: Annotated[
+        list[str] | None,
+        typer.Option(help="feedback, grouped, static-scales, bytes or seconds, each alone; repeatable."),
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="stories260k, babyllama105 or lm; repeatable. Default: all.")
+    ] = None,
+    bits: Annotated[list[float] | None, typer.Option(help="Average bits; repeatable. Default: 3.25, 4 and 5.")] = None,
+    share: Annotated[float, typer.Option(min=0, max=1, help="The share of the data to run, 0 to 1.")] = 1.0,
+    json_output: Json = False,
+) -> None:
+    """Measure plain choosing, or the named enhancements beside it."""
+    check_folder_of(out)
+    chosen = {"switches": switch or (), "models": model or (), "bits": bits or ()}
+    show_result(run("inputs", share=share, **chosen), out, json_output)
 
 
 @app.command(help=_headline(MODULES["peers"]))

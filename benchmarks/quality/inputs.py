@@ -13,7 +13,8 @@ data; all figures are of held-out text, against the float32 model:
                                              layer, the median over layers; estimate_ratio the median of their ratio
     dynamic_over_static_kl, models_significant   the geometric mean, and models whose bootstrap interval is below 1
 
-`foveate bench inputs` measures the time of the decision; its figures are added.
+`foveate bench inputs` measures the time of the decision; its figures are added. `--switch NAME` measures enhancements
+in place of all this, each alone (`benchmarks.quality.switches`).
 
 Legend: M rows of inputs, n samples.
 """
@@ -33,13 +34,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.cases import VARIABLE, Case, babyllama105, data_folder, mixed_llama, stories260k
+from benchmarks.quality.switches import measure_switches
 from foveate.allocate import allocate
 from foveate.bench.inputs import measure as measure_times
 from foveate.bench.inputs import spearman
 from foveate.bench.shared.result import Measured
 from foveate.calibrate.quantize import quantize
-from foveate.inputs.adapt import InputAdaptation, adapt_to_input
+from foveate.errors import FoveateError
+from foveate.inputs.adapt import AdaptOptions, adapt_to_input
 from foveate.inputs.explain import chosen_maps, explain
+from foveate.inputs.input_adaptation import InputAdaptation, Tally
 from foveate.inputs.multiplier import Shares
 from foveate.inputs.verdict import as_decided, divergences, ratio_interval, static
 from foveate.nn.levels import apply, row_precision, state_of, withdraw
@@ -50,21 +54,51 @@ from foveate.precision.state import Request
 from foveate.progress import log
 
 BITS = (3.25, 4.0, 5.0)
-_CASES: tuple[Callable[[Path, float], Case], ...] = (stories260k, babyllama105, mixed_llama)
+MODELS: dict[str, Callable[[Path, float], Case]] = {
+    "stories260k": stories260k,
+    "babyllama105": babyllama105,
+    "lm": mixed_llama,
+}
 _DECIDER = "benchmark"
 
 
-def measure() -> Measured:
-    """Measure the Llamas of the data folder; without one only times, and a note that says so."""
-    folder, times = data_folder(), measure_times()
+def measure(
+    switches: Sequence[str] = (), models: Sequence[str] = (), bits: Sequence[float] = (), share: float = 1.0
+) -> Measured:
+    """Measure the Llamas of the data folder; without one only times, and a note that says so.
+
+    Args:
+        switches: measure these instead (`benchmarks.quality.switches`).
+        models: the names of some of the models; all if none is given.
+        bits: the means; `BITS` if none is given.
+        share: of the data.
+
+    Raises:
+        FoveateError: there is no such model or switch, or no data to measure switches on.
+    """
+    folder = data_folder()
+    unknown = [name for name in models if name not in MODELS]
+    if unknown:
+        raise FoveateError(f"model (={unknown[0]!r}) is not one of {', '.join(MODELS)}")
+    cases = [load for name, load in MODELS.items() if not models or name in models]
+    if switches:
+        if folder is None:
+            raise FoveateError(f"{VARIABLE} is not set, and it names the folder with models and data")
+        return measure_switches(folder, share, cases, bits or BITS, list(switches))
+    times = measure_times()
     if folder is None:
         note = f"models skipped: {VARIABLE} is not set, and it names the folder with models and data"
         return Measured(times.figures, times.rounds, (*times.notes, note))
-    models = measure_models(folder)
-    return Measured({**models.figures, **times.figures}, [*models.rounds, *times.rounds], times.notes)
+    found = measure_models(folder, share, cases, bits or BITS)
+    return Measured({**found.figures, **times.figures}, [*found.rounds, *times.rounds], times.notes)
 
 
-def measure_models(folder: Path, share: float = 1.0, cases: Sequence[Callable[..., Case]] = _CASES) -> Measured:
+def measure_models(
+    folder: Path,
+    share: float = 1.0,
+    cases: Sequence[Callable[..., Case]] = tuple(MODELS.values()),
+    means: Sequence[float] = BITS,
+) -> Measured:
     """The figures of models, with a share of the data."""
     rounds = []
     for load in cases:
@@ -72,7 +106,7 @@ def measure_models(folder: Path, share: float = 1.0, cases: Sequence[Callable[..
         case = load(folder, share)
         reference = copy.deepcopy(case.model)
         profile = quantize(case.model, case.calibration, objective=case.objective)
-        for bits in BITS:
+        for bits in means:
             rounds.append(_row(case, reference, profile, bits))
             log.info("%s", rounds[-1])
         log.info("%s: %.0f s", case.name, time.perf_counter() - started)
@@ -83,11 +117,14 @@ def _row(case: Case, reference: nn.Module, profile: Profile, bits: float) -> dic
     """One model at one number of bits."""
     model = case.model
     best = allocate(profile, Budget(bits=bits))
-    with adapt_to_input(model, bits=bits, batches=case.calibration, objective=case.objective, verdict=False) as adapted:
+    options = AdaptOptions(verdict=False)
+    with adapt_to_input(
+        model, bits=bits, batches=case.calibration, objective=case.objective, options=options
+    ) as adapted:
         low, high = chosen_maps(model)
         ((far, near),) = state_of(model).ends
         chain = adapted.frontier
-        tallies: list[tuple[float, float]] = []
+        tallies: list[Tally] = []
         ways: list[Callable[[], AbstractContextManager[None]]] = [
             as_decided(model, lambda: tallies.append(_since(adapted))),
             static(model, best),
@@ -97,11 +134,11 @@ def _row(case: Case, reference: nn.Module, profile: Profile, bits: float) -> dic
         seen = explain(model, case.evaluation[0])
         correlation, ratio = _estimates(model, case.evaluation[0])
         shares = Shares.between(low, high)
-        union = shares.bits({layer.site: _any_of_8(layer.reads_high) for layer in seen.layers})
+        union = shares.mean({layer.site: _any_of_8(layer.reads_high) for layer in seen.layers})
     share = (bits - chain.bits(far)) / (chain.bits(near) - chain.bits(far))
     drawn = _drawn(model, chain, (far, near), share, [batch.numel() for batch in case.evaluation])
     (random_n,) = divergences(model, case.evaluation, case.objective, [drawn], reference=reference)
-    samples = sum(count for count, _ in tallies)
+    samples = sum(tally.samples for tally in tallies)
     interval = ratio_interval(ours_n, static_n)
     return {
         "model": case.name,
@@ -111,7 +148,7 @@ def _row(case: Case, reference: nn.Module, profile: Profile, bits: float) -> dic
         "high_kl": float(high_n.double().mean()),
         "random_kl": float(random_n.double().mean()),
         "interval": interval,
-        "bits_read": sum(count * mean for count, mean in tallies) / samples,
+        "bits_read": sum(tally.samples * tally.bits for tally in tallies) / samples,
         "static_bits": best.bits,
         "ends": (chain.bits(far), chain.bits(near)),
         "union_bits": union,
@@ -122,11 +159,10 @@ def _row(case: Case, reference: nn.Module, profile: Profile, bits: float) -> dic
     }
 
 
-def _since(adapted: InputAdaptation) -> tuple[float, float]:
-    """The samples and mean bits since the last batch. A batch in which the correction took a step counts by it."""
-    before = adapted.correction
-    samples, bits = adapted.tally()
-    return (samples, bits) if samples else (float(before.every), before.mean)
+def _since(adapted: InputAdaptation) -> Tally:
+    """What was read since the last batch. A batch in which the correction took a step counts by it."""
+    before, found = adapted.correction, adapted.tally()
+    return found if found.samples else Tally(float(before.every), before.mean, before.mean)
 
 
 def _any_of_8(reads_high: Tensor) -> float:

@@ -68,6 +68,7 @@ from foveate.importance import importance_of as importance_of
 from foveate.importance import load_task as load_task
 from foveate.importance import save_task as save_task
 from foveate.importance import track_importance as track_importance
+from foveate.inputs import AdaptOptions as AdaptOptions
 from foveate.inputs import Cascade as Cascade
 from foveate.inputs import adapt_to_input as adapt_to_input
 from foveate.inputs import cascade as cascade

@@ -24,9 +24,8 @@ def _tiny(folder: Path, share: float) -> Case:
 
 
 @pytest.mark.skipif(ensure_loaded().isa is None, reason="no compiled kernels")
-def test_figures_of_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs, "BITS", (5.0,))
-    measured = inputs.measure_models(Path(), 1.0, [_tiny])
+def test_figures_of_a_tiny_model() -> None:
+    measured = inputs.measure_models(Path(), 1.0, [_tiny], [5.0])
     (row,) = measured.rounds
     assert row["samples"] == 7 * 16
     assert row["ends"][0] < 4.9 < 5.1 < row["ends"][1]

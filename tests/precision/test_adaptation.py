@@ -88,6 +88,7 @@ def test_the_slope_of_two_maps() -> None:
     assert slope(estimator.between(low, high)) == 1.0
     low, high = replace(low, predicted_loss=0.3), replace(high, predicted_loss=0.1)
     between = estimator.between(low, high)
-    assert between.bytes == {"a:weight": high.tile_bytes(SITES[0]) - low.tile_bytes(SITES[0])}
-    assert slope(between) == pytest.approx(0.2 / between.bytes["a:weight"])
+    more = high.tile_bytes(SITES[0]) - low.tile_bytes(SITES[0])
+    assert between.costs == pytest.approx({"a:weight": 8 * more / SITES[0].weights})
+    assert slope(between) == pytest.approx(0.2 / between.costs["a:weight"])
     assert slope(estimator.between(high, low)) == 1.0

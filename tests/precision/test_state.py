@@ -175,9 +175,9 @@ def test_a_price_is_a_multiple_of_the_slope_of_the_frontier() -> None:
     choice = Adaptation(below=1, above=0, multiplier=2.0, estimator=unknown).choice(chain, 1, 0)
     assert choice.thresholds[1] == -1  # not estimated: it reads the higher map
     assert len(choice.samples[1].strips) == 0
-    # a frontier without predictions counts bytes as they are
-    assert _adaptation(1, 0, 3.0).choice(START.frontier, 1, 0).thresholds[0] == 3 * (
-        START.frontier[0].tile_bytes(SITES[0]) - START.frontier[1].tile_bytes(SITES[0])
+    # a frontier without predictions counts costs as they are
+    assert _adaptation(1, 0, 3.0).choice(START.frontier, 1, 0).thresholds[0] == pytest.approx(
+        3 * 8 * (START.frontier[0].tile_bytes(SITES[0]) - START.frontier[1].tile_bytes(SITES[0])) / (48 * 64)
     )
 
 

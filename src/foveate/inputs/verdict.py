@@ -75,6 +75,7 @@ def divergences(
     ways: Sequence[Callable[[], AbstractContextManager[None]]],
     *,
     reference: nn.Module | None = None,
+    what: str = "comparing with the static map",
     progress: bool = True,
 ) -> list[Tensor]:
     """The divergence of each sample, [n], for each way of reading the model.
@@ -85,13 +86,14 @@ def divergences(
         objective: what is compared.
         ways: contexts in which the model is read in one way. What they decide as `verdict` is withdrawn afterwards.
         reference: the original model; by default the model itself with every plane that it holds.
+        what: what is done, as a progress bar says it.
         progress: whether to show a progress bar.
     """
     found: list[list[Tensor]] = [[] for _ in ways]
     best = highest_map(model)
     try:
         with evaluating(model), torch.no_grad():
-            for batch in track(batches, "comparing with the static map", show=progress):
+            for batch in track(batches, what, show=progress):
                 if reference is None:
                     apply(model, best, decider=_DECIDER)
                 wanted = objective.outcome(run(reference or model, batch), batch)

@@ -12,8 +12,8 @@ Ann. Math. Statist. 1949), each divided by its probability of being drawn (Horvi
 would be drawn more than once are always taken. A weight with few such strips is estimated exactly.
 
 **The threshold** is one price for all weights: a multiplier times the frontier's own slope between the two maps
-(predicted loss for each byte), times the bytes that the higher map reads more of this weight. So bytes go where they
-save the most loss.
+(predicted loss for what the maps cost), times what the higher map costs more of this weight, in bits, bytes or seconds
+(`foveate.precision.costs`). So what is spent goes where it saves the most loss.
 
 Shapes: N outputs of a weight, NT strips of 16 outputs, G groups, S sampled strips.
 """
@@ -31,6 +31,7 @@ from torch import Tensor
 
 from foveate.errors import BudgetError
 from foveate.formats.levels import TILE_LEVELS, WEIGHT_LEVELS
+from foveate.precision.costs import Bits, Cost
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap
 from foveate.precision.sites import Site, tile_levels
@@ -61,13 +62,13 @@ class Between:
 
     Attributes:
         low, high: the maps.
-        bytes: for each weight how many bytes the higher one reads more.
+        costs: for each weight what the higher one costs more.
         samples: of each weight, in the order of the sites.
     """
 
     low: PrecisionMap
     high: PrecisionMap
-    bytes: Mapping[str, int]
+    costs: Mapping[str, float]
     samples: tuple[Sample, ...]
 
 
@@ -82,7 +83,8 @@ class Estimator:
         strips: how many strips of each weight are read.
         seed: of the draw.
         ratios: for a weight a factor of its estimates, such as the true errors over the estimated ones; 1 if not given.
-        rows: how many rows of inputs a weight has for each sample that bytes are counted for; 1 if not given.
+        rows: how many rows of inputs a weight has for each sample that costs are counted for; 1 if not given.
+        cost: the unit in which the two maps are counted.
 
     Raises:
         BudgetError: `strips` is not a positive number.
@@ -94,6 +96,7 @@ class Estimator:
     seed: int = 0
     ratios: Mapping[str, float] = field(default_factory=dict)
     rows: Mapping[str, float] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Bits)
     _known: dict[tuple[int, int], Between] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -108,7 +111,7 @@ class Estimator:
         known = self._known.get((id(low), id(high)))
         if known is None:
             samples = tuple(self._sample(i, site, low, high) for i, site in enumerate(low.weight_sites()))
-            known = Between(low=low, high=high, bytes=bytes_between(low, high), samples=samples)
+            known = Between(low=low, high=high, costs=self.cost.between(low, high), samples=samples)
             if len(self._known) >= _MOST_KNOWN:
                 self._known.pop(next(iter(self._known)))
             self._known[id(low), id(high)] = known
@@ -186,18 +189,23 @@ class Adaptation:
     Attributes:
         below: how many maps the lower one is beyond the index; it goes no further than the floors.
         above: how many maps the higher one is before the index.
-        multiplier: the price of a byte, in units of the frontier's slope between the two maps (predicted loss for each
-            byte); in loss for each byte where the frontier has no predicted losses.
+        multiplier: the price, in units of the frontier's slope between the two maps (predicted loss for each unit of
+            cost); in loss for each unit of cost where the frontier has no predicted losses.
         estimator: what the estimates are made from.
+        factors: for a weight, how much more its lower map adds to the divergence at the output than estimates say, as
+            it was measured there (`foveate.inputs.feedback`); 1 if not given. Its threshold is divided by it. At 0 all
+            rows read the lower map, and at infinity all whose products differ read the higher one.
 
     Raises:
-        BudgetError: an offset is not a whole number from 0 on, or the multiplier is not a number from 0 on.
+        BudgetError: an offset is not a whole number from 0 on, the multiplier is not a number from 0 on, or a factor is
+            negative or no number.
     """
 
     below: int
     above: int
     multiplier: float
     estimator: Estimator
+    factors: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("below", "above"):
@@ -206,6 +214,9 @@ class Adaptation:
                 raise BudgetError(f"{name} (={value!r}) is not a whole number from 0 on")
         if not isinstance(self.multiplier, (int, float)) or not self.multiplier >= 0 or math.isinf(self.multiplier):
             raise BudgetError(f"multiplier (={self.multiplier!r}) is not a finite number from 0 on")
+        for name, factor in self.factors.items():
+            if not factor >= 0:
+                raise BudgetError(f"factor (={factor!r}) of {name} is not a number from 0 on")
 
     def around(self, index: int, furthest: int) -> tuple[int, int]:
         """The indices (low, high) of the two maps around an index, of which none is beyond `furthest`."""
@@ -216,10 +227,14 @@ class Adaptation:
         estimator, known = self.estimator, self.estimator.between(frontier[low], frontier[high])
         price = self.multiplier * slope(known)
         thresholds = tuple(
-            price * count / estimator.rows.get(name, 1.0) if name in estimator.gradients else -1.0
-            for name, count in known.bytes.items()
+            self._threshold(name, price * cost / estimator.rows.get(name, 1.0)) if name in estimator.gradients else -1.0
+            for name, cost in known.costs.items()
         )
         return Choice(thresholds=thresholds, samples=known.samples)
+
+    def _threshold(self, name: str, price: float) -> float:
+        factor = self.factors.get(name, 1.0)
+        return price / factor if factor > 0 else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,12 +250,7 @@ class Choice:
     samples: tuple[Sample, ...] = field(compare=False)
 
 
-def bytes_between(low: PrecisionMap, high: PrecisionMap) -> dict[str, int]:
-    """How many bytes of each weight the higher map reads more than the lower one."""
-    return {s.name: high.tile_bytes(s) - low.tile_bytes(s) for s in low.weight_sites()}
-
-
 def slope(between: Between) -> float:
-    """The predicted loss that each byte saves between two maps; 1 where that is not known, or not positive."""
-    saved, more = between.low.predicted_loss - between.high.predicted_loss, sum(between.bytes.values())
+    """The predicted loss that a unit of cost saves between two maps; 1 where that is not known, or not positive."""
+    saved, more = between.low.predicted_loss - between.high.predicted_loss, sum(between.costs.values())
     return saved / more if math.isfinite(saved) and saved > 0 and more > 0 else 1.0

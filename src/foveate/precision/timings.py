@@ -17,7 +17,7 @@ from typing import Any
 from foveate.errors import BudgetError, SiteError
 from foveate.formats.levels import EXACT_LEVELS, TILE_LEVELS, TOP_LEVEL, WEIGHT_LEVELS
 from foveate.precision.maps import PrecisionMap
-from foveate.precision.sites import Levels, Site, level_counts
+from foveate.precision.sites import Site, level_counts
 
 #: No product takes so many seconds, and sums of such times are still numbers.
 _LONGEST = 1e12
@@ -68,7 +68,7 @@ class Timings:
             SiteError: a weight of the map was not timed.
             BudgetError: a level of the map was not timed.
         """
-        return self.rest + sum(self._of_site(site, plan.levels[site.name]) for site in plan.weight_sites())
+        return self.rest + sum(self.seconds_of_weight(plan, site) for site in plan.weight_sites())
 
     def site_seconds(self, site: Site, levels: tuple[int, ...]) -> list[float]:
         """The seconds of a site's products with all its tiles at each of some levels; errors as for `seconds_of`.
@@ -108,7 +108,8 @@ class Timings:
         except (TypeError, KeyError, AttributeError, OverflowError) as error:
             raise BudgetError(f"malformed timings: {error!r}") from error
 
-    def _of_site(self, site: Site, levels: Levels) -> float:
-        counts = level_counts(site, levels)
+    def seconds_of_weight(self, plan: PrecisionMap, site: Site) -> float:
+        """The seconds of a weight's products in a token or sample at a map; errors as for `seconds_of`."""
+        counts = level_counts(site, plan.levels[site.name])
         times = self.site_seconds(site, TILE_LEVELS)
         return sum(n * t for n, t in zip(counts, times, strict=True)) / max(site.tiles, 1)

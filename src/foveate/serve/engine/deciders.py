@@ -20,7 +20,8 @@ from torch import nn
 from foveate.errors import BudgetError
 from foveate.importance import Decision as Move
 from foveate.importance import ImportanceTracker, TrackingOptions, track_importance
-from foveate.inputs.adapt import InputAdaptation, adapt_to_input
+from foveate.inputs.adapt import AdaptOptions, adapt_to_input
+from foveate.inputs.input_adaptation import InputAdaptation
 from foveate.nn.levels import state_of
 from foveate.nn.registry import registry_of
 from foveate.nn.residency.registry import ResidentRegistry
@@ -120,7 +121,8 @@ def _adapted(model: nn.Module, frontier: Frontier, batches: Sequence[Any]) -> In
     index = min(inner, key=lambda i: abs(frontier.bits(i) - _BITS))
     bits = [frontier.bits(i) for i in (index - 1, index, index + 1)]
     spread = max(_SPREAD, bits[0] - bits[1], bits[1] - bits[2])
-    adapted = adapt_to_input(model, bits=bits[1], batches=batches, spread=spread, verdict=False, progress=False)
+    options = AdaptOptions(spread=spread, verdict=False)
+    adapted = adapt_to_input(model, bits=bits[1], batches=batches, options=options, progress=False)
     if state_of(model).frontier is not frontier:
         adapted.close()
         raise BudgetError("the frontier has no two maps near enough for inputs to choose from: give it more maps")
