@@ -50,7 +50,8 @@ class AdaptOptions:
         fv.adapt_to_input(model, bits=4.0, batches=batches, options=fv.AdaptOptions(feedback=True))
 
     Attributes:
-        spread: how many bits below and above the target the two maps are.
+        spread: how many bits below and above the target the two maps are; of another target as much of it as so many
+            bits take on average.
         strips: how many strips of 16 outputs are read for the estimate of each weight: more are more exact, and take
             longer.
         feedback: whether the thresholds of weights are refined by what they do at the output, measured on a few batches
@@ -185,7 +186,11 @@ def _target(
 
 def nearest(chain: Frontier, bits: float) -> int:
     """The index of the map of a frontier whose average bits are nearest."""
-    return min(range(len(chain)), key=lambda i: abs(chain.bits(i) - bits))
+    return _nearest([chain.bits(i) for i in range(len(chain))], bits)
+
+
+def _nearest(values: Sequence[float], wanted: float) -> int:
+    return min(range(len(values)), key=lambda i: abs(values[i] - wanted))
 
 
 def _pair(
@@ -195,19 +200,17 @@ def _pair(
     has maps near enough.
     """
     state = registry_of(model).generations.state
+    timings = cost.timings if isinstance(cost, Seconds) else None
     chains = [] if state is None else [state.frontier]
-    for chain in (*chains, frontier(profile, _POINTS)):
-        if isinstance(cost, Bits):
-            bits, index = target, nearest(chain, target)
-        else:
-            costs = [cost.of(plan) for plan in chain]
-            index = min(range(len(chain)), key=lambda i: abs(costs[i] - target))
-            bits = chain.bits(index)
-        low, high = nearest(chain, bits - spread), nearest(chain, bits + spread)
-        reached = chain.bits(low) <= bits - spread / 2 and chain.bits(high) >= bits + spread / 2
-        if reached and high < index < low and chain.bits(high) - chain.bits(low) <= 3 * spread:
+    for chain in (*chains, frontier(profile, _POINTS, timings=timings)):
+        costs = [cost.of(plan) for plan in chain]
+        of_bits = chain.bits(0) - chain.bits(len(chain) - 1)
+        away = spread * (costs[0] - costs[-1]) / of_bits if of_bits > 0 else 0.0  # the spread in the unit of the target
+        index, low, high = (_nearest(costs, wanted) for wanted in (target, target - away, target + away))
+        reached = costs[low] <= target - away / 2 and costs[high] >= target + away / 2
+        if reached and high < index < low and costs[high] - costs[low] <= 3 * away:
             return chain, index, (low - index, index - high)
-    ends = f"{cost.text(cost.of(chain[-1]))} to {cost.text(cost.of(chain[0]))}"
+    ends = f"{cost.text(costs[-1])} to {cost.text(costs[0])}"
     raise BudgetError(f"a target of {cost.text(target)} has no maps {spread:g} bits around it on the frontier, {ends}")
 
 
