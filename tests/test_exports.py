@@ -13,7 +13,7 @@ import foveate as fv
 
 PUBLIC = sorted(name for name in vars(fv) if not name.startswith("_") and not inspect.ismodule(getattr(fv, name)))
 PROMISED = {
-    "ActivationOptions", "ActivationStore", "Audit", "Budget", "BudgetError", "CacheProfile", "Cascade",
+    "ActivationOptions", "ActivationStore", "AdaptOptions", "Audit", "Budget", "BudgetError", "CacheProfile", "Cascade",
     "CheckpointError",
     "CompressActivations", "Constraints", "DataError", "DeviceError", "Embedding", "Floor", "FloorError",
     "FoveateError", "Frontier", "Fused", "Granularity", "Head", "ImportanceTracker", "KeepExact", "LevelError",

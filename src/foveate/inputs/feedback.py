@@ -61,7 +61,7 @@ def factors_of(effects: Mapping[str, Effect]) -> dict[str, float]:
     for name, effect in effects.items():
         ratio = min(max(effect.ratio, middle / _MOST), middle * _MOST)
         logs[name] = math.log(ratio)
-        noise[name] = (effect.error / ratio) ** 2  # the variance of the logarithm
+        noise[name] = min(effect.error / ratio, 1e3) ** 2  # the variance of the logarithm
     # a ratio without any noise would alone decide what is common
     weights = {name: 1 / (variance + 1e-4) for name, variance in noise.items()}
     total = sum(weights.values())
