@@ -94,7 +94,7 @@ def inputs(
     out: Out = None,
     switch: Annotated[
         list[str] | None,
-        typer.Option(help="feedback, grouped, static-scales, bytes or seconds, each alone; repeatable."),
+        typer.Option(help="feedback, grouped, static-scales, inputs-16, bytes or seconds, each alone; repeatable."),
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="stories260k, babyllama105 or lm; repeatable. Default: all.")

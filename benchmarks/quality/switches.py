@@ -3,6 +3,7 @@
     feedback        thresholds are refined by what each weight does at the output (`AdaptOptions.feedback`)
     grouped         layers of a fused group decide together, by summed estimates over summed costs
     static-scales   inputs have the ranges of calibration in place of a scale for each row (`fv.use_static_scales`)
+    inputs-16       inputs have 16 bits in place of 8: more than a zero point of each row could gain
     bytes           the target is bytes that a token reads, those of the static map
     seconds         the target is the time of a token, that of the static map by times of this machine
 
@@ -46,16 +47,17 @@ from foveate.inputs.multiplier import Shares, solved
 from foveate.inputs.observe import Observed, observing, rows_of_input
 from foveate.inputs.verdict import as_decided, divergences, ratio_interval, static
 from foveate.nn.fused_group import fused_groups
-from foveate.nn.levels import use_static_scales
+from foveate.nn.levels import set_raises, use_static_scales, withdraw
 from foveate.nn.plane_module import NO_BIAS, PlaneModule
 from foveate.nn.registry import profile_of, registry_of
 from foveate.planes import multiplied
 from foveate.precision.costs import Bits
 from foveate.progress import log
 
-SWITCHES = ("feedback", "grouped", "static-scales", "bytes", "seconds")
+SWITCHES = ("feedback", "grouped", "static-scales", "inputs-16", "bytes", "seconds")
 PLAIN = "plain"
 _ROUNDS = 4
+_DECIDER = "benchmark"
 
 
 def measure_switches(
@@ -113,6 +115,8 @@ def _row(case: Case, reference: nn.Module, name: str, bits: float) -> tuple[dict
     ways = [static(model, plan)]
     static_n = divergences(model, case.evaluation, case.objective, ways, reference=reference)[0]  # scales of each row
     use_static_scales(model, on=name == "static-scales")
+    steps = int(name == "inputs-16")
+    set_raises(model, {site.name: steps for site in profile.input_sites()}, decider=_DECIDER)
     options = AdaptOptions(feedback=name == "feedback", verdict=False)
     try:
         with adapt_to_input(
@@ -138,6 +142,7 @@ def _row(case: Case, reference: nn.Module, name: str, bits: float) -> tuple[dict
                 mean = sum(t.samples * t.bits for t in tallies) / sum(t.samples for t in tallies)
     finally:
         use_static_scales(model, on=False)
+        withdraw(model, _DECIDER)
     row = {
         "model": case.name,
         "switch": name,

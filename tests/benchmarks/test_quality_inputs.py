@@ -43,7 +43,7 @@ def test_figures_of_a_tiny_model() -> None:
 
 @pytest.mark.skipif(ensure_loaded().isa is None, reason="no compiled kernels")
 def test_switches_of_a_tiny_model() -> None:
-    names = ["feedback", "grouped", "static-scales", "bytes"]
+    names = ["feedback", "grouped", "static-scales", "inputs-16", "bytes"]
     measured = switches.measure_switches(Path(), 1.0, [_tiny], [5.0], names)
     assert [row["switch"] for row in measured.rounds] == ["plain", *names]
     for row in measured.rounds:
