@@ -153,7 +153,7 @@ def adapt_to_input(
                 if not adapted.widen():
                     raise
         if options.feedback:
-            adapted.refine(seen[:_FEEDBACK_BATCHES], progress=progress)
+            adapted.measure_factors(seen[:_FEEDBACK_BATCHES], progress=progress)
             adapted.find_price(seen, progress=progress)
         if options.verdict:
             adapted.verdict = _verdict(model, adapted, given[-held:] if held else seen, progress)
@@ -203,7 +203,8 @@ def _pair(
     timings = cost.timings if isinstance(cost, Seconds) else None
     chains = [] if state is None else [state.frontier]
     for chain in (*chains, frontier(profile, _POINTS, timings=timings)):
-        costs = [cost.of(plan) for plan in chain]
+        # a frontier keeps its bits
+        costs = [chain.bits(i) if isinstance(cost, Bits) else cost.of(plan) for i, plan in enumerate(chain)]
         of_bits = chain.bits(0) - chain.bits(len(chain) - 1)
         away = spread * (costs[0] - costs[-1]) / of_bits if of_bits > 0 else 0.0  # the spread in the unit of the target
         index, low, high = (_nearest(costs, wanted) for wanted in (target, target - away, target + away))

@@ -220,20 +220,28 @@ class InputAdaptation(Closing):
         """Measure at the output what each weight's estimates are worth, and find the price anew: see
         `foveate.inputs.feedback`. `AdaptOptions(feedback=True)` does it once; call it again with what came lately.
 
-        For each weight it takes two passes over the batches.
+        For each weight it takes two passes over the batches, in which single weights are forced to one of their maps
+        for all callers of the model.
 
         Args:
             batches: data, as for `foveate.quantize`.
             progress: whether to show progress bars.
+
+        Raises:
+            BudgetError: the two maps cannot meet the target.
         """
         holding, self._holding = self._holding, False
         try:
-            factors = output_factors(self._model, self._adaptation, self.renew, batches, self.objective, progress)
-            self.renew(replace(self._adaptation, factors=factors))
+            self.measure_factors(batches, progress=progress)
             self.find_price(batches, progress=progress)
             self.tally()
         finally:
             self._holding = holding
+
+    def measure_factors(self, batches: Sequence[Any], *, progress: bool = True) -> None:
+        """Put the factors in force that the batches show at the output, at the price as it is; see `refine`."""
+        factors = output_factors(self._model, self._adaptation, self.renew, batches, self.objective, progress)
+        self.renew(replace(self._adaptation, factors=factors))
 
     def widen(self) -> bool:
         """Take the lower map further away, and begin the price anew; False if it is the last one already."""
