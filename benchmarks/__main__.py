@@ -94,7 +94,9 @@ def inputs(
     out: Out = None,
     switch: Annotated[
         list[str] | None,
-        typer.Option(help="feedback, grouped, static-scales, inputs-16, bytes or seconds, each alone; repeatable."),
+        typer.Option(
+            help="One of feedback, grouped, static-scales, zero-point, inputs-16, bytes and seconds, alone; repeatable."
+        ),
     ] = None,
     model: Annotated[
         list[str] | None, typer.Option(help="stories260k, babyllama105 or lm; repeatable. Default: all.")

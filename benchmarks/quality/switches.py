@@ -3,11 +3,13 @@
     feedback        thresholds are refined by what each weight does at the output (`AdaptOptions.feedback`)
     grouped         layers of a fused group decide together, by summed estimates over summed costs
     static-scales   inputs have the ranges of calibration in place of a scale for each row (`fv.use_static_scales`)
-    inputs-16       inputs have 16 bits in place of 8: more than a zero point of each row could gain
+    zero-point      rows of inputs are rounded to 8 bits with a zero point in place of symmetrically
+    inputs-16       inputs have 16 bits in place of 8, which is more than any form of 8 bits could gain
     bytes           the target is bytes that a token reads, those of the static map
     seconds         the target is the time of a token, that of the static map by times of this machine
 
-The library has no switch for `grouped`: `together` computes the same products in hooks. So that all are compared at
+The library has no switch for `grouped` and `zero-point`: hooks compute what it would (`together`, `zero_points`), the
+latter on inputs of 16 bits, from which choosing has begun. So that all are compared at
 equal means, each finds its price on the held-out text itself, which needs nothing of the float32 model, and keeps it.
 For each model and number of bits:
 
@@ -25,7 +27,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.cases import Case
+from benchmarks.quality.input_levels import rounded_rows
 from foveate.bench.shared.result import Measured
 from foveate.calibrate.quantize import quantize
 from foveate.collect.evaluation import evaluating
@@ -54,7 +57,7 @@ from foveate.planes import multiplied
 from foveate.precision.costs import Bits
 from foveate.progress import log
 
-SWITCHES = ("feedback", "grouped", "static-scales", "inputs-16", "bytes", "seconds")
+SWITCHES = ("feedback", "grouped", "static-scales", "zero-point", "inputs-16", "bytes", "seconds")
 PLAIN = "plain"
 _ROUNDS = 4
 _DECIDER = "benchmark"
@@ -115,7 +118,7 @@ def _row(case: Case, reference: nn.Module, name: str, bits: float) -> tuple[dict
     ways = [static(model, plan)]
     static_n = divergences(model, case.evaluation, case.objective, ways, reference=reference)[0]  # scales of each row
     use_static_scales(model, on=name == "static-scales")
-    steps = int(name == "inputs-16")
+    steps = int(name in ("zero-point", "inputs-16"))
     set_raises(model, {site.name: steps for site in profile.input_sites()}, decider=_DECIDER)
     options = AdaptOptions(feedback=name == "feedback", verdict=False)
     try:
@@ -126,19 +129,20 @@ def _row(case: Case, reference: nn.Module, name: str, bits: float) -> tuple[dict
             adapted.correction = replace(adapted.correction, every=1 << 40, tolerance=0.004)
             cost, factors = adapted.adaptation.estimator.cost, dict(adapted.adaptation.factors)
             if name == "grouped":
-                groups = _groups(model)
+                groups = groups_of(model)
                 mean = _price_together(adapted, model, groups, case.evaluation, bits)
                 with together(model, groups):
                     (ours_n,) = divergences(
                         model, case.evaluation, case.objective, [as_decided(model)], reference=reference
                     )
             else:
-                adapted.find_price(case.evaluation)
-                adapted.tally()
                 tallies = []
                 own = static_map(profile, cost, adapted.correction.target)
                 ways = [as_decided(model, lambda: tallies.append(adapted.tally())), static(model, own)]
-                ours_n, static_n = divergences(model, case.evaluation, case.objective, ways, reference=reference)
+                with zero_points(model) if name == "zero-point" else nullcontext():
+                    adapted.find_price(case.evaluation)
+                    adapted.tally()
+                    ours_n, static_n = divergences(model, case.evaluation, case.objective, ways, reference=reference)
                 mean = sum(t.samples * t.bits for t in tallies) / sum(t.samples for t in tallies)
     finally:
         use_static_scales(model, on=False)
@@ -157,7 +161,7 @@ def _row(case: Case, reference: nn.Module, name: str, bits: float) -> tuple[dict
     return row, ours_n
 
 
-def _groups(model: nn.Module) -> dict[str, tuple[PlaneModule, ...]]:
+def groups_of(model: nn.Module) -> dict[str, tuple[PlaneModule, ...]]:
     """The fused groups of a model, by the names of their weights."""
     names = {name.removesuffix(":input"): module for name, module in products_of(model).items()}
     return {"+".join(layer.weight.name for layer in layers): layers for _, layers in fused_groups(names)}
@@ -206,6 +210,21 @@ def together(model: nn.Module, groups: Mapping[str, tuple[PlaneModule, ...]]) ->
     hooks = [
         layer.register_forward_hook(hook(layers), with_kwargs=True) for layers in groups.values() for layer in layers
     ]
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
+
+
+@contextmanager
+def zero_points(model: nn.Module) -> Iterator[None]:
+    """Within this context each row of an input is rounded to 8 bits between its least and its greatest value."""
+
+    def rounded(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounded_rows(args[0].float(), 8, True).to(args[0].dtype), *args[1:])
+
+    hooks = [layer.register_forward_pre_hook(rounded) for layer in products_of(model).values()]
     try:
         yield
     finally:

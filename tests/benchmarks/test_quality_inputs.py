@@ -43,7 +43,7 @@ def test_figures_of_a_tiny_model() -> None:
 
 @pytest.mark.skipif(ensure_loaded().isa is None, reason="no compiled kernels")
 def test_switches_of_a_tiny_model() -> None:
-    names = ["feedback", "grouped", "static-scales", "inputs-16", "bytes"]
+    names = ["feedback", "grouped", "static-scales", "zero-point", "inputs-16", "bytes"]
     measured = switches.measure_switches(Path(), 1.0, [_tiny], [5.0], names)
     assert [row["switch"] for row in measured.rounds] == ["plain", *names]
     for row in measured.rounds:
@@ -79,7 +79,7 @@ def test_groups_of_one_decide_as_the_op_does() -> None:
         alone = {layer.weight.name: (layer,) for layer in products_of(model).values()}
         with switches.together(model, alone):
             assert torch.equal(logits(), plain)
-        groups = switches._groups(model)
+        groups = switches.groups_of(model)
         assert [len(layers) for layers in groups.values()] == [3, 2] * 2
         with switches.together(model, groups):
             assert not torch.equal(logits(), plain)
