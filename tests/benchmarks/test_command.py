@@ -67,6 +67,17 @@ def test_parts_and_share_are_handed_on(run: Run, monkeypatch: pytest.MonkeyPatch
     assert run("switch", "--part", "times").exit_code == 2
 
 
+def test_switches_models_and_bits_are_handed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "benchmarks.quality.inputs.measure", lambda **options: asked.append(options) or Measured({"met": 1.0})
+    )
+    words = ("--switch", "feedback", "--model", "lm", "--bits", "4", "--bits", "5", "--share", "0.5")
+    assert "met" in run("inputs", *words).stdout
+    assert asked == [{"switches": ["feedback"], "models": ["lm"], "bits": [4.0, 5.0], "share": 0.5}]
+    assert run("inputs", "--share", "2").exit_code == 2
+
+
 @pytest.mark.usefixtures("fake")
 def test_peers_are_drawn_and_nothing_else_is(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "speed.svg"
