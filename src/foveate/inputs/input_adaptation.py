@@ -135,11 +135,13 @@ class InputAdaptation(Closing):
 
     @property
     def bits(self) -> float:
-        """The mean bits of a weight over all rows that were decided since the calibration; before any, those of the
-        index of the target.
+        """The mean bits of a weight over all rows that were decided since the calibration; before any, the target, or
+        the bits of its index where the target is in another unit.
         """
         rows, total = self._bits
-        return total / rows if rows else self.frontier.bits(self.index)
+        if rows:
+            return total / rows
+        return self.spent if isinstance(self._adaptation.estimator.cost, Bits) else self.frontier.bits(self.index)
 
     @property
     def spent(self) -> float:
