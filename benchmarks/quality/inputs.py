@@ -33,7 +33,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models import smollm2
 from benchmarks.models.cases import VARIABLE, Case, babyllama105, data_folder, mixed_llama, stories260k
+from benchmarks.peers.equal_quality.compare import WORK
 from benchmarks.quality.switches import measure_switches
 from foveate.allocate import allocate
 from foveate.bench.inputs import measure as measure_times
@@ -59,6 +61,8 @@ MODELS: dict[str, Callable[[Path, float], Case]] = {
     "babyllama105": babyllama105,
     "lm": mixed_llama,
 }
+#: Measured where it is named, below the 4 bits of the grid that its weights stand on.
+SMOLLM2 = "smollm2"
 _DECIDER = "benchmark"
 
 
@@ -69,7 +73,7 @@ def measure(
 
     Args:
         switches: measure these instead (`benchmarks.quality.switches`).
-        models: the names of some of the models; all if none is given.
+        models: the names of some of the models, or `smollm2`; all but that if none is given.
         bits: the means; `BITS` if none is given.
         share: of the data.
 
@@ -77,9 +81,9 @@ def measure(
         FoveateError: there is no such model or switch, or no data to measure switches on.
     """
     folder = data_folder()
-    unknown = [name for name in models if name not in MODELS]
+    unknown = [name for name in models if name not in (*MODELS, SMOLLM2)]
     if unknown:
-        raise FoveateError(f"model (={unknown[0]!r}) is not one of {', '.join(MODELS)}")
+        raise FoveateError(f"model (={unknown[0]!r}) is not one of {', '.join((*MODELS, SMOLLM2))}")
     cases = [load for name, load in MODELS.items() if not models or name in models]
     if switches:
         if folder is None:
@@ -89,7 +93,7 @@ def measure(
     if folder is None:
         note = f"models skipped: {VARIABLE} is not set, and it names the folder with models and data"
         return Measured(times.figures, times.rounds, (*times.notes, note))
-    found = measure_models(folder, share, cases, bits or BITS)
+    found = measure_models(folder, share, cases, bits or BITS, WORK if SMOLLM2 in models else None)
     return Measured({**found.figures, **times.figures}, [*found.rounds, *times.rounds], times.notes)
 
 
@@ -98,18 +102,24 @@ def measure_models(
     share: float = 1.0,
     cases: Sequence[Callable[..., Case]] = tuple(MODELS.values()),
     means: Sequence[float] = BITS,
+    work: Path | None = None,
 ) -> Measured:
-    """The figures of models, with a share of the data."""
+    """The figures of models, with a share of the data; of SmolLM2 too where the folder is named that it is kept in."""
     rounds = []
-    for load in cases:
+
+    def measured(case: Case, reference: nn.Module, profile: Profile, means: Sequence[float]) -> None:
         started = time.perf_counter()
-        case = load(folder, share)
-        reference = copy.deepcopy(case.model)
-        profile = quantize(case.model, case.calibration, objective=case.objective)
         for bits in means:
             rounds.append(_row(case, reference, profile, bits))
             log.info("%s", rounds[-1])
         log.info("%s: %.0f s", case.name, time.perf_counter() - started)
+
+    for load in cases:
+        case = load(folder, share)
+        reference = copy.deepcopy(case.model)
+        measured(case, reference, quantize(case.model, case.calibration, objective=case.objective), means)
+    if work is not None:
+        measured(*smollm2.smollm2(folder, work, share), [bits for bits in means if bits < 4])
     return Measured(_figures(rounds), rounds)
 
 
