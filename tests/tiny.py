@@ -38,13 +38,13 @@ class Coded:
         level_NK = level_tiles[rows // 16][:, columns // p.group]
         scale = self.scale.double()[:, columns // p.group]
         offset = self.offset.double()[:, columns // p.group]
-        e = p.reach
+        each = (16, 8, 4, 12)[p.reach]
         code = {
             2: (q0.double(), 3, 4.0),
             3: ((q0 << 1 | q1).double(), 7, 2.0),
             4: (four, 15, 1.0),
-            6: (four * 2 ** (2 - e) + q3, 15 * 2 ** (2 - e) + 3, 2.0 ** -(2 - e)),
-            8: (four * 2 ** (4 - e) + (q3 << 2 | q4), 15 * 2 ** (4 - e) + 15, 2.0 ** -(4 - e)),
+            6: (each // 4 * four + q3, 15 * (each // 4) + 3, 4 / each),
+            8: (each * four + (q3 << 2 | q4), 15 * each + 15, 1 / each),
         }
         out = torch.zeros(p.rows, p.columns, dtype=torch.float64)
         for i, (level, (c, top, step)) in enumerate(code.items()):

@@ -125,7 +125,7 @@ class PlaneTensor:
         stored_levels: uint8 [NT, G], the highest level at which the planes of each tile can be read.
         tile_offsets: int64 [NT, 6], where each strip's tiles begin (`foveate.formats.packing.tile_offsets_of`).
         active_levels: uint8 [n, NT, G], the level at which each tile is read, for each of 1 to 8 maps.
-        rows, columns, group, reach: N, K, the inputs in a group, and the reach of the residual planes (0, 1 or 2).
+        rows, columns, group, reach: N, K, the inputs in a group, and the reach of the residual planes (0 to 3).
         exponent: the scales are multiplied by 2 to this power.
         exact: the tiles that are stored as floating point too, or only so; None if there are none. They are read where
             the active level is theirs, 16 or 32.
@@ -224,7 +224,8 @@ def from_codes(
         scale_NG, offset_NG: floating point [N, G]; each is stored as the nearest value that a byte can hold.
         gain: float16 [2, 1] or [2, N], for levels 2 and 3.
         group: inputs in a group: 32, 64 or 128.
-        reach: by how many bits the residual planes reach beyond one step of the anchor (0, 1 or 2).
+        reach: how far the residual planes reach beyond one step of the anchor, 0 to 3
+            (`foveate.formats.levels.ANCHOR_STEPS`).
 
     Raises:
         FoveateError: the group is not one of those.

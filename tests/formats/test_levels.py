@@ -28,6 +28,8 @@ from foveate.formats.levels import (
         (8, 0, 255, 0.0625),
         (8, 1, 135, 0.125),
         (8, 2, 75, 0.25),
+        (6, 3, 48, 1 / 3),
+        (8, 3, 195, 1 / 12),
     ],
 )
 def test_ranges_and_steps_are_those_of_the_format(level: int, reach: int, top: int, step: float) -> None:

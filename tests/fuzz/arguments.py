@@ -37,7 +37,7 @@ SHAPES = ((1, 1), (3, 5), (16, 32), (17, 33), (24, 70), (40, 100), (64, 256), (7
 def _weight(rows: int, columns: int, group: int, kind: int) -> PlaneTensor:
     if not rows * columns:
         return _empty(rows, columns, group)
-    w = coded(rows, columns, group=group, reach=kind % 3, row_gains=kind % 2 == 1, seed=kind).planes
+    w = coded(rows, columns, group=group, reach=kind % 4, row_gains=kind % 2 == 1, seed=kind).planes
     if kind >= 3:
         w = w.kept(random_levels(w, kind))
     if kind in (1, 4):

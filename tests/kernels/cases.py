@@ -118,7 +118,7 @@ def calls(draw: st.DrawFn) -> Call:
     weights, biases = [], []
     for i in range(draw(st.integers(1, 3))):
         n = draw(ROWS)
-        reach = draw(st.integers(0, 2))
+        reach = draw(st.integers(0, 3))
         w = coded(n, columns, group=group, reach=reach, row_gains=draw(st.booleans()), seed=seed + i).planes
         exact = draw(st.sampled_from((0.0, 0.0, 0.1, 1.0)))
         if exact:

@@ -86,7 +86,7 @@ def test_float_inputs_are_a_float_product(call: Call, levels: tuple[int, int]) -
     rows=ROWS,
     columns=COLUMNS,
     group=st.sampled_from((32, 64, 128)),
-    reach=st.integers(0, 2),
+    reach=st.integers(0, 3),
     row_gains=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -288,7 +288,7 @@ MALFORMED = {
     "other columns": _replace(3, lambda v: [v[0], 99, *v[2:]]),  # type: ignore[index]
     "another group": _replace(3, lambda v: [*v[:2], 128, *v[3:]]),  # type: ignore[index]
     "a group that does not exist": _replace(3, lambda v: [*v[:2], 48, v[3]]),  # type: ignore[index]
-    "a reach that does not exist": _replace(3, lambda v: [*v[:3], 3, v[4]]),  # type: ignore[index]
+    "a reach that does not exist": _replace(3, lambda v: [*v[:3], 4, v[4]]),  # type: ignore[index]
     "an exponent that does not exist": _replace(3, lambda v: [*v[:4], 33]),  # type: ignore[index]
     "an input level that does not exist": _replace(4, lambda t: torch.full((2,), 5, dtype=torch.uint8)),
     "no input level": _replace(4, lambda t: t[:0]),  # type: ignore[index]

@@ -20,7 +20,7 @@ EPS = torch.finfo(torch.float32).eps
     rows=st.integers(1, 50),
     columns=st.integers(1, 300),
     group=st.sampled_from(GROUPS),
-    reach=st.integers(0, 2),
+    reach=st.integers(0, 3),
     row_gains=st.booleans(),
     seed=st.integers(0, 1000),
 )

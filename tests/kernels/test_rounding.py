@@ -96,7 +96,7 @@ def _call(rows: int, columns: int, together: int | None, group: int, seed: int) 
     columns=st.integers(1, 140),
     together=st.sampled_from((None, 1, 7, 16, 40)),
     group=st.sampled_from((32, 64, 128)),
-    reach=st.sampled_from((0, 0, 1, 2)),
+    reach=st.sampled_from((0, 0, 1, 2, 3)),
     seed=st.integers(0, 1000),
 )
 def test_compiled_loops_choose_the_codes_of_the_reference(
@@ -187,7 +187,7 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(RuntimeError, match="not one per level"):
         coordinate_descent(*call[:-1], LEVEL_WEIGHTS[:4], 1)
     with pytest.raises(RuntimeError, match="not one of 0, 1, 2"):
-        call._replace(reach=3).descend()
+        call._replace(reach=4).descend()
 
 
 def test_both_ops_pass_opcheck() -> None:

@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         _at("geometry", lambda t: t * torch.tensor([1, 1, 2, 1, 1])),
         "size mismatch, the state has 64 x 48 in groups of",
     ),
-    "reach": (_at("geometry", lambda t: t + torch.tensor([0, 0, 0, 3, 0])), r"reach \(=\d\) is not one of 0, 1, 2"),
+    "reach": (_at("geometry", lambda t: t + torch.tensor([0, 0, 0, 4, 0])), r"reach \(=\d\) is not one of 0, 1, 2, 3"),
     "a geometry in int32": (_at("geometry", lambda t: t.int()), r"the geometry is torch.int32 \[5\]"),
     "planes in float": (_at("plane1", lambda t: t.float()), r"plane1 of the state is torch.float32 \[\d+\], not"),
     "a plane cut off": (_at("plane0", lambda t: t[:-64]), r"plane0 of the state is torch.uint8 \[\d+\], not"),

@@ -25,8 +25,10 @@ INPUT_LEVELS: tuple[int, ...] = (4, 8, 16, 32)
 #: Levels of cached keys and values; 32 is exact, and so is 16 for numbers of 16 bits.
 CACHE_LEVELS: tuple[int, ...] = (2, 4, 8, 16, 32)
 TOP_LEVEL = NESTED_LEVELS[-1]
-#: By how many bits the residual planes may reach beyond one step of the anchor (docs/format.md).
-REACHES: tuple[int, ...] = (0, 1, 2)
+#: For each reach, a step of the anchor in steps of the residual at 8 bits. The residual has 16 values, so where a step
+#: of the anchor is fewer of its steps, it reaches beyond that step (docs/format.md).
+ANCHOR_STEPS: tuple[int, ...] = (16, 8, 4, 12)
+REACHES: tuple[int, ...] = tuple(range(len(ANCHOR_STEPS)))
 
 _PLANES_OF = {0: 0, **{level: i + 1 for i, level in enumerate(NESTED_LEVELS)}}
 
@@ -90,10 +92,10 @@ def code_range(level: int, reach: int) -> int:
     """The greatest code `C` of a nested level: codes are 0..C, centred at C/2 (docs/format.md, "Values")."""
     if level <= 4:
         return (1 << level) - 1
-    low = level - 4
-    return (15 << (low - reach)) + (1 << low) - 1
+    low = 1 << (level - 4)
+    return 15 * (ANCHOR_STEPS[reach] * low // 16) + low - 1
 
 
 def code_step(level: int, reach: int) -> float:
     """The size of one code step at a nested level, in units of the 4-bit scale `s`."""
-    return float(2.0 ** (4 - level)) if level <= 4 else float(2.0 ** (reach - (level - 4)))
+    return float(2.0 ** (4 - level)) if level <= 4 else 2.0 ** (8 - level) / ANCHOR_STEPS[reach]

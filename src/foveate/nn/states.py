@@ -79,7 +79,7 @@ def _checked(found: dict[str, Tensor], present: PlaneTensor) -> PlaneTensor:
             f"the model {present.rows} x {present.columns} in groups of {present.group}"
         )
     if reach not in REACHES or exponent not in EXPONENTS:
-        raise StateError(f"reach (={reach}) is not one of 0, 1, 2, or exponent (={exponent}) not in -64..32")
+        raise StateError(f"reach (={reach}) is not one of 0, 1, 2, 3, or exponent (={exponent}) not in -64..32")
     stored_levels = found["stored_levels"]
     _check("stored_levels", stored_levels, present.stored_levels.dtype, present.stored_levels.shape)
     if not bool(

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from foveate.formats.grids import decoded
 from foveate.formats.levels import (
+    ANCHOR_STEPS,
     GAINED_LEVELS,
     NESTED_LEVELS,
     PLANES,
@@ -92,8 +93,8 @@ def _centred_codes(
         2: q[0],
         3: anchor >> 1,
         4: anchor,
-        6: (anchor << (2 - reach)) + q[3],
-        8: (anchor << (4 - reach)) + residual,
+        6: ANCHOR_STEPS[reach] // 4 * anchor + q[3],
+        8: ANCHOR_STEPS[reach] * anchor + residual,
     }
     out = torch.zeros_like(anchor)
     for level, code in code_at.items():

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from foveate.formats.levels import REACHES
+from foveate.formats.levels import ANCHOR_STEPS, REACHES
 
 _CODES = 16
 #: Rows in a block where they are on their own.
@@ -45,7 +45,7 @@ def code_values(gain_2n: Tensor, reach: int = 0) -> Tensor:
     """The values of all pairs of codes, in steps from the offset, float32 [S, 16 anchors, 16 residuals, n]."""
     code_16 = torch.arange(_CODES, dtype=torch.float32)
     anchor_A16 = torch.stack([4 * (code_16 // 4) - 6, 2 * (code_16 // 2) - 7, code_16 - 7.5])
-    residual_B16 = torch.stack([(code_16 // 4 - 1.5) / 4, (code_16 - 7.5) / 16]) * 2**reach
+    residual_B16 = torch.stack([(code_16 // 4 - 1.5) / 4, (code_16 - 7.5) / 16]) * (16 / ANCHOR_STEPS[reach])
     gain_An = torch.cat([gain_2n, torch.ones_like(gain_2n[:1])])
     anchors = (anchor_A16[:, :, None] * gain_An[:, None])[:, :, None].expand(-1, -1, _CODES, -1)
     both = anchor_A16[2][:, None] + residual_B16[:, None]
@@ -97,7 +97,7 @@ def _blocks(
     reach: int,
 ) -> Iterator[_Block]:
     if reach not in REACHES:
-        raise RuntimeError(f"reach (={reach}) is not one of 0, 1, 2")
+        raise RuntimeError(f"reach (={reach}) is not one of 0, 1, 2, 3")
     size = LONE_ROWS if between_BRR is None else between_BRR.shape[1]
     for number, start in enumerate(range(0, len(w_NK), size)):
         rows = slice(start, min(start + size, len(w_NK)))
@@ -137,7 +137,7 @@ def error_feedback(
         gain_2N: float32, of levels 2 and 3.
         group_of_K: int64, the group of each column.
         level_weights: what a squared error counts, for each stream.
-        reach: the steps of residuals are 2 to this power as wide, 0, 1 or 2.
+        reach: of the residuals, 0 to 3; their steps are 16 / ANCHOR_STEPS[reach] as wide as without one.
     """
     grid = (scale_NG, offset_NG, gain_2N, group_of_K, level_weights, reach)
     for block in _blocks(codes_2NK, w_NK, row_factor_BRR, *grid):

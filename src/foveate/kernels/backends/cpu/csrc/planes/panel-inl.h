@@ -93,8 +93,8 @@ Fault panel_product(const Weight& w, const Inputs& x, const Output& y, int64_t s
         if (fault != Fault::kNone) return fault;
         if (tile.kind == 0) continue;
         prefetch(tile.scales, kScalesAhead);
-        unpack_tile<V>(tile, w.group, w.reach, panel.codes[live]);
-        panel.finish[live] = Finish<V>(tile, 0, unit_of<V>(w, tile.kind, strip + s, 0), w.reach, WIDE);
+        unpack_tile<V>(tile, w.group, w.anchor_step, panel.codes[live]);
+        panel.finish[live] = Finish<V>(tile, 0, unit_of<V>(w, tile.kind, strip + s, 0), w.anchor_step, WIDE);
         panel.place[live] = s;
         ++live;
       }

@@ -16,6 +16,8 @@ constexpr int kPlanes = 5;
 constexpr int kTileRows = 16;
 constexpr int kMaxGroup = 128;
 constexpr int kTopNested = 8;  // levels above it are exact
+constexpr int kOwnAnchorStep = 16;                           // a step of the anchor in those of the residual, without reach
+constexpr int kAnchorSteps[4] = {kOwnAnchorStep, 8, 4, 12};  // of each reach
 constexpr int64_t kMaxMaps = 8;  // maps that are in use at once
 
 // Tiles of a plane are runs of 64-byte chunks: 16 columns a chunk at 2 bits, 32 at 1 bit.
@@ -50,7 +52,7 @@ struct Weight {
   const float* bias;        // [N], or null
   int64_t rows, columns;    // N, K
   int64_t strips, groups;   // NT, G
-  int group, reach;
+  int group, anchor_step;
   ExactTiles exact;
 };
 

@@ -249,13 +249,13 @@ Fault unpack_strip(const Weight& w, int64_t strip, int row, int row_end, float* 
         std::memset(out + (r - row) * w.columns + first, 0, static_cast<size_t>(columns) * sizeof(float));
       continue;
     }
-    unpack_tile<V>(tile, w.group, w.reach, codes);
+    unpack_tile<V>(tile, w.group, w.anchor_step, codes);
     for (int r = 0; r < kTileRows; r += V::kRows) {
       const TileScales<V> scale(tile, r, unit_of<V>(w, tile.kind, strip, r));
       V::store_floats(step + r, scale.step);
       V::store_floats(offset + r, scale.offset);
     }
-    const int32_t range = code_range(tile.kind, w.reach);
+    const int32_t range = code_range(tile.kind, w.anchor_step);
     for (int r = row; r < row_end; ++r)
       expand_row(codes, r, kCodeShift[tile.kind], range, step[r], offset[r], columns, out + (r - row) * w.columns + first);
   }

@@ -78,7 +78,7 @@ Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   const int64_t rows = geometries[i * kGeometryNumbers], columns = geometries[i * kGeometryNumbers + 1], group = geometries[i * kGeometryNumbers + 2], reach = geometries[i * kGeometryNumbers + 3],
                 exponent = geometries[i * kGeometryNumbers + 4];
   TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
-  TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
+  TORCH_CHECK(reach >= 0 && reach <= 3, "reach (=", reach, ") is not one of 0, 1, 2, 3");
   TORCH_CHECK(exponent >= -64 && exponent <= 32, "exponent (=", exponent, ") is not in -64..32");
   TORCH_CHECK(rows >= 0 && columns >= 0, "rows (=", rows, ") and columns (=", columns, ") must not be negative");
   const Tensor* const planes = &weights[i * kTensors];
@@ -90,7 +90,7 @@ Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   w.strips = over(rows, kTileRows);
   w.groups = over(columns, group);
   w.group = static_cast<int>(group);
-  w.reach = static_cast<int>(reach);
+  w.anchor_step = kAnchorSteps[reach];
   for (int p = 0; p < kPlanes; ++p) {
     check_vector(planes[p], at::kByte, "a plane");
     const int64_t bytes = tile_bytes(p, w.group);
@@ -106,7 +106,7 @@ Weight weight_of(TensorList weights, at::IntArrayRef geometries, size_t i) {
   const bool gain_a_row = gain.dim() == 2 && gain.size(1) / kTileRows == w.strips && gain.size(1) % kTileRows == 0;
   TORCH_CHECK(gain.dim() == 2 && gain.size(0) == 2 && (gain.size(1) == 1 || gain_a_row), "gain has shape (=", gain.sizes(),
               "), not [2, 1] or [2, ", kTileRows, " * ", w.strips, "]");
-  const float half_steps[kPlanes] = {2.0f, 1.0f, 0.5f, 0.125f * static_cast<float>(1 << reach), 0.03125f * static_cast<float>(1 << reach)};
+  const float half_steps[kPlanes] = {2.0f, 1.0f, 0.5f, static_cast<float>(2.0 / w.anchor_step), static_cast<float>(0.5 / w.anchor_step)};
   for (int p = 0; p < kPlanes; ++p) w.units[p] = std::ldexp(half_steps[p], static_cast<int>(exponent));
   w.offset_unit = std::ldexp(0.125f, static_cast<int>(exponent));
   if (gain.size(1) == 1) {

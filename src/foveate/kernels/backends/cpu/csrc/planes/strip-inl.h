@@ -20,10 +20,10 @@ struct Finish {
   int shift;
 
   Finish() = default;
-  inline __attribute__((always_inline)) Finish(const Tile& tile, int row, typename V::Floats unit, int reach, bool wide) {
+  inline __attribute__((always_inline)) Finish(const Tile& tile, int row, typename V::Floats unit, int anchor_step, bool wide) {
     const TileScales<V> scale(tile, row, unit);
     shift = kCodeShift[tile.kind];
-    range = code_range(tile.kind, reach);
+    range = code_range(tile.kind, anchor_step);
     centre = 0.5f * static_cast<float>(range << shift);
     step = wide ? scale.step : scale.step * (2.0f / static_cast<float>(1 << shift));
     offset = scale.offset;
@@ -48,7 +48,7 @@ struct Finish {
 // sums[i] = sum(2^shift c x) of a tile's rows and lane i. With GROUP the size of the group is known beforehand.
 template <class V, int KIND, bool REACHED, int LANES, int GROUP>
 inline __attribute__((always_inline)) void tile_sums(
-    Reader<V, KIND>& reader, const int8_t* x, int group, int reach, typename V::Ints (&sums)[LANES]) {
+    Reader<V, KIND>& reader, const int8_t* x, int group, int anchor_step, typename V::Ints (&sums)[LANES]) {
   using Words = typename V::Words;
   // one lane alone would wait for its own sums: it has more of them
   constexpr bool kInPlace = KIND == 1 && LANES <= V::kInPlaceLanes;
@@ -68,7 +68,7 @@ inline __attribute__((always_inline)) void tile_sums(
       for (int i = 0; i < LANES; ++i) V::add_split(high[i], field, x_step + i * group);
     } else if constexpr (V::kByteCodes) {
       const Nibbles<V> a = reader.template anchor<kOdd>(pair);
-      byte_fields<V, REACHED>(a, reader.template residual<kOdd>(pair), reach, field);
+      byte_fields<V, REACHED>(a, reader.template residual<kOdd>(pair), anchor_step, field);
 #pragma GCC unroll 8
       for (int i = 0; i < LANES; ++i) V::add_bytes(high[i], field, x_step + i * group);
     } else {
@@ -97,7 +97,7 @@ inline __attribute__((always_inline)) void tile_sums(
     if constexpr (kInPlace) sums[i] = V::total_pairs(high[i]);
     else if constexpr (KIND <= 3) sums[i] = V::total_split(high[i]);
     else if constexpr (V::kByteCodes) sums[i] = V::total_bytes(high[i]);
-    else sums[i] = (V::total_split(high[i]) << (4 - reach)) + V::total_split(low[i]);
+    else sums[i] = V::total_split(high[i]) * (REACHED ? anchor_step : kOwnAnchorStep) + V::total_split(low[i]);
   }
 }
 
@@ -111,21 +111,21 @@ inline __attribute__((always_inline)) void tile_product(const Weight& w, const T
     typename V::Ints sums[LANES];
     auto read = [&](auto kind, auto reached) __attribute__((always_inline)) {
       Reader<V, decltype(kind)::value> reader(tile, 4 * first, ahead);
-      tile_sums<V, decltype(kind)::value, decltype(reached)::value, LANES, 0>(reader, codes, w.group, w.reach, sums);
+      tile_sums<V, decltype(kind)::value, decltype(reached)::value, LANES, 0>(reader, codes, w.group, w.anchor_step, sums);
     };
     switch (tile.kind) {
       case 1: read(std::integral_constant<int, 1>{}, std::false_type{}); break;
       case 2: read(std::integral_constant<int, 2>{}, std::false_type{}); break;
       case 3: read(std::integral_constant<int, 3>{}, std::false_type{}); break;
       case 4:
-        if (w.reach == 0) read(std::integral_constant<int, 4>{}, std::false_type{});
+        if (w.anchor_step == kOwnAnchorStep) read(std::integral_constant<int, 4>{}, std::false_type{});
         else read(std::integral_constant<int, 4>{}, std::true_type{});
         break;
       default:
-        if (w.reach == 0) read(std::integral_constant<int, 5>{}, std::false_type{});
+        if (w.anchor_step == kOwnAnchorStep) read(std::integral_constant<int, 5>{}, std::false_type{});
         else read(std::integral_constant<int, 5>{}, std::true_type{});
     }
-    const Finish<V> finish(tile, first, unit_of<V>(w, tile.kind, strip, first), w.reach, WIDE);
+    const Finish<V> finish(tile, first, unit_of<V>(w, tile.kind, strip, first), w.anchor_step, WIDE);
 #pragma GCC unroll 8
     for (int i = 0; i < kRowsOfX; ++i) acc[part * kRowsOfX + i] = finish.template add<WIDE>(acc[part * kRowsOfX + i], sums, i, x_sums[i]);
   }
@@ -152,8 +152,8 @@ void run_of_group(const Weight& w, const Inputs& x, Tile tile, int64_t strip, in
     for (int part = 0; part < kParts; ++part) {
       typename V::Ints sums[LANES];
       Reader<V, KIND> reader(tile, 4 * part * V::kRows, ahead);
-      tile_sums<V, KIND, REACHED, LANES, GROUP>(reader, codes, w.group, w.reach, sums);
-      const Finish<V> finish(tile, part * V::kRows, unit[part], w.reach, WIDE);
+      tile_sums<V, KIND, REACHED, LANES, GROUP>(reader, codes, w.group, w.anchor_step, sums);
+      const Finish<V> finish(tile, part * V::kRows, unit[part], w.anchor_step, WIDE);
 #pragma GCC unroll 8
       for (int i = 0; i < kRowsOfX; ++i) acc[part][i] = finish.template add<WIDE>(acc[part][i], sums, i, x_sums[i]);
     }
@@ -207,11 +207,11 @@ Fault strip_product(const Weight& w, const Inputs& x, const Output& y, TileCurso
       case 2: run_product<V, 2, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc); break;
       case 3: run_product<V, 3, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc); break;
       case 4:
-        if (w.reach == 0) run_product<V, 4, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
+        if (w.anchor_step == kOwnAnchorStep) run_product<V, 4, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
         else run_product<V, 4, true, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
         break;
       default:
-        if (w.reach == 0) run_product<V, 5, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
+        if (w.anchor_step == kOwnAnchorStep) run_product<V, 5, false, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
         else run_product<V, 5, true, LANES, WIDE>(w, x, tile, strip, row, group, end, prefetcher, ahead, acc);
     }
   }

@@ -36,13 +36,13 @@ inline const uint8_t* tile_at(const uint8_t* plane, uint64_t bytes) {
 }
 
 // The greatest code of a level that reads `planes` planes.
-inline int32_t code_range(int planes, int reach) {
+inline int32_t code_range(int planes, int anchor_step) {
   switch (planes) {
     case 1: return 3;
     case 2: return 7;
     case 3: return 15;
-    case 4: return (15 << (2 - reach)) + 3;
-    default: return (15 << (4 - reach)) + 15;
+    case 4: return 15 * (anchor_step / 4) + 3;
+    default: return 15 * anchor_step + 15;
   }
 }
 
@@ -259,14 +259,16 @@ inline void nibble_fields(const Nibbles<V>& a, typename V::Words (&field)[4]) {
   field[3] = (a.odd >> 4) & 0x0F0F0F0Fu;
 }
 
-// Fields 0-3 of (A << (4 - reach)) + B, one a byte. Without reach the two do not overlap.
+// Fields 0-3 of anchor_step * A + B, one a byte. Without reach that step is 16, and the two do not overlap.
 template <class V, bool REACHED>
-inline void byte_fields(const Nibbles<V>& a, const Nibbles<V>& b, int reach, typename V::Words (&field)[4]) {
+inline void byte_fields(const Nibbles<V>& a, const Nibbles<V>& b, int anchor_step, typename V::Words (&field)[4]) {
   if constexpr (REACHED) {
-    typename V::Words low[4];
+    using Words = typename V::Words;
+    typedef uint16_t Halves __attribute__((vector_size(sizeof(Words))));  // no product of a byte is above 255
+    Words low[4];
     nibble_fields<V>(a, field);
     nibble_fields<V>(b, low);
-    for (int j = 0; j < 4; ++j) field[j] = (field[j] << (4 - reach)) + low[j];
+    for (int j = 0; j < 4; ++j) field[j] = (Words)((Halves)field[j] * static_cast<uint16_t>(anchor_step)) + low[j];
   } else {
     field[0] = V::select(0xF0F0F0F0u, a.even << 4, b.even);
     field[1] = V::select(0xF0F0F0F0u, a.odd << 4, b.odd);
@@ -277,14 +279,14 @@ inline void byte_fields(const Nibbles<V>& a, const Nibbles<V>& b, int reach, typ
 
 // The codes times 2^shift, one a byte: [g / 4 quads of columns, 16 rows, 4].
 template <class V, int KIND, bool REACHED>
-void unpack_kind(const Tile& tile, int group, int reach, uint8_t* codes) {
+void unpack_kind(const Tile& tile, int group, int anchor_step, uint8_t* codes) {
   for (int part = 0; part < 64; part += 4 * V::kRows) {
     Reader<V, KIND> reader(tile, part, kAhead[KIND]);
     auto step = [&](auto odd, int pair) __attribute__((always_inline)) {
       typename V::Words field[4];
       const Nibbles<V> a = reader.template anchor<decltype(odd)::value>(pair);
       if constexpr (KIND <= 3) nibble_fields<V>(a, field);
-      else byte_fields<V, REACHED>(a, reader.template residual<decltype(odd)::value>(pair), reach, field);
+      else byte_fields<V, REACHED>(a, reader.template residual<decltype(odd)::value>(pair), anchor_step, field);
       for (int j = 0; j < 4; ++j) V::store(codes + 64 * (8 * pair + 4 * decltype(odd)::value + j) + part, field[j]);
     };
     for (int pair = 0; pair < group / 32; ++pair) {
@@ -296,13 +298,14 @@ void unpack_kind(const Tile& tile, int group, int reach, uint8_t* codes) {
 }
 
 template <class V>
-void unpack_tile(const Tile& tile, int group, int reach, uint8_t* codes) {
+void unpack_tile(const Tile& tile, int group, int anchor_step, uint8_t* codes) {
+  const bool reached = anchor_step != kOwnAnchorStep;
   switch (tile.kind) {
-    case 1: return unpack_kind<V, 1, false>(tile, group, reach, codes);
-    case 2: return unpack_kind<V, 2, false>(tile, group, reach, codes);
-    case 3: return unpack_kind<V, 3, false>(tile, group, reach, codes);
-    case 4: return reach ? unpack_kind<V, 4, true>(tile, group, reach, codes) : unpack_kind<V, 4, false>(tile, group, reach, codes);
-    default: return reach ? unpack_kind<V, 5, true>(tile, group, reach, codes) : unpack_kind<V, 5, false>(tile, group, reach, codes);
+    case 1: return unpack_kind<V, 1, false>(tile, group, anchor_step, codes);
+    case 2: return unpack_kind<V, 2, false>(tile, group, anchor_step, codes);
+    case 3: return unpack_kind<V, 3, false>(tile, group, anchor_step, codes);
+    case 4: return reached ? unpack_kind<V, 4, true>(tile, group, anchor_step, codes) : unpack_kind<V, 4, false>(tile, group, anchor_step, codes);
+    default: return reached ? unpack_kind<V, 5, true>(tile, group, anchor_step, codes) : unpack_kind<V, 5, false>(tile, group, anchor_step, codes);
   }
 }
 

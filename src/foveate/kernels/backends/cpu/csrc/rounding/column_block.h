@@ -36,7 +36,7 @@ struct ColumnBlock {
   float* weighed;           // memory of [S, padded]: what the column means for each row
   double* form;             // added to, not for feeding: share-weighted tr(G dW H dW^T), and what the sweep took off it
   float level_weights[kStreams];
-  float widening;           // 2^reach: how much wider the steps of residuals are
+  float widening;           // how much wider the steps of residuals are than without reach
 };
 
 // The values of a pair of codes in each stream, in steps from the offset.

@@ -51,7 +51,7 @@ struct Rounding {
     for (int64_t k = 0; k < columns; ++k)
       TORCH_CHECK(of[k] >= 0 && of[k] < scale.size(1), "group_of (", of[k], " at ", k, ") is outside the ", scale.size(1), " groups");
     TORCH_CHECK(level_weights.size() == kStreams, "level_weights (", level_weights.size(), " of them) are not one per level");
-    TORCH_CHECK(reach >= 0 && reach <= 2, "reach (=", reach, ") is not one of 0, 1, 2");
+    TORCH_CHECK(reach >= 0 && reach <= 3, "reach (=", reach, ") is not one of 0, 1, 2, 3");
     size = std::max<int64_t>(std::min(rows, kLoneRows), 1);
     if (gradients) {
       TORCH_CHECK(gradients->dim() == 3 && gradients->size(1) >= 1, "the matrices of rows are not [B, R, R]");
@@ -97,7 +97,7 @@ struct Rounding {
         d.column = column.data_ptr<float>();
         d.weighed = d.column + kStreams * padded;
         for (int s = 0; s < kStreams; ++s) d.level_weights[s] = static_cast<float>(level_weights[static_cast<size_t>(s)]);
-        d.widening = static_cast<float>(1 << reach);
+        d.widening = static_cast<float>(kOwnAnchorStep) / static_cast<float>(kAnchorSteps[reach]);
         run(block, row, d);
       }
     });
