@@ -53,6 +53,8 @@ inline __attribute__((always_inline)) void tile_sums(
   // one lane alone would wait for its own sums: it has more of them
   constexpr bool kInPlace = KIND == 1 && LANES <= V::kInPlaceLanes;
   constexpr int kChains = kInPlace || LANES <= 2 ? 4 : 2;
+  // codes that overlap take longer to merge than a lane or two to multiply twice
+  constexpr bool kBytes = V::kByteCodes && !(REACHED && LANES <= 2);
   typename V::template Sums<kChains> high[LANES] = {}, low[LANES] = {};
   auto step = [&](auto odd, int pair) __attribute__((always_inline)) {
     constexpr int kOdd = decltype(odd)::value;
@@ -66,7 +68,7 @@ inline __attribute__((always_inline)) void tile_sums(
       V::split(reader.template anchor<kOdd>(pair), field);
 #pragma GCC unroll 8
       for (int i = 0; i < LANES; ++i) V::add_split(high[i], field, x_step + i * group);
-    } else if constexpr (V::kByteCodes) {
+    } else if constexpr (kBytes) {
       const Nibbles<V> a = reader.template anchor<kOdd>(pair);
       byte_fields<V, REACHED>(a, reader.template residual<kOdd>(pair), anchor_step, field);
 #pragma GCC unroll 8
@@ -96,7 +98,7 @@ inline __attribute__((always_inline)) void tile_sums(
   for (int i = 0; i < LANES; ++i) {
     if constexpr (kInPlace) sums[i] = V::total_pairs(high[i]);
     else if constexpr (KIND <= 3) sums[i] = V::total_split(high[i]);
-    else if constexpr (V::kByteCodes) sums[i] = V::total_bytes(high[i]);
+    else if constexpr (kBytes) sums[i] = V::total_bytes(high[i]);
     else sums[i] = V::total_split(high[i]) * (REACHED ? anchor_step : kOwnAnchorStep) + V::total_split(low[i]);
   }
 }
