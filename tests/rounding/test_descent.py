@@ -11,7 +11,8 @@ from torch import Tensor
 
 from foveate.kernels.backends.cpu.library import Status
 from foveate.rounding import Rounded, round_weight, with_descent
-from foveate.rounding.descent import INPUT_DAMPING, LEVEL_WEIGHTS
+from foveate.rounding.descent import FITTED_REACH, INPUT_DAMPING, LEVEL_WEIGHTS
+from foveate.rounding.nearest import CLIP_PENALTIES_FOR_DESCENT
 from tiny import read_at
 
 
@@ -42,6 +43,19 @@ def test_less_error_of_the_output(rows: int, columns: int, group: int) -> None:
     assert after[8] < 0.6 * after[6]
     assert torch.equal(better.scale, nearest.scale)
     assert torch.equal(better.offset, nearest.offset)
+
+
+def test_residuals_that_reach_further_lose_less_at_eight_bits_and_no_more_up_to_four() -> None:
+    x, w = _inputs(192), torch.randn(64, 192)
+    covariance = x.t() @ x / len(x)
+    nearest = round_weight(w, group=64, input_energy_K=covariance.diagonal(), clip_penalties=CLIP_PENALTIES_FOR_DESCENT)
+    within, further = (with_descent(w, nearest, covariance, reach=reach) for reach in (0, FITTED_REACH))
+    assert (within.reach, further.reach) == (0, FITTED_REACH)
+    ratio = {
+        k: _output_error(w, further, k, covariance) / _output_error(w, within, k, covariance) for k in (2, 3, 4, 8)
+    }
+    assert ratio[8] < 0.85
+    assert max(ratio[2], ratio[3], ratio[4]) < 1.1
 
 
 def _cost(w: Tensor, rounded: Rounded, covariance: Tensor) -> float:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foveate.rounding import Rounded, degrees_of_freedom, descent_config, overfit_factor, round_weight, with_descent
-from foveate.rounding.descent import INPUT_DAMPING, LEVEL_WEIGHTS, LEVEL_WEIGHTS_LOOKED_UP
+from foveate.rounding.descent import FITTED_REACH, INPUT_DAMPING, LEVEL_WEIGHTS, LEVEL_WEIGHTS_LOOKED_UP
 from foveate.rounding.nearest import CLIP_PENALTIES, CLIP_PENALTIES_FOR_DESCENT
 from tiny import generator, read_at
 
@@ -41,7 +41,7 @@ def test_few_rows_lose_no_more_than_nearest_codes_at_any_level(seed: int, column
     energy = seen.diagonal()
     nearest = round_weight(w, group=64, input_energy_K=energy)
     start = round_weight(w, group=64, input_energy_K=energy, clip_penalties=config.clip_penalties)
-    ours = with_descent(w, start, seen, level_weights=config.level_weights, damping=config.damping)
+    ours = with_descent(w, start, seen, level_weights=config.level_weights, damping=config.damping, reach=config.reach)
     for level in LEVELS:
         assert _form(w, ours, level, truth) <= 1.05 * _form(w, nearest, level, truth), level
     assert _form(w, ours, 4, truth) < _form(w, nearest, 4, truth)
@@ -71,6 +71,7 @@ def test_many_rows_are_trusted_and_few_are_not() -> None:
     assert few.level_weights == pytest.approx(dict(LEVEL_WEIGHTS_LOOKED_UP))
     assert few.clip_penalties == pytest.approx(CLIP_PENALTIES)
     assert few.damping > many.damping
+    assert (few.reach, many.reach) == (0, FITTED_REACH)
     eights = [descent_config(free / 100, 1000).level_weights[8] for free in range(51)]
     assert eights == sorted(eights)
     # the same rows of fewer samples are trusted less

@@ -32,6 +32,7 @@ from foveate.kernels.threads import threads
 from foveate.planes import from_codes
 from foveate.progress import in_words
 from foveate.rounding import round_weight, with_descent
+from foveate.rounding.descent import FITTED_REACH
 from foveate.sensitivity import tile_losses
 
 #: The inputs, and those of a group, of the piece that is timed: larger pieces take long, smaller ones time the calls.
@@ -102,7 +103,9 @@ def _round(rows: int, sweeps: int, gradients_BRR: torch.Tensor | None = None) ->
     w_NK = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     r = round_weight(w_NK, group=_GROUP)
     if sweeps:
-        r = with_descent(w_NK, r, _correlated(columns), gradients_BRR, sweeps=sweeps, least_gain=0.0)
+        r = with_descent(
+            w_NK, r, _correlated(columns), gradients_BRR, sweeps=sweeps, least_gain=0.0, reach=FITTED_REACH
+        )
     planes = from_codes(r.anchor, r.residual, r.scale, r.offset, r.gain, group=_GROUP, reach=r.reach)
     fisher = Factored(torch.ones(rows), torch.ones(columns))
     tile_losses(w_NK, lambda level: planes.dequantize(), [fisher], _GROUP)

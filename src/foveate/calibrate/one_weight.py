@@ -109,7 +109,7 @@ def _on_planes(
         columns = seen[0].tensors.get("gradient_K")
         energy = columns.float() if columns is not None and bool(columns.any()) else None
     covariances = [c for c in (s.covariance() for s in seen) if c is not None]
-    config, overfit, covariance = DescentConfig(LEVEL_WEIGHTS_LOOKED_UP, CLIP_PENALTIES, INPUT_DAMPING), None, None
+    config, overfit, covariance = DescentConfig(LEVEL_WEIGHTS_LOOKED_UP, CLIP_PENALTIES, INPUT_DAMPING, 0), None, None
     if covariances and not saw_too_little(seen):
         covariance = torch.stack(covariances).sum(0) if covariances[1:] else covariances[0]
         dof_per_row = degrees_of_freedom(covariance, rows_of_covariances(seen))
@@ -122,7 +122,13 @@ def _on_planes(
         raise WeightError(f"{entry.names[0]}: {error}") from error
     if covariance is not None:
         rounded = with_descent(
-            w_NK, rounded, covariance, _gradients(seen), level_weights=config.level_weights, damping=config.damping
+            w_NK,
+            rounded,
+            covariance,
+            _gradients(seen),
+            level_weights=config.level_weights,
+            damping=config.damping,
+            reach=config.reach,
         )
     planes = from_codes(
         rounded.anchor, rounded.residual, rounded.scale, rounded.offset, rounded.gain, group=size, reach=rounded.reach

@@ -35,10 +35,13 @@ from foveate.kernels.backends.table import ensure_loaded
 from foveate.rounding.nearest import CLIP_PENALTIES, CLIP_PENALTIES_FOR_DESCENT, Rounded, restoring_gains
 
 #: What a squared error costs at each level.
-LEVEL_WEIGHTS: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 1.0, 8: 4.0}
+LEVEL_WEIGHTS: Mapping[int, float] = {2: 1 / 24, 3: 1 / 3, 4: 1.3, 6: 2.0, 8: 6.0}
 #: The same for a weight that is also an embedding. Nothing compensates the errors of rows that are looked up, and
 #: allocation gives such rows many bits.
 LEVEL_WEIGHTS_LOOKED_UP: Mapping[int, float] = {**LEVEL_WEIGHTS, 6: 4.0, 8: 96.0}
+#: The reach of residuals where descent chooses the 4-bit codes, often not the nearest ones: a step of the anchor is 12
+#: steps of the residual, which has 16 values (`foveate.formats.levels.ANCHOR_STEPS`).
+FITTED_REACH = 3
 #: Degrees of freedom per row (d/n) up to which all levels trust H, and from which 6 and 8 bits do not trust it.
 _DOF_LIMITS = (0.18, 0.32)
 #: With this many samples the correlation of the rows within a sample counts as much as the number of rows does.
@@ -94,11 +97,13 @@ class DescentConfig:
         level_weights: what a squared error costs at each level.
         clip_penalties: what a squared error costs at 6 and 8 bits in the search for the grids that descent starts from.
         damping: damping of the inputs' covariance, in means of its diagonal.
+        reach: of the residuals.
     """
 
     level_weights: Mapping[int, float]
     clip_penalties: tuple[float, float]
     damping: float
+    reach: int
 
 
 def descent_config(dof_per_row: float, samples: float) -> DescentConfig:
@@ -106,7 +111,8 @@ def descent_config(dof_per_row: float, samples: float) -> DescentConfig:
 
     Where few rows were seen, part of what descent gains at 4 bits and below also holds on other inputs. At 8 bits
     nearest codes leave hardly any error, and overfitting loses more than that. So with few rows the covariance is
-    damped more, and 6 and 8 bits weigh more, up to their weight for nearest codes.
+    damped more, and 6 and 8 bits weigh more, up to their weight for nearest codes. Codes that are nearly those need no
+    residuals that reach further.
 
     Args:
         dof_per_row: d/n (`degrees_of_freedom`).
@@ -122,7 +128,10 @@ def descent_config(dof_per_row: float, samples: float) -> DescentConfig:
     level_weights = {level: between(LEVEL_WEIGHTS[level], LEVEL_WEIGHTS_LOOKED_UP[level]) for level in LEVEL_WEIGHTS}
     (six, eight), (six_few, eight_few) = CLIP_PENALTIES_FOR_DESCENT, CLIP_PENALTIES
     return DescentConfig(
-        level_weights, (between(six, six_few), between(eight, eight_few)), between(INPUT_DAMPING, _FEW_SAMPLES_DAMPING)
+        level_weights,
+        (between(six, six_few), between(eight, eight_few)),
+        between(INPUT_DAMPING, _FEW_SAMPLES_DAMPING),
+        FITTED_REACH if fewness < 0.5 else 0,
     )
 
 
@@ -137,12 +146,13 @@ def with_descent(
     sweeps: int = SWEEPS,
     least_gain: float = LEAST_GAIN,
     damping: float = INPUT_DAMPING,
+    reach: int = 0,
 ) -> Rounded:
     """Codes on the same grids, chosen for the least error of the model's output over all levels.
 
     Args:
         w_NK: the weight, floating point [N, K].
-        rounded: its grids and nearest codes (`round_weight`), of reach 0.
+        rounded: its grids and nearest codes (`round_weight`).
         covariance_KK: E[x x^T] of its inputs, in any unit.
         gradients_BRR: E[g g^T] of its outputs' gradients, in any unit, one block for each R rows; the padding of the
             last block may be anything. Each row is rounded by itself if it is not given, where a block is zero or not
@@ -151,15 +161,18 @@ def with_descent(
         sweeps: how often descent goes over all codes, at most.
         least_gain: the part of its loss that a sweep must take off a block of rows for the next sweep to be made.
         damping: damping of the covariance, in means of its diagonal.
+        reach: of the residuals.
 
     Returns:
-        `rounded` with other codes and gains; `rounded` itself if the covariance cannot be used (zero, or not finite).
+        `rounded` with other codes, gains and reach; `rounded` itself if the covariance cannot be used (zero, or not
+        finite).
     """
-    codes_2NK = best_codes(w_NK, rounded, covariance_KK, gradients_BRR, level_weights, (sweeps, least_gain), damping)
+    grid = replace(rounded, reach=reach)
+    codes_2NK = best_codes(w_NK, grid, covariance_KK, gradients_BRR, level_weights, (sweeps, least_gain), damping)
     if codes_2NK is None:
         return rounded
     gain = restoring_gains(w_NK, codes_2NK[0], rounded, covariance_KK.diagonal())
-    return replace(rounded, anchor=codes_2NK[0], residual=codes_2NK[1], gain=gain)
+    return replace(grid, anchor=codes_2NK[0], residual=codes_2NK[1], gain=gain)
 
 
 def best_codes(

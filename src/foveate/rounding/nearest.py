@@ -46,7 +46,7 @@ _ROW_GAINS_FROM = 1024
 #: What a squared error costs at 6 and at 8 bits, where it costs 1 at 4 bits: for nearest codes, and for grids on which
 #: descent chooses other codes.
 CLIP_PENALTIES = (4.0, 96.0)
-CLIP_PENALTIES_FOR_DESCENT = (1.0, 4.0)
+CLIP_PENALTIES_FOR_DESCENT = (2.0, 8.0)
 
 # How far each end of the grid reaches: 1 puts the outermost 4-bit codes on the farthest weight.
 _SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
