@@ -152,3 +152,15 @@ def test_a_cache_of_another_batch_is_not_fused() -> None:
     one = packed(model)
     logits(model, one, ids(2, 90), (90,))
     assert forward_of(model)._fused((), {"input_ids": ids(3, 1), **cache_argument(model, one)}) is None
+
+
+def test_a_cache_that_was_filled_in_inference_mode_goes_on_outside_of_it() -> None:
+    model = model_of("Llama", **LENGTH)
+    one, other = packed(model), packed(model)
+    with torch.inference_mode():
+        logits(model, one, ids(2, 90), (90,))
+    logits(model, other, ids(2, 90), (90,))
+    more = ids(2, 40)
+    before = fused_calls(model)
+    assert torch.equal(logits(model, one, more, (1, 39)), logits(model, other, more, (1, 39)))
+    assert fused_calls(model) == before + 4
