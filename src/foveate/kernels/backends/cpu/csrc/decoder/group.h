@@ -89,10 +89,16 @@ class Group {
     return static_cast<int64_t>(weights_.size()) * (QuantizedRows::bytes(rows, 16, weights_[0]) + 3 * kMaxMaps * QuantizedRows::kAlign);
   }
 
-  // The maps of each row for each weight, where rows choose.
+  int64_t weights() const { return static_cast<int64_t>(weights_.size()); }
+
+  // The maps of each row for weight number `i`, where rows choose.
+  std::vector<uint8_t> decide(int64_t i, const Generation& generation, const Tensor& x, const std::vector<uint8_t>& pairs) const {
+    const size_t at = static_cast<size_t>(i);
+    return decided_maps(generation, (*places_)[at], weights_[at], inputs_[at], x, pairs);
+  }
   std::vector<std::vector<uint8_t>> decide(const Generation& generation, const Tensor& x, const std::vector<uint8_t>& pairs) const {
     std::vector<std::vector<uint8_t>> maps;
-    for (size_t i = 0; i < weights_.size(); ++i) maps.push_back(decided_maps(generation, (*places_)[i], weights_[i], inputs_[i], x, pairs));
+    for (int64_t i = 0; i < weights(); ++i) maps.push_back(decide(i, generation, x, pairs));
     return maps;
   }
 

@@ -162,6 +162,7 @@ class Run {
   std::optional<Scratch> scratch_;
   std::vector<std::array<Group, kGroups>> groups_;
   std::vector<uint8_t> pairs_, chunk_pairs_;
+  std::vector<std::vector<uint8_t>> decided_;  // of each weight of a group, the maps of the rows
   bool chooses_ = false;
   int64_t rows_ = 0;
   std::vector<Segment> segments_;

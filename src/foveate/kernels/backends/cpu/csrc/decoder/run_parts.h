@@ -13,10 +13,17 @@ namespace {
 // The products of a group with the rows of its input, which are quantized already where nothing is to be chosen.
 void Run::multiply(Member& member, Group& group, int g, const std::array<float*, 3>& to, int64_t stride) {
   if (chooses_) {
-    member.alone([&] {
-      const Tensor x = at::from_blob(scratch_->input, {rows_, group.columns()}, at::kFloat);
-      group.arrange(group.decide(*call_.pass.generation, x, chunk_pairs_), rows_, input_rows(group.columns()), scratch_->slots[g]);
-    });
+    // the decision of each weight is a unit
+    member.part(
+        [&] {
+          decided_.assign(static_cast<size_t>(group.weights()), {});
+          return Units{group.weights()};
+        },
+        [&](int64_t i, int64_t end) {
+          const Tensor x = at::from_blob(scratch_->input, {rows_, group.columns()}, at::kFloat);
+          for (; i < end; ++i) decided_[static_cast<size_t>(i)] = group.decide(i, *call_.pass.generation, x, chunk_pairs_);
+        });
+    member.alone([&] { group.arrange(decided_, rows_, input_rows(group.columns()), scratch_->slots[g]); });
     each_row(member, rows_, [&](int64_t row) { group.quantize(row, row + 1, faults_); });
   }
   member.part(
