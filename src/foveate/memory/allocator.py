@@ -46,6 +46,7 @@ def given_back(wanted: bool) -> Iterator[None]:
             if not _entered:
                 library.mallopt(_MMAP_THRESHOLD, _LARGEST)
                 library.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST)
+        library.malloc_trim(0)  # blocks below the threshold, which all its threads' heaps keep
 
 
 def _glibc() -> ctypes.CDLL | None:
