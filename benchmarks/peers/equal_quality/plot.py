@@ -95,19 +95,23 @@ def quality_plot(rows: Sequence[Row]) -> str:
             parts.append(f'<rect class="square" x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8">{tip}</rect>')
         if last[m.side] - y >= 14:
             last[m.side] = y
-            parts.append(_name(f"{m.side}-name", x + 10, y + 4, m.label))
+            parts.append(_name(m.side, "", x, y + 4, m.label))
     ours = next(m for m in reversed(every) if m.side == OURS)
     theirs = next(m for m in reversed(every) if m.side == THEIRS)
     for m, text in ((ours, "foveate, bits a weight"), (theirs, "llama.cpp")):
-        parts.append(_name(f"{m.side}-name title", axes.x(m.speed) + 10, axes.y(m.kl) - 12, text))
+        parts.append(_name(m.side, " title", axes.x(m.speed), axes.y(m.kl) - 12, text))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-label="tokens a second against KL"><style>{_STYLE}</style>{"".join(parts)}</svg>\n'
     )
 
 
-def _name(kind: str, x: float, y: float, text: str) -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+def _name(side: str, title: str, x: float, y: float, text: str) -> str:
+    """A name beside a point: theirs to the left and ours to the right, where they do not meet; titles to the left."""
+    to_left = bool(title) or side == THEIRS
+    anchor = ' text-anchor="end"' if to_left else ""
+    beside = x - 10 if to_left else x + 10
+    return f'<text class="{side}-name{title}" x="{beside:.1f}" y="{y:.1f}"{anchor}>{escape(text)}</text>'
 
 
 def _grid(axes: Axes) -> str:
