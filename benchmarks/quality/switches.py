@@ -8,10 +8,10 @@
     bytes           the target is bytes that a token reads, those of the static map
     seconds         the target is the time of a token, that of the static map by times of this machine
 
-The library has no switch for `grouped` and `zero-point`: hooks compute what it would (`together`, `zero_points`), the
-latter on inputs of 16 bits, from which choosing has begun. So that all are compared at
-equal means, each finds its price on the held-out text itself, which needs nothing of the float32 model, and keeps it.
-For each model and number of bits:
+The library has no switch for `grouped` and `zero-point`: hooks compute what it would (`together`, `zero_points`). Those
+of `zero-point` round inputs, which the product then reads at 16 bits. So that all are compared at equal means, each
+finds its price on the held-out text itself, which needs nothing of the float32 model, and keeps it. For each model and
+number of bits:
 
     <switch>_over_static_kl_...   KL over that of the best static map of the same bits, bytes or seconds
     <switch>_over_plain_kl_...    the same over that of plain choosing at the same mean bits, the interval beside it

@@ -17,28 +17,18 @@ from foveate.inputs.gradients import output_gradients
 from foveate.inputs.multiplier import Correction, Shares, corrected, solved
 from foveate.inputs.verdict import ratio_interval
 from foveate.nn.levels import set_index
+from inputs.choosing import QUIET, data
 from tiny import generator, mlp, quantized_llama, rows, tokens
 
 BITS = 4.5
-QUIET = fv.AdaptOptions(verdict=False)
-
-
-def _data(seed: int = 5) -> list[Tensor]:
-    return rows(128, 96, 4, seed=seed)
-
-
-@pytest.fixture(scope="module")
-def quantized() -> tuple[nn.Module, fv.Profile]:
-    model = mlp((96, 64, 48, 10))
-    return model, fv.quantize(model, rows(64, 96), objective=fv.Logits(), progress=False)
 
 
 def test_the_mean_of_the_bits_is_the_target_and_withdraws(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, _ = quantized
     before = fv.state_of(model)
-    x = torch.cat(_data(9))
+    x = torch.cat(data(9))
     plain = model(x)
-    with fv.adapt_to_input(model, bits=BITS, batches=_data(), progress=False) as adapted:
+    with fv.adapt_to_input(model, bits=BITS, batches=data(), progress=False) as adapted:
         assert adapted.verdict is not None
         assert adapted.verdict.samples == 32
         assert abs(adapted.verdict.bits - BITS) < 0.1
@@ -46,7 +36,7 @@ def test_the_mean_of_the_bits_is_the_target_and_withdraws(quantized: tuple[nn.Mo
         ((low, high),) = state.ends
         assert state.frontier.bits(low) < BITS - 0.1
         assert state.frontier.bits(high) > BITS + 0.1
-        model(torch.cat(_data()[:3]))
+        model(torch.cat(data()[:3]))
         samples, bits, spent = adapted.tally()
         assert samples == 96
         assert spent == bits
@@ -71,8 +61,8 @@ def _at(model: nn.Module, plan: fv.PrecisionMap, x: Tensor) -> Tensor:
 
 def test_gradients_read_what_the_rows_decided(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, _ = quantized
-    x = torch.cat(_data(9))
-    with fv.adapt_to_input(model, bits=BITS, batches=_data(), options=QUIET, progress=False):
+    x = torch.cat(data(9))
+    with fv.adapt_to_input(model, bits=BITS, batches=data(), options=QUIET, progress=False):
         plain = model(x)
         given = x.clone().requires_grad_()
         y = model(given)
@@ -87,8 +77,8 @@ def test_gradients_read_what_the_rows_decided(quantized: tuple[nn.Module, fv.Pro
 
 def test_tiers_are_fixed_and_floors_hold(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, _ = quantized
-    x = torch.cat(_data(9))[:2]
-    with fv.adapt_to_input(model, bits=BITS, batches=_data(), options=QUIET, progress=False) as adapted:
+    x = torch.cat(data(9))[:2]
+    with fv.adapt_to_input(model, bits=BITS, batches=data(), options=QUIET, progress=False) as adapted:
         best = _at(model, adapted.frontier[0], x)
         with fv.row_precision(model, [fv.Request(tier=0), None]):
             assert torch.equal(model(x)[:1], best[:1])
@@ -107,10 +97,10 @@ def test_tiers_are_fixed_and_floors_hold(quantized: tuple[nn.Module, fv.Profile]
 
 def test_explain(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, _ = quantized
-    x = _data(9)[0]
+    x = data(9)[0]
     with pytest.raises(FoveateError, match="do not choose between maps"):
         fv.explain(model, x)
-    with fv.adapt_to_input(model, bits=BITS, batches=_data(), options=QUIET, progress=False) as adapted:
+    with fv.adapt_to_input(model, bits=BITS, batches=data(), options=QUIET, progress=False) as adapted:
         adapted.tally()
         found = fv.explain(model, x)
         bits = adapted.tally().bits
@@ -164,8 +154,8 @@ def test_convolutions_decide_for_each_patch() -> None:
 
 def test_the_correction_runs_by_itself(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, _ = quantized
-    x = torch.cat(_data())
-    with fv.adapt_to_input(model, bits=BITS, batches=_data(), options=QUIET, progress=False) as adapted:
+    x = torch.cat(data())
+    with fv.adapt_to_input(model, bits=BITS, batches=data(), options=QUIET, progress=False) as adapted:
         price = adapted.correction.multiplier
         adapted.correction = Correction(target=BITS, span=0.5, every=100, multiplier=price)
         model(x[:64])
@@ -178,8 +168,8 @@ def test_the_correction_runs_by_itself(quantized: tuple[nn.Module, fv.Profile]) 
 
 def test_copies_choose_too(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, _ = quantized
-    x = _data(9)[0]
-    with fv.adapt_to_input(model, bits=BITS, batches=_data(), options=QUIET, progress=False):
+    x = data(9)[0]
+    with fv.adapt_to_input(model, bits=BITS, batches=data(), options=QUIET, progress=False):
         other = copy.deepcopy(model)
         y = model(x)
     assert torch.equal(other(x), y)
@@ -254,7 +244,7 @@ def test_what_is_refused(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, _ = quantized
     for keywords, message in (
         ({"bits": 4.5, "batches": []}, "there are no batches"),
-        ({"bits": 99.0, "batches": _data()}, "a target of 99 bits has no maps 0.25 bits around it"),
+        ({"bits": 99.0, "batches": data()}, "a target of 99 bits has no maps 0.25 bits around it"),
     ):
         with pytest.raises(FoveateError, match=message):
             fv.adapt_to_input(model, progress=False, **keywords)

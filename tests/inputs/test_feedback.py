@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import foveate as fv
 from foveate.inputs.feedback import Effect, factors_of, output_effects
+from inputs.choosing import data
 from tiny import mlp, rows
 
 EFFECTS = st.dictionaries(
@@ -21,10 +21,6 @@ EFFECTS = st.dictionaries(
     min_size=1,
     max_size=8,
 )
-
-
-def _data(seed: int = 5) -> list[Tensor]:
-    return rows(128, 96, 4, seed=seed)
 
 
 @given(EFFECTS)
@@ -72,11 +68,11 @@ def test_effects_show_estimates_that_are_wrong() -> None:
     model = mlp((96, 64, 48, 10))
     fv.quantize(model, rows(64, 96), objective=fv.Logits(), progress=False)
     options = fv.AdaptOptions(verdict=False)
-    with fv.adapt_to_input(model, bits=4.5, batches=_data(), options=options, progress=False) as adapted:
+    with fv.adapt_to_input(model, bits=4.5, batches=data(), options=options, progress=False) as adapted:
         before, state = adapted.adaptation, fv.state_of(model)
 
         def effects() -> dict[str, Effect]:
-            given_now = (adapted.adaptation, adapted.renew, _data(), fv.Logits(), False)
+            given_now = (adapted.adaptation, adapted.renew, data(), fv.Logits(), False)
             return output_effects(model, *given_now)
 
         found = effects()
@@ -97,7 +93,7 @@ def test_feedback_moves_thresholds_and_meets_the_target() -> None:
     fv.quantize(model, rows(64, 96), objective=fv.Logits(), progress=False)
     before = fv.state_of(model)
     options = fv.AdaptOptions(feedback=True, verdict=False)
-    with fv.adapt_to_input(model, bits=4.5, batches=_data(), options=options, progress=False) as adapted:
+    with fv.adapt_to_input(model, bits=4.5, batches=data(), options=options, progress=False) as adapted:
         now = adapted.adaptation
         assert set(now.factors) == {"0:weight", "4:weight"}
         low, high = now.around(adapted.index, len(adapted.frontier) - 1)
@@ -108,8 +104,8 @@ def test_feedback_moves_thresholds_and_meets_the_target() -> None:
             assert threshold == pytest.approx(plain / now.factors.get(name, 1.0))
         adapted.tally()
         with torch.no_grad():
-            model(torch.cat(_data()[:3]))
+            model(torch.cat(data()[:3]))
         assert adapted.tally().bits == pytest.approx(4.5, rel=0.01)
-        adapted.refine(_data(6), progress=False)  # what came lately
+        adapted.refine(data(6), progress=False)  # what came lately
         assert adapted.adaptation.multiplier == adapted.correction.multiplier
     assert fv.state_of(model) == before

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import foveate as fv
 from foveate.errors import BudgetError
@@ -16,19 +16,8 @@ from foveate.inputs.adapt import static_map
 from foveate.inputs.explain import chosen_maps
 from foveate.nn.registry import registry_of
 from foveate.precision.costs import Bits, BytesRead, Seconds
+from inputs.choosing import QUIET, data
 from tiny import mlp, quantized_llama, rows, tokens
-
-QUIET = fv.AdaptOptions(verdict=False)
-
-
-def _data(seed: int = 5) -> list[Tensor]:
-    return rows(128, 96, 4, seed=seed)
-
-
-@pytest.fixture(scope="module")
-def quantized() -> tuple[nn.Module, fv.Profile]:
-    model = mlp((96, 64, 48, 10))
-    return model, fv.quantize(model, rows(64, 96), objective=fv.Logits(), progress=False)
 
 
 def _timed(model: nn.Module, profile: fv.Profile, free: str) -> fv.Timings:
@@ -44,13 +33,13 @@ def _timed(model: nn.Module, profile: fv.Profile, free: str) -> fv.Timings:
 
 def test_bytes_decide_as_bits_where_a_token_reads_all_weights(quantized: tuple[nn.Module, fv.Profile]) -> None:
     model, profile = quantized
-    x, found = torch.cat(_data(9)), []
+    x, found = torch.cat(data(9)), []
     weights = sum(site.weights for site in profile.weight_sites())
     plan = static_map(profile, Bits(), 4.5)
     per_bit = weights / 8
     target = plan.bytes_read + (4.5 - plan.bits) * per_bit
     for asked in ({"bits": 4.5}, {"bytes": round(target)}):
-        with fv.adapt_to_input(model, **asked, batches=_data(), options=QUIET, progress=False) as adapted:  # type: ignore[arg-type]
+        with fv.adapt_to_input(model, **asked, batches=data(), options=QUIET, progress=False) as adapted:  # type: ignore[arg-type]
             found.append(model(x))
             adapted.correct()
             bits, spent = adapted.bits, adapted.spent
@@ -85,8 +74,8 @@ def test_planes_that_take_no_time_are_read_first() -> None:
     timings = _timed(model, profile, "2:weight")
     fv.apply(model, fv.frontier(profile, 160))  # by bytes: the free weight differs between the two maps
     seconds = timings.seconds_of(fv.allocate(profile, fv.Budget(bits=4.5)))
-    with fv.adapt_to_input(model, seconds=seconds, batches=_data(), options=QUIET, progress=False) as adapted:
-        found = fv.explain(model, torch.cat(_data()[:3]))
+    with fv.adapt_to_input(model, seconds=seconds, batches=data(), options=QUIET, progress=False) as adapted:
+        found = fv.explain(model, torch.cat(data()[:3]))
         assert adapted.tally().spent == pytest.approx(seconds, rel=0.01)
         layers = {layer.site: layer for layer in found.layers}
         assert layers["2:weight"].threshold == 0
@@ -104,7 +93,7 @@ def test_a_verdict_beside_the_static_map_of_the_same_time(quantized: tuple[nn.Mo
     model, profile = quantized
     timings = _timed(model, profile, "none")
     seconds = timings.seconds_of(fv.allocate(profile, fv.Budget(bits=4.5)))
-    with fv.adapt_to_input(model, seconds=f"{seconds * 1e6}us", batches=_data(), progress=False) as adapted:
+    with fv.adapt_to_input(model, seconds=f"{seconds * 1e6}us", batches=data(), progress=False) as adapted:
         assert adapted.verdict is not None
         assert adapted.verdict.samples == 32
         assert adapted.correction.target == pytest.approx(seconds)
@@ -125,7 +114,7 @@ def test_what_is_refused(wrong: dict[str, Any], message: str) -> None:
     model = mlp((96, 64, 10))
     fv.quantize(model, rows(64, 96), objective=fv.Logits(), progress=False)
     with pytest.raises(BudgetError, match=message):
-        fv.adapt_to_input(model, **wrong, batches=_data(), progress=False)
+        fv.adapt_to_input(model, **wrong, batches=data(), progress=False)
 
 
 @pytest.mark.parametrize(

@@ -120,18 +120,6 @@ def output_effects(
     }
 
 
-def output_factors(
-    model: nn.Module,
-    adaptation: Adaptation,
-    renew: Callable[[Adaptation], None],
-    batches: Sequence[Any],
-    objective: Objective,
-    progress: bool,
-) -> dict[str, float]:
-    """The factor of each weight that chooses; arguments as of `output_effects`."""
-    return factors_of(output_effects(model, adaptation, renew, batches, objective, progress))
-
-
 def _effect(difference_n: Tensor, estimates: float) -> Effect:
     """Of what each sample's divergence differs by, and the sum of the estimates of all rows."""
     mean, samples = float(difference_n.mean()), len(difference_n)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from foveate.collect.evaluation import evaluating
 from foveate.collect.objectives import Objective, run
-from foveate.inputs.feedback import output_factors
+from foveate.inputs.feedback import factors_of, output_effects
 from foveate.inputs.multiplier import Correction, Shares, corrected, solved
 from foveate.inputs.observe import Observed, observing
 from foveate.inputs.verdict import Verdict
@@ -242,8 +242,8 @@ class InputAdaptation(Closing):
 
     def measure_factors(self, batches: Sequence[Any], *, progress: bool = True) -> None:
         """Put the factors in force that the batches show at the output, at the price as it is; see `refine`."""
-        factors = output_factors(self._model, self._adaptation, self.renew, batches, self.objective, progress)
-        self.renew(replace(self._adaptation, factors=factors))
+        effects = output_effects(self._model, self._adaptation, self.renew, batches, self.objective, progress)
+        self.renew(replace(self._adaptation, factors=factors_of(effects)))
 
     def widen(self) -> bool:
         """Take the lower map further away, and begin the price anew; False if it is the last one already."""

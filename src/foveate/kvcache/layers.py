@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from foveate.kvcache.blocks import PackedHeads
-from foveate.kvcache.decoding import Rooms
+from foveate.kvcache.decoder_rooms import Rooms
 from foveate.nn.decoder.caches import Room
 from foveate.nn.decoder.structure import Structure
 

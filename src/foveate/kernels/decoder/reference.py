@@ -70,6 +70,8 @@ class _Decoder:
 
 
 _DECODERS: dict[int, _Decoder] = {}
+#: The `places` of packed heads where there are none.
+_NOWHERE = torch.empty(0, 2, 0, 2, dtype=torch.int64)
 _NUMBERS = itertools.count(1)
 
 
@@ -150,7 +152,7 @@ def decoder_blocks(
         first: int64 [B], the first cached position of each sequence that is no padding, in all caches; None for 0.
         past: for each block how many positions `keys` and `values` hold.
     """
-    return _over_packed(x, handle, book, keys, values, cosine, sine, first, past, {})
+    return decoder_blocks_packed(x, handle, book, keys, values, cosine, sine, first, past, (), _NOWHERE, 0)
 
 
 def decoder_blocks_packed(
@@ -178,24 +180,8 @@ def decoder_blocks_packed(
             the head's place in it; the pair is -1 where none are packed. Heads of a block have as many positions.
         block: 32, 64, 128 or 256.
     """
-    sizes = [block.numbers.head_size for block in _decoder_of(handle).blocks]
-    before = unpacked(sizes, packed, places, block)
-    return _over_packed(x, handle, book, keys, values, cosine, sine, first, past, before)
-
-
-def _over_packed(
-    x: Tensor,
-    handle: Tensor,
-    book: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    cosine: Tensor,
-    sine: Tensor,
-    first: Tensor | None,
-    past: Sequence[int],
-    before: dict[int, tuple[Tensor, Tensor]],
-) -> Tensor:
     decoder = _decoder_of(handle)
+    before = unpacked([one.numbers.head_size for one in decoder.blocks], packed, places, block)
     length = x.shape[1]
 
     def attention(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

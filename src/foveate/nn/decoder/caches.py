@@ -1,4 +1,4 @@
-"""The caches of transformers as the op `decoder_blocks` writes them: exact keys and values with room for more.
+"""Caches as the op `decoder_blocks` writes them: exact keys and values with room for more, after packed ones if any.
 
 A static cache has that room. A dynamic one makes new tensors at every token, and copies all that it holds. Here its
 layers become `GrowingLayer`s, which keep more memory than they show, and double it when it is full.

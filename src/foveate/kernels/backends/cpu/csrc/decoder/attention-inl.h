@@ -178,21 +178,15 @@ void unpack_blocks(const QueryTile& tile, const PackedTokens& packed, int64_t fi
   }
 }
 
-// What a part of a tile's rows needs: their queries, or their weights and outputs.
-template <int ROWS, class T>
-struct RowsOf {
-  T* at[ROWS];
-};
-
 template <class V, int ROWS, int VECTORS>
-inline void score_columns(const RowsOf<ROWS, const float>& queries, int64_t size, const float* keys, int64_t step, float* scores) {
+inline void score_columns(const float* const (&queries)[ROWS], int64_t size, const float* keys, int64_t step, float* scores) {
   typename V::Floats sums[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < size; ++k)
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) {
       const typename V::Floats key = V::floats(keys + k * step + j * V::kRows);
 #pragma GCC unroll 4
-      for (int r = 0; r < ROWS; ++r) sums[r][j] = V::fma(V::splat(queries.at[r][k]), key, sums[r][j]);
+      for (int r = 0; r < ROWS; ++r) sums[r][j] = V::fma(V::splat(queries[r][k]), key, sums[r][j]);
     }
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -204,8 +198,8 @@ inline void score_columns(const RowsOf<ROWS, const float>& queries, int64_t size
 template <class V, int ROWS>
 void score_blocks(const QueryTile& tile, int64_t row, const float* keys, int64_t count, float* scores) {
   const int64_t block = tile.block, size = tile.head_size;
-  RowsOf<ROWS, const float> queries;
-  for (int r = 0; r < ROWS; ++r) queries.at[r] = tile.queries + (row + r) / tile.heads * tile.queries_stride + (row + r) % tile.heads * size;
+  const float* queries[ROWS];
+  for (int r = 0; r < ROWS; ++r) queries[r] = tile.queries + (row + r) / tile.heads * tile.queries_stride + (row + r) % tile.heads * size;
   for (int64_t first = 0; first < count; first += block, keys += size * block) {
     int64_t p = 0;
     for (; p + 4 * V::kRows <= block; p += 4 * V::kRows) score_columns<V, ROWS, 4>(queries, size, keys + p, block, scores + first + p);

@@ -1,6 +1,7 @@
 """Room in a packed cache for a decoder whose blocks run in one op (`foveate.nn.decoder`).
 
-It is the exact ends of the layers, with memory for the tokens to come, and the packed blocks as they lie.
+It is the exact ends of the layers, with memory for the tokens to come, and the packed blocks as they lie. Layers that
+pack (`foveate.kvcache.layers`) are known by their `exact_tokens`; layers beside them are those of transformers.
 
 Legend: B sequences, H heads of keys and values, S tokens of a call, D channels a head.
 """
