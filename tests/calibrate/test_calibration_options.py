@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import foveate as fv
-from foveate.calibrate.passes import CalibrationOptions
+from foveate.calibrate.passes.options import CalibrationOptions
 from tiny import mlp, rows
 
 

@@ -8,8 +8,8 @@ import pytest
 from torch import Tensor
 
 import foveate as fv
-from foveate.calibrate import passes as calibration
 from foveate.calibrate.estimate import USUAL_SWEEPS, Estimate, Machine, Timed, estimate
+from foveate.calibrate.passes import calibration
 from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
 from foveate.calibrate.smallest_map import smallest_map
 from foveate.kernels.backends.cpu.library import Status

@@ -24,7 +24,7 @@ import torch
 import foveate as fv
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
 from foveate.kernels.backends.table import ensure_loaded
-from foveate.calibrate import passes as calibration
+from foveate.calibrate.passes import calibration
 from torch import nn
 import psutil
 
@@ -97,7 +97,7 @@ def test_a_limit_that_cannot_be_kept() -> None:
 
 def test_the_least_memory_that_is_said_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0))
-    monkeypatch.setattr("foveate.calibrate.passes.psutil.Process", lambda: process)
+    monkeypatch.setattr("foveate.calibrate.passes.calibration.psutil.Process", lambda: process)
     with pytest.raises(BudgetError, match=r"quantizing this model [\d.]+ MiB more") as refused:
         fv.quantize(mlp(), rows(), objective=fv.Logits(), memory="1MiB", progress=False)
     said = re.search(r"this model ([\d.]+) MiB", str(refused.value))

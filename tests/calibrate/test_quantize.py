@@ -314,7 +314,7 @@ def test_twice_is_an_error() -> None:
 
 
 def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foveate.calibrate.passes._SAVE_EVERY", 2)
+    monkeypatch.setattr("foveate.calibrate.passes.stream._SAVE_EVERY", 2)
     file = tmp_path / "new" / "statistics"
     batches = rows(70, 70, 7)
 

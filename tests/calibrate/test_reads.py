@@ -97,7 +97,7 @@ def test_reads_that_only_a_later_batch_shows() -> None:
 
 
 def test_the_same_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveate.calibrate import passes as calibration
+    from foveate.calibrate.passes import calibration
     from foveate.calibrate.schedule import Schedule, cut
 
     monkeypatch.setattr(calibration, "make_schedule", lambda costs, *_: Schedule(False, cut(costs, 3), True, 0))
@@ -197,7 +197,7 @@ def test_a_model_that_fails_on_planes_while_levels_are_measured_is_left_as_it_wa
 
 
 def test_where_float_weights_had_to_make_room_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from foveate.calibrate import passes as calibration
+    from foveate.calibrate.passes import calibration
     from foveate.calibrate.schedule import Schedule, cut
 
     monkeypatch.setattr(calibration, "make_schedule", lambda costs, *_: Schedule(False, cut(costs, 1), True, 0))

@@ -32,18 +32,18 @@ from tiny import generator, llama, mlp, rows, tokens
 def _kept(reference_outputs: ReferenceOutputs, batches: list[Tensor], model: nn.Module) -> list[int]:
     kept = []
     for number, batch in enumerate(batches):
-        if reference_outputs.wants(batch):
-            reference_outputs.keep(batch, model(batch))
+        if reference_outputs.wants(number, batch):
+            reference_outputs.keep(number, batch, model(batch))
             kept.append(number)
     return kept
 
 
 @given(count=st.integers(1, 200))
 def test_batches_are_evenly_spread_and_no_more_than_asked(count: int) -> None:
-    reference_outputs = ReferenceOutputs(Logits())
+    reference_outputs = ReferenceOutputs(Logits(), 1)
     batches = [torch.full((1, 3), float(i)) for i in range(count)]
     _kept(reference_outputs, batches, nn.Identity())
-    held = [int(batch[0, 0]) for batch, _, _ in reference_outputs._kept]
+    held = list(reference_outputs._kept)
     steps = {b - a for a, b in itertools.pairwise(held)}
     assert held[0] == 0
     assert len(steps) <= 1
@@ -53,20 +53,22 @@ def test_batches_are_evenly_spread_and_no_more_than_asked(count: int) -> None:
 
 def test_large_batches_and_outputs_take_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_MAX_BYTES", 4 * 1000 * MAX_BATCHES)
-    reference_outputs = ReferenceOutputs(Logits())
+    reference_outputs = ReferenceOutputs(Logits(), 100)
     _kept(reference_outputs, [torch.randn(100, 1000, generator=generator(i)) for i in range(8)], nn.Identity())
     assert len(reference_outputs._kept) == 1  # one such batch takes more than the limit
     assert reference_outputs.samples == 1
-    wide = ReferenceOutputs(Logits())
+    wide = ReferenceOutputs(Logits(), 100)
     _kept(wide, [torch.randn(100, 1, generator=generator(i)) for i in range(8)], nn.Linear(1, 1000))
-    assert sum(outcome.numel() for _, _, outcome in wide._kept) * 4 <= 4 * 1000 * MAX_BATCHES
+    assert (
+        sum(kept.outcome_nD.numel() for kept in wide._kept.values() if kept is not None) * 4 <= 4 * 1000 * MAX_BATCHES
+    )
     assert len(wide._kept) == 8
 
 
 def test_the_divergence_is_that_of_the_samples_kept() -> None:
     one, other = mlp(), mlp(seed=1)
     batches = rows(60, batches=5)
-    reference_outputs = ReferenceOutputs(Logits())
+    reference_outputs = ReferenceOutputs(Logits(), 12)
     with torch.no_grad():
         assert _kept(reference_outputs, batches, one) == [0, 1, 2, 3, 4]
         p, q = (m(torch.cat(batches)).log_softmax(-1) for m in (one, other))
@@ -90,10 +92,10 @@ def test_batches_in_one_buffer_are_kept_as_they_were() -> None:
 def test_mappings_of_any_kind_take_a_bounded_memory() -> None:
     batch = {"x": torch.zeros(1000, 1000)}
     assert module.reference_bytes(UserDict(batch), 0) == module.reference_bytes(batch, 0)
-    reference_outputs = ReferenceOutputs(Logits())
-    for _ in range(20):
-        if reference_outputs.wants(UserDict(batch)):
-            reference_outputs.keep(UserDict(batch), torch.randn(3, 4))
+    reference_outputs = ReferenceOutputs(Logits(), 3)
+    for number in range(20):
+        if reference_outputs.wants(number, UserDict(batch)):
+            reference_outputs.keep(number, UserDict(batch), torch.randn(3, 4))
     assert len(reference_outputs._kept) <= module._MAX_BYTES // 4_000_000
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import foveate as fv
 from foveate.calibrate.one_weight import QuantizedWeight, round_and_score
-from foveate.calibrate.resuming import _digest, read_resume, sample_of, write_resume
+from foveate.calibrate.resuming import ResumeFile, _digest, sample_of
 from foveate.collect.collector import Collector
 from foveate.collect.kinds import QuantizableWeight, find_weights
 from foveate.errors import DataError
@@ -28,13 +28,15 @@ def file(tmp_path: Path) -> Path:
     model, batches = mlp(), rows()
     collector = Collector(find_weights(model), fv.Logits())
     collector.add(model, batches[0])
-    write_resume(tmp_path / "resume", collector, sample_of(model, batches[0]))
+    sample = sample_of(model, batches[0])
+    ResumeFile(path=tmp_path / "resume", objective=fv.Logits(), sample=sample).write(collector.state())
     assert os.listdir(tmp_path) == ["resume"]
     return tmp_path / "resume"
 
 
 def _read(file: Path, seed: int = 0, data: int = 1, objective: fv.Objective | None = None) -> dict[str, Tensor]:
-    return read_resume(file, objective or fv.Logits(), sample_of(mlp(seed=seed), rows(seed=data)[0]))
+    sample = sample_of(mlp(seed=seed), rows(seed=data)[0])
+    return ResumeFile(path=file, objective=objective or fv.Logits(), sample=sample).read()
 
 
 def test_it_is_of_this_model_data_and_objective(file: Path) -> None:

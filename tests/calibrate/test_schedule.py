@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import foveate as fv
-from foveate.calibrate import passes as calibration
+from foveate.calibrate.passes import calibration
 from foveate.calibrate.schedule import Schedule, WeightCost, cut, freed_after, make_schedule
 from foveate.collect.dry_run import dry_run
 from foveate.collect.kinds import find_weights

@@ -26,7 +26,7 @@ from torch import Tensor
 import foveate as fv
 from folders import X, skeleton
 from foveate.activations.policy.profile import profile_checksum
-from foveate.calibrate.resuming import _SAMPLE, _digest, read_resume, sample_of, write_resume
+from foveate.calibrate.resuming import _SAMPLE, ResumeFile, _digest, sample_of
 from foveate.checkpoint.head import head_checksum
 from foveate.collect.collector import Collector
 from foveate.collect.kinds import find_weights
@@ -145,7 +145,7 @@ class _Resumed:
         collector = self._collector()
         for batch in self.batches:
             collector.add(self.model, batch)
-        write_resume(self.file, collector, self.sample)
+        ResumeFile(path=self.file, objective=fv.Logits(), sample=self.sample).write(collector.state())
         self.content = self.file.read_bytes()
 
     def _collector(self) -> Collector:
@@ -165,7 +165,7 @@ class _Resumed:
 
         def read() -> None:
             collector = self._collector()
-            collector.restore(read_resume(self.file, collector.objective, self.sample))
+            collector.restore(ResumeFile(path=self.file, objective=collector.objective, sample=self.sample).read())
             for statistics in collector.by_module.values():
                 found = statistics.fisher(max(collector.samples, 1))
                 assert isinstance(found, Tensor) or bool(found.gradient_N.isfinite().all())

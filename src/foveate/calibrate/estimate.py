@@ -158,12 +158,14 @@ class Timed:
         forward: seconds that it took without statistics.
         batches: the number of batches that are left, itself included; None if it is not known.
         samples: the number of its samples.
+        processes: how many processes share the weights and the comparison.
     """
 
     batch: float
     forward: float
     batches: int | None
     samples: int
+    processes: int = 1
 
 
 def estimate(costs: Sequence[WeightCost], inputs: Sequence[float], schedule: Schedule, timed: Timed) -> Estimate:
@@ -181,12 +183,12 @@ def estimate(costs: Sequence[WeightCost], inputs: Sequence[float], schedule: Sch
         machine.rounding(cost, bool(cost.large_bytes) and rows >= cost.columns)
         for cost, rows in zip(costs, inputs, strict=True)
     ]
-    rounding = max(sum(each) / workers_for(len(costs)), max(each, default=0.0))
+    rounding = max(sum(each) / (workers_for(len(costs)) * timed.processes), max(each, default=0.0))
     further = further_passes(costs, schedule)
     passes, compared = math.nan, batches_compared(timed.samples)
     if batches is not None:
         passes = batches * (batch * (1 + further.with_gradients) + forward * further.forward_only)
-        compared = min(batches, compared)
+        compared = min(batches, -(-compared // timed.processes))
     # the reference outputs are compared at each level, and the model runs once on planes before
     comparing = (compared * len(NESTED_LEVELS) + 1) * forward
     return Estimate(passes, batch, rounding, len(schedule.parts), comparing)

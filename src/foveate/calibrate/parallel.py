@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+from foveate.collect.kinds import QuantizableWeight, weight_matrix_shape
 from foveate.kernels.threads import threads
 
 Item = TypeVar("Item")
@@ -54,3 +55,9 @@ def in_parallel(work: Callable[[Item], Result], items: Sequence[Item]) -> Iterat
         finally:
             for _, future in begun:
                 future.cancel()
+
+
+def weight_work(entry: QuantizableWeight) -> int:
+    """About how much work rounding a weight is, in any unit: codes, each with a row of the covariance."""
+    rows, columns = weight_matrix_shape(entry.modules[0])
+    return rows * columns * (columns + 1000)

@@ -19,15 +19,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from foveate.calibrate.one_weight import QuantizedWeight, round_and_score, rows_of_covariances, saw_too_little
-from foveate.calibrate.parallel import in_parallel
-from foveate.calibrate.passes import PLANES, ROUNDING, STATISTICS, Calibration, CalibrationOptions, one_step
+from foveate.calibrate.parallel import in_parallel, weight_work
+from foveate.calibrate.passes.calibration import Calibration
+from foveate.calibrate.passes.options import PLANES, ROUNDING, STATISTICS, CalibrationOptions, one_step
+from foveate.calibrate.processes.owners import exchanged
 from foveate.calibrate.reference_outputs import with_measured
 from foveate.calibrate.routing import Routing
 from foveate.calibrate.trial import OriginalModules, run_on_planes
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import QuantizableWeight, find_weights, listed, weight_matrix_shape
+from foveate.collect.kinds import QuantizableWeight, find_weights, listed
 from foveate.collect.objectives import Objective
 from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
@@ -63,6 +66,7 @@ def quantize(
     memory: int | str | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    processes: ProcessGroup | None = None,
 ) -> Profile:
     """Store every weight of a model as bit planes, in place, and measure what each tile is worth at each level.
 
@@ -93,6 +97,10 @@ def quantize(
         resume: a file that keeps the statistics as they grow; if it exists, the batches it has seen are skipped. It is
             deleted at the end.
         progress: whether to show progress.
+        processes: a process group of torch.distributed with gloo, whose processes share the work. Each calls this with
+            the same model and all of the same batches, and gets the same result, whatever their number (a group of
+            one included). `memory` is for each process. `resume` is then the beginning of the names of files that all
+            of them can reach, and any number of processes can go on from them.
 
     Returns:
         The profile: sites, and the loss of every tile at every level.
@@ -112,6 +120,7 @@ def quantize(
         resume=Path(resume) if resume else None,
         progress=progress,
         exact=exact if exact is None or isinstance(exact, KeepExact) else KeepExact(share=exact),
+        processes=processes,
     )
     return quantize_with(model, batches, group, skip, options, Bar("quantizing", show=progress))
 
@@ -250,7 +259,8 @@ def _all_rounded(
     rounded: dict[str, QuantizedWeight] = {}
     routing: Routing | None = None
     few: dict[str, str] = {}
-    for part in calibration.parts():
+    for whole_part in calibration.parts():
+        part = [entry for entry in whole_part if calibration.owns(entry)]
         met = routing = routing or Routing(model, collector)
 
         def one(entry: QuantizableWeight, met: Routing = met) -> QuantizedWeight:
@@ -264,14 +274,13 @@ def _all_rounded(
                 few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
             rounded[entry.names[0]] = made
             calibration.done(entry)
+        for entry in whole_part:
+            calibration.done(entry)
     assert routing is not None
+    if calibration.processes.shared:
+        rounded = exchanged(rounded, calibration.found, calibration.owner, calibration.processes)
+        few = {name: text for said in calibration.processes.told(few) for name, text in said.items()}
     return rounded, routing, {e.names[0]: few[e.names[0]] for e in calibration.found if e.names[0] in few}
-
-
-def weight_work(entry: QuantizableWeight) -> int:
-    """About how much work rounding a weight is, in any unit: codes, each with a row of the covariance."""
-    rows, columns = weight_matrix_shape(entry.modules[0])
-    return rows * columns * (columns + 1000)
 
 
 def _notes(calibration: Calibration, routing: Routing, few: Mapping[str, str], guessed: bool) -> list[str]:

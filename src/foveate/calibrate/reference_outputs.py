@@ -12,14 +12,15 @@ The batches are spread evenly over the data, however many there are, and their o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from foveate.calibrate.processes.group import Processes
 from foveate.collect.objectives import Custom, Objective, run
 from foveate.errors import DataError
 from foveate.formats.levels import NESTED_LEVELS, WEIGHT_LEVELS
@@ -63,56 +64,77 @@ def copied(batch: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, _plain(batch))
 
 
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A batch, the step between the samples that are kept, and the outcomes of these."""
+
+    batch: Any
+    step: int
+    outcome_nD: Tensor
+
+
 class ReferenceOutputs:
-    """Some batches, and the outputs of the float model on them.
+    """Some batches, and the outputs of the float model on them."""
 
-    Attributes:
-        samples: how many samples are kept.
-    """
-
-    def __init__(self, objective: Objective) -> None:
-        self._objective = objective
+    def __init__(self, objective: Objective, samples: int, processes: Processes | None = None) -> None:
+        """
+        Args:
+            objective: how outputs are compared.
+            samples: how many samples a batch has.
+            processes: who shares the calibration.
+        """
+        self._objective, self._enough = objective, batches_compared(samples)
+        self._processes = processes or Processes()
         self._every = 1
-        self._seen = 0
-        self._enough = MAX_BATCHES
-        self._kept: list[tuple[Any, int, Tensor]] = []  # batch, step between the samples that are kept, outcomes
+        self._kept: dict[int, _Kept | None] = {}  # by the place of the batch in the data
+        self._chosen = False
 
     @property
     def samples(self) -> int:
-        """How many samples are kept."""
-        return sum(len(outcome) for _, _, outcome in self._kept)
+        """How many samples are kept, by all processes; all of them ask at the same time."""
+        mine = sum(len(kept.outcome_nD) for kept in self._kept.values() if kept is not None)
+        return int(self._processes.total(torch.tensor(mine)))
 
     @property
     def compares(self) -> bool:
         """Whether the divergence has the unit of the profile's losses: a loss of the user may have another."""
         return not isinstance(self._objective, Custom)
 
-    def wants(self, batch: Any) -> bool:
-        """Whether the next batch is to be kept; `keep` then takes it."""
+    def choose(self, batches: Sequence[Any]) -> None:
+        """Decide beforehand which of these are kept, where each process sees only some of them."""
+        for index, batch in enumerate(batches):
+            if self.wants(index, batch):
+                self._kept[index] = None
+        self._chosen = True
+
+    def wants(self, index: int, batch: Any) -> bool:
+        """Whether a batch is to be kept; `keep` then takes it. Unless they were chosen, batches come in order."""
         if not self.compares:
             return False
-        index, self._seen = self._seen, self._seen + 1
+        if self._chosen:
+            return index in self._kept
         most = max(1, min(self._enough, _MAX_BYTES // max(_bytes_of(batch), 1)))
         while index % self._every == 0 and len(self._kept) >= most:
             self._every *= 2
-            self._kept = self._kept[::2] if most > 1 else self._kept
+            if most > 1:
+                self._kept = dict(list(self._kept.items())[::2])
         return index % self._every == 0 or not self._kept
 
-    def keep(self, batch: Any, output: Any) -> None:
+    def keep(self, index: int, batch: Any, output: Any) -> None:
         """Keep a batch with the output of the float model."""
         outcome_nD = self._objective.outcome(output, batch).detach()
-        self._enough = batches_compared(len(outcome_nD))
         step = max(1, -(-self._enough * outcome_nD.numel() * outcome_nD.element_size() // _MAX_BYTES))
-        self._kept.append((copied(batch), step, outcome_nD[::step].clone()))
+        self._kept[index] = _Kept(copied(batch), step, outcome_nD[::step].clone())
 
     def divergence(self, model: nn.Module) -> float:
         """The mean divergence of a model's outputs from the reference outputs."""
-        total = 0.0
+        sums = torch.zeros(len(self._kept), dtype=torch.float64)
         with torch.no_grad():
-            for batch, step, wanted_nD in self._kept:
-                outcome_nD = self._objective.outcome(run(model, batch), batch)[::step]
-                total += float(self._objective.divergence(wanted_nD, outcome_nD).double().sum())
-        return total / self.samples
+            for place, kept in enumerate(self._kept.values()):
+                if kept is not None:
+                    outcome_nD = self._objective.outcome(run(model, kept.batch), kept.batch)[:: kept.step]
+                    sums[place] = self._objective.divergence(kept.outcome_nD, outcome_nD).double().sum()
+        return float(sum(self._processes.total(sums).tolist())) / self.samples
 
 
 def with_measured(

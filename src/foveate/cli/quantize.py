@@ -17,6 +17,7 @@ from foveate.cli.shared import options
 from foveate.cli.shared.console import check_writable, emit, log, plain_table, show
 from foveate.cli.shared.data import HELD_OUT, Request, Window, batches, check_given, describe, digest, split, windows
 from foveate.cli.shared.models import load_original, load_tokenizer, original_config
+from foveate.cli.shared.processes import is_first, processes, shared_by_torchrun
 from foveate.cli.shared.tables import bits_line, legend, map_figures, sizes_table
 from foveate.errors import BudgetError, CheckpointError, DataError
 from foveate.evaluate.float32_floor import ratio_text
@@ -26,6 +27,7 @@ from foveate.report.page import divergence_text, figure, loss_name
 from foveate.sizes import format_bytes, parse_bytes
 
 
+@shared_by_torchrun()
 def quantize(
     model: Annotated[str, typer.Argument(help="A transformers model: a local folder or a hub name.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
@@ -59,6 +61,9 @@ def quantize(
     budget, part of the data is held out: the chosen map is compared with the original model on it, and becomes the
     folder's default map. With --loss the map is the smallest one whose measured loss, plus twice its standard error,
     is within the limit.
+
+    `torchrun --nproc-per-node 4 -m foveate quantize MODEL OUT` shares the work among four processes, here or on several
+    machines. Every process holds the model, and the result is the same for any number of them.
     """
     budget = options.budget_of(bits, bytes_, loss)
     for option, given in (("--keep-map", keep_map), ("--check", check)):
@@ -93,7 +98,11 @@ def quantize(
         exact=kept_exact,
         memory=memory,
         resume=out.absolute().with_name(f".{out.name}.resume-{digest(chosen)}.safetensors") if resume else None,
+        progress=is_first(),
+        processes=processes(),
     )
+    if not is_first():
+        return
     for note in profile.notes:
         log.warning("note: %s", note)
     plan = fv.current_map(net)

@@ -20,10 +20,14 @@ from foveate.collect.kinds import Kind, QuantizableWeight
 from foveate.collect.objectives import Objective, run
 from foveate.collect.replay import Replay
 from foveate.collect.statistics import WeightStatistics, statistics_of
+from foveate.collect.sums import clear
 from foveate.errors import DataError
 
 #: Takes one call: the module's name, the module, its input and output; returns what takes the output's gradient.
 Take = Callable[[str, nn.Module, Tensor, Tensor], Callable[[Tensor], None] | None]
+
+#: How the statistics of inputs are named among the others.
+_OF_INPUTS = "input "
 
 
 class _LastCallReached(BaseException):
@@ -37,8 +41,8 @@ class Collector:
         by_module: statistics for each module's name.
         samples, batches: how many were seen.
         seconds: the time that statistics took, beside the model itself.
-        calls: for each batch, the modules, by number, in the order of their calls. Batches that were seen before the
-            state was restored have no entry.
+        calls: for each batch, by its place in the data, the modules, by number, in the order of their calls. Batches
+            that were seen before the state was restored, or by other processes, have no entry.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Collector:
         *,
         held: Collection[str] | None = None,
         replay: Replay | None = None,
+        shards: int = 1,
     ) -> None:
         """
         Args:
@@ -55,37 +60,48 @@ class Collector:
             objective: what the outputs are for.
             held: names of the modules whose large statistics the first pass collects; all if not given.
             replay: the blocks that run twice to save memory; none if not given.
+            shards: into how many parts the data are cut, each of which is collected from the beginning.
         """
         self.objective = objective
         self.samples = 0
         self.batches = 0
         self.seconds = 0.0
-        self.calls: list[list[int]] = []
+        self.calls: dict[int, list[int]] = {}
+        self._calls: list[int] = []  # those of the batch that runs
         self._replay = replay or Replay(())
         self._input: InputRows | None = None  # the last one, which the next layer may read too
         self._modules = {name: module for f in found for name, module in zip(f.names, f.modules, strict=True)}
         self._numbers = {name: number for number, name in enumerate(self._modules)}
         self.by_module: dict[str, WeightStatistics] = {}
         for name, module in self._modules.items():
-            self.by_module[name] = statistics_of(module, objective)
+            self.by_module[name] = statistics_of(module, objective, shards)
             if held is None or name in held:
                 self.by_module[name].hold()
 
-    def add(self, model: nn.Module, batch: Any, show: Callable[[Any], None] | None = None) -> None:
-        """Make one forward and one backward pass; `show` gets the output.
+    def add(
+        self, model: nn.Module, batch: Any, index: int | None = None, show: Callable[[Any], None] | None = None
+    ) -> None:
+        """Make one forward and one backward pass.
+
+        Args:
+            model: in evaluation mode, its parameters frozen.
+            batch: the batch.
+            index: the place of the batch in the data, from 0; behind all batches that were seen if not given.
+            show: gets the output.
 
         Raises:
             DataError: the batch is empty, its loss is not finite, or no gradient reaches a weight.
         """
-        self.calls.append([])
+        index = self.batches if index is None else index
+        self._calls = self.calls[index] = []
         with torch.enable_grad(), self._hooks(self._take, True), self._replay.running():
             output = run(model, batch)
-            loss, samples = self._loss(output, batch, self.batches)
+            loss, samples = self._loss(output, batch, index)
             if samples == 0:
-                raise DataError(f"batch {self.batches} holds no samples")
+                raise DataError(f"batch {index} holds no samples")
             if not bool(torch.isfinite(loss)):
                 raise DataError(
-                    f"batch {self.batches} gives a loss that is not finite ({float(loss.detach())}): "
+                    f"batch {index} gives a loss that is not finite ({float(loss.detach())}): "
                     "NaN or Inf in the data, or in the model"
                 )
             if not loss.requires_grad:
@@ -137,24 +153,23 @@ class Collector:
 
     def last_call(self, index: int, names: Collection[str]) -> int:
         """How many calls of a batch it takes until all calls of these modules are made; -1 if that is not known."""
-        place = index - (self.batches - len(self.calls))
-        if place < 0:
+        calls = self.calls.get(index)
+        if calls is None:
             return -1
         wanted = {self._numbers[name] for name in names}
-        return max((i + 1 for i, number in enumerate(self.calls[place]) if number in wanted), default=0)
+        return max((i + 1 for i, number in enumerate(calls) if number in wanted), default=0)
 
     def first_call(self, index: int, names: Collection[str]) -> int:
         """How many calls of a batch are made before the first call of these modules; 0 if that is not known."""
-        place = index - (self.batches - len(self.calls))
-        if place < 0:
+        calls = self.calls.get(index)
+        if calls is None:
             return 0
         wanted = {self._numbers[name] for name in names}
-        calls = self.calls[place]
         return next((i for i, number in enumerate(calls) if number in wanted), len(calls))
 
     def _take(self, name: str, module: nn.Module, x: Tensor, y: Tensor) -> Callable[[Tensor], None] | None:
         if not self._replay.second_run:
-            self.calls[-1].append(self._numbers[name])
+            self._calls.append(self._numbers[name])
         return None if self._replay.first_run else self.by_module[name].see(module, x, y, self._rows_of(name, x))
 
     def _rows_of(self, name: str, x: Tensor) -> InputRows | None:
@@ -215,7 +230,7 @@ class Collector:
         flat = {f"{name}|{key}": t for name, s in self.by_module.items() for key, t in s.tensors.items()}
         for name, s in self.by_module.items():
             if s.inputs is not None:
-                flat.update({f"{name}|input {key}": t for key, t in s.inputs.tensors.items()})
+                flat.update({f"{name}|{_OF_INPUTS}{key}": t for key, t in s.inputs.tensors.items()})
         return {**{k: torch.tensor(v, dtype=torch.float64) for k, v in counts.items()}, **flat}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -227,8 +242,23 @@ class Collector:
         expected = {k: (t.shape, t.dtype) for k, t in self.state().items()}
         if {k: (t.shape, t.dtype) for k, t in state.items()} != expected:
             raise DataError("the resume file was made for another model or objective: delete it to start afresh")
-        self.samples, self.batches = int(state["samples"]), int(state["batches"])
-        for name, s in self.by_module.items():
-            s.tensors = {key: state[f"{name}|{key}"].clone() for key in s.tensors}
-            if s.inputs is not None:
-                s.inputs.tensors = {key: state[f"{name}|input {key}"].clone() for key in s.inputs.tensors}
+        for key, tensor in state.items():
+            self.put(key, tensor.clone())
+
+    def put(self, key: str, tensor: Tensor) -> None:
+        """Put a tensor in the place of the one that `state` has at a key."""
+        name, _, statistic = key.rpartition("|")
+        if key in ("samples", "batches"):
+            setattr(self, key, int(tensor))
+        elif (inputs := self.by_module[name].inputs) is not None and statistic.startswith(_OF_INPUTS):
+            inputs.tensors[statistic.removeprefix(_OF_INPUTS)] = tensor
+        else:
+            self.by_module[name].tensors[statistic] = tensor
+
+    def clear(self, keys: Iterable[str]) -> None:
+        """Set the statistics at some keys of `state` to what they are before any data."""
+        state = self.state()
+        for key in keys:
+            clear(key, state[key])
+            if key in ("samples", "batches"):
+                self.put(key, state[key])

@@ -41,12 +41,17 @@ class InputStatistics:
             levels 4 and 8 make; `batch_moments` [2, 2]: the least and the greatest mean and variance of a call;
             `calls`: the number of calls; `values`: how many values matrix products read; `scored` [3]: which rows were
             scored (`foveate.collect.sampling`).
-        independent_rows: whether the rows of a sample have losses of their own.
+        independent_rows, shards: as given.
     """
 
-    def __init__(self, independent_rows: bool = False) -> None:
+    def __init__(self, independent_rows: bool = False, shards: int = 1) -> None:
+        """
+        Args:
+            independent_rows: whether the rows of a sample have losses of their own.
+            shards: into how many parts the data are cut, each of which is collected from the beginning.
+        """
         inf = math.inf
-        self.independent_rows = independent_rows
+        self.independent_rows, self.shards = independent_rows, shards
         self.tensors: dict[str, Tensor] = {
             "moments": torch.zeros(3, dtype=torch.float64),
             "range": torch.tensor([inf, -inf]),
@@ -142,7 +147,7 @@ class InputScorer:
         self._inputs, self._alone = inputs, inputs.independent_rows
         each_BTK = x_BTK.reshape(-1, 1, x_BTK.shape[-1]) if self._alone else x_BTK
         enough = _ENOUGH_ROWS if self._alone else _ENOUGH_SAMPLES
-        self._taken = RowSampler(inputs.tensors["scored"], enough).take(len(each_BTK))
+        self._taken = RowSampler(inputs.tensors["scored"], enough // inputs.shards).take(len(each_BTK))
         if shared is not None and self._alone:
             self.x_BTK = shared.copy(self._taken.rows)[:, None]
         else:

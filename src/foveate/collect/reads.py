@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FrameType
 from typing import Any
@@ -72,6 +72,17 @@ class Reads:
         """The weights of which a module has a forward of its own that was not seen to call the one of its base."""
         unknown = {product for product, kind in self._around.items() if kind not in self._ran}
         return [entry for entry in found if any(id(module) in unknown for module in entry.modules)]
+
+    def report(self) -> dict[str, Any]:
+        """What was seen so far, as values that JSON has, for `add` of the same model's reads in another process."""
+        return {"past": self.past, "ran": [i for i, kind in enumerate(self._around.values()) if kind in self._ran]}
+
+    def add(self, report: Mapping[str, Any]) -> None:
+        """Take what was seen elsewhere."""
+        for name, who in report["past"].items():
+            self.past.setdefault(name, who)
+        kinds = list(self._around.values())
+        self._ran |= {kinds[i] for i in report["ran"]}
 
     def _see(self, func: Any, parts: Iterable[Any]) -> None:
         for part in parts:

@@ -97,9 +97,9 @@ class WeightStatistics:
         inputs: statistics of the input and what its levels cost; None for an embedding.
     """
 
-    def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool, covariance: bool) -> None:
+    def __init__(self, shape: tuple[int, int], kind: Kind, factored: bool, covariance: bool, shards: int = 1) -> None:
         rows, columns = shape
-        self.kind, self.factored = kind, factored
+        self.kind, self.factored, self._shards = kind, factored, shards
         self._large: dict[str, tuple[int, ...]] = {}
         if kind is not Kind.EMBEDDING:
             if not factored:
@@ -110,7 +110,7 @@ class WeightStatistics:
             "rows": torch.zeros((), dtype=torch.float64),
             "output_range": torch.tensor([float("inf"), float("-inf")]),
         }
-        self.inputs = None if kind is Kind.EMBEDDING else InputStatistics(factored)
+        self.inputs = None if kind is Kind.EMBEDDING else InputStatistics(factored, shards)
         if kind is Kind.EMBEDDING:
             self.tensors["frequency_N"] = torch.zeros(rows, dtype=torch.float64)
             self.tensors["gradient_K"] = torch.zeros(columns, dtype=torch.float64)
@@ -243,14 +243,15 @@ class WeightStatistics:
 
     def _covariance_rows(self) -> RowSampler:
         columns = len(self.tensors["covariance_KK"])
-        return RowSampler(self.tensors["covariance_rows"], max(_ROWS_PER_INPUT * columns, _LEAST_ROWS))
+        enough = max(_ROWS_PER_INPUT * columns, _LEAST_ROWS)
+        return RowSampler(self.tensors["covariance_rows"], enough // self._shards)
 
     def _see_gradient_covariance(self, g_TN: Tensor) -> None:
         total_BRR = self.tensors.get("gradients_BRR")
         if total_BRR is not None and len(g_TN):
             blocks, size = total_BRR.shape[:2]
             enough = max(_ROWS_PER_OUTPUT * size, _LEAST_ROWS)
-            taken = RowSampler(self.tensors["gradients_rows"], enough).take(len(g_TN))
+            taken = RowSampler(self.tensors["gradients_rows"], enough // self._shards).take(len(g_TN))
             g_TN = g_TN[taken.rows]
             g_BTR = F.pad(g_TN, (0, blocks * size - g_TN.shape[1])).view(-1, blocks, size).transpose(0, 1)
             total_BRR.baddbmm_(g_BTR.transpose(1, 2), g_BTR, alpha=taken.weight)
@@ -317,9 +318,10 @@ def _squares(g: Tensor) -> Tensor:
     return squares_N
 
 
-def statistics_of(module: nn.Module, objective: Objective) -> WeightStatistics:
-    """Empty statistics of a module, the large ones not held yet."""
+def statistics_of(module: nn.Module, objective: Objective, shards: int = 1) -> WeightStatistics:
+    """Empty statistics of a module, the large ones not held yet, for data that are cut into so many shards."""
     kind = kind_of(module)
     assert kind is not None, type(module).__name__
     factored = kind is Kind.EMBEDDING or (objective.independent_rows and kind is not Kind.CONV)
-    return WeightStatistics(weight_matrix_shape(module), kind, factored, getattr(module, "groups", 1) == 1)
+    covariance = getattr(module, "groups", 1) == 1
+    return WeightStatistics(weight_matrix_shape(module), kind, factored, covariance, shards)

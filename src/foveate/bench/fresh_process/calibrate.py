@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from foveate.bench.fresh_process.run import peak_memory, reset_peak_memory
 from foveate.bench.shared.extras import require
 from foveate.calibrate.need import rows_needed
-from foveate.calibrate.passes import CalibrationOptions
+from foveate.calibrate.passes.options import CalibrationOptions
 from foveate.calibrate.quantize import quantize_with
 from foveate.calibrate.smallest_map import widths_of
 from foveate.kernels.backends.table import ensure_loaded

@@ -1,0 +1,1 @@
+"""The passes over a calibration set."""

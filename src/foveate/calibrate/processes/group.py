@@ -1,0 +1,107 @@
+"""The processes that share a calibration, and what they tell each other.
+
+All of them make the same calls in the same order. What one sends another is tensors, and values that JSON has: nothing
+that could run as code.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from foveate.errors import DataError
+
+
+class Processes:
+    """Some processes of a process group of torch, or one alone.
+
+    Attributes:
+        rank, count: the number of this process, from 0, and how many there are.
+        here: how many of them run on this machine.
+        shared: whether there is a group, of one process or more.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        """
+        Args:
+            group: its backend for the CPU is gloo; None for one process alone.
+
+        Raises:
+            DataError: this process is not in the group, or the group has no gloo.
+        """
+        self._group = group
+        self.shared = group is not None
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.count = 1 if group is None else dist.get_world_size(group)
+        if self.rank < 0:
+            raise DataError("processes is a group that this process is not in")
+        if group is not None and "gloo" not in str(dist.get_backend_config(group)):
+            raise DataError(f"processes is a group of {dist.get_backend(group)}: calibration needs one of gloo")
+        machine = socket.gethostname()
+        self.here = self.told(machine).count(machine)
+
+    def gathered(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all processes, in the order of their ranks; they have one shape and dtype."""
+        if self.count == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.count)]
+        dist.all_gather(found, tensor.contiguous(), group=self._group)
+        return found
+
+    def gathered_by(self, owner: int, tensor: Tensor) -> list[Tensor]:
+        """As `gathered`, on the process `owner`; on the others nothing."""
+        if self.count == 1:
+            return [tensor]
+        found = [torch.empty_like(tensor) for _ in range(self.count)] if owner == self.rank else None
+        dist.gather(tensor.contiguous(), found, self._global(owner), group=self._group)
+        return found or []
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, the same on each, added in the order of their ranks."""
+        parts = self.gathered(tensor)
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def told(self, value: Any) -> list[Any]:
+        """What each process says, in the order of their ranks: values that JSON has."""
+        if self.count == 1:
+            return [value]
+        said = json.dumps(value).encode()
+        lengths = [int(n) for n in self.gathered(torch.tensor([len(said)]))]
+        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        parts = self.gathered(padded)
+        return [json.loads(bytes(part[:n].numpy())) for part, n in zip(parts, lengths, strict=True)]
+
+    def sent(self, value: Any, source: int) -> Any:
+        """What the process `source` sends to all: tensors, numbers, text and types of torch, in lists and mappings."""
+        if self.count == 1:
+            return value
+        held = io.BytesIO()
+        if self.rank == source:
+            torch.save(value, held)
+        length = torch.tensor([held.tell()])
+        dist.broadcast(length, self._global(source), group=self._group)
+        data = torch.empty(int(length), dtype=torch.uint8)
+        if self.rank == source:
+            data = torch.frombuffer(held.getbuffer(), dtype=torch.uint8)
+        dist.broadcast(data, self._global(source), group=self._group)
+        if self.rank == source:
+            return value
+        return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
+
+    def wait(self) -> None:
+        """Wait until all processes are here."""
+        self.gathered(torch.zeros(1))
+
+    def _global(self, rank: int) -> int:
+        assert self._group is not None
+        return dist.get_global_rank(self._group, rank)
