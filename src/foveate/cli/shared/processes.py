@@ -35,7 +35,8 @@ def shared_by_torchrun() -> Iterator[None]:
         if dist.get_rank():
             log.setLevel(logging.ERROR)
         else:
-            log.info("%d processes share the work", dist.get_world_size())
+            count = dist.get_world_size()
+            log.info("calibration is shared by %d process%s", count, "" if count == 1 else "es")
         yield
     finally:
         dist.destroy_process_group()
