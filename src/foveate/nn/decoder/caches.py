@@ -38,10 +38,12 @@ def growing(kind: type) -> type:
         Attributes:
             room: the tensors, [B, heads, T, D] each; None before anything was put in.
             lengths: how many positions of each are in use; of those a sliding window shows the last.
+            capacity: the sequences and positions that both have room for; zeros where that is not known.
         """
 
         room: list[Tensor | None]
         lengths: list[int]
+        capacity: tuple[int, int]
 
         @property
         def keys(self) -> Tensor | None:
@@ -68,11 +70,13 @@ def growing(kind: type) -> type:
 
         def _put(self, which: int, value: Tensor | None) -> None:
             self.__dict__.setdefault("room", [None, None])[which] = value
+            self.__dict__["capacity"] = (0, 0)  # not known
             length = 0 if value is None or value.dim() < 2 else value.shape[-2]
             self.__dict__.setdefault("lengths", [0, 0])[which] = length
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            state = {name: value for name, value in self.__dict__.items() if name not in ("room", "lengths")}
+            own = ("room", "lengths", "capacity")
+            state = {name: value for name, value in self.__dict__.items() if name not in own}
             return _plain, (kind, {**state, "keys": self.keys, "values": self.values})
 
     return GrowingLayer
@@ -137,12 +141,13 @@ class Room:
         """Say that so many positions were written."""
         static = []
         for layer in self._layers:
-            if hasattr(layer, "advance"):
-                layer.advance(count)
-            elif hasattr(layer, "room"):
-                layer.lengths = [length + count for length in layer.lengths]
+            if "capacity" in layer.__dict__:
+                keys, values = layer.lengths
+                layer.lengths = [keys + count, values + count]
                 if layer.is_sliding:
                     layer.cumulative_length += count
+            elif hasattr(layer, "advance"):
+                layer.advance(count)
             else:
                 static.append(layer.cumulative_length)
                 if layer.is_sliding:
@@ -228,22 +233,33 @@ def grown(layer: Any, block: Block, x: Tensor) -> int | None:
         How many positions it has seen; None if it cannot have the room.
     """
     batch, length = x.shape[:2]
-    if not hasattr(layer, "room"):
+    if "capacity" not in layer.__dict__:
         held = layer.__dict__.pop("keys", None), layer.__dict__.pop("values", None)
         kind: Any = type(layer)
         layer.__class__ = growing(kind)
-        layer.room, layer.lengths = [None, None], [0, 0]
+        layer.room, layer.lengths, layer.capacity = [None, None], [0, 0], (0, 0)
         if layer.is_initialized and held[0] is not None and held[0].numel():
             layer.keys, layer.values = held
-    end = layer.lengths[0] + length
-    if not all(t is not None and t.dim() == 4 and t.shape[2] >= end for t in layer.room) and not _grow(
-        layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x
-    ):
-        return None
-    if layer.room[0].shape[0] != batch or getattr(layer, "record_past", False):  # later releases than 5.0
+    sequences, positions = layer.capacity
+    if sequences != batch or positions < layer.lengths[0] + length:
+        if not _has_room(layer, length) and not _grow(
+            layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x
+        ):
+            return None
+        sequences, _, positions, _ = layer.room[0].shape
+        if sequences != batch:
+            return None
+        layer.capacity = (batch, positions)
+    if getattr(layer, "record_past", False):  # later releases than 5.0
         return None
     seen: int = layer.cumulative_length if layer.is_sliding else layer.lengths[0]
     return seen
+
+
+def _has_room(layer: Any, length: int) -> bool:
+    """Whether the tensors of a layer have room for so many more positions."""
+    end = layer.lengths[0] + length
+    return all(t is not None and t.dim() == 4 and t.shape[2] >= end for t in layer.room)
 
 
 def _grow(layer: Any, shape: tuple[int, int, int, int], x: Tensor) -> bool:

@@ -12,6 +12,7 @@ it is: its blocks compute something that their structure does not tell.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import operator
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from foveate.kernels.decoder.numbers import GROUPS, NO_NORM
 from foveate.nn.decoder import agreement
@@ -38,9 +40,11 @@ _CACHES = ("cache", "past_key_values")  # the second in older releases of transf
 _KNOWN = frozenset(
     ("input_ids", "attention_mask", "position_ids", *_CACHES, "inputs_embeds", "use_cache", "cache_position")
 )
+_PLACED = ("attention_mask", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LEAST_POSITIONS = 256
+_VERSION = operator.attrgetter("_version")
 _CHANGING = frozenset(("dynamic", "longrope"))  # rotary positions whose angles depend on the length
 
 
@@ -53,11 +57,17 @@ class FusedForward:
     Attributes:
         reason: why the decoder runs block by block; empty if it is fused.
         fused_calls: how many calls were fused.
+        last_hidden: what the last fused call gave, if it was given one position's tokens and a cache, and no more.
     """
 
     def __init__(self, base: nn.Module) -> None:
         self._base = base
         self._begin()
+
+    @property
+    def base(self) -> nn.Module:
+        """The decoder."""
+        return self._base
 
     def _begin(self) -> None:
         self._found: Structure | None = None
@@ -68,12 +78,14 @@ class FusedForward:
         self._handle: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
         self._holders: list[dict[str, Any]] = []
-        self._names: list[str] = []
         self._modules: list[Any] = []
         self._hooks: list[dict[int, Any]] = []
         self._hook_counts: list[int] = []
+        self._hooks_made = -1  # in the whole process, when no hook was found here that was not here before
         self._values: list[Tensor] = []
-        self._states: list[tuple[int, int]] = []
+        self._counted: list[Tensor] = []  # of these those that count their changes
+        self._states: tuple[list[int], list[int]] = ([], [])
+        self.last_hidden: Tensor | None = None
         self._output_class: Any = None
         self._cache_field = ""
 
@@ -111,7 +123,7 @@ class FusedForward:
 
     def _look(self, structure: Structure) -> None:
         """Note which modules there are and what hooks they have: what a later call must find again."""
-        self._holders, self._names, self._modules, self._hooks = [], [], [], []
+        self._holders, self._modules, self._hooks = [], [], []
         for part in (*self._base.layers, structure.last):  # type: ignore[misc]
             inside = _inside_experts(part)
             for module in part.modules():
@@ -119,9 +131,9 @@ class FusedForward:
                 if isinstance(module, PlaneWeight) or (id(module) in inside and not any(hooks)):
                     continue
                 for holder in (module._modules, module._parameters):
-                    self._holders += [holder] * len(holder)
-                    self._names += list(holder)
-                    self._modules += list(holder.values())
+                    if holder:
+                        self._holders.append(holder)
+                        self._modules += holder.values()
                 self._hooks += hooks
         # those of fused groups, which a fused call does without
         self._hook_counts = [
@@ -133,8 +145,16 @@ class FusedForward:
 
     def _is_as_before(self) -> bool:
         """Whether the blocks have the modules and hooks that they had. Parameters may have been changed in place."""
-        now = map(dict.get, self._holders, self._names)  # hundreds: loops in Python would be a tenth of a token's time
-        return all(map(operator.is_, now, self._modules)) and list(map(len, self._hooks)) == self._hook_counts
+        # a thousand: loops in Python would be a tenth of a token's time
+        now = list(itertools.chain.from_iterable(map(dict.values, self._holders)))
+        if len(now) != len(self._modules) or not all(map(operator.is_, now, self._modules)):
+            return False
+        made = RemovableHandle.next_id  # counts the hooks of the process
+        if made != self._hooks_made:
+            if list(map(len, self._hooks)) != self._hook_counts:
+                return False
+            self._hooks_made = made
+        return True
 
     def _weights(self) -> Iterator[PlaneWeight]:
         for block in self.structure.blocks:
@@ -168,12 +188,8 @@ class FusedForward:
         config = base.config
         if any(getattr(config, name, False) for name in _OUTPUTS):
             return None
-        if (base.training and self._drops) or not self._is_as_before():
+        if not self._runs_blocks():
             return None
-        if not self._is_checked:
-            self._check()
-            if self.reason:
-                return None
         ids, x = given.get("input_ids"), given.get("inputs_embeds")
         if (ids is None) == (x is None):
             return None
@@ -183,15 +199,38 @@ class FusedForward:
             cache = DynamicCache(config=config)
         if x is None:
             x = base.embed_tokens(ids)
-        is_plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _DTYPES  # none that stands for others
-        if not is_plain or x.dim() != 3 or not x.numel():
+        if not _is_plain(x):
             return None
         hidden = self._paged(x, cache, given) if is_paged(cache) else self._cached(x, cache, given)
         if hidden is None:
             return None
         self.fused_calls += 1
+        alone = hidden.shape[1] == 1 and all(given.get(n) is None for n in ("inputs_embeds", *_PLACED))
+        self.last_hidden = hidden if alone else None
         output = self._output_class(last_hidden_state=hidden, **{self._cache_field: cache})
         return output.to_tuple() if return_dict is False else output
+
+    def _runs_blocks(self) -> bool:
+        """Whether the op may stand for the blocks as they are now; compares them if that was not done."""
+        if (self._base.training and self._drops) or not self._is_as_before():
+            return False
+        if not self._is_checked:
+            self._check()
+        return not self.reason
+
+    def hidden_of(self, ids: Tensor, cache: Any) -> Tensor | None:
+        """The last hidden states of a call with these tokens and this cache alone; None if it cannot be fused."""
+        if (
+            self._found is None
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or not self._runs_blocks()
+        ):
+            return None
+        x: Any = self._base.embed_tokens(ids)  # type: ignore[operator]
+        hidden = self._cached(x, cache, {}) if _is_plain(x) else None
+        self.fused_calls += hidden is not None
+        return hidden
 
     def _cached(self, x: Tensor, cache: Any, given: dict[str, Any]) -> Tensor | None:
         room = room_in(cache, self.structure, x)
@@ -238,9 +277,9 @@ class FusedForward:
             self._states = self._states_of_values()
         return self._handle
 
-    def _states_of_values(self) -> list[tuple[int, int]]:
+    def _states_of_values(self) -> tuple[list[int], list[int]]:
         """Where the values are that the handle may have copies of, and how often they were changed in place."""
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in self._values]
+        return list(map(Tensor.data_ptr, self._values)), list(map(_VERSION, self._counted))
 
     def _run(self, x: Tensor, room: Room, positions: Tensor | None, first: Any) -> Tensor | None:
         turned = self._angles_of(positions, room.past, x)
@@ -310,6 +349,7 @@ class FusedForward:
         layers = [layer for block in structure.blocks for group in block.groups for layer in group]
         modules = [*layers, structure.last, *(m for block in structure.blocks for m in (*block.norms, block.router))]
         self._values = [own for m in modules if m is not None for own in m._parameters.values() if own is not None]
+        self._counted = [value for value in self._values if not value.is_inference()]
         for weight in self._weights():
             weight.users.add(self)
         handle: Tensor = torch.ops.foveate.decoder_handle(groups, biases, norms, routers, experts, numbers, constants)
@@ -350,6 +390,12 @@ class FusedForward:
                 return None
             parts.append(part.float())
         return torch.cat(parts, 1)
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether these are hidden states [B, S, H] that the op takes: no tensor that stands for others."""
+    is_known = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _DTYPES
+    return is_known and x.dim() == 3 and x.numel() > 0
 
 
 def _inside_experts(block: nn.Module) -> set[int]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from foveate.nn.decoder.direct import DirectPass
 from foveate.nn.foreign.cache_argument import cache_argument, cache_of
 
 #: What `generate` hands its loop that this one needs not know, or knows.
@@ -67,9 +68,12 @@ def decoding_loop(
     output = model._prefill(input_ids, generation_config, model_kwargs)
     cache, last = cache_of(output), stopping_criteria.max_length
     argument = cache_argument(model, cache)
+    direct = DirectPass.of(model)
+    logits_BV = output.logits[:, -1]
+    del output
     while True:
-        logits_BV = output.logits[:, -1].to(torch.float32, copy=True)
-        del output  # a prompt's logits are large
+        # processors may change them in place, and a prompt's logits are large
+        logits_BV = logits_BV.to(torch.float32, copy=True)
         scores_BV = logits_processor(input_ids, logits_BV)
         if generation_config.do_sample:
             token_B1 = torch.multinomial(scores_BV.softmax(-1), num_samples=1)
@@ -84,7 +88,12 @@ def decoding_loop(
             over = input_ids.shape[1] >= last or (bool(ends) and int(token_B1) in ends)
         if over:
             break
-        output = model(input_ids=token_B1, **argument, use_cache=True, return_dict=True)
+        found = None if direct is None else direct(token_B1, cache)
+        if found is None:
+            found = model(input_ids=token_B1, **argument, use_cache=True, return_dict=True).logits[:, -1]
+            if direct is not None and not direct.is_as(found):
+                direct = None
+        logits_BV = found
     if streamer is not None:
         streamer.end()
     return input_ids
