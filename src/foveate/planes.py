@@ -291,22 +291,37 @@ def multiplied(
 
 
 def gathered(tensors: Sequence[PlaneTensor]) -> list[PlaneTensor]:
-    """The same weights, with one block of memory for each plane of all of them, one for all scales, and one for all
-    active levels. So the memory of a plane can be given back as a whole.
+    """The same weights, with one block of memory for each plane of all of them, and one for each of the other tensors
+    but exact tiles. So the memory of a plane can be given back as a whole, and a call sees at few places whether all of
+    it is where it was.
     """
     parts: list[Callable[[PlaneTensor], Tensor]] = [
         *(lambda w, p=p: w.planes[p] for p in range(PLANES)),
         lambda w: w.scales,
+        lambda w: w.gain,
+        lambda w: w.tile_offsets,
+        lambda w: w.stored_levels,
     ]
     moved: list[list[Tensor]] = []
     for pick in parts:
-        old = [pick(w) for w in tensors]
+        old = [pick(w).contiguous() for w in tensors]
         new = arena([t.numel() * t.element_size() for t in old])
         for source, target in zip(old, new, strict=True):
-            target.copy_(source.view(torch.uint8))
-        moved.append([t.view(o.dtype) for t, o in zip(new, old, strict=True)])
+            target.copy_(source.view(-1).view(torch.uint8))
+        moved.append([t.view(o.dtype).view(o.shape) for t, o in zip(new, old, strict=True)])
+    *planes, scales, gain, tile_offsets, stored_levels = (list(part) for part in moved)
     return share_active_levels(
-        [replace(w, planes=tuple(m[i] for m in moved[:PLANES]), scales=moved[PLANES][i]) for i, w in enumerate(tensors)]
+        [
+            replace(
+                w,
+                planes=tuple(plane[i] for plane in planes),
+                scales=scales[i],
+                gain=gain[i],
+                tile_offsets=tile_offsets[i],
+                stored_levels=stored_levels[i],
+            )
+            for i, w in enumerate(tensors)
+        ]
     )
 
 

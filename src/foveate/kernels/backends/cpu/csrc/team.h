@@ -67,22 +67,27 @@ class Team {
   static int64_t last(uint64_t word) { return static_cast<int64_t>(word & kMask); }
   static int64_t left(uint64_t word) { return last(word) - first(word); }
 
-  template <class Prepare>
-  void open(int64_t part, const Prepare& prepare) {
+  // A part that is one piece of work is done by the thread that opens it: the others need not see it before it is over.
+  template <class Prepare, class Each>
+  void open(int64_t part, const Prepare& prepare, const Each& run) {
     Units units{0};
     guarded([&] {
       units = prepare();
       TORCH_CHECK(units.count <= static_cast<int64_t>(kMask), "a part of an op has ", units.count, " units, more than ", kMask);
     });
+    if (units.count <= units.least) {
+      if (units.count) guarded([&] { run(0, units.count); });
+      ready_.store(part, std::memory_order_release);
+      finished_.store(part, std::memory_order_release);  // at last: from here on others may open the next part
+      return;
+    }
     count_ = units.count;
     least_ = units.least;
     done_.store(0, std::memory_order_relaxed);
     const int64_t threads = static_cast<int64_t>(ranges_.size());
     const auto edge = [&](int64_t i) { return i == threads ? count_ : count_ / least_ * i / threads * least_; };
     for (int64_t i = 0; i < threads; ++i) ranges_[static_cast<size_t>(i)].word.store(word(part, edge(i), edge(i + 1)), std::memory_order_release);
-    const bool is_over = count_ == 0;
     ready_.store(part, std::memory_order_release);
-    if (is_over) finished_.store(part, std::memory_order_release);  // at last: from here on others may open the next part
   }
 
   bool take(int64_t thread, int64_t part, int64_t& begin, int64_t& end) {
@@ -143,7 +148,7 @@ class Member {
     const int64_t part = ++part_;
     int64_t before = part - 1;
     if (over(part)) return;
-    if (team_.opened_.compare_exchange_strong(before, part, std::memory_order_acq_rel)) team_.open(part, prepare);
+    if (team_.opened_.compare_exchange_strong(before, part, std::memory_order_acq_rel)) team_.open(part, prepare, run);
     else wait([&] { return team_.ready_.load(std::memory_order_acquire) >= part; });
     int64_t begin, end;
     while (team_.take(thread_, part, begin, end)) {

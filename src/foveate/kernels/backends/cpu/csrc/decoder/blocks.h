@@ -25,17 +25,19 @@ struct Norm {
   float eps = 0.0f;
   at::Tensor weight;  // float32
   int64_t size = 0;
+  const float* values = nullptr;  // where the weight was when the handle was made
 
   // Raises where the weight is not what it was when the handle was made.
   void check() const {
     if (kind == NormKind::kNone) return;
     check_vector(weight, at::kFloat, "a norm's weight");
     TORCH_CHECK(weight.numel() == size, "a norm's weight has ", weight.numel(), " values, not ", size);
+    TORCH_CHECK(!values || weight.const_data_ptr<float>() == values, "a norm's weight was moved after its handle was made");
   }
 
   // y may be x.
   void row(const float* x, float* y, int64_t count) const {
-    if (kind != NormKind::kNone) kernels().decoder.norm(x, y, count, weight.const_data_ptr<float>(), eps, kind);
+    if (kind != NormKind::kNone) kernels().decoder.norm(x, y, count, values, eps, kind);
     else if (x != y) std::memcpy(y, x, static_cast<size_t>(count) * sizeof(float));
   }
 };
@@ -84,6 +86,21 @@ struct Block {
 
 struct Decoder {
   static constexpr int64_t kFirstNumber = 0;
+
+  // Memory that the weights, biases and norms lie in, which is kept, and where it was when the handle was made.
+  struct Memory {
+    c10::Storage storage;
+    const void* data;
+    size_t bytes;
+  };
+  std::vector<Memory> memory;
+
+  // Whether all of it is where it was, and as large: nobody has resized or moved it.
+  bool is_in_place() const {
+    for (const Memory& one : memory)
+      if (one.storage.data() != one.data || one.storage.nbytes() != one.bytes) return false;
+    return true;
+  }
 
   std::vector<Block> blocks;
   Norm last;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <unordered_set>
 #include <vector>
 
 #include "decoder/blocks.h"
@@ -19,8 +20,9 @@ using at::TensorList;
 
 Norm norm_of(const Tensor& weight, int64_t kind, double eps, int64_t size) {
   TORCH_CHECK(kind >= 0 && kind <= 2, "a norm's kind (=", kind, ") is not one of 0, 1, 2");
-  const Norm norm{static_cast<NormKind>(kind), static_cast<float>(eps), weight, size};
+  Norm norm{static_cast<NormKind>(kind), static_cast<float>(eps), weight, size};
   norm.check();
+  if (norm.kind != NormKind::kNone) norm.values = weight.const_data_ptr<float>();
   return norm;
 }
 
@@ -31,6 +33,26 @@ std::shared_ptr<const Held> expert_of(const Tensor& handle, int64_t rows, int64_
   TORCH_CHECK(held->weights[0].rows == rows && held->weights[0].columns == columns, "an expert's weight is ", held->weights[0].rows, " x ",
               held->weights[0].columns, ", not ", rows, " x ", columns);
   return held;
+}
+
+// Notes what the tensors of the blocks' groups, biases and norms lie in, each once.
+void note_memory(Decoder& decoder) {
+  std::unordered_set<const void*> known;
+  const auto note = [&](const Tensor& t) {
+    if (!t.has_storage() || !known.insert(t.storage().unsafeGetStorageImpl()).second) return;
+    decoder.memory.push_back({t.storage(), t.storage().data(), t.storage().nbytes()});
+  };
+  for (const Block& block : decoder.blocks) {
+    for (const auto& held : block.groups)
+      if (held)
+        for (size_t t = 0; t < held->tensors.size(); ++t)
+          if (t % kTensors + 1 < kTensors) note(held->tensors[t]);  // active levels are those of a pass
+    for (const auto& biases : block.biases)
+      for (const Tensor& bias : biases) note(bias);
+    for (const Norm& norm : block.norms)
+      if (norm.kind != NormKind::kNone) note(norm.weight);
+  }
+  if (decoder.last.kind != NormKind::kNone) note(decoder.last.weight);
 }
 
 Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, TensorList routers, TensorList experts, at::IntArrayRef numbers,
@@ -121,6 +143,7 @@ Tensor decoder_handle(TensorList groups, TensorList biases, TensorList norms, Te
     made.most_head_size = std::max(made.most_head_size, n.head_size);
     made.blocks.push_back(std::move(block));
   }
+  note_memory(made);
   return NumberTable<const Decoder>::only().hold(std::make_shared<const Decoder>(std::move(made)));
 }
 

@@ -73,7 +73,7 @@ Tensor blocks_over(const std::shared_ptr<const Decoder>& decoder, std::vector<Pa
   }
   std::vector<Sequence> sequences;
   for (int64_t b = 0; b < batch; ++b) sequences.push_back({b * length, length});
-  const Call call{*decoder, *pass, x, at::empty_like(x), x.sizes().slice(0, 2), std::move(sequences), true, std::move(caches),
+  const Call call{decoder, *pass, x, at::empty_like(x), x.sizes().slice(0, 2), std::move(sequences), true, std::move(caches),
                   cosine.const_data_ptr<float>(), sine.const_data_ptr<float>(), cosine.size(1) * length, first ? first->const_data_ptr<int64_t>() : nullptr};
   if (x.numel()) Run(call).run();
   return call.out;
@@ -138,7 +138,7 @@ Tensor decoder_blocks_paged(const Tensor& x, const Tensor& handle, const Tensor&
     caches.push_back({keys[b], values[b], 0, {}, end, reads[b].const_data_ptr<int64_t>(), writes[b].const_data_ptr<int64_t>()});
   }
   check_angles(*decoder, cosine, sine, 1, x.size(1));
-  const Call call{*decoder, *pass, x, at::empty_like(x), x.sizes().slice(0, 2), std::move(sequences), false, std::move(caches),
+  const Call call{decoder, *pass, x, at::empty_like(x), x.sizes().slice(0, 2), std::move(sequences), false, std::move(caches),
                   cosine.const_data_ptr<float>(), sine.const_data_ptr<float>(), x.size(1), nullptr};
   if (x.numel()) Run(call).run();
   return call.out;

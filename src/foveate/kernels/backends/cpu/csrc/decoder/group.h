@@ -1,6 +1,7 @@
 // The products of a group of weights with one input, as parts of a team's work.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "planes/choice.h"
@@ -108,6 +109,7 @@ class Group {
     memory += (QuantizedRows::kAlign - reinterpret_cast<uintptr_t>(memory) % QuantizedRows::kAlign) % QuantizedRows::kAlign;
     x_ = x;
     classes_.clear();
+    products_.reset();
     const auto maps_of = [&](size_t i) -> const std::vector<uint8_t>& { return maps[maps.size() > 1 ? i : 0]; };
     std::vector<bool> done(weights_.size());
     for (size_t first = 0; first < weights_.size(); ++first) {
@@ -154,6 +156,15 @@ class Group {
     }
   }
 
+  // The products with all weights, of rows as they were arranged; they are made once.
+  const Products& products(float* const* to, int64_t stride, int64_t threads) {
+    if (!products_) {
+      products_.emplace();
+      add_to(*products_, to, stride, threads);
+    }
+    return *products_;
+  }
+
   // Adds the products with all weights; row r of weight i goes to to[i] + r * stride.
   void add_to(Products& products, float* const* to, int64_t stride, int64_t threads) const {
     for (const Class& one : classes_) {
@@ -185,6 +196,7 @@ class Group {
   std::vector<InputSource> inputs_;
   const std::vector<int64_t>* places_ = nullptr;
   std::vector<Class> classes_;
+  std::optional<Products> products_;
   InputRows x_{};
 };
 

@@ -9,6 +9,7 @@
 #include "decoder/group.h"
 #include "decoder/mixture.h"
 #include "decoder/packed.h"
+#include "decoder/plan.h"
 #include "decoder/scratch.h"
 #include "team.h"
 
@@ -50,7 +51,7 @@ struct BlockCache {
 
 // What one call is given, checked.
 struct Call {
-  const Decoder& decoder;
+  const std::shared_ptr<const Decoder>& decoder;
   const Pass& pass;
   Tensor x, out;                    // [.., H]
   at::IntArrayRef shape;            // of x without H, by which rows belong to the pass
@@ -67,7 +68,7 @@ struct Call {
 
 class Run {
  public:
-  explicit Run(const Call& call) : call_(call), decoder_(call.decoder), threads_(at::get_num_threads()), groups_(call.decoder.blocks.size()) {
+  explicit Run(const Call& call) : call_(call), decoder_(*call.decoder), threads_(at::get_num_threads()), plan_(Plan::of_thread()) {
     const int64_t sequences = static_cast<int64_t>(call.sequences.size());
     whole_ = call.together ? call.sequences[0].length : call.rows();
     step_ = std::min(whole_, call.together ? std::max<int64_t>(1, kRowsAtOnce / sequences) : kRowsAtOnce);
@@ -81,24 +82,25 @@ class Run {
         }
     row_maps(call.pass, call.shape, call.rows(), std::nullopt, pairs_);
     chooses_ = differ(pairs_);
-    decoder_.last.check();
-    int64_t slot_bytes[kGroups] = {};
-    for (size_t b = 0; b < groups_.size(); ++b) {
-      const Block& block = decoder_.blocks[b];
-      for (const Norm& norm : block.norms) norm.check();
-      block.check_router(decoder_.width);
-      for (int g = 0; g < kGroups; ++g) {
-        if (block.numbers.experts && g >= kGateUp) {
-          slot_bytes[g] = std::max(slot_bytes[g], Mixture::most_bytes(block, most_rows_));
-          continue;
+    plan_.read(call.decoder, call.pass.generation);
+    if (plan_.slot_rows != most_rows_) {
+      plan_.slot_rows = most_rows_;
+      std::fill_n(plan_.slot_bytes, kGroups, 0);
+      for (size_t b = 0; b < plan_.groups.size(); ++b) {
+        const Block& block = decoder_.blocks[b];
+        for (int g = 0; g < kGroups; ++g) {
+          const bool routed = block.numbers.experts && g >= kGateUp;
+          const int64_t most = routed ? Mixture::most_bytes(block, most_rows_) : plan_.groups[b][static_cast<size_t>(g)].most_bytes(most_rows_);
+          plan_.slot_bytes[g] = std::max(plan_.slot_bytes[g], most);
         }
-        groups_[b][g].read(*block.groups[g], *call.pass.generation, block.biases[g]);
-        slot_bytes[g] = std::max(slot_bytes[g], groups_[b][g].most_bytes(most_rows_));
       }
+    }
+    for (const Block& block : decoder_.blocks) {
+      block.check_router(decoder_.width);
       const int64_t rows = std::min(tile_queries(block.numbers), step_) * block.numbers.shared();
       thread_floats_ = std::max(thread_floats_, attend_scratch(rows, block.numbers.head_size) + rows * (2 + block.numbers.head_size));
     }
-    scratch_.emplace(decoder_, most_rows_, splits_, slot_bytes, thread_floats_, threads_);
+    scratch_.emplace(decoder_, most_rows_, splits_, plan_.slot_bytes, thread_floats_, threads_);
   }
 
   void run() {
@@ -160,14 +162,14 @@ class Run {
   const int64_t threads_;
   int64_t whole_ = 0, step_ = 0, most_rows_ = 0, splits_ = 1, thread_floats_ = 0;
   std::optional<Scratch> scratch_;
-  std::vector<std::array<Group, kGroups>> groups_;
+  Plan& plan_;
   std::vector<uint8_t> pairs_, chunk_pairs_;
   std::vector<std::vector<uint8_t>> decided_;  // of each weight of a group, the maps of the rows
   bool chooses_ = false;
   int64_t rows_ = 0;
   std::vector<Segment> segments_;
   std::vector<size_t> segment_of_row_;
-  Products products_;
+  Products products_;  // of experts
   Mixture mixture_;
   std::vector<int64_t> routes_;  // the experts of each row
   std::vector<float> route_weights_;
@@ -190,10 +192,18 @@ void Run::prepare(int64_t begin, int64_t end) {
   chunk_pairs_.clear();
   if (!pairs_.empty())
     for (int64_t row = 0; row < rows_; ++row) chunk_pairs_.insert(chunk_pairs_.end(), pairs_.begin() + 2 * row_of_x(row), pairs_.begin() + 2 * row_of_x(row) + 2);
-  if (chooses_) return;
+  Plan::Arranged now;
+  if (!chooses_) now = {rows_, most_rows_, threads_, scratch_->hidden, chunk_pairs_};
+  if (!chooses_ && now == plan_.arranged) return;
+  plan_.arranged = {};
+  if (chooses_) return;  // then groups are arranged as their inputs are there
   const std::vector<std::vector<uint8_t>> maps{chosen_maps(chunk_pairs_)};
-  for (size_t b = 0; b < groups_.size(); ++b)
-    for (int g = 0; g < (decoder_.blocks[b].numbers.experts ? kGateUp : kGroups); ++g) groups_[b][g].arrange(maps, rows_, input_rows(groups_[b][g].columns()), scratch_->slots[g]);
+  for (size_t b = 0; b < plan_.groups.size(); ++b)
+    for (size_t g = 0; g < (decoder_.blocks[b].numbers.experts ? kGateUp : kGroups); ++g) {
+      Group& group = plan_.groups[b][g];
+      group.arrange(maps, rows_, input_rows(group.columns()), scratch_->slots[g]);
+    }
+  plan_.arranged = std::move(now);
 }
 
 void Run::chunk(Member& member) {
@@ -207,7 +217,7 @@ void Run::chunk(Member& member) {
   for (size_t number = 0; number < decoder_.blocks.size(); ++number) {
     const Block& block = decoder_.blocks[number];
     const BlockCache& cache = call_.caches[number];
-    std::array<Group, kGroups>& groups = groups_[number];
+    std::array<Group, kGroups>& groups = plan_.groups[number];
     const Numbers& n = block.numbers;
     each_row(member, rows_, [&](int64_t row) {
       if (number) add_output(decoder_.blocks[number - 1], kMlpOutputNorm, row);

@@ -26,13 +26,8 @@ void Run::multiply(Member& member, Group& group, int g, const std::array<float*,
     member.alone([&] { group.arrange(decided_, rows_, input_rows(group.columns()), scratch_->slots[g]); });
     each_row(member, rows_, [&](int64_t row) { group.quantize(row, row + 1, faults_); });
   }
-  member.part(
-      [&] {
-        products_.clear();
-        group.add_to(products_, to.data(), stride, threads_);
-        return products_.units();
-      },
-      [&](int64_t begin, int64_t end) { products_.run(begin, end, faults_); });
+  const auto products = [&]() -> const Products& { return group.products(to.data(), stride, threads_); };
+  member.part([&] { return products().units(); }, [&](int64_t begin, int64_t end) { products().run(begin, end, faults_); });
 }
 
 // hidden += what attention or the MLP of a block has put out, which some decoders norm first.

@@ -26,10 +26,11 @@ struct Scratch {
       input = floats(rows * std::max(decoder.most_input, decoder.width));
       projected = floats(rows * decoder.most_projected);
       output = floats(rows * decoder.width);
-      totals = floats(2 * rows * decoder.most_heads * chunks);
-      weighed = floats(rows * decoder.most_heads * chunks * decoder.most_head_size);
       for (int g = 0; g < kGroups; ++g) slots[g] = part(slot_bytes[g]);
       routed = floats(rows * decoder.most_top_k * decoder.most_routed);
+      // what is above stays where it is when more positions are cached
+      totals = floats(2 * rows * decoder.most_heads * chunks);
+      weighed = floats(rows * decoder.most_heads * chunks * decoder.most_head_size);
       own = floats(thread_floats * threads);
       return used;
     };
