@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import FAMILIES, model_of
 from torch import Tensor, nn
 
 import foveate as fv
 from foveate.nn.decoder.direct import DirectPass
 from foveate.nn.registry import registry_of
+from nn.decoders import FAMILIES, model_of
 from tiny import generator, quantized_llama
 
 transformers = pytest.importorskip("transformers")
