@@ -111,10 +111,12 @@ def test_a_weight_that_is_replaced_is_read() -> None:
     first, second = (weights[f"model.layers.{i}.mlp.down_proj:weight"] for i in range(2))
     value = first.value
     first.set(second.value)
-    registry_of(model).renew()
+    for user in first.users:
+        user.renew()
     assert not torch.equal(_logits(model, ids, None), before)
     first.set(value)
-    registry_of(model).renew()
+    for user in first.users:
+        user.renew()
     assert torch.equal(_logits(model, ids, None), before)
 
 
