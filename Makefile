@@ -85,7 +85,7 @@ bench-peers: $(VENV)/.installed
 	mkdir -p bench-out
 	$(BIN)/python -m benchmarks peers --out bench-out/peers.json --plot bench-out/peers.svg
 	$(BIN)/python -m benchmarks equal_quality --out bench-out/equal_quality.json --plot bench-out/equal_quality.svg
-	for name in decode_peers quality_peers cache; do \
+	for name in decode_peers quality_peers quantizing_peers cache; do \
 		$(BIN)/python -m benchmarks $$name --out bench-out/$$name.json || exit 1; done
 
 clean:

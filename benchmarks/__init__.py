@@ -9,6 +9,7 @@
     peers            one layer beside other libraries'          peers/speed/linear_layers.py
     decode_peers     a whole model beside llama.cpp             peers/speed/decode.py
     equal_quality    the same at equal quality, real weights    peers/equal_quality/compare.py
+    quantizing_peers  what quantizing takes, beside others    peers/quantizing/compare.py
     architectures    families of models: works, partly, or refused   architectures/
     quality_peers    other libraries' rounding at equal bytes   peers/quality/
 
@@ -37,6 +38,7 @@ MODULES = {
     "peers": "benchmarks.peers.speed.linear_layers",
     "decode_peers": "benchmarks.peers.speed.decode",
     "equal_quality": "benchmarks.peers.equal_quality.compare",
+    "quantizing_peers": "benchmarks.peers.quantizing.compare",
     "architectures": "benchmarks.architectures",
     "quality_peers": "benchmarks.peers.quality.compare",
 }

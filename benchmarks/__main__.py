@@ -27,7 +27,7 @@ app = typer.Typer(
     help="Every benchmark: those that are installed with foveate, and those that only developers run.",
 )
 #: These benchmarks have further options, so each has a command of its own below.
-_WITH_OPTIONS = ("activations", "architectures", "equal_quality", "inputs", "peers")
+_WITH_OPTIONS = ("activations", "architectures", "equal_quality", "inputs", "peers", "quantizing_peers")
 
 
 @app.callback()
@@ -150,6 +150,27 @@ def equal_quality(
     )
     if plot is not None:
         plot.write_text(quality_plot(result["rounds"]), encoding="utf-8")
+    show_result(result, out, json_output)
+
+
+@app.command("quantizing_peers", help=_headline(MODULES["quantizing_peers"]))
+def quantizing_peers(
+    out: Out = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(help="gptqmodel, auto_round or llama_cpp; repeatable. Default: all.")
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Calibration windows of every side, for a short sample. Default: its own.")
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where the model is kept between runs. Default: bench-out/equal_quality.")
+    ] = None,
+    json_output: Json = False,
+) -> None:
+    """Measure ours, and all peers or the named ones."""
+    check_folder_of(out)
+    given = {"peers": peer or (), "windows": windows, "work": work}
+    result = run("quantizing_peers", **{name: value for name, value in given.items() if value is not None})
     show_result(result, out, json_output)
 
 

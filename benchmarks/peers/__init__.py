@@ -5,5 +5,5 @@
 its peers take turns in one run on one machine. The scripts import nothing of foveate.
 
 `speed/` times one linear layer of every library, and a whole model beside llama.cpp. `quality/` rounds the same models
-with every library at equal bytes.
+with every library at equal bytes. `quantizing/` measures the time and memory that quantizing takes.
 """

@@ -78,6 +78,18 @@ def test_switches_models_and_bits_are_handed_on(run: Run, monkeypatch: pytest.Mo
     assert run("inputs", "--share", "2").exit_code == 2
 
 
+def test_peers_and_windows_of_quantizing_are_handed_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        "benchmarks.peers.quantizing.compare.measure", lambda **options: asked.append(options) or Measured({"met": 1.0})
+    )
+    words = ("--peer", "gptqmodel", "--peer", "llama_cpp", "--windows", "2", "--work", "kept")
+    assert "met" in run("quantizing_peers", *words).stdout
+    assert run("quantizing_peers").exit_code == 0
+    assert asked == [{"peers": ["gptqmodel", "llama_cpp"], "windows": 2, "work": Path("kept")}, {"peers": ()}]
+    assert run("quantizing_peers", "--windows", "0").exit_code == 2
+
+
 @pytest.mark.usefixtures("fake")
 def test_peers_are_drawn_and_nothing_else_is(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "speed.svg"

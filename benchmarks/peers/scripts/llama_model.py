@@ -95,9 +95,10 @@ def quantized(source: Path, target: Path, kind: str) -> None:
     _quantize(source, target, kind, parameters)
 
 
-def requantized(source: Path, target: Path, kind: str, importance: str | None) -> None:
-    """Quantize a file, whose own weights may be quantized, by llama.cpp's recipe for a type."""
+def requantized(source: Path, target: Path, kind: str, importance: str | None, threads: int = 0) -> None:
+    """Quantize a file, whose own weights may be quantized, by llama.cpp's recipe for a type; 0 threads are all."""
     parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.nthread = threads
     parameters.allow_requantize = True
     kept: list[Any] = []  # what the C side points to
     if importance is not None:
@@ -123,8 +124,8 @@ def bytes_read(path: Path) -> int:
     return sum(int(t.n_bytes) // (int(t.shape[1]) if t.name == EMBEDDING and not tied else 1) for t in tensors)
 
 
-def start(path: Path, context: int, threads: int, sequences: int) -> tuple[Any, Any]:
-    """Load a file into memory, and make a context."""
+def start(path: Path, context: int, threads: int, sequences: int, watch: Any = None) -> tuple[Any, Any]:
+    """Load a file into memory, and make a context; `watch` is its callback before and after each op (`cb_eval`)."""
     parameters = llama_cpp.llama_model_default_params()
     parameters.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
     model = llama_cpp.llama_model_load_from_file(os.fsencode(path), parameters)
@@ -136,6 +137,8 @@ def start(path: Path, context: int, threads: int, sequences: int) -> tuple[Any, 
     settings.n_seq_max = sequences
     settings.n_threads = settings.n_threads_batch = threads
     settings.no_perf = True
+    if watch is not None:
+        settings.cb_eval = watch
     made = llama_cpp.llama_init_from_model(model, settings)
     if not made:
         raise RuntimeError(f"llama.cpp could not make a context for {path.name}")
