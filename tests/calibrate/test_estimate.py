@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -10,8 +13,11 @@ from torch import Tensor
 import foveate as fv
 from foveate.calibrate.estimate import USUAL_SWEEPS, Estimate, Machine, Timed, estimate
 from foveate.calibrate.passes import calibration
+from foveate.calibrate.resuming import ResumeFile, sample_of
 from foveate.calibrate.schedule import Schedule, WeightCost, further_passes
 from foveate.calibrate.smallest_map import smallest_map
+from foveate.collect.collector import Collector
+from foveate.collect.kinds import find_weights
 from foveate.kernels.backends.cpu.library import Status
 from foveate.progress import in_words
 from tiny import llama, mlp, rows, tokens
@@ -79,6 +85,29 @@ def test_the_estimate_goes_to_stderr_and_can_be_silenced(
     assert "rounding" in captured.err
     fv.quantize(mlp(), rows(), progress=False)
     assert capsys.readouterr().err == ""
+
+
+def test_all_batches_that_are_left_are_expected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[Timed] = []
+
+    def noted(costs: Any, inputs: Sequence[float], schedule: Schedule, timed: Timed) -> Estimate:
+        seen.append(timed)
+        return Estimate(60, timed.batch, 300)
+
+    monkeypatch.setattr(calibration, "_WORTH_SAYING", 0.0)
+    monkeypatch.setattr(calibration, "estimate", noted)
+    batches = rows(batches=7)
+    fv.quantize(mlp(), batches)
+    fv.quantize(mlp(), iter(batches))
+    assert [timed.batches for timed in seen] == [7, None]
+    model, file = mlp(), tmp_path / "resume"
+    resumed = Collector(find_weights(model), fv.Logits())
+    for batch in batches[:4]:
+        resumed.add(model, batch)
+    sample = sample_of(model, batches[0])
+    ResumeFile(path=file, objective=fv.Logits(), sample=sample).write(resumed.state())
+    fv.quantize(model, batches, resume=file, objective=fv.Logits())
+    assert seen[-1].batches == 3
 
 
 def test_the_smallest_map_is_not_above_any() -> None:

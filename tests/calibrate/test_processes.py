@@ -119,7 +119,7 @@ def test_every_batch_is_in_one_shard_of_one_process(batches: int, count: int) ->
     for rank in range(count):
         collector = Collector(find_weights(model), fv.Logits())
         shards = Shards(list(range(batches)), collector, One(rank), {"0": 0}, None)
-        assert shards.count == len(shards.places)
+        assert shards.count == shards.left == len(shards.places)
         places += shards.places
     assert sorted(places) == list(range(batches))
 

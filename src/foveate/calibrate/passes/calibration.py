@@ -286,7 +286,7 @@ class Calibration:
     def _say_how_long(self, batch: float) -> None:
         """Tell the bar what to expect, and print an estimate, unless the time is short."""
         data = self._data
-        batches = None if data.count is None else sum(place >= data.done for place in data.places)
+        batches = data.left
         if not self._progress or lower_bound(self._costs) + batch * (batches or 1) < _WORTH_SAYING:
             return
         rows = [sum(self.dry_run.rows.get(name, 0) for name in entry.names) for entry in self.found]

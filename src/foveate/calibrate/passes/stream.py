@@ -36,6 +36,11 @@ class Stream:
         self._kept: list[Any] = []
 
     @property
+    def left(self) -> int | None:
+        """How many batches are to be seen; None if that is not known."""
+        return None if self.count is None else self.count - self.done
+
+    @property
     def places(self) -> Iterable[int]:
         """The places of the batches in the data, when the first pass is made."""
         return range(self._collector.batches)

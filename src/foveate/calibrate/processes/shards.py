@@ -38,6 +38,7 @@ class Shards:
     Attributes:
         count: how many batches are handed out in a pass.
         done: batches before this place in the data are in the totals already.
+        left: how many are to be seen.
         places: the places of the batches that are handed out.
     """
 
@@ -65,6 +66,7 @@ class Shards:
         self.places = [place for shard in mine for place in self._places_of(shard)]
         self.count = len(self.places)
         self.done = self._places_of(self._begun).start
+        self.left = sum(place >= self.done for place in self.places)
         if self._begun:
             self._check()
 
