@@ -69,6 +69,13 @@ def convolutions() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 20, 3), nn.ReLU(), nn.Conv2d(20, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 7))
 
 
+def depthwise() -> nn.Module:
+    """A depthwise convolution has no statistic but a matrix."""
+    torch.manual_seed(2)
+    layers = [nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 4, 1)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 5))
+
+
 def signed_rows(count: int = 9) -> list[Tensor]:
     """All negative sums, except one batch."""
     made = [torch.randn(50, 40, generator=generator(i)) for i in range(count)]
@@ -81,8 +88,15 @@ CASES: dict[str, Callable[[], tuple[nn.Module, list[Any], dict[str, Any]]]] = {
     "mixture": lambda: (mixture(), tokens(40, 8, batches=20), {}),
     "embeddings": lambda: (mlp(), [torch.randn(30, 70, generator=generator(i)) for i in range(7)], {"exact": 0.2}),
     "convolutions": lambda: (convolutions(), images(), {"objective": fv.Logits()}),
+    "one weight a pass": lambda: (depthwise(), images(9), {"objective": fv.Logits()}),
     "reads past": lambda: (ReadsPast(), signed_rows(), {"objective": fv.Logits()}),
     "one batch": lambda: (mlp(), [torch.randn(90, 70, generator=generator(0))], {"objective": fv.Logits()}),
+}
+
+
+SCHEDULES: dict[str, Callable[..., Schedule]] = {
+    "three parts": lambda costs, *_: Schedule(True, cut(costs, 3), True, 0),
+    "one weight a pass": lambda costs, *_: Schedule(False, tuple((i,) for i in range(len(costs))), False, 0),
 }
 
 
@@ -126,9 +140,11 @@ def main(folder: Path, rank: int, count: int, stop: int) -> None:
     make_schedule = calibration.make_schedule
     for name in ["llama"] if resume else CASES:
         model, batches, options = CASES[name]()
-        calibration.make_schedule = (  # type: ignore[attr-defined]
-            (lambda costs, *_: Schedule(True, cut(costs, 3), True, 0)) if name == "three parts" else make_schedule
-        )
+        if (folder / "other data").exists():
+            batches = batches[rank:]
+        elif (folder / "more data").exists():
+            batches = [*batches, *batches]
+        calibration.make_schedule = SCHEDULES.get(name, make_schedule)  # type: ignore[attr-defined]
         profile = fv.quantize(model, batches, progress=False, processes=group, **options, **resume)
         found[name] = {
             "digest": digest(model, profile),

@@ -78,10 +78,27 @@ def test_any_number_of_processes_goes_on_from_the_files_of_others(tmp_path: Path
     files = sorted(path.name for path in tmp_path.glob("resume.*"))
     assert files == ["resume.6.0-of-2", "resume.6.1-of-2"]
     assert 0 < float(load_file(tmp_path / files[0])["batches"]) < 9
+    (tmp_path / "more data").touch()
+    assert "16 shards, which are 6 of the 18 given" in _fails(tmp_path, 1)[0]
+    (tmp_path / "more data").unlink()
     (tmp_path / "resume.8.0-of-2").touch()  # of a round that did not end
     (found,) = _run(tmp_path, 1)
     assert found["llama"] == whole["llama"]
     assert not list(tmp_path.glob("resume.*"))
+
+
+def test_processes_with_data_of_their_own_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other data").touch()
+    for said in _fails(tmp_path, 2):
+        assert "DataError: the processes that share a calibration have different batches" in said
+
+
+def _fails(folder: Path, count: int) -> list[str]:
+    """What each of so many processes says when it fails."""
+    children = [_start(folder, rank, count) for rank in range(count)]
+    said = [child.communicate()[1] for child in children]
+    assert all(child.returncode == 1 for child in children)
+    return said
 
 
 def test_files_of_another_model_or_other_data_are_refused(tmp_path: Path) -> None:

@@ -99,7 +99,8 @@ def quantize(
         progress: whether to show progress.
         processes: a process group of torch.distributed with gloo, whose processes share the work. Each calls this with
             the same model and all of the same batches, and gets the same result, whatever their number (a group of
-            one included). `memory` is for each process. `resume` is then the beginning of the names of files that all
+            one included). A process may wait for others as long as they round, so give the group a long timeout.
+            `memory` is for each process. `resume` is then the beginning of the names of files that all
             of them can reach, and any number of processes can go on from them.
 
     Returns:

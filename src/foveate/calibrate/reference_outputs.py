@@ -128,12 +128,18 @@ class ReferenceOutputs:
 
     def divergence(self, model: nn.Module) -> float:
         """The mean divergence of a model's outputs from the reference outputs."""
-        sums = torch.zeros(len(self._kept), dtype=torch.float64)
+        sums, failed = torch.zeros(len(self._kept), dtype=torch.float64), ""
         with torch.no_grad():
             for place, kept in enumerate(self._kept.values()):
                 if kept is not None:
-                    outcome_nD = self._objective.outcome(run(model, kept.batch), kept.batch)[:: kept.step]
+                    try:
+                        outcome_nD = self._objective.outcome(run(model, kept.batch), kept.batch)[:: kept.step]
+                    except DataError as error:
+                        failed = str(error)
+                        break
                     sums[place] = self._objective.divergence(kept.outcome_nD, outcome_nD).double().sum()
+        for why in filter(None, self._processes.told(failed)):  # those of one process are those of all
+            raise DataError(why)
         return float(sum(self._processes.total(sums).tolist())) / self.samples
 
 

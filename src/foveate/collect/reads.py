@@ -74,15 +74,14 @@ class Reads:
         return [entry for entry in found if any(id(module) in unknown for module in entry.modules)]
 
     def report(self) -> dict[str, Any]:
-        """What was seen so far, as values that JSON has, for `add` of the same model's reads in another process."""
+        """What was seen so far, as values that JSON has, for `take` of the same model's reads in another process."""
         return {"past": self.past, "ran": [i for i, kind in enumerate(self._around.values()) if kind in self._ran]}
 
-    def add(self, report: Mapping[str, Any]) -> None:
-        """Take what was seen elsewhere."""
-        for name, who in report["past"].items():
-            self.past.setdefault(name, who)
+    def take(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Take what several processes saw, this one included; of several readers of a weight the first stays."""
         kinds = list(self._around.values())
-        self._ran |= {kinds[i] for i in report["ran"]}
+        self._ran = {kinds[i] for report in reports for i in report["ran"]}
+        self.past = {name: who for report in reversed(reports) for name, who in report["past"].items()}
 
     def _see(self, func: Any, parts: Iterable[Any]) -> None:
         for part in parts:

@@ -16,7 +16,7 @@ import gc
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -39,7 +39,7 @@ from foveate.calibrate.schedule import Schedule, make_schedule
 from foveate.collect.collector import Collector
 from foveate.collect.dry_run import DryRun, dry_run
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import QuantizableWeight, listed
+from foveate.collect.kinds import QuantizableWeight, listed, weight_matrix_shape
 from foveate.collect.objectives import Custom, check_batches, run
 from foveate.collect.reads import Reads, decode
 from foveate.collect.replay import Replay
@@ -109,7 +109,9 @@ class Calibration:
         memory = options.memory
         self._reads = Reads(model, found)
         free = free_memory() // self.processes.here
-        batches = list(check_batches(batches)) if self.processes.shared else check_batches(batches)
+        batches = check_batches(batches)
+        if self.processes.shared:  # copies: a data loader may reuse its memory
+            batches = [copied(batch) for batch in batches]
         stream = iter(batches)
         first = next(stream, None)
         if first is None:
@@ -123,6 +125,7 @@ class Calibration:
         objective = self.dry_run.objective
         if options.loss is not None:
             objective = Custom(options.loss, objective)
+        self._check_processes(batches, first)
         self.owner = owners(model, self.found, self.processes.count)
         file, files, state = None, None, None
         if options.resume is not None:
@@ -147,13 +150,16 @@ class Calibration:
         costs = [
             replace(c, large_bytes=int(more * c.large_bytes), kept_bytes=int(more * c.kept_bytes)) for c in self._costs
         ]
-        self.schedule = make_schedule(
+        schedule = make_schedule(
             costs, self.dry_run.kept + temporaries, replayed + temporaries, temporaries, available, comfort
         )
-        if memory is not None and self.schedule.peak > available:
+        # it depends on the number of threads, and processes may have different ones
+        self.schedule = Schedule(**self.processes.told(asdict(schedule))[0])
+        if any(self.processes.told(memory is not None and self.schedule.peak > available)):
             raise BudgetError(
-                f"memory (={format_bytes(memory)}) is too little: the process takes {format_bytes(used)} already, and "
-                f"quantizing this model {format_bytes(self.schedule.peak + reference)} more (smaller batches take less)"
+                f"memory (={format_bytes(memory or 0)}) is too little: the process takes {format_bytes(used)} "
+                f"already, and quantizing this model {format_bytes(self.schedule.peak + reference)} more (smaller "
+                "batches take less)"
             )
         if options.progress and self.schedule.peak >= _MEMORY_WORTH_SAYING:
             say(f"quantizing takes up to {format_bytes(self.schedule.peak + reference)} of memory beside the model")
@@ -182,6 +188,14 @@ class Calibration:
         count = len(batches) if isinstance(batches, Sized) else None
         # batches of several passes are kept, so that each pass sees the same data
         self._data = Stream(chain([first], stream), count, self.collector, file, again=len(parts) > 1)
+
+    def _check_processes(self, batches: Iterable[Any], first: Any) -> None:
+        """Refuse processes that were given other models or data than the first: a sampler that shares out data does."""
+        if isinstance(batches, list) and self.processes.shared:
+            nothing = nn.Module()
+            self.processes.check_same([sample_of(nothing, batch).tolist() for batch in batches], "batches")
+            shapes = [float(n) for entry in self.found for n in weight_matrix_shape(entry.modules[0])]
+            self.processes.check_same([shapes, sample_of(self._model, first).tolist()], "models")
 
     @property
     def passes(self) -> int:
@@ -280,8 +294,7 @@ class Calibration:
                 if not timed:
                     self._say_how_long(time.perf_counter() - started)
                     timed = True
-        for seen in self.processes.told(self._reads.report()):
-            self._reads.add(seen)
+        self._reads.take(self.processes.told(self._reads.report()))
 
     def _say_how_long(self, batch: float) -> None:
         """Tell the bar what to expect, and print an estimate, unless the time is short."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from foveate.errors import DataError
+
+#: Weights of different machines may differ in their last bits, as where adapters were merged.
+_ALIKE = 1e-3
 
 
 class Processes:
@@ -54,13 +58,33 @@ class Processes:
         dist.all_gather(found, tensor.contiguous(), group=self._group)
         return found
 
-    def gathered_by(self, owner: int, tensor: Tensor) -> list[Tensor]:
-        """As `gathered`, on the process `owner`; on the others nothing."""
-        if self.count == 1:
-            return [tensor]
-        found = [torch.empty_like(tensor) for _ in range(self.count)] if owner == self.rank else None
-        dist.gather(tensor.contiguous(), found, self._global(owner), group=self._group)
-        return found or []
+    def handed_to(self, owner: int, tensor: Tensor) -> Iterator[Tensor]:
+        """As `gathered`, on the process `owner`, one after another in the same memory; on the others nothing."""
+        if self.rank != owner:
+            dist.send(tensor.contiguous(), self._global(owner), group=self._group)
+            return
+        memory = torch.empty_like(tensor) if self.count > 1 else tensor
+        for rank in range(self.count):
+            if rank != owner:
+                dist.recv(memory, self._global(rank), group=self._group)
+            yield tensor if rank == owner else memory
+
+    def check_same(self, numbers: list[list[float]], what: str) -> None:
+        """Refuse, on all processes, lists of numbers of which those of some process are not those of the first.
+
+        Raises:
+            DataError: the message says what differs.
+        """
+        first, *others = ([torch.tensor(one, dtype=torch.float64) for one in said] for said in self.told(numbers))
+        for other in others:
+            alike = len(first) == len(other) and all(
+                a.shape == b.shape and torch.allclose(a, b, rtol=_ALIKE, atol=1e-6, equal_nan=True)
+                for a, b in zip(first, other, strict=True)
+            )
+            if not alike:
+                raise DataError(
+                    f"the processes that share a calibration have different {what}: give all of them the same"
+                )
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, the same on each, added in the order of their ranks."""

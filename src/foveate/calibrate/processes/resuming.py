@@ -55,7 +55,8 @@ class ResumeFiles:
         """The ranks whose files are there, by the number of shards and of processes."""
         name = re.compile(re.escape(self._file.path.name) + r"\.(\d{1,3})\.(\d{1,5})-of-(\d{1,5})")
         found: dict[tuple[int, int], set[int]] = {}
-        for path in self._file.path.parent.iterdir():
+        folder = self._file.path.parent
+        for path in folder.iterdir() if folder.is_dir() else ():
             if (match := name.fullmatch(path.name)) is not None:
                 shards, rank, count = map(int, match.groups())
                 found.setdefault((shards, count), set()).add(rank)

@@ -75,6 +75,12 @@ class Shards:
         state = {key: (t.shape, t.dtype) for key, t in self._collector.state().items() if self._needs(key)}
         if {key: (t.shape, t.dtype) for key, t in self._totals.items()} != state:
             raise DataError("the resume files were made for another model or objective: delete them to start afresh")
+        seen = int(self._totals["batches"])
+        if seen != self.done:
+            raise DataError(
+                f"the resume files have seen {seen} batches in {self._begun} of {SHARDS} shards, which are {self.done} "
+                f"of the {len(self._batches)} given: give the same data, or delete the files to start afresh"
+            )
 
     def _needs(self, key: str) -> bool:
         """Whether this process needs the total."""
@@ -119,7 +125,7 @@ class Shards:
         """Add the statistics of one shard of each process to the totals, and begin the next."""
         state = self._collector.state()
         small = [key for key in keys if statistic_of(key) not in MATRICES]
-        flat = torch.cat([state[key].double().reshape(-1) for key in small])
+        flat = torch.cat([torch.empty(0, dtype=torch.float64), *(state[key].double().reshape(-1) for key in small)])
         sizes = [state[key].numel() for key in small]
         for part in self._processes.gathered(flat):
             for key, values in zip(small, part.split(sizes), strict=True):
@@ -128,7 +134,7 @@ class Shards:
         for key in keys:
             if statistic_of(key) in MATRICES:
                 owner = self._owner[key.rpartition("|")[0]]
-                for part in self._processes.gathered_by(owner, state[key]):
+                for part in self._processes.handed_to(owner, state[key]):
                     add(key, self._total(key, part), part)
         self._collector.clear(keys)
 

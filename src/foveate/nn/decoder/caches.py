@@ -246,10 +246,9 @@ def grown(layer: Any, block: Block, x: Tensor) -> int | None:
             layer, (batch, block.numbers.kv_heads, length, block.numbers.head_size), x
         ):
             return None
-        sequences, _, positions, _ = layer.room[0].shape
-        if sequences != batch:
+        if any(held.shape[0] != batch for held in layer.room):
             return None
-        layer.capacity = (batch, positions)
+        layer.capacity = (batch, min(held.shape[2] for held in layer.room))
     if getattr(layer, "record_past", False):  # later releases than 5.0
         return None
     seen: int = layer.cumulative_length if layer.is_sliding else layer.lengths[0]

@@ -26,7 +26,10 @@ class DirectPass:
     def __init__(self, model: nn.Module, decoder: FusedForward, head: nn.Module, passes: Passes) -> None:
         self._model, self._decoder, self._head, self._passes = model, decoder, head, passes
         self._is_known = False
-        self._hooks = _hooks((model, decoder.base, head))
+        path = next(name for name, module in model.named_modules() if module is decoder.base).split(".")
+        between = [model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path))]
+        self._modules = (model, *between, decoder.base, head)
+        self._hooks = _hooks(self._modules)
 
     @classmethod
     def of(cls, model: Any) -> DirectPass | None:
@@ -40,7 +43,8 @@ class DirectPass:
         if head is None or len(begins) != 1 or begins != ends or not isinstance(begins[0], Passes):
             return None
         made = cls(model, found[0], head, begins[0])
-        return made if not any(made._hooks[2:]) else None
+        # a forward put on the model itself does what its class does not
+        return made if not any(made._hooks[2:]) and "forward" not in model.__dict__ else None
 
     def is_as(self, logits_BV: Tensor) -> bool:
         """Whether this pass may be used, given the logits that the model's own forward has just made for one token of
@@ -48,12 +52,15 @@ class DirectPass:
         and yet was not made, will not be made again.
         """
         hidden = self._decoder.last_hidden
-        known, self._is_known = self._is_known, hidden is not None and torch.equal(self._logits(hidden), logits_BV)
+        known, self._is_known = self._is_known, False
+        if hidden is not None and len(hidden) == len(logits_BV):
+            self._is_known = torch.equal(self._logits(hidden), logits_BV)
         return self._is_known and not known
 
     def __call__(self, token_B1: Tensor, cache: Any) -> Tensor | None:
         """The logits [B, V] after one more token of each sequence; None where the model's own forward is needed."""
-        if not self._is_known or _hooks((self._model, self._decoder.base, self._head)) != self._hooks:
+        changed = "forward" in self._model.__dict__ or _hooks(self._modules) != self._hooks
+        if not self._is_known or changed:
             return None
         self._passes.begin(self._model, (), {"input_ids": token_B1})
         try:

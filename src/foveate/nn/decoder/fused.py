@@ -12,7 +12,6 @@ it is: its blocks compute something that their structure does not tell.
 from __future__ import annotations
 
 import inspect
-import itertools
 import math
 import operator
 from collections.abc import Iterator
@@ -20,16 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from foveate.kernels.decoder.numbers import GROUPS, NO_NORM
 from foveate.nn.decoder import agreement
 from foveate.nn.decoder.caches import Room, room_in, scratch
 from foveate.nn.decoder.masks import OtherMask, first_positions
 from foveate.nn.decoder.pages import ARGUMENTS, is_paged, pages_of
+from foveate.nn.decoder.seen import Seen
 from foveate.nn.decoder.structure import Block, NotRecognized, Structure, angles, structure_of
-from foveate.nn.experts import PlaneExperts
-from foveate.nn.fused_group import CallScope
 from foveate.nn.linear_call import LinearCall
 from foveate.nn.plane_module import NO_BIAS
 from foveate.nn.weight import PlaneWeight
@@ -40,6 +37,7 @@ _CACHES = ("cache", "past_key_values")  # the second in older releases of transf
 _KNOWN = frozenset(
     ("input_ids", "attention_mask", "position_ids", *_CACHES, "inputs_embeds", "use_cache", "cache_position")
 )
+_DROPOUTS = ("attention_dropout", "resid_pdrop")
 _PLACED = ("attention_mask", "position_ids")
 _OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -71,17 +69,13 @@ class FusedForward:
 
     def _begin(self) -> None:
         self._found: Structure | None = None
+        self._seen: Seen | None = None
         self.reason = ""
         self.fused_calls = 0
         self._is_checked = False
         self._is_checking = False
         self._handle: Tensor | None = None
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._holders: list[dict[str, Any]] = []
-        self._modules: list[Any] = []
-        self._hooks: list[dict[int, Any]] = []
-        self._hook_counts: list[int] = []
-        self._hooks_made = -1  # in the whole process, when no hook was found here that was not here before
         self._values: list[Tensor] = []
         self._counted: list[Tensor] = []  # of these those that count their changes
         self._states: tuple[list[int], list[int]] = ([], [])
@@ -106,7 +100,7 @@ class FusedForward:
         """What the decoder is made of; raises `NotRecognized`."""
         if self._found is None:
             self._found = structure_of(self._base)
-            self._look(self._found)
+            self._seen = Seen((*self._base.layers, self._found.last))  # type: ignore[misc]
         return self._found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -120,41 +114,6 @@ class FusedForward:
     def renew(self) -> None:
         """Take the planes that the weights have now; called when one of them was replaced."""
         self._handle = None
-
-    def _look(self, structure: Structure) -> None:
-        """Note which modules there are and what hooks they have: what a later call must find again."""
-        self._holders, self._modules, self._hooks = [], [], []
-        for part in (*self._base.layers, structure.last):  # type: ignore[misc]
-            inside = _inside_experts(part)
-            for module in part.modules():
-                hooks = (module._forward_hooks, module._forward_pre_hooks)
-                if isinstance(module, PlaneWeight) or (id(module) in inside and not any(hooks)):
-                    continue
-                for holder in (module._modules, module._parameters):
-                    if holder:
-                        self._holders.append(holder)
-                        self._modules += holder.values()
-                self._hooks += hooks
-        # those of fused groups, which a fused call does without
-        self._hook_counts = [
-            sum(isinstance(getattr(hook, "__self__", None), CallScope) for hook in hooks.values())
-            for hooks in self._hooks
-        ]
-        config: Any = self._base.config
-        self._drops = bool(getattr(config, "attention_dropout", 0.0) or getattr(config, "resid_pdrop", 0.0))
-
-    def _is_as_before(self) -> bool:
-        """Whether the blocks have the modules and hooks that they had. Parameters may have been changed in place."""
-        # a thousand: loops in Python would be a tenth of a token's time
-        now = list(itertools.chain.from_iterable(map(dict.values, self._holders)))
-        if len(now) != len(self._modules) or not all(map(operator.is_, now, self._modules)):
-            return False
-        made = RemovableHandle.next_id  # counts the hooks of the process
-        if made != self._hooks_made:
-            if list(map(len, self._hooks)) != self._hook_counts:
-                return False
-            self._hooks_made = made
-        return True
 
     def _weights(self) -> Iterator[PlaneWeight]:
         for block in self.structure.blocks:
@@ -172,6 +131,7 @@ class FusedForward:
                 self.structure  # noqa: B018
             except NotRecognized as error:
                 self.reason = str(error)
+        self.last_hidden = None
         if self.reason or self._is_checking or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return None
         given = dict(kwargs)
@@ -212,7 +172,9 @@ class FusedForward:
 
     def _runs_blocks(self) -> bool:
         """Whether the op may stand for the blocks as they are now; compares them if that was not done."""
-        if (self._base.training and self._drops) or not self._is_as_before():
+        config: Any = self._base.config
+        drops = self._base.training and any(getattr(config, name, 0.0) for name in _DROPOUTS)
+        if drops or self._seen is None or not self._seen.is_as_before():
             return False
         if not self._is_checked:
             self._check()
@@ -396,13 +358,6 @@ def _is_plain(x: Any) -> bool:
     """Whether these are hidden states [B, S, H] that the op takes: no tensor that stands for others."""
     is_known = type(x) is Tensor and x.device.type == "cpu" and x.dtype in _DTYPES
     return is_known and x.dim() == 3 and x.numel() > 0
-
-
-def _inside_experts(block: nn.Module) -> set[int]:
-    """The modules within a block's experts, by id: thousands, at which no call looks again."""
-    return {id(m) for layer in block.modules() if isinstance(layer, PlaneExperts) for m in layer.modules()} - {
-        id(layer) for layer in block.modules() if isinstance(layer, PlaneExperts)
-    }
 
 
 def _weight(norm: nn.Module | None, kind: tuple[int, float]) -> Tensor:

@@ -87,7 +87,8 @@ struct Block {
 struct Decoder {
   static constexpr int64_t kFirstNumber = 0;
 
-  // Memory that the weights, biases and norms lie in, which is kept, and where it was when the handle was made.
+  // Memory that the weights, biases and norms lie in, which is kept, and where it was when the handle was made. A tensor
+  // that is set to other memory is not followed: a weight is replaced as a whole, and then has another handle.
   struct Memory {
     c10::Storage storage;
     const void* data;

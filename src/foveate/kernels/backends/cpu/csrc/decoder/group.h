@@ -159,8 +159,9 @@ class Group {
   // The products with all weights, of rows as they were arranged; they are made once.
   const Products& products(float* const* to, int64_t stride, int64_t threads) {
     if (!products_) {
-      products_.emplace();
-      add_to(*products_, to, stride, threads);
+      Products made;
+      add_to(made, to, stride, threads);
+      products_ = std::move(made);
     }
     return *products_;
   }

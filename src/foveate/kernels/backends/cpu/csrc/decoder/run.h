@@ -84,7 +84,6 @@ class Run {
     chooses_ = differ(pairs_);
     plan_.read(call.decoder, call.pass.generation);
     if (plan_.slot_rows != most_rows_) {
-      plan_.slot_rows = most_rows_;
       std::fill_n(plan_.slot_bytes, kGroups, 0);
       for (size_t b = 0; b < plan_.groups.size(); ++b) {
         const Block& block = decoder_.blocks[b];
@@ -94,6 +93,7 @@ class Run {
           plan_.slot_bytes[g] = std::max(plan_.slot_bytes[g], most);
         }
       }
+      plan_.slot_rows = most_rows_;
     }
     for (const Block& block : decoder_.blocks) {
       block.check_router(decoder_.width);
