@@ -142,6 +142,8 @@ def main(folder: Path, rank: int, count: int, stop: int) -> None:
         model, batches, options = CASES[name]()
         if (folder / "other data").exists():
             batches = batches[rank:]
+        elif (folder / "other options").exists():
+            options = {"objective": fv.Embedding() if rank else fv.Logits(), "group": 32 << rank}
         elif (folder / "more data").exists():
             batches = [*batches, *batches]
         calibration.make_schedule = SCHEDULES.get(name, make_schedule)  # type: ignore[attr-defined]

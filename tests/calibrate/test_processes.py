@@ -93,6 +93,14 @@ def test_processes_with_data_of_their_own_are_refused(tmp_path: Path) -> None:
         assert "DataError: the processes that share a calibration have different batches" in said
 
 
+def test_processes_with_options_of_their_own_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "other options").touch()
+    for said in _fails(tmp_path, 2):
+        assert "DataError: the processes that share a calibration have different options: group" in said
+    with pytest.raises(DataError, match=r"processes \(=2\) is not a process group"):
+        fv.quantize(mlp(), rows(), processes=2, progress=False)  # type: ignore[arg-type]
+
+
 def _fails(folder: Path, count: int) -> list[str]:
     """What each of so many processes says when it fails."""
     children = [_start(folder, rank, count) for rank in range(count)]

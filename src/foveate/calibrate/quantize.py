@@ -25,6 +25,7 @@ from foveate.calibrate.one_weight import QuantizedWeight, round_and_score, rows_
 from foveate.calibrate.parallel import in_parallel, weight_work
 from foveate.calibrate.passes.calibration import Calibration
 from foveate.calibrate.passes.options import PLANES, ROUNDING, STATISTICS, CalibrationOptions, one_step
+from foveate.calibrate.processes.group import Processes
 from foveate.calibrate.processes.owners import exchanged
 from foveate.calibrate.reference_outputs import with_measured
 from foveate.calibrate.routing import Routing
@@ -155,6 +156,7 @@ def _quantized(
         if weight.device.type != "cpu":
             raise WeightError(f"{entry.names[0]}.weight is on {weight.device}: load the model on the CPU")
         _check_values(entry.names[0], weight.detach())
+    Processes(options.processes).check_options(group=group)
     calibration = Calibration(model, batches, found, options, bar)
     with given_back(calibration.schedule.replay or calibration.schedule.free_early):
         rounded, routing, few = _all_rounded(model, calibration, group, options.exact, bar)

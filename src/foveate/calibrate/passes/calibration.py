@@ -13,6 +13,7 @@ rounds those (`foveate.calibrate.processes`).
 from __future__ import annotations
 
 import gc
+import glob
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence, Sized
@@ -106,6 +107,14 @@ class Calibration:
         """
         self._model, self.found, self._progress, self._bar = model, list(found), options.progress, bar
         self.processes = Processes(options.processes)
+        self.processes.check_options(
+            objective=None if options.objective is None else options.objective.name,
+            loss=options.loss is not None,
+            memory=options.memory is not None,
+            resume=options.resume is not None,
+            exact=None if options.exact is None else asdict(options.exact),
+            weights=[entry.names[0] for entry in found],
+        )
         memory = options.memory
         self._reads = Reads(model, found)
         free = free_memory() // self.processes.here
@@ -132,8 +141,12 @@ class Calibration:
             file = ResumeFile(path=options.resume, objective=objective, sample=sample_of(model, first))
             if self.processes.shared:
                 files = ResumeFiles(file, self.processes, self.owner)
+                if files.shards and options.progress:
+                    say(f"going on from files that have {files.shards} of {SHARDS} parts of the data")
             elif file.path.exists():
                 state = file.read()
+            elif options.progress and any(file.path.parent.glob(f"{glob.escape(file.path.name)}.*-of-*")):
+                say("there are files of several processes, which one with a group can go on from (torchrun)")
         self._resume = files or file
         self._costs = weight_costs(self.found, objective, self.dry_run)
         blocks, replayed = self.dry_run.smallest_cut()

@@ -37,8 +37,10 @@ class Processes:
             group: its backend for the CPU is gloo; None for one process alone.
 
         Raises:
-            DataError: this process is not in the group, or the group has no gloo.
+            DataError: it is no group, this process is not in it, or it has no gloo.
         """
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise DataError(f"processes (={group!r}) is not a process group, such as torch.distributed.group.WORLD")
         self._group = group
         self.shared = group is not None
         self.rank = 0 if group is None else dist.get_rank(group)
@@ -68,6 +70,17 @@ class Processes:
             if rank != owner:
                 dist.recv(memory, self._global(rank), group=self._group)
             yield tensor if rank == owner else memory
+
+    def check_options(self, **options: Any) -> None:
+        """Refuse, on all processes, options that differ among them: values that JSON has.
+
+        Raises:
+            DataError: the message names them.
+        """
+        said = self.told(options)
+        different = sorted(name for name in options if any(one[name] != said[0][name] for one in said))
+        if different:
+            raise DataError(f"the processes that share a calibration have different options: {', '.join(different)}")
 
     def check_same(self, numbers: list[list[float]], what: str) -> None:
         """Refuse, on all processes, lists of numbers of which those of some process are not those of the first.
