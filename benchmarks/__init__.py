@@ -9,7 +9,7 @@
     peers            one layer beside other libraries'          peers/speed/linear_layers.py
     decode_peers     a whole model beside llama.cpp             peers/speed/decode.py
     equal_quality    the same at equal quality, real weights    peers/equal_quality/compare.py
-    quantizing_peers  what quantizing takes, beside others    peers/quantizing/compare.py
+    quantizing_peers what quantizing takes, beside others       peers/quantizing/compare.py
     architectures    families of models: works, partly, or refused   architectures/
     quality_peers    other libraries' rounding at equal bytes   peers/quality/
 
