@@ -21,8 +21,8 @@ _PATIENCE = timedelta(days=7)
 def shared_by_torchrun() -> Iterator[None]:
     """While this is open, the processes that torchrun has started are a group; without torchrun nothing happens.
 
-    Only the first of them prints, but each its own errors. torchrun gives each process one thread unless `OMP_NUM_THREADS` is set; here they
-    share the cores of their machine instead.
+    Only the first of them prints, but each its own errors. torchrun gives each process one thread unless
+    `OMP_NUM_THREADS` is set; here they share the cores of their machine instead.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
