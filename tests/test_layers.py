@@ -27,7 +27,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("sensitivity", "allocate", "checkpoint"),
     ("nn",),
     ("prepare", "calibrate", "kvcache", "folder"),
-    ("evaluate", "inputs", "importance", "runtime", "adapters"),
+    ("evaluate", "inputs", "importance", "runtime", "adapters", "pretrained"),
     ("serve",),  # below the bench that measures it
     ("bench", "report"),
     ("cli",),

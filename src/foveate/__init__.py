@@ -37,6 +37,7 @@ from foveate.errors import DeviceError as DeviceError
 from foveate.errors import FloorError as FloorError
 from foveate.errors import FoveateError as FoveateError
 from foveate.errors import LevelError as LevelError
+from foveate.errors import LostProcessError as LostProcessError
 from foveate.errors import MissingExtraError as MissingExtraError
 from foveate.errors import PlaneNotResidentError as PlaneNotResidentError
 from foveate.errors import SiteError as SiteError
@@ -106,6 +107,7 @@ from foveate.precision.timings import Timings as Timings
 from foveate.prepare.fold import fold_batchnorm as fold_batchnorm
 from foveate.prepare.smooth import Smoothed as Smoothed
 from foveate.prepare.smooth import smooth as smooth
+from foveate.pretrained import register_with_transformers as register_with_transformers
 from foveate.rounding.exact import KeepExact as KeepExact
 from foveate.runtime.limits import Limits as Limits
 from foveate.runtime.manager import RuntimeManager as RuntimeManager

@@ -57,3 +57,7 @@ class CheckpointError(FoveateError, OSError):
 
 class MissingExtraError(FoveateError, ImportError):
     """A feature that needs an optional dependency; the message says what to install."""
+
+
+class LostProcessError(FoveateError, RuntimeError):
+    """Another process that shares a calibration has ended, or cannot be reached; the message says what torch said."""

@@ -87,6 +87,17 @@ def test_any_number_of_processes_goes_on_from_the_files_of_others(tmp_path: Path
     assert not list(tmp_path.glob("resume.*"))
 
 
+def test_a_process_whose_peer_has_ended_says_so_and_leaves_its_files(tmp_path: Path) -> None:
+    (tmp_path / "resuming").touch()
+    (tmp_path / "first stays").touch()
+    left, ended = [_start(tmp_path, rank, 2, stop=3) for rank in range(2)]
+    said = left.communicate()[1]
+    ended.communicate()
+    assert (left.returncode, ended.returncode) == (1, 9)
+    assert "LostProcessError: another process that shares this calibration has ended: " in said
+    assert sorted(path.name for path in tmp_path.glob("resume.*")) == ["resume.6.0-of-2", "resume.6.1-of-2"]
+
+
 def test_processes_with_data_of_their_own_are_refused(tmp_path: Path) -> None:
     (tmp_path / "other data").touch()
     for said in _fails(tmp_path, 2):

@@ -6,7 +6,7 @@ the folder stores; then the stored levels of the loaded weights are lower than t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,12 @@ def write(
     plan: PrecisionMap,
     measured: Measurements,
     model: Mapping[str, Any],
-    extra_files: Mapping[str, bytes],
+    extra_files: Callable[[Mapping[str, str]], Mapping[str, bytes]],
 ) -> None:
-    """Write a checkpoint folder, or replace the one that is there; see `foveate.save`."""
+    """Write a checkpoint folder, or replace the one that is there; see `foveate.save`.
+
+    `extra_files` is told the name of each part's file, and says what else to write.
+    """
     folder, profile = Path(path), measured.profile
     parts: dict[str, dict[str, Tensor | Pieces]] = {
         "scales": {},
@@ -88,7 +91,8 @@ def write(
         )
     with writing(folder) as writer:
         written = {part: writer.tensors(part, tensors, cuts.get(part, {})) for part, tensors in parts.items()}
-        for name, content in extra_files.items():
+        files = {part: one.file for part, one in written.items()}
+        for name, content in extra_files(files).items():
             writer.content(name, content)
         head = Head(
             sites=plan.sites,
@@ -98,7 +102,7 @@ def write(
             reach={name: w.reach for name, w in weights.items()},
             exponent={name: w.exponent for name, w in weights.items()},
             dtype=dtypes,
-            files={part: one.file for part, one in written.items()},
+            files=files,
             checksums={part: one.checksums for part, one in written.items()},
             runs={part: one.runs for part, one in written.items()},
             model=model,

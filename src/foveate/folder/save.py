@@ -7,6 +7,7 @@ and for a transformers model its configuration, and its tokenizer from the folde
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,9 @@ from foveate.planes import PlaneTensor
 from foveate.precision.frontiers import Frontier
 from foveate.precision.maps import PrecisionMap, tile_levels
 
+#: The quantizer that `config.json` names to transformers (`foveate.pretrained`).
+QUANT_METHOD = "foveate"
+_CONFIG = "config.json"
 #: Files of a tokenizer or processor, copied from the folder that a model came from.
 _COMPANIONS = (
     "tokenizer*",
@@ -102,7 +106,7 @@ def save(
             **({"folded": folded_of(model)} if folded_of(model) else {}),
             **({"ranges": dict(ranges)} if (ranges := state_of(model).ranges) else {}),
         },
-        extra_files=companions,
+        extra_files=lambda files: _naming_us(companions, files["rest"]),
     )
 
 
@@ -167,6 +171,14 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
     return rest
 
 
+def _naming_us(companions: Mapping[str, bytes], rest: str) -> Mapping[str, bytes]:
+    """The files beside a model; `config.json` tells transformers who loads it, and what file is not of planes."""
+    if _CONFIG not in companions:
+        return companions
+    told = {**json.loads(companions[_CONFIG]), "quantization_config": {"quant_method": QUANT_METHOD, "rest": rest}}
+    return {**companions, _CONFIG: json.dumps(told, indent=2).encode()}
+
+
 def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     """How to rebuild the model, for the head, and the files to write beside it."""
     inner = sentence_transformer.transformer_in(model)
@@ -179,6 +191,7 @@ def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     config = cast(Any, model).config
     named = copy(config)
     named.architectures = [type(model).__name__]  # as save_pretrained does; a model made from a configuration has none
+    named.__dict__.pop("quantization_config", None)  # of the folder that the model came from
     texts = {"config": named.to_json_string(use_diff=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None:

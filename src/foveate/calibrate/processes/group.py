@@ -10,16 +10,31 @@ import io
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from foveate.errors import DataError
+from foveate.errors import DataError, LostProcessError
 
 #: Weights of different machines may differ in their last bits, as where adapters were merged.
 _ALIKE = 1e-3
+
+
+@contextmanager
+def _reaching_others() -> Iterator[None]:
+    """What torch raises where another process has ended, as a sentence.
+
+    Raises:
+        LostProcessError: a message to or from another process failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LostProcessError(f"another process that shares this calibration has ended: {said}") from error
 
 
 class Processes:
@@ -57,18 +72,21 @@ class Processes:
         if self.count == 1:
             return [tensor]
         found = [torch.empty_like(tensor) for _ in range(self.count)]
-        dist.all_gather(found, tensor.contiguous(), group=self._group)
+        with _reaching_others():
+            dist.all_gather(found, tensor.contiguous(), group=self._group)
         return found
 
     def handed_to(self, owner: int, tensor: Tensor) -> Iterator[Tensor]:
         """As `gathered`, on the process `owner`, one after another in the same memory; on the others nothing."""
         if self.rank != owner:
-            dist.send(tensor.contiguous(), self._global(owner), group=self._group)
+            with _reaching_others():
+                dist.send(tensor.contiguous(), self._global(owner), group=self._group)
             return
         memory = torch.empty_like(tensor) if self.count > 1 else tensor
         for rank in range(self.count):
             if rank != owner:
-                dist.recv(memory, self._global(rank), group=self._group)
+                with _reaching_others():
+                    dist.recv(memory, self._global(rank), group=self._group)
             yield tensor if rank == owner else memory
 
     def check_options(self, **options: Any) -> None:
@@ -126,11 +144,13 @@ class Processes:
         if self.rank == source:
             torch.save(value, held)
         length = torch.tensor([held.tell()])
-        dist.broadcast(length, self._global(source), group=self._group)
+        with _reaching_others():
+            dist.broadcast(length, self._global(source), group=self._group)
         data = torch.empty(int(length), dtype=torch.uint8)
         if self.rank == source:
             data = torch.frombuffer(held.getbuffer(), dtype=torch.uint8)
-        dist.broadcast(data, self._global(source), group=self._group)
+        with _reaching_others():
+            dist.broadcast(data, self._global(source), group=self._group)
         if self.rank == source:
             return value
         return torch.load(io.BytesIO(data.numpy().tobytes()), weights_only=True)
