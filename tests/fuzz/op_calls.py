@@ -223,10 +223,14 @@ class _Maker(DecoderArguments):
             torch.randint(0, groups, (columns,), generator=self.g),
             [0.2] * 5,
         ]
-        if self.chance(0.5):
-            return self.done("error_feedback", common)
+        op = self.one(("error_feedback", "coordinate_descent", "search_grids"))
+        if op == "search_grids":
+            weights = [common[1], torch.rand(columns, generator=self.g), self.one((32, 64, 128, 5))]
+            return self.done(op, [*weights, self.one((0, -64, 32, 40)), 2.0, 8.0])
+        if op == "error_feedback":
+            return self.done(op, common)
         ended = [self.one((0, 1, 2)), self.one((0.0, 0.5, -1.0))]
-        return self.done("coordinate_descent", [*common, *ended], still=(9, 10))
+        return self.done(op, [*common, *ended], still=(9, 10))
 
     def collecting(self) -> OpCall:
         x = torch.randn(self.one((0, 1, 64, 130)), self.one((1, 33, 100)), generator=self.g)

@@ -16,7 +16,7 @@ OPS = {
     "plane_linear_backward", "generation_book", "publish", "rows_of_passes", "begin_pass", "end_pass",
     "pass_levels", "pass_input", "pass_choice", "plane_error",
     "pass_rows", "pass_owners", "pass_generation", "plane_embedding",
-    "error_feedback", "coordinate_descent", "group_pack", "group_unpack", "group_variance",
+    "error_feedback", "coordinate_descent", "search_grids", "group_pack", "group_unpack", "group_variance",
     "mask_pack", "two_values_pack", "mask_unpack", "narrow_pack", "narrow_unpack", "moments",
     "decoder_handle", "decoder_blocks", "decoder_blocks_packed", "decoder_blocks_paged", "row_sums", "input_changes",
     "add_squared_gradients",

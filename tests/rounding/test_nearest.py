@@ -14,6 +14,7 @@ from torch import Tensor
 from foveate.errors import DataError, FoveateError, WeightError
 from foveate.formats.grids import EXPONENTS, exponent_for, least_scale, snapped
 from foveate.formats.levels import GAINED_LEVELS, NESTED_LEVELS, code_range, code_step
+from foveate.kernels.rounding import grid_search
 from foveate.planes import from_codes
 from foveate.rounding import Rounded, nearest, round_weight
 
@@ -208,9 +209,9 @@ def _any(scale_R: Tensor, offset_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_search_never_costs_more_than_the_whole_range() -> None:
-    w_gR, root_gR = torch.randn(128, 300) ** 3, torch.rand(128, 300)
-    cost = partial(nearest._cost, w_gR, root_gR, sum(nearest.CLIP_PENALTIES), 0.05 * root_gR.square().sum(0))
-    scale_R, offset_R = nearest.search(w_gR, root_gR, cost, _any, 1e-9)
+    w_gR, importance_gR = torch.randn(128, 300) ** 3, torch.rand(128, 300)
+    cost = partial(grid_search._cost, w_gR, importance_gR, sum(nearest.CLIP_PENALTIES), 0.05 * importance_gR.sum(0))
+    scale_R, offset_R = grid_search.search(w_gR, importance_gR, cost, _any, 1e-9)
     low, high = torch.aminmax(w_gR, dim=0)
     whole = ((high - low) / 15, (low + high) / 2)
     cost_R = cost(scale_R, offset_R)
@@ -219,15 +220,15 @@ def test_search_never_costs_more_than_the_whole_range() -> None:
 
 
 def test_cost_is_the_sum_of_errors_in_own_steps() -> None:
-    w_gR, root_gR = torch.randn(32, 5), torch.rand(32, 5)
+    w_gR, importance_gR = torch.randn(32, 5), torch.rand(32, 5)
     scale_R, offset_R = torch.full((5,), 0.25), torch.full((5,), 0.125)
     u = (w_gR - offset_R).double() / 0.25
     want = torch.full((5,), 0.0, dtype=torch.float64)
     for step, half in ((4, 2), (2, 4), (1, 8)):
         centre = (torch.floor(u / step).clamp(-half, half - 1) + 0.5) * step
-        want += (root_gR.double().square() * ((u - centre) / step).square()).sum(0)
-    want += 7.0 * (root_gR.double() * (u.abs() - 8).clamp_min(0)).square().sum(0)
-    got = nearest._cost(w_gR, root_gR, 7.0, torch.zeros(5), scale_R, offset_R)
+        want += (importance_gR.double() * ((u - centre) / step).square()).sum(0)
+    want += 7.0 * (importance_gR.double() * (u.abs() - 8).clamp_min(0).square()).sum(0)
+    got = grid_search._cost(w_gR, importance_gR, 7.0, torch.zeros(5), scale_R, offset_R)
     torch.testing.assert_close(got.double(), want * 0.25**2, rtol=1e-5, atol=0)
 
 
@@ -266,8 +267,8 @@ def test_inputs_never_seen_count_a_little(monkeypatch: pytest.MonkeyPatch) -> No
 def test_refit_is_least_squares() -> None:
     code_gR = torch.randint(-8, 8, (64, 10)) + 0.5
     scale_R, offset_R = 0.5 + torch.rand(10), torch.randn(10)
-    w_gR, root_gR = offset_R + scale_R * code_gR, torch.rand(64, 10)
-    step_R, middle_R = nearest._refit(w_gR, root_gR, scale_R * 1.02, offset_R + 0.03, 8)
+    w_gR, importance_gR = offset_R + scale_R * code_gR, torch.rand(64, 10)
+    step_R, middle_R = grid_search._refit(w_gR, importance_gR, scale_R * 1.02, offset_R + 0.03, 8)
     torch.testing.assert_close(step_R, scale_R)
     torch.testing.assert_close(middle_R, offset_R)
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from foveate.formats.packing import check_group
+from foveate.kernels.rounding.grid_search import in_groups, inverse, search
 from foveate.rounding.descent import SWEEPS, best_codes
-from foveate.rounding.nearest import Rounded, importance_of, in_groups, inverse, search
+from foveate.rounding.nearest import Rounded, importance_of
 
 _LEAST_SCALE = torch.finfo(torch.float16).smallest_normal * 2.0**-10
 
@@ -43,16 +44,16 @@ def round_for_one_level(
     check_group(group)
     w_NK = w_NK.detach().float()
     (rows, columns), half = w_NK.shape, 2 ** (level - 1)
-    w_gR, root_gR = in_groups(w_NK, importance_of(input_energy_K, w_NK), group)
+    w_gR, importance_gR = in_groups(w_NK, importance_of(input_energy_K, w_NK), group)
 
     def codes_from(steps: Tensor) -> Tensor:
         return (steps - 0.5).round_().clamp_(-half, half - 1).add_(0.5)
 
     def cost(scale_R: Tensor, offset_R: Tensor) -> Tensor:
         steps_gR = (w_gR - offset_R) * inverse(scale_R)
-        return (steps_gR - codes_from(steps_gR)).mul_(root_gR).square_().sum(0) * scale_R.square()
+        return (steps_gR - codes_from(steps_gR)).square_().mul_(importance_gR).sum(0) * scale_R.square()
 
-    scale_R, offset_R = search(w_gR, root_gR, cost, _as_float16, _LEAST_SCALE, level)
+    scale_R, offset_R = search(w_gR, importance_gR, cost, _as_float16, _LEAST_SCALE, level)
     code_gR = codes_from((w_gR - offset_R) * inverse(scale_R)) + (half - 0.5)
     code_NK = code_gR.t().reshape(rows, -1)[:, :columns].to(torch.uint8)
     scale_NG, offset_NG = scale_R.view(rows, -1), offset_R.view(rows, -1)

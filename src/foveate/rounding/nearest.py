@@ -1,21 +1,9 @@
 """Round every weight to the nearest code, on grids that are chosen for all levels at once.
 
-A group has one scale `s` and offset `m`, and five levels read it, so no level has the grid that is best for it alone.
-The best grid for 4 bits clips large weights, and at 8 bits most of the error would be that of clipping. So a grid is
-judged by its cost over all levels: the squared error of each level in units of its own step, weighted by the importance
-of each input.
-
-    cost = s^2 sum_j A_j (d2_j^2 + d3_j^2 + d4_j^2 + (p6 + p8) x_j^2 + (p6 / 16 + p8 / 256) / 12)
-
-`d` is the error in steps of 2, 3 and 4 bits. `x` is how far the weight lies beyond the outermost 4-bit cell, in 4-bit
-steps. That part of the error is left at 6 and 8 bits, and `p6` and `p8` are the clip penalties for it. The last term is
-the rest of the error of these levels, which is uniform rounding. Nearest codes do nothing else about the error at
-8 bits, so `p8` is high for them; where other codes compensate an error (`foveate.rounding.descent`) more may be
-clipped. docs/decisions.md has the measurements.
-
-The search scans clips, the same at both ends, and then moves the ends one by one with halving steps. Last it refits `s`
-and `m` to the 4-bit codes by weighted least squares. (The imatrix quantizers of llama.cpp scan and refit in the same
-way, for one level.)
+Scale and offset of each group are searched by an op, whose reference has the cost that they minimize
+(`foveate.kernels.rounding.grid_search`). It weighs errors of clipping at 6 and at 8 bits by clip penalties. Nearest
+codes do nothing else about the error at 8 bits, so that penalty is high for them; where other codes compensate an
+error (`foveate.rounding.descent`) more may be clipped. docs/decisions.md has the measurements.
 
 With the codes fixed, each row has a gain at 2 and at 3 bits that restores the energy of its weights:
 `gain^2 sum A (w^ - m)^2 = sum A (w - m)^2`, with `w^` before the gain. Least squares would shrink the row. That has
@@ -27,18 +15,17 @@ Legend: N rows and K inputs of a weight; n rows of a chunk; g inputs a group, G 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from foveate.errors import DataError, WeightError
-from foveate.formats.grids import exponent_for, least_scale, snapped
+from foveate.formats.grids import exponent_for
 from foveate.formats.levels import GAINED_LEVELS, code_range, code_step
 from foveate.formats.packing import check_group
+from foveate.kernels.backends.table import ensure_loaded
+from foveate.kernels.rounding.grid_search import in_groups, inverse
 
 # Inputs from which each row has gains of its own.
 _ROW_GAINS_FROM = 1024
@@ -47,11 +34,6 @@ _ROW_GAINS_FROM = 1024
 #: descent chooses other codes.
 CLIP_PENALTIES = (4.0, 96.0)
 CLIP_PENALTIES_FOR_DESCENT = (2.0, 8.0)
-
-# How far each end of the grid reaches: 1 puts the outermost 4-bit codes on the farthest weight.
-_SCAN = (1.0, 0.93, 0.86, 0.78, 0.7, 0.6, 0.48)
-_STEPS = (0.12, 0.06, 0.03, 0.015)
-_DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, -1), (-1, 1))
 
 #: The largest magnitude of a weight. Scales can hold far more, and products with inputs stay within float32.
 _LARGEST = 65504.0
@@ -113,6 +95,7 @@ def round_weight(
     rows, columns = w_NK.shape
     importance_K = importance_of(input_energy_K, w_NK)
     groups = -(-columns // group)
+    ensure_loaded()
     codes = w_NK.new_empty(2, rows, columns, dtype=torch.uint8)
     grids = w_NK.new_empty(2, rows, groups, dtype=torch.float32)
     # no grid is wider than this: reaching twice as far as the weights costs more than clipping
@@ -141,25 +124,15 @@ def restoring_gains(w_NK: Tensor, anchor_NK: Tensor, rounded: Rounded, input_ene
     chunk = max(1, _CHUNK // columns)
     for start in range(0, rows, chunk):
         part = slice(start, start + chunk)
-        w_gR, root_gR = in_groups(w_NK[part].float(), importance_K, rounded.group)
+        w_gR, importance_gR = in_groups(w_NK[part].float(), importance_K, rounded.group)
         anchor_gR, _ = in_groups(anchor_NK[part].float(), importance_K, rounded.group)
         scale_R, offset_R = (t[part].float().view(-1) for t in (rounded.scale, rounded.offset))
-        gain_2N[:, part] = _gains(w_gR - offset_R, anchor_gR, scale_R, root_gR, len(w_NK[part]))
+        gain_2N[:, part] = _gains(w_gR - offset_R, anchor_gR, scale_R, importance_gR, len(w_NK[part]))
     return _one_if_narrow(gain_2N, columns)
 
 
 def _one_if_narrow(gain_2N: Tensor, columns: int) -> Tensor:
     return gain_2N if columns >= _ROW_GAINS_FROM else gain_2N.float().square().mean(1, keepdim=True).sqrt().half()
-
-
-def in_groups(t_nK: Tensor, importance_K: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(weights with each group as a column, [g, R], so that rows are long and vectorize; roots of the importance).
-
-    Padding repeats a weight, and its importance is 0.
-    """
-    missing = -t_nK.shape[1] % group
-    t_gR = functional.pad(t_nK, (0, missing), mode="replicate").view(-1, group).t().contiguous()
-    return t_gR, functional.pad(importance_K.sqrt(), (0, missing)).view(-1, group).t().repeat(1, len(t_nK))
 
 
 def _check_weight(w_NK: Tensor) -> None:
@@ -202,115 +175,23 @@ def _round_rows(
 ) -> None:
     """Write codes [2, n, K], grids [2, n, G] and gains of a chunk of rows."""
     rows, columns = w_nK.shape
-    w_gR, root_gR = in_groups(w_nK, importance_K, group)
-    noise_R = (clip_penalties[0] / 4**2 + clip_penalties[1] / 4**4) / 12 * root_gR.square().sum(0)
-    cost = partial(_cost, w_gR, root_gR, sum(clip_penalties), noise_R)
-    scale_R, offset_R = search(w_gR, root_gR, cost, partial(snapped, exponent=exponent), least_scale(exponent))
-
+    grids.copy_(torch.ops.foveate.search_grids(w_nK.contiguous(), importance_K, group, exponent, *clip_penalties))
+    scale_R, offset_R = grids.flatten(1)
+    w_gR, importance_gR = in_groups(w_nK, importance_K, group)
     from_offset_gR = w_gR - offset_R
     u_gR = from_offset_gR * inverse(scale_R) + 8.0
     anchor_gR = u_gR.floor().clamp_(0, 15)
     residual_gR = u_gR.sub_(anchor_gR).mul_(16.0).floor_().clamp_(0, 15)
     for i, code_gR in enumerate((anchor_gR, residual_gR)):
         codes[i] = code_gR.t().reshape(rows, -1)[:, :columns]
-    for i, grid_R in enumerate((scale_R, offset_R)):
-        grids[i] = grid_R.view(rows, -1)
-    gain_2n.copy_(_gains(from_offset_gR, anchor_gR, scale_R, root_gR, rows))
+    gain_2n.copy_(_gains(from_offset_gR, anchor_gR, scale_R, importance_gR, rows))
 
 
-def inverse(scale_R: Tensor) -> Tensor:
-    """1 / scale, and 0 for a group without spread."""
-    return torch.where(scale_R > 0, 1.0 / scale_R, 0.0)
-
-
-def _cost(w_gR: Tensor, root_gR: Tensor, clip: float, noise_R: Tensor, scale_R: Tensor, offset_R: Tensor) -> Tensor:
-    """The cost of each group's grid over the levels, [R]: the formula at the head of the file."""
-    v_gR = (w_gR - offset_R).mul_(inverse(scale_R)).sub_(0.5)  # integers are the middles of 4-bit cells
-    error_gR = v_gR - v_gR.round().clamp_(-8, 7)
-    cost_R = clip * functional.softshrink(error_gR, 0.5).mul_(root_gR).square_().sum(0) + noise_R
-    cost_R += error_gR.mul_(root_gR).square_().sum(0)
-    for half in (4, 2):
-        v_gR.mul_(0.5).sub_(0.25)  # of 3-bit cells, then of 2-bit cells
-        torch.round(v_gR, out=error_gR)
-        error_gR.clamp_(-half, half - 1).sub_(v_gR)
-        cost_R += error_gR.mul_(root_gR).square_().sum(0)
-    return cost_R * scale_R.square()
-
-
-def search(
-    w_gR: Tensor,
-    root_gR: Tensor,
-    cost: Callable[[Tensor, Tensor], Tensor],
-    stored: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    least: float,
-    level: int = 4,
-) -> tuple[Tensor, Tensor]:
-    """Each group's scale and offset of least cost, [R] each, float32.
-
-    Args:
-        w_gR, root_gR: weights, and the roots of their importance.
-        cost: the cost [R] of each group's scale and offset.
-        stored: scales and offsets [R] rounded to what the stored form can hold.
-        least: the least scale that the stored form can hold.
-        level: the bits of the codes that a scale is a step of.
-    """
-    lowest_R, highest_R = torch.aminmax(w_gR, dim=0)
-    centre_R = lowest_R * 0.5 + highest_R * 0.5
-    half_R = highest_R * 0.5 - lowest_R * 0.5
-    is_nothing_R = torch.maximum(highest_R, -lowest_R) <= least / 2
-    scale_R, offset_R = torch.zeros_like(centre_R), torch.zeros_like(centre_R)
-    low_R, high_R = torch.ones_like(centre_R), torch.ones_like(centre_R)
-    least_R = torch.full_like(centre_R, torch.inf)
-
-    def improves(step_R: Tensor, middle_R: Tensor) -> Tensor:
-        """Take these grids where they cost less; whether they do, bool [R]."""
-        nonlocal least_R, scale_R, offset_R
-        step_R = torch.where(is_nothing_R, 0.0, step_R.clamp_min(least))
-        step_R, middle_R = stored(step_R, torch.where(is_nothing_R, 0.0, middle_R))
-        cost_R = cost(step_R, middle_R)
-        better_R = cost_R < least_R
-        least_R = torch.where(better_R, cost_R, least_R)
-        scale_R = torch.where(better_R, step_R, scale_R)
-        offset_R = torch.where(better_R, middle_R, offset_R)
-        return better_R
-
-    def move_ends(lower_R: Tensor, upper_R: Tensor) -> None:
-        nonlocal low_R, high_R
-        better_R = improves(half_R * (lower_R + upper_R) / (2**level - 1), centre_R + half_R * (upper_R - lower_R) / 2)
-        low_R = torch.where(better_R, lower_R, low_R)
-        high_R = torch.where(better_R, upper_R, high_R)
-
-    for clip in _SCAN:
-        end_R = torch.full_like(centre_R, clip)
-        move_ends(end_R, end_R)
-    for step in _STEPS:
-        for down, up in _DIRECTIONS:
-            move_ends(low_R + step * down, high_R + step * up)
-    improves(*_refit(w_gR, root_gR, scale_R, offset_R, 2 ** (level - 1)))
-    return scale_R, offset_R
-
-
-def _refit(w_gR: Tensor, root_gR: Tensor, scale_R: Tensor, offset_R: Tensor, half: int) -> tuple[Tensor, Tensor]:
-    """Scale and offset by weighted least squares to the 2 * half codes of a grid, [R] each."""
-    from_offset_gR = w_gR - offset_R
-    code_gR = (from_offset_gR * inverse(scale_R)).sub_(0.5).round_().clamp_(-half, half - 1).add_(0.5)
-    weight_gR = root_gR.square()
-    weight_gR /= weight_gR.sum(0)
-    mean_code_R = (weight_gR * code_gR).sum(0)
-    mean_R = (weight_gR * from_offset_gR).sum(0)
-    code_gR -= mean_code_R
-    weight_gR *= code_gR
-    spread_R = (weight_gR * code_gR).sum(0)
-    slope_R = (weight_gR * from_offset_gR).sum(0) / spread_R
-    step_R = torch.where(slope_R.isfinite() & (slope_R > 0), slope_R, scale_R).clamp_max(2 * scale_R)
-    return step_R, offset_R + mean_R - step_R * mean_code_R
-
-
-def _gains(from_offset_gR: Tensor, anchor_gR: Tensor, scale_R: Tensor, root_gR: Tensor, rows: int) -> Tensor:
+def _gains(from_offset_gR: Tensor, anchor_gR: Tensor, scale_R: Tensor, importance_gR: Tensor, rows: int) -> Tensor:
     """Gains [2, n] that restore each row's energy at 2 and 3 bits; 1 for a row that has none."""
 
     def energy(t_gR: Tensor) -> Tensor:
-        return (t_gR * root_gR).square_().sum(0).view(rows, -1).sum(1)
+        return t_gR.square().mul_(importance_gR).sum(0).view(rows, -1).sum(1)
 
     wanted_n = energy(from_offset_gR)
     gain_2n = torch.ones(len(GAINED_LEVELS), rows, device=scale_R.device)

@@ -1,5 +1,7 @@
-"""The ops that choose the codes of a weight, one element after another. Rounding spends its time in them.
+"""The ops that choose the grids and the codes of a weight. Rounding spends its time in them.
 
+`search_grids(w, importance, group, exponent, penalty6, penalty8)` returns the scale and the offset of each group,
+float32 [2, N, G]; kernels/rounding/grid_search.py has the meaning. The other ops choose codes, one after another.
 `error_feedback(codes, w, factor, row_factor, scale, offset, gain, group_of, level_weights, reach)` writes uint8 codes
 [2, N, K] (4-bit codes, residuals). Each error is passed on to the elements that follow.
 `coordinate_descent(codes, w, covariance, gradients, scale, offset, gain, group_of, level_weights, sweeps, least_gain,
@@ -15,9 +17,14 @@ from torch import Tensor
 from foveate.errors import FoveateError
 from foveate.kernels.library import LIBRARY, define
 from foveate.kernels.rounding import reference as reference
+from foveate.kernels.rounding.grid_search import search_grids
 
 _GRID = "Tensor scale, Tensor offset, Tensor gain, Tensor group_of, float[] level_weights"
 
+define(
+    "search_grids(Tensor w, Tensor importance, int group, int exponent, float penalty6, float penalty8) -> Tensor",
+    search_grids,
+)
 define(
     f"error_feedback(Tensor(a!) codes, Tensor w, Tensor factor, Tensor? row_factor, {_GRID}, int reach=0) -> ()",
     reference.error_feedback,
@@ -27,6 +34,13 @@ define(
     " float least_gain=0.0, int reach=0) -> Tensor",
     reference.coordinate_descent,
 )
+
+
+@torch.library.register_fake("foveate::search_grids", lib=LIBRARY)
+def _search_fake(w: Tensor, importance: Tensor, group: int, *_: object) -> Tensor:
+    if group < 1:
+        raise FoveateError(f"group (={group}) is not at least 1")
+    return w.new_empty(2, w.shape[0], (w.shape[1] + group - 1) // group)
 
 
 @torch.library.register_fake("foveate::error_feedback", lib=LIBRARY)

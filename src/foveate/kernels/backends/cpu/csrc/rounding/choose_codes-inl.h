@@ -22,6 +22,25 @@ inline float total_of(const Sixteen& v) {
   return part[0];
 }
 
+typedef int32_t SixteenInts __attribute__((vector_size(64)));
+typedef int32_t EightInts __attribute__((vector_size(32)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+
+// The lane of the least of 16 costs, none negative. Costs that differ by less than 2^-19 are alike, and the first of
+// those is taken: the lane stands in the last bits of the cost, so that one comparison finds both.
+inline int least_lane(const Sixteen& cost) {
+  constexpr SixteenInts kLanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const SixteenInts key = ((SixteenInts)cost & ~15) | kLanes;
+  EightInts halves[2];
+  __builtin_memcpy(halves, &key, sizeof halves);
+  const EightInts eight = halves[0] < halves[1] ? halves[0] : halves[1];
+  FourInts quarters[2];
+  __builtin_memcpy(quarters, &eight, sizeof quarters);
+  const FourInts four = quarters[0] < quarters[1] ? quarters[0] : quarters[1];
+  const int32_t left = four[0] < four[1] ? four[0] : four[1], right = four[2] < four[3] ? four[2] : four[3];
+  return (left < right ? left : right) & 15;
+}
+
 // The values of all anchors at levels 2, 3 and 4, in steps from the offset, before gains.
 inline const Sixteen* anchor_values() {
   static const struct Table {
@@ -41,7 +60,7 @@ struct Codes {
   int anchor, residual;
 };
 
-// The codes of least cost, sum over streams of level_weight * (wanted - value)^2, of all 256: the first of equals.
+// The codes of least cost, sum over streams of level_weight * (wanted - value)^2, of all 256.
 inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_weights)[kStreams], float widening, float gain2, float gain3) {
   const Sixteen* const table = anchor_values();
   const float gains[kAnchors] = {gain2, gain3, 1.0f};
@@ -65,21 +84,19 @@ inline Codes best_codes(const float (&wanted)[kStreams], const float (&level_wei
     least = both < least ? both : least;
   }
   cost += least * (widening * widening / 256.0f);
-  int best = 0;
-  for (int a = 1; a < kCodes; ++a)
-    if (cost[a] < cost[best]) best = a;
+  const int best = least_lane(cost);
   return {best, static_cast<int>(code[best])};
 }
 
-// Columns [at, at + WIDE vectors) of the product of the column of each stream with the metric of rows.
+// Columns [at, at + WIDE vectors) of the product of each stream of a column with the metric of rows.
 template <class V, int WIDE>
-inline void weigh(const ColumnBlock& d, int64_t at) {
+inline void weigh(const ColumnBlock& d, const float* column, int64_t at) {
   typename V::Floats sum[kStreams][WIDE] = {};
   for (int64_t i = 0; i < d.rows; ++i) {
     typename V::Floats row[WIDE];
     for (int w = 0; w < WIDE; ++w) row[w] = V::floats(d.gradients + i * d.padded + at + w * V::kRows);
     for (int s = 0; s < kStreams; ++s) {
-      const typename V::Floats each = V::splat(d.column[s * d.padded + i]);
+      const typename V::Floats each = V::splat(column[s * d.padded + i]);
       for (int w = 0; w < WIDE; ++w) sum[s][w] = V::fma(each, row[w], sum[s][w]);
     }
   }
@@ -88,11 +105,11 @@ inline void weigh(const ColumnBlock& d, int64_t at) {
 }
 
 template <class V>
-inline void weigh_all(const ColumnBlock& d) {
+inline void weigh_all(const ColumnBlock& d, const float* column) {
   constexpr int kWide = V::kRows == kCodes ? 4 : 2;  // as many sums as there are registers
   int64_t at = 0;
-  for (; at + kWide * V::kRows <= d.padded; at += kWide * V::kRows) weigh<V, kWide>(d, at);
-  for (; at < d.padded; at += V::kRows) weigh<V, 1>(d, at);
+  for (; at + kWide * V::kRows <= d.padded; at += kWide * V::kRows) weigh<V, kWide>(d, column, at);
+  for (; at < d.padded; at += V::kRows) weigh<V, 1>(d, column, at);
 }
 
 // Adds what a change of row i means for the rows behind it; rows before it are not read again.
@@ -109,57 +126,71 @@ inline void spread(const ColumnBlock& d, int64_t i, const float (&change)[kStrea
   }
 }
 
-// The codes that are best for what is wanted, written down; values are those of the codes.
+// Adds the columns `of` before column j of a block to column j, each times sign * between[.., j].
+template <class V>
+inline void add_earlier(const ColumnBlock& d, int64_t j, const float* of, float sign) {
+  const int64_t size = kStreams * d.padded;
+  float times[kBlockColumns];
+  for (int64_t k = 0; k < j; ++k) times[k] = sign * d.between[k * d.between_stride + j];
+  float* const to = d.pull + j * size;
+  for (int64_t at = 0; at < size; at += kCodes)
+    for (int64_t lane = 0; lane < kCodes; lane += V::kRows) {
+      typename V::Floats sum = V::floats(to + at + lane);
+      for (int64_t k = 0; k < j; ++k) sum = V::fma(V::splat(times[k]), V::floats(of + k * size + at + lane), sum);
+      V::store_floats(to + at + lane, sum);
+    }
+}
+
+// The codes of row i in a column that are best for what is wanted, written down; values are those of the codes.
 inline bool exchange(const ColumnBlock& d, int64_t i, int64_t j, const float (&wanted)[kStreams], float (&values)[kStreams]) {
-  const float scale = d.scales[i * d.grid_stride + d.group_of[j]], offset = d.offsets[i * d.grid_stride + d.group_of[j]];
-  uint8_t &anchor = d.anchor[i * d.stride + j], &residual = d.residual[i * d.stride + j];
-  const uint8_t before[2] = {anchor, residual};
-  const float gain2 = d.gains[i], gain3 = d.gains[d.rows + i];
+  const int64_t grid = d.group_of[j] * d.padded + i, at = j * d.padded + i;
+  const float scale = d.scales[grid], offset = d.offsets[grid], gain2 = d.gains[i], gain3 = d.gains[d.padded + i];
+  const uint8_t before[2] = {d.anchor[at], d.residual[at]};
   if (scale > 0.0f) {  // else all of the group is at its offset, whatever the codes
-    const float per_step = 1.0f / scale;
     float steps[kStreams];
-    for (int s = 0; s < kStreams; ++s) steps[s] = (wanted[s] - offset) * per_step;
+    for (int s = 0; s < kStreams; ++s) steps[s] = (wanted[s] - offset) * d.per_step[grid];
     const Codes best = best_codes(steps, d.level_weights, d.widening, gain2, gain3);
-    anchor = static_cast<uint8_t>(best.anchor);
-    residual = static_cast<uint8_t>(best.residual);
+    d.anchor[at] = static_cast<uint8_t>(best.anchor);
+    d.residual[at] = static_cast<uint8_t>(best.residual);
   }
-  code_values(anchor, residual, d.widening, gain2, gain3, values);
+  code_values(d.anchor[at], d.residual[at], d.widening, gain2, gain3, values);
   for (int s = 0; s < kStreams; ++s) values[s] = offset + scale * values[s];
-  return anchor != before[0] || residual != before[1];
+  return d.anchor[at] != before[0] || d.residual[at] != before[1];
 }
 
 template <class V>
 inline void coordinate_descent(const ColumnBlock& d) {
+  const int64_t size = kStreams * d.padded;
+  __builtin_memset(d.changes, 0, sizeof(float) * static_cast<size_t>(d.columns * size));
+  float* const over_metric = d.weighed + size;
   for (int64_t j = 0; j < d.columns; ++j) {
-    const float* const between = d.between + j * d.between_stride;
-    const float own = between[j];
-    for (int s = 0; s < kStreams; ++s)
-      for (int64_t i = 0; i < d.rows; ++i) d.column[s * d.padded + i] = d.pull[(s * d.rows + i) * kBlockColumns + j];
-    if (d.gradients) weigh_all<V>(d);
+    const float own = d.between[j * d.between_stride + j];
+    float *const column = d.pull + j * size, *const errors = d.errors + j * size, *const changes = d.changes + j * size;
+    add_earlier<V>(d, j, d.changes, 1.0f);
+    if (d.gradients) weigh_all<V>(d, column);
+    const float* const pulled = d.gradients ? d.weighed : column;
+    for (int64_t i = 0; i < d.rows; ++i) over_metric[i] = 1.0f / ((d.gradients ? d.gradients[i * d.padded + i] : 1.0f) * own);
     double form = 0.0, gained = 0.0;
     for (int64_t i = 0; i < d.rows; ++i) {
-      const float w = d.w[i * d.stride + j], metric = d.gradients ? d.gradients[i * d.padded + i] : 1.0f;
-      float* const error = d.errors + i * d.stride + j;
-      const float* const pulled = (d.gradients ? d.weighed : d.column) + i;
+      const float w = d.w[j * d.padded + i];
       float wanted[kStreams], values[kStreams], here = 0.0f, less = 0.0f;
       for (int s = 0; s < kStreams; ++s) {
-        const float pull = pulled[s * d.padded];
-        here += d.level_weights[s] * (error[s * d.plane] * pull);
-        wanted[s] = w + error[s * d.plane] - pull / metric / own;
+        const float pull = pulled[s * d.padded + i], error = errors[s * d.padded + i];
+        here += d.level_weights[s] * (error * pull);
+        wanted[s] = w + error - pull * over_metric[i];
       }
       form += static_cast<double>(here);
       if (!exchange(d, i, j, wanted, values)) continue;
       float change[kStreams];
       for (int s = 0; s < kStreams; ++s) {
-        const float now = values[s] - w, before = error[s * d.plane], best = wanted[s] - w;
-        less += d.level_weights[s] * ((before - best) * (before - best) - (now - best) * (now - best));
-        const float by = now - before;
-        error[s * d.plane] = now;
+        float& error = errors[s * d.padded + i];
+        const float now = values[s] - w, best = wanted[s] - w, by = now - error;
+        less += d.level_weights[s] * ((error - best) * (error - best) - (now - best) * (now - best));
+        error = now;
+        changes[s * d.padded + i] = by;
         change[s] = by * own;
-        float* const row = d.pull + (s * d.rows + i) * kBlockColumns;
-        for (int64_t k = j + 1; k < d.columns; ++k) row[k] += by * between[k];
       }
-      gained += static_cast<double>(less * metric);
+      gained += static_cast<double>(less * (d.gradients ? d.gradients[i * d.padded + i] : 1.0f));
       if (d.gradients) spread<V>(d, i, change);
     }
     d.form[0] += form;
@@ -169,18 +200,18 @@ inline void coordinate_descent(const ColumnBlock& d) {
 
 template <class V>
 inline void error_feedback(const ColumnBlock& d) {
+  const int64_t size = kStreams * d.padded;
   for (int64_t j = 0; j < d.columns; ++j) {
-    const float* const between = d.between + j * d.between_stride;
-    __builtin_memset(d.weighed, 0, sizeof(float) * static_cast<size_t>(kStreams * d.padded));
+    float* const column = d.pull + j * size;
+    add_earlier<V>(d, j, d.pull, -1.0f);
+    __builtin_memset(d.weighed, 0, sizeof(float) * static_cast<size_t>(size));
     for (int64_t i = 0; i < d.rows; ++i) {
       float wanted[kStreams], values[kStreams], missed[kStreams];
-      for (int s = 0; s < kStreams; ++s) wanted[s] = d.pull[(s * d.rows + i) * kBlockColumns + j] - d.weighed[s * d.padded + i];
+      for (int s = 0; s < kStreams; ++s) wanted[s] = column[s * d.padded + i] - d.weighed[s * d.padded + i];
       exchange(d, i, j, wanted, values);
       for (int s = 0; s < kStreams; ++s) {
         missed[s] = wanted[s] - values[s];
-        float* const row = d.pull + (s * d.rows + i) * kBlockColumns;
-        row[j] -= values[s];
-        for (int64_t k = j + 1; k < d.columns; ++k) row[k] -= row[j] * between[k];
+        column[s * d.padded + i] -= values[s];
       }
       if (d.gradients) spread<V>(d, i, missed);
     }

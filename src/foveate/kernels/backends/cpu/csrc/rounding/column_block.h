@@ -1,7 +1,7 @@
 // The arguments of the kernels that round a weight (choose_codes-inl.h): plain structs that know nothing of torch.
 // kernels/rounding/reference.py defines what the kernels compute.
 //
-// Legend: S = 5 streams, one a level; R rows that are rounded together; b columns of a block.
+// Legend: S = 5 streams, one a level; R rows that are rounded together; b columns of a block; G groups of a row.
 #pragma once
 
 #include <cstdint>
@@ -12,28 +12,27 @@ constexpr int kStreams = 5;        // levels 2, 3, 4, 6, 8
 constexpr int kAnchors = 3;        // of them read the anchor alone
 constexpr int64_t kBlockColumns = 64;
 
-// One block of columns, all of its rows: they, or the errors of their other columns, must not change meanwhile.
+// One block of columns, all of its rows. A column lies in one piece, so that going through it reads memory in order; what
+// lies behind its rows is zero.
 struct ColumnBlock {
   int64_t rows, columns;    // R, b
-  int64_t padded;           // R, to a multiple of 16
-  int64_t stride;           // elements from a row to the next of w, codes and errors
-  int64_t plane;            // elements from a stream of errors to the next
-  int64_t grid_stride;      // elements from a row to the next of scales and offsets
-  const float* w;           // [R, b] of it
-  uint8_t* anchor;          // [R, b]
-  uint8_t* residual;        // [R, b]
-  float* errors;            // [S, R, b], values of the codes minus w; coordinate descent only
-  float* pull;              // [S, R, 64], overwritten. Coordinate descent: errors of all columns times the covariance.
+  int64_t padded;           // P: R, to a multiple of 16
+  const float* w;           // [b, P]
+  uint8_t* anchor;          // [b, P]
+  uint8_t* residual;        // [b, P]
+  float* errors;            // [b, S, P], values of the codes minus w; coordinate descent only
+  float* pull;              // [b, S, P], overwritten. Coordinate descent: errors of all columns times the covariance.
                             // Error feedback: the wanted value of each weight; becomes wanted minus value
+  float* changes;           // memory of [b, S, P]: by how much this sweep changed each error; coordinate descent only
   const float* between;     // [b, b]. Coordinate descent: of the covariance. Error feedback: of its inverse's factor
   int64_t between_stride;
-  const float* gradients;   // [R, padded], or null: rows are on their own. For feeding: the factor
-  const float* scales;      // [R, G]
-  const float* offsets;
+  const float* gradients;   // [R, P], or null: rows are on their own. For feeding: the factor
+  const float* scales;      // [G, P]
+  const float* offsets;     // [G, P]
+  const float* per_step;    // [G, P], 1 / scale
   const int64_t* group_of;  // [b]
-  const float* gains;       // [2, R]
-  float* column;            // memory of [S, padded], zeros behind the rows
-  float* weighed;           // memory of [S, padded]: what the column means for each row
+  const float* gains;       // [2, P]
+  float* weighed;           // memory of [S + 1, P]: what the column means for each row; one over the row's own metric
   double* form;             // added to, not for feeding: share-weighted tr(G dW H dW^T), and what the sweep took off it
   float level_weights[kStreams];
   float widening;           // how much wider the steps of residuals are than without reach

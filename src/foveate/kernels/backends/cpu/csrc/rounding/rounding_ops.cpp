@@ -1,10 +1,10 @@
-// The torch side of rounding by error feedback and by coordinate descent: checks, memory, threads. Schemas are in
-// kernels/rounding/ops.py, the meaning in kernels/rounding/reference.py.
+// The torch side of rounding: of the search for grids, of error feedback and of coordinate descent. Checks, memory,
+// threads. Schemas are in kernels/rounding/ops.py, the meaning in kernels/rounding/{grid_search,reference}.py.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -21,6 +21,7 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kLoneRows = 64;  // rounded together where there are no gradients
+constexpr int64_t kStripRows = 16;  // whose grids are searched at once
 
 void check(const Tensor& t, at::IntArrayRef shape, at::ScalarType type, const char* name) {
   TORCH_CHECK(t.sizes() == shape && t.scalar_type() == type && t.is_contiguous(), name, " is ", t.scalar_type(), " ", t.sizes(),
@@ -60,45 +61,52 @@ struct Rounding {
     }
   }
 
-  // Calls run(block, first row, what all columns of its rows have in common) for each block of rows.
+  // Calls run(block, what all columns of its rows have in common, the weight as it lies there [K, P]) for each block of
+  // rows, whose codes are written back afterwards.
   template <class Run>
   void each_block(const Run& run) const {
     const int64_t blocks = over(rows, size);
     if (blocks == 0) return;
     const int64_t padded = (size + 15) / 16 * 16;
     share(blocks, 1, blocks > 1 && worth_threads(rows, columns), [&](int64_t block, int64_t block_end) {
-      Tensor column = at::zeros({2, kStreams, padded}, w.options());
+      Tensor weighed = at::empty({kStreams + 1, padded}, w.options());
       for (; block < block_end; ++block) {
-        const int64_t row = block * size, count = std::min(size, rows - row), groups = scale.size(1);
-        const Tensor own_gain = gain.narrow(1, row, count).contiguous();
+        const int64_t row = block * size, count = std::min(size, rows - row);
+        // a block of rows, its columns in one piece each
+        const auto turned = [&](const Tensor& t) {
+          at::DimVector shape(t.sizes());
+          shape[shape.size() - 2] = t.size(-1), shape.back() = padded;
+          Tensor held = at::zeros(shape, t.options());
+          held.narrow(-1, 0, count).copy_(t.narrow(-2, row, count).transpose(-2, -1));
+          return held;
+        };
+        const Tensor own_codes = turned(codes), own_w = turned(w), scales = turned(scale), offsets = turned(offset);
+        const Tensor per_step = at::where(scales.gt(0), scales.reciprocal(), 0.0), gains = turned(gain.t());
         Tensor metric;
         if (gradients) {
           metric = at::zeros({count, padded}, w.options());
           // a metric is symmetric, and a factor was transposed
           metric.narrow(1, 0, count).copy_(gradients->select(0, block).narrow(0, 0, count).narrow(1, 0, count).t());
         }
-        column.zero_();
         ColumnBlock d{};
         d.rows = count;
         d.padded = padded;
-        d.stride = columns;
-        d.plane = count * columns;
-        d.grid_stride = groups;
-        d.w = w.const_data_ptr<float>() + row * columns;
-        d.anchor = codes.data_ptr<uint8_t>() + row * columns;
-        d.residual = d.anchor + rows * columns;
+        d.w = own_w.const_data_ptr<float>();
+        d.anchor = own_codes.data_ptr<uint8_t>();
+        d.residual = d.anchor + columns * padded;
         d.between = between.const_data_ptr<float>();
         d.between_stride = columns;
         d.gradients = gradients ? metric.const_data_ptr<float>() : nullptr;
-        d.scales = scale.const_data_ptr<float>() + row * groups;
-        d.offsets = offset.const_data_ptr<float>() + row * groups;
+        d.scales = scales.const_data_ptr<float>();
+        d.offsets = offsets.const_data_ptr<float>();
+        d.per_step = per_step.const_data_ptr<float>();
         d.group_of = group_of.const_data_ptr<int64_t>();
-        d.gains = own_gain.const_data_ptr<float>();
-        d.column = column.data_ptr<float>();
-        d.weighed = d.column + kStreams * padded;
+        d.gains = gains.const_data_ptr<float>();
+        d.weighed = weighed.data_ptr<float>();
         for (int s = 0; s < kStreams; ++s) d.level_weights[s] = static_cast<float>(level_weights[static_cast<size_t>(s)]);
         d.widening = static_cast<float>(kOwnAnchorStep) / static_cast<float>(kAnchorSteps[reach]);
-        run(block, row, d);
+        run(block, d, own_w);
+        codes.narrow(1, row, count).copy_(own_codes.narrow(2, 0, count).transpose(1, 2));
       }
     });
   }
@@ -109,27 +117,21 @@ struct Rounding {
     for (int64_t first = 0; first < columns; first += kBlockColumns) {
       ColumnBlock part = d;
       part.columns = std::min(kBlockColumns, columns - first);
-      part.w += first, part.anchor += first, part.residual += first, part.group_of += first;
+      part.w += first * d.padded, part.anchor += first * d.padded, part.residual += first * d.padded, part.group_of += first;
       part.between += first * columns + first;
       run(first, part);
     }
   }
 };
 
-// [S * R, b] in memory of 64 columns.
-Tensor as_block(const Tensor& x) {
-  const int64_t missing = kBlockColumns - x.size(1);
-  return missing ? at::constant_pad_nd(x, {0, missing}) : x.contiguous();
-}
-
-// Values minus weights of some rows, [S, R, K].
-void write_errors(const ColumnBlock& d, int64_t columns) {
-  for (int64_t i = 0; i < d.rows; ++i)
-    for (int64_t k = 0; k < columns; ++k) {
-      const int64_t at = i * d.stride + k, group = i * d.grid_stride + d.group_of[k];
+// Values minus weights of some rows, [K, S, P].
+void write_errors(const ColumnBlock& d, int64_t columns, float* errors) {
+  for (int64_t k = 0; k < columns; ++k)
+    for (int64_t i = 0; i < d.rows; ++i) {
+      const int64_t at = k * d.padded + i, grid = d.group_of[k] * d.padded + i;
       float value[kStreams];
-      code_values(d.anchor[at], d.residual[at], d.widening, d.gains[i], d.gains[d.rows + i], value);
-      for (int s = 0; s < kStreams; ++s) d.errors[s * d.plane + at] = (d.offsets[group] + d.scales[group] * value[s]) - d.w[at];
+      code_values(d.anchor[at], d.residual[at], d.widening, d.gains[i], d.gains[d.padded + i], value);
+      for (int s = 0; s < kStreams; ++s) errors[(k * kStreams + s) * d.padded + i] = (d.offsets[grid] + d.scales[grid] * value[s]) - d.w[at];
     }
 }
 
@@ -140,17 +142,17 @@ Tensor coordinate_descent(Tensor& codes, const Tensor& w, const Tensor& covarian
   rounding.check_all();
   Tensor made = at::zeros({over(rounding.rows, rounding.size)}, w.options().dtype(at::kLong));
   int64_t* const count = made.data_ptr<int64_t>();
-  rounding.each_block([&](int64_t block, int64_t, ColumnBlock& d) {
-    Tensor errors = at::empty({kStreams * d.rows, rounding.columns}, w.options());
-    d.errors = errors.data_ptr<float>();
-    write_errors(d, rounding.columns);
+  rounding.each_block([&](int64_t block, ColumnBlock& d, const Tensor&) {
+    const int64_t columns = rounding.columns, size = kStreams * d.padded;
+    Tensor errors = at::zeros({columns, size}, w.options()), changes = at::empty({std::min(columns, kBlockColumns), size}, w.options());
+    d.changes = changes.data_ptr<float>();
+    write_errors(d, columns, errors.data_ptr<float>());
     for (int64_t sweep = 0; sweep < sweeps; ++sweep) {
       double form[2] = {0.0, 0.0};
       d.form = form;
       rounding.each_part(d, [&](int64_t first, ColumnBlock& part) {
-        // the covariance is symmetric: its rows are its columns
-        Tensor pull = as_block(at::matmul(errors, covariance.narrow(0, first, part.columns).t()));
-        part.errors += first;
+        Tensor pull = at::matmul(covariance.narrow(0, first, part.columns), errors);
+        part.errors = errors.data_ptr<float>() + first * size;
         part.pull = pull.data_ptr<float>();
         kernels().coordinate_descent(part);
       });
@@ -166,19 +168,39 @@ void error_feedback(Tensor& codes, const Tensor& w, const Tensor& factor, const 
                     at::ArrayRef<double> level_weights, int64_t reach) {
   Rounding rounding{codes, w, factor, scale, offset, gain, group_of, row_factor, level_weights, reach};
   rounding.check_all();
-  rounding.each_block([&](int64_t, int64_t row, ColumnBlock& d) {
-    const int64_t columns = rounding.columns;
-    Tensor wanted = at::empty({kStreams, d.rows, columns}, w.options()).copy_(w.narrow(0, row, d.rows)).view({kStreams * d.rows, columns});
+  rounding.each_block([&](int64_t, ColumnBlock& d, const Tensor& own_w) {
+    const int64_t columns = rounding.columns, size = kStreams * d.padded;
+    Tensor wanted = own_w.unsqueeze(1).repeat({1, kStreams, 1}).view({columns, size});
     rounding.each_part(d, [&](int64_t first, ColumnBlock& part) {
-      Tensor block = as_block(wanted.narrow(1, first, part.columns));
-      part.pull = block.data_ptr<float>();
+      part.pull = wanted.data_ptr<float>() + first * size;
       kernels().error_feedback(part);
       const int64_t next = first + part.columns;
       if (next < columns)
-        wanted.narrow(1, next, columns - next)
-            .sub_(at::matmul(block.narrow(1, 0, part.columns), factor.narrow(0, first, part.columns).narrow(1, next, columns - next)));
+        wanted.narrow(0, next, columns - next)
+            .sub_(at::matmul(factor.narrow(0, first, part.columns).narrow(1, next, columns - next).t(), wanted.narrow(0, first, part.columns)));
     });
   });
+}
+
+Tensor search_grids(const Tensor& w, const Tensor& importance, int64_t group, int64_t exponent, double penalty6, double penalty8) {
+  TORCH_CHECK(w.dim() == 2, "w (", w.sizes(), ") is not a matrix");
+  TORCH_CHECK(group == 32 || group == 64 || group == 128, "group (=", group, ") is not one of 32, 64, 128");
+  TORCH_CHECK(exponent >= -64 && exponent <= 32, "exponent (=", exponent, ") is not in -64..32");
+  const int64_t rows = w.size(0), columns = w.size(1), groups = over(columns, group);
+  check(w, {rows, columns}, at::kFloat, "w");
+  check(importance, {columns}, at::kFloat, "importance");
+  Tensor grids = at::empty({2, rows, groups}, w.options());
+  if (grids.numel() == 0) return grids;
+  GridSearch d{};
+  d.rows = rows, d.columns = columns, d.groups = groups, d.group = group;
+  d.w = w.const_data_ptr<float>(), d.importance = importance.const_data_ptr<float>();
+  d.scales = grids.data_ptr<float>(), d.offsets = d.scales + rows * groups;
+  d.clip = static_cast<float>(penalty6 + penalty8);
+  d.noise = static_cast<float>((penalty6 / 16 + penalty8 / 256) / 12);
+  d.exponent = static_cast<int>(exponent);
+  const int64_t strips = over(rows, kStripRows);
+  share(strips, 1, strips > 1 && worth_threads(rows, columns, 33), [&](int64_t strip, int64_t end) { kernels().search_grids(d, strip, end); });
+  return grids;
 }
 
 }  // namespace
@@ -187,4 +209,5 @@ void error_feedback(Tensor& codes, const Tensor& w, const Tensor& factor, const 
 TORCH_LIBRARY_IMPL(foveate, CPU, m) {
   m.impl("coordinate_descent", foveate::coordinate_descent);
   m.impl("error_feedback", foveate::error_feedback);
+  m.impl("search_grids", foveate::search_grids);
 }

@@ -8,6 +8,7 @@
 #include "decoder/decoder.h"
 #include "planes/planes.h"
 #include "rounding/column_block.h"
+#include "rounding/grid_search.h"
 #include "saved/saved.h"
 
 namespace foveate {
@@ -27,6 +28,8 @@ struct Kernels {
   // each error passed on to the elements that follow.
   void (*coordinate_descent)(const ColumnBlock&);
   void (*error_feedback)(const ColumnBlock&);
+  // The grids of the groups of strips of 16 rows.
+  void (*search_grids)(const GridSearch&, int64_t strip, int64_t strip_end);
   const SavedKernels* saved;
   CollectKernels collect;
   DecoderKernels decoder;
