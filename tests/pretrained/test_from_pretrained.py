@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -36,6 +39,21 @@ def _gpt2() -> nn.Module:
     ).eval()
 
 
+def _t5() -> nn.Module:
+    config = transformers.T5Config(d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, vocab_size=50)
+    return transformers.T5ForConditionalGeneration(config).eval()
+
+
+def _bart() -> nn.Module:
+    layers = {
+        f"{side}_{what}": n
+        for side in ("encoder", "decoder")
+        for what, n in (("layers", 1), ("ffn_dim", 48), ("attention_heads", 2))
+    }
+    config = transformers.BartConfig(d_model=32, vocab_size=50, max_position_embeddings=32, **layers)
+    return transformers.BartForConditionalGeneration(config).eval()
+
+
 def _bert() -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(**SMALL)).eval()
 
@@ -46,13 +64,19 @@ MODELS: dict[str, tuple[Callable[[], Any], Any]] = {
     "mixture": (_mixtral, transformers.AutoModelForCausalLM),
     "gpt2": (_gpt2, transformers.AutoModelForCausalLM),
     "bert": (_bert, transformers.AutoModel),
+    "t5": (_t5, transformers.AutoModelForSeq2SeqLM),
+    "bart": (_bart, transformers.BartForConditionalGeneration),
 }
 
 
 def _outputs(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     with torch.no_grad():
-        output: torch.Tensor = model(**batch)[0]
+        output: torch.Tensor = model(**_for(model, batch))[0]
     return output
+
+
+def _for(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**batch, "decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else batch
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -60,7 +84,7 @@ def test_the_model_is_that_of_load(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make, auto = MODELS[name]
     model = make()
-    profile = fv.quantize(model, tokens(8), progress=False)
+    profile = fv.quantize(model, [_for(model, batch) for batch in tokens(8)], progress=False)
     fv.save(model, tmp_path / "out", keep=None if name == "mixture" else fv.allocate(profile, fv.Budget(bits=4.5)))
     batch = tokens(seed=6)[0]
     wanted: Any = fv.load(tmp_path / "out")
@@ -109,7 +133,7 @@ def test_it_becomes_a_plain_model(folder: Path, tmp_path: Path) -> None:
     batch = tokens(seed=6)[0]
     plain: Any = fv.load(folder)
     fv.dequantize(plain)
-    got.dequantize()
+    fv.dequantize(got)
     assert torch.equal(_outputs(got, batch), _outputs(plain, batch))
     got.save_pretrained(tmp_path / "dense")
     dense = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
@@ -128,9 +152,31 @@ def test_adapters_are_trained_on_it(folder: Path) -> None:
     assert all("lora" in name for name in trained)
 
 
-def test_values_keep_the_dtype_they_were_saved_in(folder: Path) -> None:
-    got = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    assert torch.equal(_outputs(got, tokens(seed=6)[0]), _outputs(fv.load(folder), tokens(seed=6)[0]))
+def test_values_keep_the_dtype_they_were_saved_in(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for saved, asked in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
+        model = llama().to(saved)
+        model.config.dtype = saved
+        fv.quantize(model, tokens(), progress=False)
+        fv.save(model, tmp_path / str(saved))
+        caplog.clear()
+        got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(saved), dtype=asked)
+        name = str(saved).removeprefix("torch.")
+        assert f"values stay {name}, as they were saved; dtype (={asked}) is not taken" in caplog.text
+        assert got.config.dtype == got.dtype == saved
+        assert torch.equal(
+            _outputs(got, tokens(seed=6)[0]), _outputs(fv.load(tmp_path / str(saved)), tokens(seed=6)[0])
+        )
+        caplog.clear()
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(saved))
+        assert "values stay" not in caplog.text
+
+
+def test_nothing_of_transformers_quantizers_is_left_on_it(folder: Path, tmp_path: Path) -> None:
+    got, loaded = transformers.AutoModelForCausalLM.from_pretrained(folder), fv.load(folder)
+    marks = {name for name in vars(got) if "quant" in name or name.startswith(("hf_", "_is_hf"))}
+    assert marks == {name for name in vars(loaded) if "quant" in name or name.startswith(("hf_", "_is_hf"))}
+    assert got.config.to_diff_dict() == loaded.config.to_diff_dict()  # type: ignore[union-attr, operator]
+    got.float()
 
 
 def test_other_models_are_loaded_as_before(tmp_path: Path) -> None:
@@ -143,12 +189,16 @@ def test_other_models_are_loaded_as_before(tmp_path: Path) -> None:
     )
 
 
-def test_without_the_quantizer_it_fails_and_gives_no_random_weights(folder: Path) -> None:
-    program = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(folder)!r})"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "OSError" in done.stderr
-    assert "no file named model.safetensors" in done.stderr
+def test_without_the_quantizer_it_fails_and_gives_no_random_weights(folder: Path, tmp_path: Path) -> None:
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    fv.save(again, tmp_path / "again")
+    fv.save(fv.load(tmp_path / "again"), tmp_path / "and again")
+    for path in (folder, tmp_path / "again", tmp_path / "and again"):
+        program = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "OSError" in done.stderr
+        assert "no file named model.safetensors" in done.stderr
 
 
 def test_another_class_is_refused(folder: Path) -> None:
@@ -156,16 +206,30 @@ def test_another_class_is_refused(folder: Path) -> None:
         transformers.AutoModel.from_pretrained(folder)
 
 
-def test_a_damaged_folder_is_refused(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(folder, tmp_path / "out")
-    plane = next((tmp_path / "out").glob("foveate-plane0*"))
-    plane.write_bytes(plane.read_bytes()[:-3])
-    with pytest.raises(fv.CheckpointError):
-        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    (tmp_path / "out" / "foveate.json").unlink()
+@pytest.mark.parametrize("part", ["plane0", "rest", "scales"])
+def test_a_damaged_folder_is_refused(part: str, folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    shutil.copytree(folder, path)
+    file = next(path.glob(f"foveate-{part}*"))
+    for content in (file.read_bytes()[:-3], b""):
+        file.write_bytes(content)
+        with pytest.raises(fv.CheckpointError, match="out"):
+            transformers.AutoModelForCausalLM.from_pretrained(path)
+    file.unlink()
+    with pytest.raises(fv.CheckpointError, match="out"):
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+    (path / "foveate.json").unlink()
     with pytest.raises(fv.CheckpointError, match=r"foveate\.json"):
+        transformers.AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("rest", [5, "", "model.safetensors", "../other/foveate-rest-0123456789ab.safetensors", None])
+def test_a_strangers_configuration_names_no_other_file(rest: Any, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["rest"] = rest
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(fv.CheckpointError, match="is not the name of a file of foveate's"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
@@ -182,23 +246,40 @@ def test_devices(folder: Path) -> None:
     assert torch.equal(_outputs(got, batch), _outputs(fv.load(folder), batch))
 
 
-def test_a_model_of_the_hub_is_fetched_whole(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
+@pytest.mark.parametrize("within", [".", "quantized"])
+def test_a_model_of_the_hub_is_fetched_whole(
+    within: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = tmp_path / "models--someone--a-model" / "snapshots" / ("0" * 40) / within
+    found.mkdir(parents=True)
+    for name in ("config.json", next(folder.glob("foveate-rest*")).name):  # transformers has fetched these
+        shutil.copy(folder / name, found)
     asked: list[Any] = []
 
-    def fetched(name: str, **keywords: Any) -> str:
+    def fetched(name: str, **keywords: Any) -> None:
         asked.append((name, keywords))
-        return str(folder)
+        for file in folder.glob("foveate*"):
+            shutil.copy(file, found)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetched)
-    found = tmp_path / "snapshot"  # transformers has fetched the configuration and one file
-    found.mkdir()
-    for name in ("config.json", "generation_config.json", next(folder.glob("foveate-rest*")).name):
-        (found / name).write_bytes((folder / name).read_bytes())
-    config = transformers.AutoConfig.from_pretrained(found)
-    config.name_or_path, config._commit_hash = "someone/model", "abc"
-    got = transformers.AutoModelForCausalLM.from_pretrained(found, config=config)
     batch = tokens(seed=6)[0]
-    assert torch.equal(_outputs(got, batch), _outputs(fv.load(folder), batch))
-    assert asked == [(str(found), {"revision": "abc", "allow_patterns": ["foveate*"]})]
+    for _ in range(2):  # the second time all is there
+        got = transformers.AutoModelForCausalLM.from_pretrained(found)
+        assert torch.equal(_outputs(got, batch), _outputs(fv.load(folder), batch))
+    pattern = "foveate*" if within == "." else "quantized/foveate*"
+    wanted = {"revision": "0" * 40, "cache_dir": tmp_path, "allow_patterns": [pattern]}
+    assert asked == [("someone/a-model", wanted)]
+    next(found.glob("foveate-plane1*")).unlink()  # as where fetching was interrupted
+    transformers.AutoModelForCausalLM.from_pretrained(found)
+    assert len(asked) == 2
+
+
+def test_a_pipeline_writes_what_the_loaded_model_writes(folder: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(50)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
+    write = transformers.pipeline("text-generation", model=str(folder), tokenizer=tokenizer)
+    wanted: Any = fv.load(folder)
+    ids = wanted.generate(**tokenizer("w5 w9 w11", return_tensors="pt", return_token_type_ids=False))
+    assert write("w5 w9 w11")[0]["generated_text"] == "w5 w9 w11" + tokenizer.decode(ids[0, 3:])

@@ -31,7 +31,7 @@ from foveate.calibrate.reference_outputs import with_measured
 from foveate.calibrate.routing import Routing
 from foveate.calibrate.trial import OriginalModules, run_on_planes
 from foveate.collect.evaluation import frozen
-from foveate.collect.kinds import QuantizableWeight, find_weights, listed
+from foveate.collect.kinds import QuantizableWeight, find_weights, listed, weight_matrix_shape
 from foveate.collect.objectives import Objective
 from foveate.errors import SiteError, WeightError
 from foveate.formats.levels import TOP_LEVEL
@@ -273,7 +273,7 @@ def _all_rounded(
         for entry, made in bar.track(ROUNDING, in_parallel(one, part), sizes=sizes):
             seen = [collector.by_module[name] for name in entry.names]
             if saw_too_little(seen):
-                rows, columns = rows_of_covariances(seen), len(seen[0].tensors["energy_K"])
+                rows, columns = rows_of_covariances(seen), weight_matrix_shape(entry.modules[0])[1]
                 few[entry.names[0]] = f"{entry.names[0]} ({rows:.0f} rows, {columns} columns)"
             rounded[entry.names[0]] = made
             calibration.done(entry)

@@ -106,7 +106,7 @@ def save(
             **({"folded": folded_of(model)} if folded_of(model) else {}),
             **({"ranges": dict(ranges)} if (ranges := state_of(model).ranges) else {}),
         },
-        extra_files=lambda files: _naming_us(companions, files["rest"]),
+        extra_files=lambda files: _naming_us(companions, files["rest"], registry),
     )
 
 
@@ -171,11 +171,13 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
     return rest
 
 
-def _naming_us(companions: Mapping[str, bytes], rest: str) -> Mapping[str, bytes]:
-    """The files beside a model; `config.json` tells transformers who loads it, and what file is not of planes."""
+def _naming_us(companions: Mapping[str, bytes], rest: str, registry: Registry) -> Mapping[str, bytes]:
+    """The files beside a model; `config.json` tells transformers who loads it, and which file is not of planes."""
     if _CONFIG not in companions:
         return companions
     told = {**json.loads(companions[_CONFIG]), "quantization_config": {"quant_method": QUANT_METHOD, "rest": rest}}
+    if told.get("dtype") is None:  # else transformers would look for one in that file
+        told["dtype"] = str(next(iter(registry.weights.values())).dtype).removeprefix("torch.")
     return {**companions, _CONFIG: json.dumps(told, indent=2).encode()}
 
 
@@ -191,7 +193,8 @@ def _about(model: nn.Module) -> tuple[dict[str, Any], dict[str, bytes]]:
     config = cast(Any, model).config
     named = copy(config)
     named.architectures = [type(model).__name__]  # as save_pretrained does; a model made from a configuration has none
-    named.__dict__.pop("quantization_config", None)  # of the folder that the model came from
+    for key in ("quantization_config", "transformers_weights"):  # of the folder that the model came from
+        named.__dict__.pop(key, None)
     texts = {"config": named.to_json_string(use_diff=False)}
     generation = getattr(model, "generation_config", None)
     if generation is not None:

@@ -52,7 +52,7 @@ class PlaneModule(nn.Module):
         self.bias = None if bias is None else _as_float32(bias)
         self.register_buffer("input_level", torch.full((1,), 8, dtype=torch.uint8), persistent=False)
         # zeros: each row of the input has a scale of its own
-        self.register_buffer("input_range", torch.zeros(2), persistent=False)
+        self.register_buffer("input_range", torch.zeros(2, dtype=torch.float32), persistent=False)
         self.input_place = 0
 
     def _needs_gradient(self, x: Tensor) -> bool:

@@ -3,7 +3,8 @@
 transformers builds the model on the meta device, calls `preprocess_model`, reads weights into it, gives values to what
 it found none for, ties weights, and calls `postprocess_model`. Planes are no weights that it could read, and it would
 fill them with random numbers. So between the two calls the model is an empty module: its parts are put aside, and
-transformers finds nothing to load. Then `foveate.load` fills them.
+transformers finds nothing to load. Then `foveate.load` fills them. What transformers has written on the model for its
+quantizers is taken off again: they would refuse what can be done with a model on planes.
 
 The folder has no file of a name that transformers looks for, on purpose: without this quantizer `from_pretrained`
 fails, where otherwise it would warn and return random weights. The quantizer names a file of the folder instead.
@@ -22,16 +23,20 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from foveate import checkpoint
-from foveate.calibrate.dequantize import dequantize
 from foveate.checkpoint import HEAD
+from foveate.checkpoint.head import DATA_FILE, DTYPES
 from foveate.errors import CheckpointError, DeviceError
 from foveate.folder.load import load
 from foveate.folder.save import QUANT_METHOD
+from foveate.progress import log
 
 #: What a module consists of.
 _PARTS = ("_modules", "_parameters", "_buffers")
 #: What else transformers consults while it loads: weights that are tied, and keys that it is not to miss.
 _ATTRIBUTES = ("all_tied_weights_keys", "_keys_to_ignore_on_load_unexpected")
+#: What transformers writes on a model and on its configuration for its quantizers.
+_MARKS = ("hf_quantizer", "quantization_method", "is_quantized", "_is_hf_initialized")
+_CONFIG_MARKS = ("quantization_config", "transformers_weights", "_is_quantized", "_pre_quantization_dtype")
 
 
 def register() -> None:
@@ -90,14 +95,18 @@ class FoveateQuantizer(HfQuantizer):
 
     def update_attn_implementation(self, config: Any) -> Any:
         """The call with the configuration before transformers looks for a file of weights: tells it of one."""
-        config.transformers_weights = self.quantization_config.rest
+        rest = self.quantization_config.rest
+        if not isinstance(rest, str) or not DATA_FILE.fullmatch(rest):  # it is joined to the folder's path
+            raise CheckpointError(f"quantization_config: rest (={rest!r}) is not the name of a file of foveate's")
+        config.transformers_weights = rest
         return config
 
     update_tp_plan = update_attn_implementation  # of releases before 5.20
 
     def _process_model_before_weight_loading(self, model: Any, *, checkpoint_files: list[str], **kwargs: Any) -> Any:
-        self._folder = _whole_folder(Path(checkpoint_files[0]).parent, model.config)
+        self._folder = _whole_folder(Path(checkpoint_files[0]).parent)
         with checkpoint.opened(self._folder) as folder:
+            folder.part("rest")  # transformers opens it too, and its message would not say which file is damaged
             _check_kind(model, folder)
         self._aside = _Aside(
             {part: dict(getattr(model, part)) for part in _PARTS}, {name: getattr(model, name) for name in _ATTRIBUTES}
@@ -107,6 +116,7 @@ class FoveateQuantizer(HfQuantizer):
         model.all_tied_weights_keys = {}
         kind = set if isinstance(model._keys_to_ignore_on_load_unexpected, set) else list  # as the release has it
         model._keys_to_ignore_on_load_unexpected = kind([".*"])
+        model._is_hf_initialized = True  # else transformers would initialize parts that are not there
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -116,11 +126,12 @@ class FoveateQuantizer(HfQuantizer):
         for name, value in self._aside.attributes.items():
             setattr(model, name, value)
         self._aside = _Aside()
+        for owner, names in ((model, _MARKS), (model.config, _CONFIG_MARKS)):
+            for name in names:
+                owner.__dict__.pop(name, None)
+        with checkpoint.opened(self._folder) as folder:
+            _keep_dtype(model.config, folder)
         return load(self._folder, model=model)
-
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        dequantize(model)
-        return model if dtype is None else model.to(dtype)
 
     def is_serializable(self, **kwargs: Any) -> bool:
         """No: `foveate.save` stores planes."""
@@ -132,14 +143,37 @@ class FoveateQuantizer(HfQuantizer):
         return True
 
 
-def _whole_folder(found: Path, config: Any) -> Path:
-    """The folder in which transformers found a file; of a model on the hub all other files are fetched too."""
-    commit = getattr(config, "_commit_hash", None)
-    if (found / HEAD).is_file() or commit is None:
+def _keep_dtype(config: Any, folder: checkpoint.Folder) -> None:
+    """Say in the configuration what was saved, whatever dtype was asked for."""
+    held = next(iter(folder.head.dtype.values()), None)
+    if held is not None and str(config.dtype) != f"torch.{held}":
+        log.warning("%s: values stay %s, as they were saved; dtype (=%s) is not taken", folder.path, held, config.dtype)
+    saved = folder.head.model["config"].get("dtype")
+    config.dtype = getattr(torch, saved) if isinstance(saved, str) and saved in DTYPES else None
+
+
+def _whole_folder(found: Path) -> Path:
+    """The folder in which transformers found a file; what a model on the hub has besides is fetched to its cache."""
+    snapshot = next((p for p in (found, *found.parents) if p.parent.name == "snapshots"), None)
+    if snapshot is None or _is_whole(found):
         return found
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(config.name_or_path, revision=commit, allow_patterns=["foveate*"]))
+    repository = snapshot.parent.parent  # cache / models--owner--name / snapshots / commit
+    within = found.relative_to(snapshot).as_posix()
+    snapshot_download(
+        "/".join(repository.name.split("--")[1:]),
+        revision=snapshot.name,
+        cache_dir=repository.parent,
+        allow_patterns=["foveate*" if within == "." else f"{within}/foveate*"],
+    )
+    return found
+
+
+def _is_whole(path: Path) -> bool:
+    if not (path / HEAD).is_file():
+        return False
+    return all((path / file).is_file() for file in checkpoint.read_head(path).files.values())
 
 
 def _check_kind(model: nn.Module, folder: checkpoint.Folder) -> None:

@@ -149,7 +149,7 @@ def _check_weight(w_NK: Tensor) -> None:
 def importance_of(energy_K: Tensor | None, w_NK: Tensor) -> Tensor:
     """The importance of each input, float32 [K], 1 in the mean and never zero."""
     columns = w_NK.shape[1]
-    alike_K = torch.ones(columns, device=w_NK.device)
+    alike_K = torch.ones(columns, dtype=torch.float32, device=w_NK.device)
     if energy_K is None:
         return alike_K
     if energy_K.shape != (columns,):

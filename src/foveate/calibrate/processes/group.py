@@ -25,7 +25,7 @@ _ALIKE = 1e-3
 
 @contextmanager
 def _reaching_others() -> Iterator[None]:
-    """What torch raises where another process has ended, as a sentence.
+    """What torch raises where another process has ended or does not answer, as a sentence.
 
     Raises:
         LostProcessError: a message to or from another process failed.
@@ -34,7 +34,9 @@ def _reaching_others() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LostProcessError(f"another process that shares this calibration has ended: {said}") from error
+        raise LostProcessError(
+            f"another process that shares this calibration has ended or cannot be reached: {said}"
+        ) from error
 
 
 class Processes:

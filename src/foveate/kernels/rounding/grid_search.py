@@ -51,7 +51,7 @@ def search_grids(
     noise_R = in_order(importance_gR) * ((penalty6 / 4**2 + penalty8 / 4**4) / 12)
     cost = partial(_cost, w_gR, importance_gR, penalty6 + penalty8, noise_R)
     found = search(w_gR, importance_gR, cost, partial(snapped, exponent=exponent), least_scale(exponent))
-    return torch.stack(found).view(2, len(w_NK), -1)
+    return torch.stack(found).view(2, len(w_NK), -(-w_NK.shape[1] // group))
 
 
 def in_groups(t_NK: Tensor, importance_K: Tensor, group: int) -> tuple[Tensor, Tensor]:

@@ -164,12 +164,12 @@ inline void coordinate_descent(const ColumnBlock& d) {
   __builtin_memset(d.changes, 0, sizeof(float) * static_cast<size_t>(d.columns * size));
   float* const over_metric = d.weighed + size;
   for (int64_t j = 0; j < d.columns; ++j) {
-    const float own = d.between[j * d.between_stride + j];
+    const float own = d.between[j * d.between_stride + j], over_own = 1.0f / own;
     float *const column = d.pull + j * size, *const errors = d.errors + j * size, *const changes = d.changes + j * size;
     add_earlier<V>(d, j, d.changes, 1.0f);
     if (d.gradients) weigh_all<V>(d, column);
     const float* const pulled = d.gradients ? d.weighed : column;
-    for (int64_t i = 0; i < d.rows; ++i) over_metric[i] = 1.0f / ((d.gradients ? d.gradients[i * d.padded + i] : 1.0f) * own);
+    for (int64_t i = 0; i < d.rows; ++i) over_metric[i] = 1.0f / (d.gradients ? d.gradients[i * d.padded + i] : 1.0f) * over_own;
     double form = 0.0, gained = 0.0;
     for (int64_t i = 0; i < d.rows; ++i) {
       const float w = d.w[j * d.padded + i];
