@@ -171,6 +171,17 @@ def test_values_keep_the_dtype_they_were_saved_in(tmp_path: Path, caplog: pytest
         assert "values stay" not in caplog.text
 
 
+def test_it_loads_under_another_default_dtype(folder: Path) -> None:
+    batch = tokens(seed=6)[0]
+    wanted = _outputs(fv.load(folder), batch)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = transformers.AutoModelForCausalLM.from_pretrained(folder), fv.load(folder)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(_outputs(model, batch), wanted) for model in found)
+
+
 def test_nothing_of_transformers_quantizers_is_left_on_it(folder: Path, tmp_path: Path) -> None:
     got, loaded = transformers.AutoModelForCausalLM.from_pretrained(folder), fv.load(folder)
     marks = {name for name in vars(got) if "quant" in name or name.startswith(("hf_", "_is_hf"))}

@@ -250,6 +250,16 @@ def test_unit_of_the_energy_does_not_matter() -> None:
         assert same(round_weight(w_NK, group=32, input_energy_K=same_energy), alike)
 
 
+def test_the_default_dtype_does_not_matter() -> None:
+    w_NK = torch.randn(4, 100)
+    want = round_weight(w_NK, group=32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert same(round_weight(w_NK, group=32), want)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_inputs_never_seen_count_a_little(monkeypatch: pytest.MonkeyPatch) -> None:
     w_NK, energy_K = torch.randn(16, 64), torch.ones(64)
     energy_K[::2] = 0

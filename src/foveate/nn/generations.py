@@ -81,9 +81,11 @@ class Generations:
     def _put(self, composed: Composed, levels: Tensor) -> None:
         inputs = _block([one.inputs for one in composed.encoded])
         if composed.ranges:
-            ranges = torch.tensor([composed.ranges.get(name, (0.0, 0.0)) for name in self._inputs]).view(-1)
+            ranges = torch.tensor(
+                [composed.ranges.get(name, (0.0, 0.0)) for name in self._inputs], dtype=torch.float32
+            ).view(-1)
         else:
-            ranges = torch.zeros(2 * len(self._inputs))
+            ranges = torch.zeros(2 * len(self._inputs), dtype=torch.float32)
         choices = _choices(composed.choices)
         self._publish(levels, inputs, ranges, torch.tensor(composed.pairs, dtype=torch.uint8), choices)
         self.counts = dict(zip(composed.choices, choices[-1] if choices else (), strict=True))
