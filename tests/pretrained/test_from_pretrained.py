@@ -194,6 +194,8 @@ def test_other_models_are_loaded_as_before(tmp_path: Path) -> None:
     model = llama()
     model.save_pretrained(tmp_path)
     fv.register_with_transformers()  # a second time
+    with pytest.raises(fv.FoveateError, match="quantizes nothing"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=FoveateConfig())
     batch = tokens()[0]
     assert torch.equal(
         _outputs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), batch), _outputs(model, batch)

@@ -25,7 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from foveate import checkpoint
 from foveate.checkpoint import HEAD
 from foveate.checkpoint.head import DATA_FILE, DTYPES
-from foveate.errors import CheckpointError, DeviceError
+from foveate.errors import CheckpointError, DeviceError, FoveateError
 from foveate.folder.load import load
 from foveate.folder.save import QUANT_METHOD
 from foveate.progress import log
@@ -70,10 +70,13 @@ class _Aside:
 class FoveateQuantizer(HfQuantizer):
     """Loads a folder of foveate in place of transformers."""
 
-    requires_calibration = True  # `from_pretrained` quantizes nothing: that is `foveate.quantize`
-
-    def __init__(self, quantization_config: FoveateConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+    def __init__(self, quantization_config: FoveateConfig, *, pre_quantized: bool = True, **kwargs: Any) -> None:
+        if not pre_quantized:
+            raise FoveateError(
+                "from_pretrained quantizes nothing: load the model without quantization_config, and give it to "
+                "foveate.quantize"
+            )
+        super().__init__(quantization_config, pre_quantized=True, **kwargs)
         self._folder: Path | None = None
         self._aside = _Aside()
 
@@ -154,12 +157,14 @@ def _keep_dtype(config: Any, folder: checkpoint.Folder) -> None:
 
 def _whole_folder(found: Path) -> Path:
     """The folder in which transformers found a file; what a model on the hub has besides is fetched to its cache."""
-    snapshot = next((p for p in (found, *found.parents) if p.parent.name == "snapshots"), None)
+    # cache / models--owner--name / snapshots / commit
+    caches = (p for p in (found, *found.parents) if p.parent.name == "snapshots")
+    snapshot = next((p for p in caches if p.parent.parent.name.startswith("models--")), None)
     if snapshot is None or _is_whole(found):
         return found
     from huggingface_hub import snapshot_download
 
-    repository = snapshot.parent.parent  # cache / models--owner--name / snapshots / commit
+    repository = snapshot.parent.parent
     within = found.relative_to(snapshot).as_posix()
     snapshot_download(
         "/".join(repository.name.split("--")[1:]),
