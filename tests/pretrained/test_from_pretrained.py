@@ -182,10 +182,13 @@ def test_it_loads_under_another_default_dtype(folder: Path) -> None:
     assert all(torch.equal(_outputs(model, batch), wanted) for model in found)
 
 
-def test_nothing_of_transformers_quantizers_is_left_on_it(folder: Path, tmp_path: Path) -> None:
+def test_nothing_of_transformers_quantizers_is_left_on_it(folder: Path) -> None:
     got, loaded = transformers.AutoModelForCausalLM.from_pretrained(folder), fv.load(folder)
-    marks = {name for name in vars(got) if "quant" in name or name.startswith(("hf_", "_is_hf"))}
-    assert marks == {name for name in vars(loaded) if "quant" in name or name.startswith(("hf_", "_is_hf"))}
+
+    def marks(model: Any) -> set[str]:
+        return {name for name in vars(model) if "quant" in name or name.startswith(("hf_", "_is_hf"))}
+
+    assert marks(got) == marks(loaded)
     assert got.config.to_diff_dict() == loaded.config.to_diff_dict()  # type: ignore[union-attr, operator]
     got.float()
 
@@ -296,7 +299,6 @@ def test_a_pipeline_writes_what_the_loaded_model_writes(folder: Path) -> None:
     wanted: Any = fv.load(folder)
     how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 5}
     ids = wanted.generate(**tokenizer("w5 w9 w11", return_tensors="pt", return_token_type_ids=False), **how)
-    words_of = [
-        text.replace(" ", "") for text in (write("w5 w9 w11", **how)[0]["generated_text"], tokenizer.decode(ids[0]))
-    ]
-    assert words_of[0] == words_of[1]
+    written = write("w5 w9 w11", **how)[0]["generated_text"]
+    # releases join the prompt and what follows with a blank or without
+    assert written.replace(" ", "") == tokenizer.decode(ids[0]).replace(" ", "")

@@ -106,7 +106,7 @@ def save(
             **({"folded": folded_of(model)} if folded_of(model) else {}),
             **({"ranges": dict(ranges)} if (ranges := state_of(model).ranges) else {}),
         },
-        extra_files=lambda files: _naming_us(companions, files["rest"], registry),
+        extra_files=lambda files: _for_transformers(companions, files["rest"], registry),
     )
 
 
@@ -171,12 +171,12 @@ def _rest(model: nn.Module) -> dict[str, Tensor]:
     return rest
 
 
-def _naming_us(companions: Mapping[str, bytes], rest: str, registry: Registry) -> Mapping[str, bytes]:
-    """The files beside a model; `config.json` tells transformers who loads it, and which file is not of planes."""
+def _for_transformers(companions: Mapping[str, bytes], rest: str, registry: Registry) -> Mapping[str, bytes]:
+    """The files beside a model; `config.json` tells transformers who loads it, and which file holds the rest."""
     if _CONFIG not in companions:
         return companions
     told = {**json.loads(companions[_CONFIG]), "quantization_config": {"quant_method": QUANT_METHOD, "rest": rest}}
-    if told.get("dtype") is None:  # else transformers would look for one in that file
+    if told.get("dtype") is None:  # else transformers would open that file to find one
         told["dtype"] = str(next(iter(registry.weights.values())).dtype).removeprefix("torch.")
     return {**companions, _CONFIG: json.dumps(told, indent=2).encode()}
 

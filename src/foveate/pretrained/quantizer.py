@@ -61,7 +61,7 @@ class FoveateConfig(QuantizationConfigMixin):
 
 @dataclass
 class _Aside:
-    """What was taken out of a model while transformers loads it."""
+    """What is taken out of a model, and off it, while transformers loads it."""
 
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)

@@ -7,8 +7,10 @@
 namespace foveate {
 
 constexpr int64_t kGroupInputs = 128;  // of the largest groups
+constexpr int64_t kGridRows = 16;      // whose grids are searched at once
+constexpr int64_t kGridsTried = 32;    // of each group
 
-// The groups of a weight. Rows are taken by strips of 16, the last one as far as there are rows.
+// The groups of a weight. Rows are taken by strips of kGridRows, the last one as far as there are rows.
 struct GridSearch {
   int64_t rows, columns, groups, group;  // N, K, G, inputs a group
   const float* w;                        // [N, K]

@@ -21,7 +21,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kLoneRows = 64;  // rounded together where there are no gradients
-constexpr int64_t kStripRows = 16;  // whose grids are searched at once
 
 void check(const Tensor& t, at::IntArrayRef shape, at::ScalarType type, const char* name) {
   TORCH_CHECK(t.sizes() == shape && t.scalar_type() == type && t.is_contiguous(), name, " is ", t.scalar_type(), " ", t.sizes(),
@@ -198,8 +197,8 @@ Tensor search_grids(const Tensor& w, const Tensor& importance, int64_t group, in
   d.clip = static_cast<float>(penalty6 + penalty8);
   d.noise = static_cast<float>((penalty6 / 16 + penalty8 / 256) / 12);
   d.exponent = static_cast<int>(exponent);
-  const int64_t strips = over(rows, kStripRows);
-  share(strips, 1, strips > 1 && worth_threads(rows, columns, 33), [&](int64_t strip, int64_t end) { kernels().search_grids(d, strip, end); });
+  const int64_t strips = over(rows, kGridRows);
+  share(strips, 1, strips > 1 && worth_threads(rows, columns, kGridsTried), [&](int64_t strip, int64_t end) { kernels().search_grids(d, strip, end); });
   return grids;
 }
 

@@ -150,6 +150,8 @@ class GroupSearch {
   SixteenInts is_nothing_;
 };
 
+static_assert(kGridRows == kCodes, "a row is a lane");
+
 template <class V>
 void search_grids(const GridSearch& d, int64_t strip, int64_t strip_end) {
   const StoredGrid stored(d.exponent);

@@ -38,6 +38,6 @@ Fault product(const Weight& w, const Inputs& x, const Output& y, int64_t strip, 
 template <class V>
 Kernels kernels_of(const char* name, const SavedKernels* saved) {
   const int64_t lean_lanes = V::kByteCodes ? V::kLanes : INT64_MAX;
-  return {name, lean_lanes, quantize<V>, product<V>, unpack<V>, embed<V>, coordinate_descent<V>, error_feedback<V>, search_grids<V>, saved, collect_kernels_of<V>(),
-          decoder_kernels_of<V>(), convert_kernels_of<V>()};
+  return {name, lean_lanes, quantize<V>, product<V>, unpack<V>, embed<V>, coordinate_descent<V>, error_feedback<V>, search_grids<V>,
+          saved, collect_kernels_of<V>(), decoder_kernels_of<V>(), convert_kernels_of<V>()};
 }
